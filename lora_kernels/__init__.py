@@ -1,0 +1,54 @@
+"""LoRA layers at nearly the cost of the frozen ``nn.Linear``: fused kernels, a drop-in module, gradients that are checked.
+
+``import lora_kernels`` loads no PyTorch, no Triton and no CUDA, and writes nothing; the names below load what they need.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "FusedLoRALinear": "nn",
+    "LoRAConfig": "config",
+    "LoRAKernelsError": "errors",
+    "explain": "dispatch",
+    "lora_linear": "functional",
+    "lora_state_dict": "model",
+    "mark_only_lora_as_trainable": "model",
+    "merge_lora": "model",
+    "replace_linear": "model",
+    "restore_linear": "model",
+    "unmerge_lora": "model",
+    "use_backend": "dispatch",
+}
+
+__all__ = sorted([*_PLACES, "__version__"])
+
+if TYPE_CHECKING:
+    from .config import LoRAConfig as LoRAConfig
+    from .dispatch import explain as explain
+    from .dispatch import use_backend as use_backend
+    from .errors import LoRAKernelsError as LoRAKernelsError
+    from .functional import lora_linear as lora_linear
+    from .model import lora_state_dict as lora_state_dict
+    from .model import mark_only_lora_as_trainable as mark_only_lora_as_trainable
+    from .model import merge_lora as merge_lora
+    from .model import replace_linear as replace_linear
+    from .model import restore_linear as restore_linear
+    from .model import unmerge_lora as unmerge_lora
+    from .nn import FusedLoRALinear as FusedLoRALinear
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

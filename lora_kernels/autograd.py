@@ -1,0 +1,140 @@
+"""The one ``autograd.Function``: what is saved for backward, and which gradients are due.
+
+Saved: x, h, the parameters as they are (never a cast of them), and with dropout the state that regenerates the mask.
+Each only where a gradient that is due needs it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .errors import UnsupportedTransformError
+from .ops import operators
+
+__all__ = ["LoRALinearFunction", "forward_only"]
+
+_GradInputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None, None, None]
+
+
+def forward_only(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    p: float,
+    state: Tensor | None,
+    backend_name: str,
+) -> Tensor:
+    """y (..., N) for x (..., K): the operator without autograd around it, for when no gradient is due."""
+    x2 = x.reshape(-1, x.shape[-1])  # (M, K)
+    ops = operators(backend_name)
+    y, _ = ops.forward(x2, weight.to(x.dtype), lora_a, lora_b, bias, scaling, p, state)
+    return _unflatten(y, x.shape)
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """y (..., N) of x (..., K), weight (N, K), lora_a (R, K), lora_b (N, R), bias (N,) or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        p: float,
+        state: Tensor | None,
+        backend_name: str,
+    ) -> Tensor:
+        x2 = x.reshape(-1, x.shape[-1])  # (M, K)
+        ops = operators(backend_name)
+        y, h = ops.forward(x2, weight.to(x.dtype), lora_a, lora_b, bias, scaling, p, state)
+        need_x, need_weight, need_a, need_b, _ = ctx.needs_input_grad[:5]
+        ctx.save_for_backward(
+            x if need_a or need_weight else None,
+            weight if need_x else None,
+            lora_a if need_x or need_a else None,
+            lora_b if need_x or need_a or need_b else None,
+            h if need_b else None,
+            state if need_x or need_a else None,
+        )
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        ctx.x_shape = x.shape
+        ctx.scaling, ctx.p, ctx.backend_name = scaling, p, backend_name
+        return _unflatten(y, x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> _GradInputs:
+        (dy,) = grad_outputs
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable_backward(ctx, dy)
+        need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
+        x, weight, lora_a, lora_b, h, state = ctx.saved_tensors
+        ops = operators(ctx.backend_name)
+        dy = dy.reshape(-1, dy.shape[-1])  # (M, N)
+        dx = dw = da = db = dbias = None
+        if need_b:
+            dh, db = ops.dh_db(dy, lora_b, h, ctx.scaling)
+        elif need_x or need_a:
+            dh = ops.dh(dy, lora_b, ctx.scaling)
+        if need_x:
+            dx = ops.dx(dy, weight.to(dy.dtype), dh, lora_a, ctx.p, state).reshape(ctx.x_shape)
+        if need_a:
+            da = ops.da(dh, x.reshape(-1, x.shape[-1]), lora_a, ctx.p, state)
+        if need_weight:
+            dw = (dy.t() @ x.reshape(-1, x.shape[-1])).to(ctx.dtypes[0])
+        if need_bias:
+            dbias = dy.sum(0, dtype=ctx.dtypes[1])
+        return dx, dw, da, db, dbias, None, None, None, None
+
+
+def _differentiable_backward(ctx: Any, dy: Tensor) -> _GradInputs:
+    """The reference's formulas on the graph's own tensors: what ``create_graph=True`` can differentiate again."""
+    need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
+    x, weight, lora_a, lora_b, h, state = ctx.saved_tensors
+    if need_b and need_x and not (need_a or need_weight):
+        raise UnsupportedTransformError(
+            "a double backward (create_graph=True) was asked for where lora_B and x need gradients but lora_A is frozen: "
+            "x was not kept, to save memory, and the gradient of lora_B cannot be differentiated without it. Set "
+            "lora_A.requires_grad_(True), or differentiate lora_kernels.reference.forward instead."
+        )
+    compute = dy.dtype
+    dy = dy.reshape(-1, dy.shape[-1])
+    mask = None
+    if state is not None:
+        ops = operators(ctx.backend_name)
+        mask = ops.mask(state, dy.shape[0], ctx.x_shape[-1], ctx.p)
+    dx = dw = da = db = dbias = dh = dropped = None
+    if x is not None:
+        x = x.reshape(-1, x.shape[-1])
+        dropped = reference.drop(x, mask, ctx.p)
+    if need_x or need_a:
+        dh = ctx.scaling * (dy @ lora_b.to(compute))
+    if need_x:
+        low_rank = reference.drop(dh @ lora_a.to(compute), mask, ctx.p)
+        dx = (dy @ weight.to(compute) + low_rank).reshape(ctx.x_shape)
+    if need_a:
+        da = (dh.t() @ dropped).to(lora_a.dtype)
+    if need_b:
+        if dropped is not None and lora_a is not None:
+            h = dropped @ lora_a.to(compute).t()
+        db = (ctx.scaling * (dy.t() @ h.to(compute))).to(lora_b.dtype)
+    if need_weight:
+        dw = (dy.t() @ x).to(ctx.dtypes[0])
+    if need_bias:
+        dbias = dy.sum(0).to(ctx.dtypes[1])
+    return dx, dw, da, db, dbias, None, None, None, None
+
+
+def _unflatten(y: Tensor, x_shape: torch.Size) -> Tensor:
+    """y (M, N) with x's leading dimensions. ``_unsafe_view``, as in F.linear: autograd does not see a view, so the result
+    may be modified in place."""
+    return y if len(x_shape) == 2 else torch.ops.aten._unsafe_view.default(y, (*x_shape[:-1], y.shape[-1]))

@@ -1,0 +1,133 @@
+"""The plain composition: the library's GEMM (oneDNN, cuBLAS) and as few calls around it as there can be.
+
+Always available, always a candidate, and the yardstick of every fused backend. Two orders of the same sum:
+
+* *base first* (CPU): ``y = x Wᵀ + bias``, then ``y += s h Bᵀ`` in place.
+* *LoRA first* (CUDA): ``y = bias + s h Bᵀ``, then the large GEMM accumulates onto it (beta = 1).
+
+Dropout: on the CPU the mask is drawn again in backward by a private generator that the seed seeds; on CUDA such a
+generator would have to read the seed back from the device, so the mask itself, one byte an element, is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import Problem
+from ..ops import register
+
+__all__ = ["BACKEND"]
+
+# Below this many tokens the plain forms of the skinny products are quicker, for they dispatch less.
+_MANY_TOKENS = 64
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    p: float,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    h = _dropped(x, p, state) @ lora_a.t()  # (M, R)
+    if x.is_cuda:
+        return _low_rank_first(x, weight, lora_b, bias, scaling, h), h
+    y = F.linear(x, weight, bias)  # (M, N)
+    return _add_product(y, h, lora_b, scaling), h
+
+
+def dh(dy: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    return (dy @ lora_b.to(dy.dtype)).mul_(scaling)
+
+
+def dh_db(dy: Tensor, lora_b: Tensor, h: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    db = (h.t() @ dy).mul_(scaling).t()  # (N, R): this order of the product is the quicker one
+    return dh(dy, lora_b, scaling), db.to(lora_b.dtype).contiguous()
+
+
+def dx(dy: Tensor, weight: Tensor, dh: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
+    lora_a = lora_a.to(dy.dtype)
+    if state is None:
+        if dy.is_cuda:
+            return (dh @ lora_a).addmm_(dy, weight)
+        return _add_product(dy @ weight, dh, lora_a.t(), 1.0)
+    low_rank = _drop_(dh @ lora_a, p, state)  # (M, K)
+    return low_rank.addmm_(dy, weight)
+
+
+def da(dh: Tensor, x: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
+    return (dh.t() @ _dropped(x, p, state)).to(lora_a.dtype)
+
+
+def mask(state: Tensor, rows: int, columns: int, p: float) -> Tensor:
+    if state.dtype == torch.bool:
+        return state.clone()
+    generator = torch.Generator().manual_seed(int(state[0]))
+    return torch.empty((rows, columns), dtype=torch.bool).bernoulli_(1.0 - p, generator=generator)
+
+
+def _low_rank_first(
+    x: Tensor, weight: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float, h: Tensor
+) -> Tensor:
+    low_rank = (h @ lora_b.t()).mul_(scaling) if bias is None else torch.addmm(bias, h, lora_b.t(), alpha=scaling)
+    return low_rank.addmm_(x, weight.t())
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """``out += scaling * left @ rightᵀ`` in place, for a skinny ``left`` (M, R) and ``right`` (N, R)."""
+    if out.shape[0] < _MANY_TOKENS:
+        return out.addmm_(left, right.t(), alpha=scaling)
+    out.t().addmm_(right, left.t(), alpha=scaling)
+    return out
+
+
+def _dropped(x: Tensor, p: float, state: Tensor | None) -> Tensor:
+    return x if state is None else _drop_(x.clone(memory_format=torch.contiguous_format), p, state)
+
+
+def _drop_(tensor: Tensor, p: float, state: Tensor) -> Tensor:
+    keep = mask(state, tensor.shape[0], tensor.shape[1], p)
+    return tensor.mul_(keep).mul_(1.0 / (1.0 - p))
+
+
+class EagerBackend:
+    """PyTorch's own operators; see the module's text."""
+
+    name = "eager"
+
+    def why_not(self, problem: Problem) -> list[str]:
+        return []
+
+    def why_not_automatic(self, problem: Problem) -> list[str]:
+        return []
+
+    def describe(self, problem: Problem) -> str:
+        if problem.device_type != "cuda":
+            return "Base product first, then the low-rank term added in place; dropout is drawn again in backward."
+        kept = " Dropout keeps its mask for backward, one byte an element of x." if problem.dropout_p else ""
+        return f"Low-rank term first, then the base product accumulates onto it.{kept}"
+
+    def register(self) -> None:
+        implementations = {"forward": forward, "dh": dh, "dh_db": dh_db, "dx": dx, "da": da, "mask": mask}
+        register(self.name, implementations, hidden_dtype=lambda compute: compute)
+
+    def dropout_state(self, x: Tensor, p: float) -> Tensor:
+        if x.device.type == "cpu":
+            return draw_seed(x)
+        return torch.rand(x.shape, device=x.device) >= p
+
+
+def draw_seed(x: Tensor) -> Tensor:
+    """A fresh 16-byte seed, int64 (2,), on x's device, from torch's generator: ``torch.manual_seed`` governs it."""
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
+
+
+BACKEND = EagerBackend()

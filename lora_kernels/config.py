@@ -1,0 +1,120 @@
+"""``LoRAConfig``: PEFT's names and meanings, validated when it is made; and the checks that the layer shares with it."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .errors import InvalidArgumentError, InvalidTypeError
+
+__all__ = ["LoRAConfig", "check_hyperparameters", "pattern_value", "scaling_of"]
+
+BIAS_CHOICES = ("none", "all", "lora_only")
+INIT_CHOICES = (True, False, "gaussian")
+ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What to replace and how; the names and meanings are those of ``peft.LoraConfig``.
+
+    Args:
+        r: rank R, at least 1.
+        lora_alpha: numerator of the scaling, not negative.
+        lora_dropout: dropout probability of the branch's input, in [0, 1).
+        target_modules: module names or their dotted suffixes; or one string: a regular expression that matches the whole
+            name, or ``"all-linear"``, every ``nn.Linear`` but the output head.
+        exclude_modules: likewise; what it matches is left alone.
+        rank_pattern: ``{regular expression over the end of the name: r}``; the first that matches wins over ``r``.
+        alpha_pattern: likewise for ``lora_alpha``.
+        use_rslora: scale by ``lora_alpha / sqrt(r)`` (Kalajdzievski 2023) instead of ``lora_alpha / r``.
+        use_dora: weight-decomposed adapters (Liu et al., "DoRA", 2024).
+        bias: which biases train: ``"none"``, ``"all"`` of the model, or ``"lora_only"``, those of the replaced layers.
+        init_lora_weights: True (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal with deviation 1/r, B zero), or False
+            (both random: the adapter acts at once; for tests).
+        adapter_dtype: dtype of the adapters; None is fp32 over a 16-bit base and the base's dtype otherwise.
+
+    Raises:
+        InvalidArgumentError: a value outside what is said above.
+        InvalidTypeError: an ``adapter_dtype`` that is not a floating ``torch.dtype``.
+
+    Example:
+        >>> from lora_kernels import LoRAConfig
+        >>> LoRAConfig(r=16, target_modules=["q_proj", "v_proj"]).r
+        16
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: list[str] | tuple[str, ...] | set[str] | str | None = None
+    exclude_modules: list[str] | tuple[str, ...] | set[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    bias: str = "none"
+    init_lora_weights: bool | str = True
+    adapter_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        check_hyperparameters(self.r, self.lora_alpha, self.lora_dropout, self.init_lora_weights, self.adapter_dtype)
+        for rank in self.rank_pattern.values():
+            check_hyperparameters(rank, self.lora_alpha, self.lora_dropout, self.init_lora_weights, self.adapter_dtype)
+        for alpha in self.alpha_pattern.values():
+            check_hyperparameters(self.r, alpha, self.lora_dropout, self.init_lora_weights, self.adapter_dtype)
+        if self.bias not in BIAS_CHOICES:
+            raise InvalidArgumentError(f"bias={self.bias!r} was given: it must be one of {BIAS_CHOICES}.")
+        patterns = {**self.rank_pattern, **self.alpha_pattern}
+        strings = [s for s in (self.target_modules, self.exclude_modules) if isinstance(s, str)]
+        for expression in [*patterns, *strings]:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise InvalidArgumentError(
+                    f"{expression!r} is not a regular expression ({error}); mend it, or give a list of module names."
+                ) from error
+
+
+def check_hyperparameters(
+    r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str, adapter_dtype: torch.dtype | None
+) -> None:
+    """Raises one sentence for the first value that a LoRA layer cannot have."""
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise InvalidArgumentError(f"r={r!r} was given: the rank must be an integer of at least 1, such as 8 or 16.")
+    if not _is_number(lora_alpha) or not lora_alpha >= 0 or math.isinf(lora_alpha):
+        raise InvalidArgumentError(
+            f"lora_alpha={lora_alpha!r} was given: it must be a finite number that is not negative, often r or 2 r."
+        )
+    if not _is_number(lora_dropout) or not 0 <= lora_dropout < 1:
+        raise InvalidArgumentError(
+            f"lora_dropout={lora_dropout!r} was given: it must lie in [0, 1). Use 0.0 to switch dropout off."
+        )
+    if not isinstance(init_lora_weights, (bool, str)) or init_lora_weights not in INIT_CHOICES:
+        raise InvalidArgumentError(
+            f"init_lora_weights={init_lora_weights!r} was given: it must be one of {INIT_CHOICES}. Other "
+            "initialisations can be copied into lora_A and lora_B once the layer is made."
+        )
+    if adapter_dtype is not None and adapter_dtype not in ADAPTER_DTYPES:
+        raise InvalidTypeError(
+            f"adapter_dtype={adapter_dtype!r} was given: it must be torch.float16, torch.bfloat16, torch.float32, "
+            "torch.float64, or None for fp32 over a 16-bit base and the base's dtype otherwise."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rank-stabilised LoRA."""
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+def pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    """The value of the first key that matches the end of the dotted ``name`` as a regular expression, else ``default``."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)

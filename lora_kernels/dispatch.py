@@ -1,0 +1,228 @@
+"""Which backend runs a problem, and why not each other one.
+
+The choice is: the call's ``backend=`` argument, else the innermost ``use_backend``, else the environment variable
+``LORA_KERNELS_BACKEND``, else automatic: the first backend of ``ORDER`` that can run the problem. A choice that was
+named never falls back: it raises with every backend's reasons. The automatic choice never fails on a valid problem.
+The choice rests on facts that a compiled graph holds fixed (device type and dtype); what depends on sizes is decided
+inside the operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import env
+from .errors import BackendUnavailableError, InvalidArgumentError, InvalidTypeError
+
+__all__ = ["ORDER", "Backend", "Explanation", "Problem", "backend", "explain", "select", "use_backend"]
+
+ORDER = ("triton", "eager")
+COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_loaded: dict[str, Backend] = {}
+_requested: ContextVar[str | None] = ContextVar("lora_kernels_backend", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a backend is asked to run. ``device_type`` and ``dtype`` (the compute dtype) decide; the rest informs.
+
+    Example:
+        >>> import torch
+        >>> from lora_kernels.dispatch import Problem
+        >>> Problem("cpu", torch.float32, in_features=64, out_features=32, r=4).dtype
+        torch.float32
+    """
+
+    device_type: str
+    dtype: torch.dtype
+    in_features: int | None = None
+    out_features: int | None = None
+    r: int | None = None
+    dropout_p: float = 0.0
+
+    @property
+    def problem(self) -> Problem:
+        """Itself: ``explain`` takes a layer or a problem, and both answer to this name."""
+        return self
+
+
+class Backend(Protocol):
+    """One way to run the six operators of ``ops.py``. A backend is a module-level object; it holds no state."""
+
+    name: str
+
+    def why_not(self, problem: Problem) -> list[str]:
+        """Sentences that say why this backend cannot run ``problem`` here, each with a remedy; empty if it can."""
+
+    def why_not_automatic(self, problem: Problem) -> list[str]:
+        """Reasons why it can run ``problem`` but is not to be chosen unless it is named; mostly empty."""
+
+    def describe(self, problem: Problem) -> str:
+        """One sentence: how it runs ``problem``, and what a user should know of it."""
+
+    def register(self) -> None:
+        """Imports the operators and registers them (``ops.register``); ``ops.operators(name)`` then has them."""
+
+    def dropout_state(self, x: Tensor, p: float) -> Tensor:
+        """Draws, from torch's generator of x's device, what regenerates the (M, K) mask of x: see ``ops.py``."""
+
+
+def backend(name: str) -> Backend:
+    """The backend called ``name``.
+
+    Raises:
+        InvalidArgumentError: there is no backend of that name.
+    """
+    found = _loaded.get(name)
+    if found is None:
+        if name not in ORDER:
+            raise InvalidArgumentError(
+                f"backend {name!r} is not known: the backends are {', '.join(map(repr, ORDER))}. Name one of them, "
+                "or leave the choice automatic with backend=None."
+            )
+        found = _loaded[name] = import_module(f"{__package__}.backends.{name}").BACKEND
+    return found
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within the ``with`` block, run ``name`` wherever a call does not name a backend itself; None means automatic.
+
+    Holds for the current thread or asyncio task (a ``ContextVar``). A graph that ``torch.compile`` has captured keeps
+    the backend that it was captured with.
+
+    Raises:
+        InvalidArgumentError: there is no backend of that name.
+
+    Example:
+        >>> import torch, lora_kernels
+        >>> layer = lora_kernels.FusedLoRALinear(4, 3, r=2)
+        >>> with lora_kernels.use_backend("eager"):
+        ...     layer(torch.zeros(5, 4)).shape
+        torch.Size([5, 3])
+    """
+    if name is not None:
+        backend(name)
+    token = _requested.set(name or "automatic")
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def requested(argument: str | None = None) -> tuple[str | None, str]:
+    """The name that was asked for (None: automatic) and where: argument, context, environment or nowhere."""
+    if argument is not None:
+        return argument, f"the argument backend={argument!r}"
+    context = _requested.get()
+    if context is not None:
+        return (None, "use_backend(None)") if context == "automatic" else (context, f"use_backend({context!r})")
+    variable = env.backend_from_environment()
+    if variable is not None:
+        return variable, f"the environment variable {env.BACKEND_VARIABLE}={variable}"
+    return None, "the automatic choice"
+
+
+_choices: dict[tuple[str, torch.dtype, str | None], str] = {}
+
+
+def select(device_type: str, dtype: torch.dtype, argument: str | None = None) -> str:
+    """The name of the backend that runs such a problem; the answer is remembered per device type, dtype and request.
+
+    Raises:
+        BackendUnavailableError: a backend was named that cannot run it; the message holds every backend's reasons.
+        InvalidArgumentError: a backend was named that does not exist.
+        InvalidTypeError: the dtype is not one of fp16, bf16, fp32, fp64.
+    """
+    key = (device_type, dtype, requested(argument)[0])
+    choice = _choices.get(key)
+    if choice is None:
+        choice = _choose(Problem(device_type, dtype), argument)
+        backend(choice).register()
+        _choices[key] = choice
+    return choice
+
+
+def _choose(problem: Problem, argument: str | None) -> str:
+    if problem.dtype not in COMPUTE_DTYPES:
+        raise InvalidTypeError(
+            f"dtype {problem.dtype} was given: LoRA runs in torch.float16, torch.bfloat16, torch.float32 or "
+            "torch.float64. Convert the tensors to one of them."
+        )
+    name, source = requested(argument)
+    if name is None:
+        return next(n for n in ORDER if not _automatic_reasons(backend(n), problem))
+    if reasons := backend(name).why_not(problem):
+        others = [f"{n!r}: {' '.join(backend(n).why_not(problem)) or 'available.'}" for n in ORDER if n != name]
+        raise BackendUnavailableError(
+            f"backend {name!r}, named by {source}, cannot run here: {' '.join(reasons)} The others: {' '.join(others)}"
+        )
+    return name
+
+
+def _automatic_reasons(candidate: Backend, problem: Problem) -> list[str]:
+    return candidate.why_not(problem) or candidate.why_not_automatic(problem)
+
+
+class HasProblem(Protocol):
+    """A layer or a :class:`Problem`."""
+
+    @property
+    def problem(self) -> Problem: ...
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` returns: ``print`` it for people, read its fields in programs.
+
+    Attributes:
+        problem: what was asked about.
+        backend: the name of the backend that runs it.
+        source: where the choice came from.
+        description: how that backend runs it.
+        reasons: for each other backend, the sentences that say why it does not run; empty: it could, if it were named.
+    """
+
+    problem: Problem
+    backend: str
+    source: str
+    description: str
+    reasons: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend}: runs, by {self.source}. {self.description}"]
+        for name, reasons in self.reasons.items():
+            lines.append(f"{name}: {' '.join(reasons) or f'could run; {self.backend} comes first.'}")
+        return "\n".join(lines)
+
+
+def explain(layer_or_problem: HasProblem) -> Explanation:
+    """Which backend runs this layer or :class:`Problem` under the current choice, and why each other one does not.
+
+    Raises:
+        BackendUnavailableError: the named backend cannot run it, as the call itself would raise.
+
+    Example:
+        >>> import lora_kernels
+        >>> lora_kernels.explain(lora_kernels.FusedLoRALinear(8, 8, r=2)).backend
+        'eager'
+    """
+    problem = layer_or_problem.problem
+    name = _choose(problem, None)
+    chosen: Callable[[str], Backend] = backend
+    return Explanation(
+        problem=problem,
+        backend=name,
+        source=requested()[1],
+        description=chosen(name).describe(problem),
+        reasons={other: _automatic_reasons(chosen(other), problem) for other in ORDER if other != name},
+    )

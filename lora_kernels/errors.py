@@ -1,0 +1,36 @@
+"""The one exception family of the package. Every message is a sentence: what was given, what is allowed, what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendUnavailableError",
+    "InvalidArgumentError",
+    "InvalidTypeError",
+    "LoRAKernelsError",
+    "LoRAStateError",
+    "UnsupportedTransformError",
+]
+
+
+class LoRAKernelsError(Exception):
+    """Base of every error that ``lora_kernels`` raises on purpose."""
+
+
+class InvalidArgumentError(LoRAKernelsError, ValueError):
+    """A value that is not allowed: a shape, a rank, a probability, a name that matches nothing."""
+
+
+class InvalidTypeError(LoRAKernelsError, TypeError):
+    """A dtype, device or object kind that is not allowed."""
+
+
+class BackendUnavailableError(LoRAKernelsError, RuntimeError):
+    """The backend that was asked for cannot run this problem here; the message holds every reason."""
+
+
+class LoRAStateError(LoRAKernelsError, RuntimeError):
+    """The layer or model is not in the state that the call needs (merged already, replaced already, ...)."""
+
+
+class UnsupportedTransformError(LoRAKernelsError, RuntimeError):
+    """A function transform (``torch.func``, ``vmap``, a double backward) that has no correct answer here."""

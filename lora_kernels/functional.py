@@ -1,0 +1,182 @@
+"""``lora_linear``: validation, autocast, dropout's draw and the choice of backend; then one call into autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .autograd import LoRALinearFunction, forward_only
+from .dispatch import COMPUTE_DTYPES, backend, select
+from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedTransformError
+
+__all__ = ["apply", "check_dropout_p", "lora_linear"]
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""A linear layer with a low-rank (LoRA) branch.
+
+    .. math:: y = x W^\top + b + s\,(\mathrm{drop}_p(x) A^\top) B^\top
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), eq. 3; dropout acts on the branch's
+    input alone, as in PEFT. Differentiable in ``x``, ``weight``, ``lora_a``, ``lora_b`` and ``bias``; only what requires a
+    gradient is computed and saved.
+
+    Args:
+        x: (..., K), fp16, bf16, fp32 or fp64; any number of leading dimensions, any strides.
+        weight: (N, K), x's dtype.
+        lora_a: (R, K), any of these dtypes; rounded to the compute dtype at the product.
+        lora_b: (N, R), likewise.
+        bias: (N,) or None, likewise.
+        scaling: s, usually ``lora_alpha / r``.
+        dropout_p: probability p in [0, 1) of dropping an element of x from the branch; kept ones are scaled by 1/(1-p).
+        training: dropout acts only where this is True.
+        backend: ``"triton"``, ``"eager"``, or None for ``use_backend``, the environment, else the automatic choice.
+
+    Returns:
+        (..., N) in x's dtype. Under autocast, x, weight and bias are cast to autocast's dtype (fp64 is not), and so is y.
+
+    Raises:
+        InvalidArgumentError: shapes that do not fit (all of them are told), p outside [0, 1), an unknown backend.
+        InvalidTypeError: a dtype that is not floating, x and weight of different dtypes, tensors on different devices.
+        BackendUnavailableError: the backend that was named cannot run here.
+        UnsupportedTransformError: called under ``torch.func`` or ``vmap``.
+
+    Example:
+        >>> import torch
+        >>> from lora_kernels import lora_linear
+        >>> x, weight = torch.ones(2, 3), torch.ones(4, 3)
+        >>> lora_a, lora_b = torch.ones(1, 3), torch.ones(4, 1)
+        >>> lora_linear(x, weight, lora_a, lora_b, scaling=0.5)
+        tensor([[4.5000, 4.5000, 4.5000, 4.5000],
+                [4.5000, 4.5000, 4.5000, 4.5000]])
+    """
+    check_dropout_p(dropout_p)
+    return apply(x, weight, lora_a, lora_b, bias, scaling, dropout_p if training else 0.0, backend)
+
+
+def apply(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    p: float,
+    backend_name: str | None,
+) -> Tensor:
+    """:func:`lora_linear` for a p that is known to be valid, 0 where dropout does not act."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        compute = _autocast_dtype(x, device_type)
+        with torch.autocast(device_type, enabled=False):
+            x = x.to(compute)
+            # The cast of W is made again in backward rather than saved; so its dtype may differ from x's here.
+            return _run(x, weight, lora_a, lora_b, bias, scaling, p, backend_name, autocast=True)
+    return _run(x, weight, lora_a, lora_b, bias, scaling, p, backend_name, autocast=False)
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    p: float,
+    backend_name: str | None,
+    autocast: bool,
+) -> Tensor:
+    _check(x, weight, lora_a, lora_b, bias, autocast)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._are_functorch_transforms_active():
+        raise UnsupportedTransformError(
+            "lora_linear was called under torch.func or vmap, which are not supported: its kernels have no batching "
+            "rules. Call it on the whole batch (it takes any number of leading dimensions), or use "
+            "lora_kernels.reference.forward, which is plain PyTorch."
+        )
+    choose = _select_constant if compiling else select
+    name = choose(x.device.type, x.dtype, backend_name)
+    state = backend(name).dropout_state(x.reshape(-1, x.shape[-1]), p) if p > 0.0 else None
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or lora_a.requires_grad
+        or lora_b.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        out: Tensor = LoRALinearFunction.apply(x, weight, lora_a, lora_b, bias, scaling, p, state, name)
+        return out
+    return forward_only(x, weight, lora_a, lora_b, bias, scaling, p, state, name)
+
+
+# A compiled graph holds the choice that was made when it was captured.
+_select_constant = torch.compiler.assume_constant_result(lambda device, dtype, name: select(device, dtype, name))
+
+
+def _autocast_dtype(x: Tensor, device_type: str) -> torch.dtype:
+    return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
+
+
+def check_dropout_p(p: float) -> None:
+    """Raises unless 0 <= p < 1."""
+    if not 0.0 <= p < 1.0:
+        raise InvalidArgumentError(
+            f"dropout probability {p} was given: it must lie in [0, 1). Use 0.0 to switch dropout off."
+        )
+
+
+def _check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, autocast: bool) -> None:
+    """The quick test of what may be run; the sentence is composed only where something is wrong."""
+    shape = weight.shape
+    device = x.device
+    if not (
+        weight.dim() == lora_a.dim() == lora_b.dim() == 2
+        and x.dim() >= 1
+        and x.shape[-1] == shape[1] == lora_a.shape[1]
+        and lora_b.shape[0] == shape[0]
+        and lora_b.shape[1] == lora_a.shape[0] >= 1
+        and (bias is None or bias.shape == shape[:1])
+    ):
+        raise InvalidArgumentError(_shape_sentence(x, weight, lora_a, lora_b, bias))
+    if not (device == weight.device == lora_a.device == lora_b.device and (bias is None or bias.device == device)):
+        tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
+        listed = ", ".join(f"{name} on {t.device}" for name, t in tensors.items() if t is not None)
+        raise InvalidTypeError(f"tensors on different devices were given: {listed}. Move all of them to one device.")
+    if (
+        (x.dtype != weight.dtype and not autocast)
+        or x.dtype not in COMPUTE_DTYPES
+        or not (weight.dtype.is_floating_point and lora_a.dtype.is_floating_point and lora_b.dtype.is_floating_point)
+        or (bias is not None and not bias.dtype.is_floating_point)
+    ):
+        raise InvalidTypeError(_dtype_sentence(x, weight, lora_a, lora_b, bias))
+
+
+def _shape_sentence(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> str:
+    shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, lora_a {tuple(lora_a.shape)}, lora_b {tuple(lora_b.shape)}"
+    if bias is not None:
+        shapes += f", bias {tuple(bias.shape)}"
+    return (
+        f"shapes that do not fit were given: {shapes}. They must be x (..., K), weight (N, K), lora_a (R, K), "
+        "lora_b (N, R) with R >= 1, and bias (N,) or None; make K, N and R agree in all of them."
+    )
+
+
+def _dtype_sentence(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> str:
+    dtypes = f"x {x.dtype}, weight {weight.dtype}, lora_a {lora_a.dtype}, lora_b {lora_b.dtype}"
+    if bias is not None:
+        dtypes += f", bias {bias.dtype}"
+    return (
+        f"dtypes that cannot run together were given: {dtypes}. All must be floating (torch.float16, torch.bfloat16, "
+        "torch.float32, torch.float64), and x and weight must share one dtype; lora_a, lora_b and bias may differ. "
+        "Convert x with x.to(weight.dtype), or run under torch.autocast."
+    )

@@ -1,0 +1,121 @@
+"""The executable specification: LoRA's forward and gradients in plain PyTorch, for any floating dtype.
+
+Dimensions: ``M`` tokens, ``K`` in_features, ``N`` out_features, ``R`` rank. With ``D = mask / (1 - p)`` (or 1 without
+dropout), ``s = scaling`` and ``*`` the element-wise product::
+
+    h     = (x * D) Aᵀ                    (M, R)
+    y     = x Wᵀ + bias + s h Bᵀ          (M, N)
+
+    dh    = s dy B                        (M, R)
+    dx    = dy W + D * (dh A)             (M, K)
+    da    = dhᵀ (x * D)                   (R, K)
+    db    = s dyᵀ h                       (N, R)
+    dw    = dyᵀ x                         (N, K)
+    dbias = Σ_m dy                        (N,)
+
+Every fast path is measured against these functions in float64. They are themselves differentiable, so they also serve
+double backward. Source of the formula: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), eq. 3.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Gradients", "backward", "drop", "forward", "philox_keep_mask"]
+
+
+class Gradients(NamedTuple):
+    """What :func:`backward` returns; the names are the formulas' names."""
+
+    dx: Tensor
+    dw: Tensor
+    da: Tensor
+    db: Tensor
+    dbias: Tensor
+
+
+def drop(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """``x * mask / (1 - p)`` for a boolean ``mask`` of x's shape (True keeps); ``x`` itself for ``mask=None``."""
+    return x if mask is None else x * mask.to(x.dtype) * (1.0 / (1.0 - p))
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    mask: Tensor | None = None,
+    p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """``(y, h)`` for x (M, K), weight (N, K), lora_a (R, K), lora_b (N, R), bias (N,) or None, mask (M, K) bool or None.
+
+    All tensors share one dtype; nothing is rounded beyond what that dtype's products round.
+    """
+    h = drop(x, mask, p) @ lora_a.t()
+    y = x @ weight.t() + scaling * (h @ lora_b.t())
+    return (y if bias is None else y + bias), h
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float = 1.0,
+    mask: Tensor | None = None,
+    p: float = 0.0,
+) -> Gradients:
+    """All five gradients for dy (M, N), by the module's formulas; arguments as in :func:`forward`."""
+    dropped = drop(x, mask, p)
+    h = dropped @ lora_a.t()
+    dh = scaling * (dy @ lora_b)
+    return Gradients(
+        dx=dy @ weight + drop(dh @ lora_a, mask, p),
+        dw=dy.t() @ x,
+        da=dh.t() @ dropped,
+        db=scaling * (dy.t() @ h),
+        dbias=dy.sum(0),
+    )
+
+
+def philox_keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
+    """The dropout mask that the kernels draw, bit for bit: bool (rows, columns), True where the element is kept.
+
+    Philox4x32 with 7 rounds (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011; 7 rounds pass BigCrush).
+    ``seed`` is int64 (2,): ``seed[0]`` is the 64-bit key, ``seed[1]`` the stream (counter words 2 and 3). One call
+    covers eight consecutive elements of a row: counter words 0 and 1 are the 64-bit index
+    ``g = row * ceil(columns / 8) + column // 8``; element ``j = column % 8`` takes the low (j even) or high (j odd)
+    16 bits of output word ``j // 2``. An element is kept where those 16 bits are >= ``round(65536 p)``.
+    """
+    groups = -(-columns // 8)
+    index = np.arange(rows, dtype=np.uint64)[:, None] * np.uint64(groups) + np.arange(groups, dtype=np.uint64)[None, :]
+    low, thirty_two = np.uint64(0xFFFFFFFF), np.uint64(32)
+    key, stream = (np.uint64(int(s) % 2**64) for s in seed.tolist())
+    c0, c1 = index & low, index >> thirty_two
+    c2, c3 = np.full_like(index, stream & low), np.full_like(index, stream >> thirty_two)
+    k0, k1 = key & low, key >> thirty_two
+    for _ in range(7):
+        product0, product1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (
+            (product1 >> thirty_two) ^ c1 ^ k0,
+            product1 & low,
+            (product0 >> thirty_two) ^ c3 ^ k1,
+            product0 & low,
+        )
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
+    words = np.stack([c0, c1, c2, c3], axis=-1)
+    halves = np.stack([words & np.uint64(0xFFFF), words >> np.uint64(16)], axis=-1)
+    bits = halves.reshape(rows, groups * 8)[:, :columns]
+    return torch.from_numpy(bits >= np.uint64(dropout_threshold(p))).to(seed.device)
+
+
+def dropout_threshold(p: float) -> int:
+    """``round(65536 p)``, at most 65535: the 16-bit value below which an element is dropped."""
+    return min(round(p * 65536), 65535)

@@ -1,0 +1,103 @@
+"""The choice of backend: argument > context > environment > automatic, reasons for the others, no silent fall-back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import lora_kernels
+from lora_kernels import FusedLoRALinear, dispatch, explain, lora_linear, use_backend
+from lora_kernels.dispatch import Problem
+from lora_kernels.errors import BackendUnavailableError, InvalidArgumentError, InvalidTypeError
+
+CPU = Problem("cpu", torch.float32, 8, 8, 2)
+
+
+@pytest.fixture(autouse=True)
+def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_choices", {})
+    monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
+
+
+def test_automatic_on_the_cpu_is_never_the_interpreter() -> None:
+    assert dispatch.select("cpu", torch.float32) == "eager"
+    assert explain(CPU).reasons["triton"]
+
+
+def test_argument_beats_context_beats_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_KERNELS_BACKEND", "no-such")
+    with pytest.raises(InvalidArgumentError, match="no-such"):
+        dispatch.select("cpu", torch.float32)
+    with use_backend("eager"):
+        assert dispatch.select("cpu", torch.float32) == "eager"
+        with use_backend(None):
+            assert dispatch.requested() == (None, "use_backend(None)")
+        assert dispatch.requested("triton")[0] == "triton"
+        assert dispatch.requested()[0] == "eager"
+    assert dispatch.requested()[0] == "no-such"
+
+
+def test_context_is_left_after_an_error() -> None:
+    with pytest.raises(RuntimeError, match="within"), use_backend("eager"):
+        raise RuntimeError("within")
+    assert dispatch.requested()[0] is None
+
+
+def test_context_holds_for_its_own_thread() -> None:
+    seen: list[str | None] = []
+    with use_backend("eager"):
+        thread = threading.Thread(target=lambda: seen.append(dispatch.requested()[0]))
+        thread.start()
+        thread.join()
+    assert seen == [None]
+
+
+def test_unknown_names_are_refused_at_once() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"'cuda'.*'triton', 'eager'"), use_backend("cuda"):
+        pass
+
+
+def test_a_named_backend_never_falls_back() -> None:
+    """float64 has no Triton kernels: naming Triton raises with every backend's reasons, and nothing runs instead."""
+    i = [torch.ones(2, 3, dtype=torch.float64), torch.ones(4, 3, dtype=torch.float64)]
+    ab = [torch.ones(1, 3, dtype=torch.float64), torch.ones(4, 1, dtype=torch.float64)]
+    with pytest.raises(BackendUnavailableError, match=r"'triton', named by the argument.*float64.*'eager'"):
+        lora_linear(*i, *ab, backend="triton")
+
+
+def test_automatic_never_fails_on_a_valid_problem() -> None:
+    for dtype in dispatch.COMPUTE_DTYPES:
+        assert dispatch.select("cpu", dtype) in dispatch.ORDER
+    with pytest.raises(InvalidTypeError, match=r"torch\.int32"):
+        dispatch.select("cpu", torch.int32)
+
+
+def test_explain_takes_layers_and_problems() -> None:
+    by_layer = explain(FusedLoRALinear(8, 8, r=2))
+    assert by_layer.backend == explain(CPU).backend == "eager"
+    assert by_layer.source == "the automatic choice"
+    assert "triton: " in str(by_layer)
+    assert "\n" in str(by_layer)
+    with use_backend("eager"):
+        assert explain(CPU).source == "use_backend('eager')"
+
+
+def test_every_reason_names_a_remedy_or_a_fact() -> None:
+    for name in dispatch.ORDER:
+        for problem in (CPU, Problem("cuda", torch.float32), Problem("cpu", torch.float64), Problem("mps", torch.float16)):
+            reasons = dispatch.backend(name).why_not(problem) + dispatch.backend(name).why_not_automatic(problem)
+            assert all(reason.endswith(".") and len(reason.split()) > 4 for reason in reasons)
+            assert len(dispatch.backend(name).describe(problem).split()) > 4
+
+
+def test_environment_in_a_fresh_process() -> None:
+    code = "import lora_kernels as lk; print(lk.explain(lk.FusedLoRALinear(4, 4, r=1)).source)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"LORA_KERNELS_BACKEND": "eager"}, check=True,
+        cwd=lora_kernels.__path__[0] + "/..",
+    )  # fmt: skip
+    assert "LORA_KERNELS_BACKEND=eager" in done.stdout

@@ -1,0 +1,153 @@
+"""``lora_linear``: bad input gets a sentence; autocast; what the arguments mean."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cases import BACKENDS, Case, expected, make
+from lora_kernels import LoRAKernelsError, lora_linear
+from lora_kernels.errors import InvalidArgumentError, InvalidTypeError
+from numerics import check, same_bits
+
+
+def _tensors(**changed: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
+    plain = {
+        "x": torch.randn(5, 6),
+        "weight": torch.randn(4, 6),
+        "lora_a": torch.randn(2, 6),
+        "lora_b": torch.randn(4, 2),
+        "bias": torch.randn(4),
+    }
+    return plain | changed
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"x": torch.randn(5, 7)},
+        {"x": torch.tensor(1.0)},
+        {"weight": torch.randn(6, 4)},
+        {"weight": torch.randn(4)},
+        {"lora_a": torch.randn(3, 6)},
+        {"lora_a": torch.randn(2, 5)},
+        {"lora_a": torch.empty(0, 6), "lora_b": torch.empty(4, 0)},
+        {"lora_b": torch.randn(2, 4)},
+        {"bias": torch.randn(5)},
+        {"bias": torch.randn(4, 1)},
+    ],
+    ids=lambda wrong: ",".join(f"{name}{list(t.shape)}" for name, t in wrong.items()),
+)
+def test_shapes_that_do_not_fit_are_all_told(wrong: dict[str, torch.Tensor]) -> None:
+    tensors = _tensors(**wrong)
+    with pytest.raises(InvalidArgumentError) as caught:
+        lora_linear(**tensors)
+    for name, tensor in tensors.items():
+        assert f"{name} {tuple(tensor.shape)}" in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"x": torch.ones(5, 6, dtype=torch.int64)},
+        {"x": torch.ones(5, 6, dtype=torch.complex64)},
+        {"x": torch.ones(5, 6, dtype=torch.bfloat16)},
+        {"weight": torch.ones(4, 6, dtype=torch.float16)},
+        {"weight": torch.ones(4, 6, dtype=torch.int8)},
+        {"lora_a": torch.ones(2, 6, dtype=torch.int32)},
+        {"lora_b": torch.ones(4, 2, dtype=torch.complex64)},
+        {"bias": torch.ones(4, dtype=torch.int64)},
+        {"x": torch.ones(5, 6).to(torch.float8_e4m3fn), "weight": torch.ones(4, 6).to(torch.float8_e4m3fn)},
+    ],
+    ids=lambda wrong: ",".join(f"{name}:{t.dtype}" for name, t in wrong.items()),
+)
+def test_dtypes_that_cannot_run_are_told(wrong: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(InvalidTypeError, match=r"x torch\..*weight torch\.") as caught:
+        lora_linear(**_tensors(**wrong))
+    assert isinstance(caught.value, TypeError)
+
+
+def test_tensors_on_different_devices_are_told() -> None:
+    with pytest.raises(InvalidTypeError, match="lora_b on meta"):
+        lora_linear(**_tensors(lora_b=torch.empty(4, 2, device="meta")))
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, math.nan])
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_outside_its_range(p: float, training: bool) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"\[0, 1\)"):
+        lora_linear(**_tensors(), dropout_p=p, training=training)
+
+
+def test_a_backend_that_is_not_there() -> None:
+    with pytest.raises(InvalidArgumentError, match="'eager'"):
+        lora_linear(**_tensors(), backend="cutlass")
+
+
+def test_every_error_is_of_one_family() -> None:
+    with pytest.raises(LoRAKernelsError):
+        lora_linear(**_tensors(bias=torch.randn(5)))
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_autocast(backend: str, device: str, x_dtype: torch.dtype) -> None:
+    """y in autocast's dtype, gradients in the parameters'; equal to casting by hand; W's cast is not kept."""
+    i = make(Case(), device)
+    x = i.x.detach().to(x_dtype).requires_grad_()
+    saved: list[torch.dtype] = []
+    with (
+        torch.autocast(device, torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((t.shape, t.dtype)) or t, lambda t: t),
+    ):
+        y = lora_linear(x, i.weight, i.lora_a, i.lora_b, i.bias, 0.5, backend=backend)
+    assert y.dtype == torch.bfloat16
+    assert (i.weight.shape, torch.float32) in saved
+    assert (i.weight.shape, torch.bfloat16) not in saved
+    gradients = torch.autograd.grad(y, (x, i.lora_a, i.lora_b, i.bias), i.dy.bfloat16())
+    assert [g.dtype for g in gradients] == [x_dtype, torch.float32, torch.float32, torch.float32]
+
+    x16 = x.detach().bfloat16().requires_grad_()
+    by_hand = lora_linear(x16, i.weight.bfloat16(), i.lora_a, i.lora_b, i.bias, 0.5, backend=backend)
+    assert same_bits(y.detach(), by_hand.detach())
+    expected_gradients = torch.autograd.grad(by_hand, (x16, i.lora_a, i.lora_b, i.bias), i.dy.bfloat16())
+    for ours, other in zip(gradients, expected_gradients, strict=True):
+        assert same_bits(ours, other.to(ours.dtype))
+
+
+def test_autocast_leaves_float64_and_disabled_regions_alone() -> None:
+    i = make(Case(dtype=torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lora_linear(i.x, i.weight, i.lora_a, i.lora_b).dtype == torch.float64
+    i = make(Case())
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        assert lora_linear(i.x, i.weight, i.lora_a, i.lora_b).dtype == torch.float32
+
+
+def test_autocast_casts_mixed_base_dtypes() -> None:
+    i = make(Case())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(i.x.detach().half(), i.weight, i.lora_a, i.lora_b)
+        assert y.dtype == F.linear(i.x.detach().half(), i.weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_bias_of_another_dtype(backend: str, device: str) -> None:
+    case = Case(dtype=torch.bfloat16)
+    i = make(case, device)
+    bias = i.bias.detach().float().requires_grad_()
+    y = lora_linear(i.x, i.weight, i.lora_a, i.lora_b, bias, case.scaling, backend=backend)
+    (dbias,) = torch.autograd.grad(y, bias, i.dy)
+    exact, yardstick = expected(case, i, None, torch.float64), expected(case, i, None, case.dtype)
+    check("y", y, exact["y"], yardstick["y"], case.dtype)
+    assert dbias.dtype == torch.float32
+    check("dbias", dbias, exact["dbias"], yardstick["dbias"], case.dtype)
+
+
+def test_scaling_zero_is_the_base_layer() -> None:
+    t = _tensors()
+    assert torch.equal(lora_linear(**t, scaling=0.0), F.linear(t["x"], t["weight"], t["bias"]))

@@ -1,0 +1,132 @@
+"""Forward and every gradient of every backend, through the public function, against float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from cases import BACKENDS, DOUBLE, MIXED, SHAPES, Case, expected, keep_mask, make, run
+from lora_kernels import lora_linear
+from numerics import check_all, same_bits
+
+BACKEND_IDS = [f"{name}-{device}" for name, device in BACKENDS]
+PLAIN = [pair for pair in BACKENDS if pair[0] != "triton"]  # the backends that take float64
+every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS, ids=BACKEND_IDS)
+
+
+@every_backend
+@pytest.mark.parametrize("case", SHAPES + MIXED, ids=str)
+def test_against_float64(case: Case, backend: str, device: str) -> None:
+    inputs = make(case, device)
+    actual = run(case, inputs, backend)
+    mask = keep_mask(case, inputs, backend)
+    check_all(actual, expected(case, inputs, mask, torch.float64), expected(case, inputs, mask, case.dtype), case.dtype)
+
+
+@pytest.mark.parametrize(("backend", "device"), PLAIN)
+@pytest.mark.parametrize("case", DOUBLE, ids=str)
+def test_double_against_float64(case: Case, backend: str, device: str) -> None:
+    inputs = make(case, device)
+    actual = run(case, inputs, backend)
+    mask = keep_mask(case, inputs, backend)
+    exact = expected(case, inputs, mask, torch.float64)
+    check_all(actual, exact, exact, torch.float32 if case.adapter_dtype else torch.float64)
+
+
+@every_backend
+@pytest.mark.parametrize("case", [Case(p=0.3), Case(dtype=torch.bfloat16, adapter_dtype=torch.float32)], ids=str)
+def test_dtypes_and_shapes_of_results(case: Case, backend: str, device: str) -> None:
+    i = make(case, device)
+    out = run(case, i, backend)
+    assert out["y"].dtype == i.x.dtype
+    for name, leaf in {"dx": i.x, "da": i.lora_a, "db": i.lora_b, "dbias": i.bias}.items():
+        assert (out[name].dtype, out[name].shape) == (leaf.dtype, leaf.shape)
+
+
+@every_backend
+def test_the_same_bits_twice(backend: str, device: str) -> None:
+    case = Case(m=70, dtype=torch.float16, p=0.2)
+    first, second = (run(case, make(case, device), backend) for _ in range(2))
+    assert all(same_bits(first[name], second[name]) for name in first)
+
+
+@every_backend
+def test_every_subset_of_gradients(backend: str, device: str) -> None:
+    """Each subset of {x, weight, lora_a, lora_b, bias} that needs a gradient gets the same one as all together."""
+    case = Case(m=9, k=12, n=10, r=2, p=0.25)
+    i = make(case, device)
+    names = ("x", "weight", "lora_a", "lora_b", "bias")
+
+    def gradients(subset: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        leaves = {name: getattr(i, name).detach().requires_grad_(name in subset) for name in names}
+        torch.manual_seed(1)
+        y = lora_linear(**leaves, scaling=0.5, dropout_p=case.p, training=True, backend=backend)
+        assert y.requires_grad == bool(subset)
+        y.backward(i.dy) if subset else None
+        assert all(leaves[name].grad is None for name in names if name not in subset)
+        return {name: leaves[name].grad for name in subset}
+
+    everything = gradients(names)
+    exact = expected(case, i, keep_mask(case, i, backend), torch.float64)
+    exact["dw"] = i.dy.double().t() @ i.x.detach().double()
+    yardstick = expected(case, i, keep_mask(case, i, backend), case.dtype) | {"dw": i.dy.t() @ i.x.detach()}
+    short = {"x": "dx", "weight": "dw", "lora_a": "da", "lora_b": "db", "bias": "dbias"}
+    check_all({short[n]: g for n, g in everything.items()}, exact, yardstick, case.dtype)
+    for size in range(5):
+        for subset in itertools.combinations(names, size):
+            for name, gradient in gradients(subset).items():
+                check_all({short[name]: gradient}, exact, yardstick, case.dtype)
+
+
+@every_backend
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_no_tokens(backend: str, device: str, p: float) -> None:
+    case = Case(m=0, p=p)
+    out = run(case, make(case, device), backend)
+    assert out["y"].shape == (0, case.n)
+    assert out["dx"].shape == (0, case.k)
+    assert all(not out[name].any() for name in ("da", "db", "dbias"))
+
+
+@every_backend
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3), (2, 0, 3), (1, 2, 1, 3)], ids=str)
+def test_any_number_of_leading_dimensions(backend: str, device: str, leading: tuple[int, ...]) -> None:
+    case = Case(m=6)
+    i = make(case, device)
+    x = torch.randn(*leading, case.k, device=device, requires_grad=True)
+    y = lora_linear(x, i.weight, i.lora_a, i.lora_b, i.bias, backend=backend)
+    assert y.shape == (*leading, case.n)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    flat = lora_linear(x.detach().reshape(-1, case.k), i.weight, i.lora_a, i.lora_b, i.bias, backend=backend)
+    assert same_bits(y.detach(), flat.detach().reshape(y.shape))
+
+
+@every_backend
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_values_are_never_hidden(backend: str, device: str, bad: float) -> None:
+    case = Case(m=20, bias=False)
+    i = make(case, device)
+    x = i.x.detach().clone()
+    x[3, 5] = bad
+    y = lora_linear(x, i.weight, i.lora_a, i.lora_b, backend=backend)
+    assert not torch.isfinite(y[3]).any()
+    assert torch.isfinite(y[[0, 1, 2, *range(4, 20)]]).all()
+    lora_b = i.lora_b.detach().clone()
+    lora_b[2, 1] = bad
+    y = lora_linear(i.x.detach(), i.weight, i.lora_a, lora_b, backend=backend)
+    assert not torch.isfinite(y[:, 2]).any()
+
+
+@every_backend
+def test_expanded_and_transposed_gradients_of_y(backend: str, device: str) -> None:
+    case = Case()
+    i = make(case, device)
+    for dy in (torch.ones((), device=device).expand(case.m, case.n), torch.randn(case.n, case.m, device=device).t()):
+        strided = make(case, device)
+        actual = run(case, strided.__class__(**{**strided.__dict__, "dy": dy}), backend)
+        same = run(case, strided.__class__(**{**strided.__dict__, "dy": dy.contiguous()}), backend)
+        exact = expected(case, i.__class__(**{**i.__dict__, "dy": dy}), None, torch.float64)
+        check_all(actual, exact, {name: value for name, value in same.items() if value is not None}, case.dtype)
