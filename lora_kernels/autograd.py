@@ -32,9 +32,8 @@ def forward_only(
     backend_name: str,
 ) -> Tensor:
     """y (..., N) for x (..., K): the operator without autograd around it, for when no gradient is due."""
-    x2 = x.reshape(-1, x.shape[-1])  # (M, K)
     ops = operators(backend_name)
-    y, _ = ops.forward(x2, weight.to(x.dtype), lora_a, lora_b, bias, scaling, p, state)
+    y, _ = ops.forward(_flatten(x), _as(weight, x.dtype), lora_a, lora_b, bias, scaling, p, state)
     return _unflatten(y, x.shape)
 
 
@@ -54,9 +53,8 @@ class LoRALinearFunction(torch.autograd.Function):
         state: Tensor | None,
         backend_name: str,
     ) -> Tensor:
-        x2 = x.reshape(-1, x.shape[-1])  # (M, K)
         ops = operators(backend_name)
-        y, h = ops.forward(x2, weight.to(x.dtype), lora_a, lora_b, bias, scaling, p, state)
+        y, h = ops.forward(_flatten(x), _as(weight, x.dtype), lora_a, lora_b, bias, scaling, p, state)
         need_x, need_weight, need_a, need_b, _ = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
             x if need_a or need_weight else None,
@@ -79,18 +77,18 @@ class LoRALinearFunction(torch.autograd.Function):
         need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
         x, weight, lora_a, lora_b, h, state = ctx.saved_tensors
         ops = operators(ctx.backend_name)
-        dy = dy.reshape(-1, dy.shape[-1])  # (M, N)
+        dy = _flatten(dy)  # (M, N)
         dx = dw = da = db = dbias = None
         if need_b:
             dh, db = ops.dh_db(dy, lora_b, h, ctx.scaling)
         elif need_x or need_a:
             dh = ops.dh(dy, lora_b, ctx.scaling)
         if need_x:
-            dx = ops.dx(dy, weight.to(dy.dtype), dh, lora_a, ctx.p, state).reshape(ctx.x_shape)
+            dx = _unflatten(ops.dx(dy, _as(weight, dy.dtype), dh, lora_a, ctx.p, state), ctx.x_shape)
         if need_a:
-            da = ops.da(dh, x.reshape(-1, x.shape[-1]), lora_a, ctx.p, state)
+            da = ops.da(dh, _flatten(x), lora_a, ctx.p, state)
         if need_weight:
-            dw = (dy.t() @ x.reshape(-1, x.shape[-1])).to(ctx.dtypes[0])
+            dw = (dy.t() @ _flatten(x)).to(ctx.dtypes[0])
         if need_bias:
             dbias = dy.sum(0, dtype=ctx.dtypes[1])
         return dx, dw, da, db, dbias, None, None, None, None
@@ -107,14 +105,14 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> _GradInputs:
             "lora_A.requires_grad_(True), or differentiate lora_kernels.reference.forward instead."
         )
     compute = dy.dtype
-    dy = dy.reshape(-1, dy.shape[-1])
+    dy = _flatten(dy)
     mask = None
     if state is not None:
         ops = operators(ctx.backend_name)
         mask = ops.mask(state, dy.shape[0], ctx.x_shape[-1], ctx.p)
     dx = dw = da = db = dbias = dh = dropped = None
     if x is not None:
-        x = x.reshape(-1, x.shape[-1])
+        x = _flatten(x)
         dropped = reference.drop(x, mask, ctx.p)
     if need_x or need_a:
         dh = ctx.scaling * (dy @ lora_b.to(compute))
@@ -134,7 +132,19 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> _GradInputs:
     return dx, dw, da, db, dbias, None, None, None, None
 
 
-def _unflatten(y: Tensor, x_shape: torch.Size) -> Tensor:
-    """y (M, N) with x's leading dimensions. ``_unsafe_view``, as in F.linear: autograd does not see a view, so the result
-    may be modified in place."""
-    return y if len(x_shape) == 2 else torch.ops.aten._unsafe_view.default(y, (*x_shape[:-1], y.shape[-1]))
+def _flatten(tensor: Tensor) -> Tensor:
+    """(..., F) as (M, F)."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _unflatten(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """(M, F) with the leading dimensions of ``shape``. ``_unsafe_view``, as in F.linear: autograd does not see a view, so the
+    result may be modified in place."""
+    if len(shape) == 2:
+        return matrix
+    return torch.ops.aten._unsafe_view.default(matrix, (*shape[:-1], matrix.shape[-1]))
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, without the microseconds of a call that changes nothing."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)

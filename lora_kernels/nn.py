@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -223,15 +223,17 @@ class FusedLoRALinear(nn.Linear):
         if self._base_weight is not None or not self._lora_enabled:
             return F.linear(input, self.weight if self._lora_enabled else self.base_weight, self.bias)
         p = self.lora_dropout if self.training else 0.0
-        if self.lora_magnitude_vector is not None:
-            return self._forward_dora(input, self.lora_magnitude_vector, p)
+        if self.use_dora:
+            return self._forward_dora(input, p)
         return apply(input, self.weight, self.lora_A, self.lora_B, self.bias, self.scaling, p, None)
 
-    def _forward_dora(self, x: Tensor, magnitude: Tensor, p: float) -> Tensor:
+    def _forward_dora(self, x: Tensor, p: float) -> Tensor:
         """y = g * (x Wᵀ + s h Bᵀ) + bias, g = magnitude / ‖W + s B A‖ by rows, the norm outside the graph.
 
         With dropout, as in PEFT: x Wᵀ + bias keeps the whole x, and what the adapter changes sees the dropped one.
         """
+        magnitude = self.lora_magnitude_vector
+        assert magnitude is not None
         gain = magnitude / self._row_norms().to(magnitude.dtype)
         dropped = F.dropout(x, p) if p > 0.0 else x
         adapted = apply(dropped, self.weight, self.lora_A, self.lora_B, None, self.scaling, 0.0, None)
@@ -254,7 +256,9 @@ class FusedLoRALinear(nn.Linear):
         )
 
     def _adapted(self, rows: Tensor | slice, dtype: torch.dtype) -> Tensor:
-        low_rank = self.lora_B[rows].to(dtype) @ self.lora_A.to(dtype)
+        """Rows of W + s B A in ``dtype``, under autocast too."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            low_rank = self.lora_B[rows].to(dtype) @ self.lora_A.to(dtype)
         return torch.add(self.base_weight[rows].to(dtype), low_rank, alpha=self.scaling)
 
     @torch.no_grad()
@@ -271,6 +275,11 @@ class FusedLoRALinear(nn.Linear):
     def base_weight(self) -> nn.Parameter:
         """The original, frozen weight (N, K), merged or not."""
         return self.weight if self._base_weight is None else self._base_weight
+
+    @property
+    def adapter(self) -> dict[str, nn.Parameter]:
+        """The adapter's Parameters by name: lora_A, lora_B and, with DoRA, lora_magnitude_vector."""
+        return {name: p for name, p in self.named_parameters(recurse=False) if name.startswith("lora_")}
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -350,12 +359,16 @@ class FusedLoRALinear(nn.Linear):
         if self._base_weight is not None:
             destination[prefix + "weight"] = self._base_weight if keep_vars else self._base_weight.detach()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def check_rank(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
+        """Raises ``InvalidArgumentError`` if the adapter under ``prefix`` in ``state_dict`` has another rank than this one."""
         if (own := state_dict.get(prefix + "lora_A")) is not None and own.shape[0] != self.r:
             raise InvalidArgumentError(
                 f"the state dict's {prefix}lora_A has rank {own.shape[0]}, and the layer has r={self.r}. Make the layer "
                 f"with r={own.shape[0]}, or leave the lora_ keys out and load with strict=False."
             )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.check_rank(state_dict, prefix)
         merged = self.merged
         if merged:
             self.unmerge()
@@ -389,6 +402,11 @@ def why_not_replaceable(module: nn.Module) -> str | None:
             f"{kind} is not a plain torch.nn.Linear, and its own behaviour would be lost. Replace it with an nn.Linear "
             "first, or exclude it."
         )
+    if "forward" in vars(module):
+        return (
+            f"{kind} has a forward of its own on the instance (accelerate's offloading does that), and it would be lost. Remove "
+            "it first, with accelerate.hooks.remove_hook_from_module for example."
+        )
     weight = module._parameters.get("weight")
     if weight is None:
         return f"{kind} computes its weight by a hook (weight_norm, spectral_norm, pruning): remove that first."
@@ -397,6 +415,8 @@ def why_not_replaceable(module: nn.Module) -> str | None:
             f"{kind} has a quantized weight ({type(weight.data).__name__}, {weight.dtype}): only fp16, bf16, fp32 and fp64 "
             "weights are supported. Dequantize it first."
         )
+    if type(weight.data).__name__ == "DTensor":
+        return f"{kind} has a sharded weight (DTensor): replace it first, then call parallelize_module or fully_shard."
     if weight.dim() != 2 or weight.shape != (module.out_features, module.in_features):
         return (
             f"{kind} has a weight of shape {tuple(weight.shape)} where ({module.out_features}, {module.in_features}) is "
