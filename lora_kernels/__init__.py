@@ -1,6 +1,6 @@
-"""LoRA layers at nearly the cost of the frozen ``nn.Linear``: fused kernels, a drop-in module, gradients that are checked.
+"""LoRA layers at nearly the cost of the frozen ``nn.Linear``: fused kernels, a drop-in module, checked gradients.
 
-``import lora_kernels`` loads no PyTorch, no Triton and no CUDA, and writes nothing; the names below load what they need.
+``import lora_kernels`` loads no PyTorch, no Triton and no CUDA, and writes nothing; the names load what they need.
 """
 
 from __future__ import annotations

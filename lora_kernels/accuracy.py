@@ -8,9 +8,9 @@ its values are finite and
 * its worst row's error, relative to the root mean square of the rows, is at most 3 x the yardstick's + eps,
 * its relative Frobenius error is below the ceiling of the compute dtype.
 
-Relative to the yardstick, for at small M and R cancellation makes fixed bounds unfair to correct code. A gradient that leaves
-in a coarser dtype than the compute dtype (16-bit adapters over an fp32 base) is judged, and its yardstick rounded, in that
-one. In float64 *exact* is no more exact than the result: there the ceiling alone holds, for rows too.
+Relative to the yardstick, for at small M and R cancellation makes fixed bounds unfair to correct code. A gradient that
+leaves in a coarser dtype than the compute dtype (16-bit adapters over an fp32 base) is judged, and its yardstick
+rounded, in that one. In float64 *exact* is no more exact than the result: there the ceiling alone holds, for rows too.
 """
 
 from __future__ import annotations
@@ -116,13 +116,13 @@ def run_reference(
 ) -> dict[str, Tensor]:
     """The ``OUTPUTS`` by the reference in ``dtype``, the adapters and bias first rounded to x's dtype.
 
-    With float64 it gives *exact*, with x's own dtype the *yardstick*. All of x (M, K), weight (N, K), lora_a (R, K), lora_b
+    With float64 it gives *exact*, with x's own dtype the *yardstick*. x (M, K), weight (N, K), lora_a (R, K), lora_b
     (N, R), bias (N,) or None, dy (M, N), mask (M, K) bool or None.
     """
-    rounded = [t.detach().to(x.dtype).to(dtype) for t in (x, weight, lora_a, lora_b)]
+    x_, weight_, a_, b_ = (t.detach().to(x.dtype).to(dtype) for t in (x, weight, lora_a, lora_b))
     bias = None if bias is None else bias.detach().to(x.dtype).to(dtype)
-    y, _ = reference.forward(*rounded, bias, scaling, mask, p)
-    gradients = reference.backward(dy.to(dtype), *rounded, scaling, mask, p)
+    y, _ = reference.forward(x_, weight_, a_, b_, bias, scaling, mask, p)
+    gradients = reference.backward(dy.to(dtype), x_, weight_, a_, b_, scaling, mask, p)
     return {"y": y, "dx": gradients.dx, "da": gradients.da, "db": gradients.db, "dbias": gradients.dbias}
 
 
@@ -132,7 +132,7 @@ def _errors(actual: Tensor, exact: Tensor) -> tuple[float, float]:
         raise ValueError(f"a result of shape {tuple(actual.shape)} cannot be {tuple(exact.shape)}")
     if exact.numel() == 0:
         return 0.0, 0.0
-    exact = exact.double()
+    exact = exact.detach().double()
     difference = actual.detach().double() - exact
     if exact.dim() == 1:
         difference, exact = difference.unsqueeze(1), exact.unsqueeze(1)

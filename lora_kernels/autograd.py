@@ -100,9 +100,9 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> _GradInputs:
     x, weight, lora_a, lora_b, h, state = ctx.saved_tensors
     if need_b and need_x and not (need_a or need_weight):
         raise UnsupportedTransformError(
-            "a double backward (create_graph=True) was asked for where lora_B and x need gradients but lora_A is frozen: "
-            "x was not kept, to save memory, and the gradient of lora_B cannot be differentiated without it. Set "
-            "lora_A.requires_grad_(True), or differentiate lora_kernels.reference.forward instead."
+            "a double backward (create_graph=True) was asked for where lora_B and x need gradients but lora_A is "
+            "frozen: x was not kept, to save memory, and the gradient of lora_B cannot be differentiated without it. "
+            "Set lora_A.requires_grad_(True), or differentiate lora_kernels.reference.forward instead."
         )
     compute = dy.dtype
     dy = _flatten(dy)
@@ -110,12 +110,13 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> _GradInputs:
     if state is not None:
         ops = operators(ctx.backend_name)
         mask = ops.mask(state, dy.shape[0], ctx.x_shape[-1], ctx.p)
-    dx = dw = da = db = dbias = dh = dropped = None
+    dx = dw = da = db = dbias = None
+    dropped: Any = None
     if x is not None:
         x = _flatten(x)
         dropped = reference.drop(x, mask, ctx.p)
     if need_x or need_a:
-        dh = ctx.scaling * (dy @ lora_b.to(compute))
+        dh: Tensor = ctx.scaling * (dy @ lora_b.to(compute))
     if need_x:
         low_rank = reference.drop(dh @ lora_a.to(compute), mask, ctx.p)
         dx = (dy @ weight.to(compute) + low_rank).reshape(ctx.x_shape)
@@ -138,11 +139,12 @@ def _flatten(tensor: Tensor) -> Tensor:
 
 
 def _unflatten(matrix: Tensor, shape: torch.Size) -> Tensor:
-    """(M, F) with the leading dimensions of ``shape``. ``_unsafe_view``, as in F.linear: autograd does not see a view, so the
-    result may be modified in place."""
+    """(M, F) with the leading dimensions of ``shape``. ``_unsafe_view``, as in F.linear: autograd does not see a view,
+    so the result may be modified in place."""
     if len(shape) == 2:
         return matrix
-    return torch.ops.aten._unsafe_view.default(matrix, (*shape[:-1], matrix.shape[-1]))
+    unflattened: Tensor = torch.ops.aten._unsafe_view.default(matrix, (*shape[:-1], matrix.shape[-1]))
+    return unflattened
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:

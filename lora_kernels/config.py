@@ -1,4 +1,4 @@
-"""``LoRAConfig``: PEFT's names and meanings, validated when it is made; and the checks that the layer shares with it."""
+"""``LoRAConfig``: PEFT's names and meanings, validated when it is made; and the checks that the layer shares."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ class LoRAConfig:
         r: rank R, at least 1.
         lora_alpha: numerator of the scaling, not negative.
         lora_dropout: dropout probability of the branch's input, in [0, 1).
-        target_modules: module names or their dotted suffixes; or one string: a regular expression that matches the whole
-            name, or ``"all-linear"``, every ``nn.Linear`` but the output head.
+        target_modules: module names or their dotted suffixes; or one string: a regular expression that matches the
+            whole name, or ``"all-linear"``, every ``nn.Linear`` but the output head.
         exclude_modules: likewise; what it matches is left alone.
         rank_pattern: ``{regular expression over the end of the name: r}``; the first that matches wins over ``r``.
         alpha_pattern: likewise for ``lora_alpha``.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` (Kalajdzievski 2023) instead of ``lora_alpha / r``.
         use_dora: weight-decomposed adapters (Liu et al., "DoRA", 2024).
         bias: which biases train: ``"none"``, ``"all"`` of the model, or ``"lora_only"``, those of the replaced layers.
-        init_lora_weights: True (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal with deviation 1/r, B zero), or False
-            (both random: the adapter acts at once; for tests).
+        init_lora_weights: True (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal with deviation 1/r, B zero), or
+            False (both random: the adapter acts at once; for tests).
         adapter_dtype: dtype of the adapters; None is fp32 over a 16-bit base and the base's dtype otherwise.
 
     Raises:
         InvalidArgumentError: a value outside what is said above.
-        InvalidTypeError: an ``adapter_dtype`` that is not a floating ``torch.dtype``.
+        InvalidTypeError: an ``adapter_dtype`` that is not a floating ``torch.dtype``, or names that are not strings.
 
     Example:
         >>> from lora_kernels import LoRAConfig
@@ -69,6 +69,8 @@ class LoRAConfig:
             check_hyperparameters(self.r, alpha, self.lora_dropout, self.init_lora_weights, self.adapter_dtype)
         if self.bias not in BIAS_CHOICES:
             raise InvalidArgumentError(f"bias={self.bias!r} was given: it must be one of {BIAS_CHOICES}.")
+        for name in ("target_modules", "exclude_modules"):
+            _check_names(name, getattr(self, name))
         patterns = {**self.rank_pattern, **self.alpha_pattern}
         strings = [s for s in (self.target_modules, self.exclude_modules) if isinstance(s, str)]
         for expression in [*patterns, *strings]:
@@ -78,6 +80,16 @@ class LoRAConfig:
                 raise InvalidArgumentError(
                     f"{expression!r} is not a regular expression ({error}); mend it, or give a list of module names."
                 ) from error
+
+
+def _check_names(argument: str, names: Any) -> None:
+    """Raises unless ``names`` is None, a string, or a list, tuple or set of strings."""
+    if names is None or isinstance(names, str):
+        return
+    if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
+        raise InvalidTypeError(
+            f"{argument}={names!r} was given: it must be a list of names of modules, or one regular expression."
+        )
 
 
 def check_hyperparameters(
@@ -116,5 +128,5 @@ def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
 
 
 def pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:
-    """The value of the first key that matches the end of the dotted ``name`` as a regular expression, else ``default``."""
+    """The value of the first key that matches the end of the dotted ``name`` as an expression, else ``default``."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)

@@ -15,5 +15,5 @@ def backend_from_environment() -> str | None:
 
 
 def triton_interpreter_requested() -> bool:
-    """Whether ``TRITON_INTERPRET=1`` is set: Triton then runs its kernels in Python, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    """Whether ``TRITON_INTERPRET`` is on, as Triton reads it: its kernels then run in Python, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

@@ -28,8 +28,8 @@ def lora_linear(
     .. math:: y = x W^\top + b + s\,(\mathrm{drop}_p(x) A^\top) B^\top
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), eq. 3; dropout acts on the branch's
-    input alone, as in PEFT. Differentiable in ``x``, ``weight``, ``lora_a``, ``lora_b`` and ``bias``; only what requires a
-    gradient is computed and saved.
+    input alone, as in PEFT. Differentiable in ``x``, ``weight``, ``lora_a``, ``lora_b`` and ``bias``; what requires no
+    gradient is neither computed nor saved for.
 
     Args:
         x: (..., K), fp16, bf16, fp32 or fp64; any number of leading dimensions, any strides.
@@ -43,7 +43,7 @@ def lora_linear(
         backend: ``"triton"``, ``"eager"``, or None for ``use_backend``, the environment, else the automatic choice.
 
     Returns:
-        (..., N) in x's dtype. Under autocast, x, weight and bias are cast to autocast's dtype (fp64 is not), and so is y.
+        (..., N) in x's dtype. Under autocast, x, weight and bias are cast to its dtype (fp64 is not), and so is y.
 
     Raises:
         InvalidArgumentError: shapes that do not fit (all of them are told), p outside [0, 1), an unknown backend.
@@ -76,7 +76,7 @@ def apply(
 ) -> Tensor:
     """:func:`lora_linear` for a p that is known to be valid, 0 where dropout does not act."""
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # torch knows no autocast of meta
         compute = _autocast_dtype(x, device_type)
         with torch.autocast(device_type, enabled=False):
             x = x.to(compute)
@@ -96,6 +96,11 @@ def _run(
     backend_name: str | None,
     autocast: bool,
 ) -> Tensor:
+    if x.is_nested:
+        raise InvalidTypeError(
+            "a nested tensor was given: LoRA's products need plain tensors. Pad it first, with "
+            "torch.nested.to_padded_tensor(x, 0.0)."
+        )
     _check(x, weight, lora_a, lora_b, bias, autocast)
     compiling = torch.compiler.is_compiling()
     if not compiling and torch._C._are_functorch_transforms_active():
@@ -119,8 +124,13 @@ def _run(
     return forward_only(x, weight, lora_a, lora_b, bias, scaling, p, state, name)
 
 
-# A compiled graph holds the choice that was made when it was captured.
-_select_constant = torch.compiler.assume_constant_result(lambda device, dtype, name: select(device, dtype, name))
+def _select_constant(device_type: str, dtype: torch.dtype, backend_name: str | None) -> str:
+    """``select`` as a compiled graph sees it: it holds the choice that was made when it was captured."""
+    return select(device_type, dtype, backend_name)
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which would import Triton.
+_select_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _autocast_dtype(x: Tensor, device_type: str) -> torch.dtype:
@@ -162,9 +172,8 @@ def _check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tens
 
 
 def _shape_sentence(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> str:
-    shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, lora_a {tuple(lora_a.shape)}, lora_b {tuple(lora_b.shape)}"
-    if bias is not None:
-        shapes += f", bias {tuple(bias.shape)}"
+    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
+    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items() if t is not None)
     return (
         f"shapes that do not fit were given: {shapes}. They must be x (..., K), weight (N, K), lora_a (R, K), "
         "lora_b (N, R) with R >= 1, and bias (N,) or None; make K, N and R agree in all of them."
@@ -172,9 +181,8 @@ def _shape_sentence(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, b
 
 
 def _dtype_sentence(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> str:
-    dtypes = f"x {x.dtype}, weight {weight.dtype}, lora_a {lora_a.dtype}, lora_b {lora_b.dtype}"
-    if bias is not None:
-        dtypes += f", bias {bias.dtype}"
+    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
+    dtypes = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items() if t is not None)
     return (
         f"dtypes that cannot run together were given: {dtypes}. All must be floating (torch.float16, torch.bfloat16, "
         "torch.float32, torch.float64), and x and weight must share one dtype; lora_a, lora_b and bias may differ. "

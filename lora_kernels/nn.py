@@ -36,8 +36,8 @@ class FusedLoRALinear(nn.Linear):
 
     .. math:: y = x W^\top + b + s\,(\mathrm{drop}_p(x) A^\top) B^\top, \quad s = \alpha / r
 
-    It is an ``nn.Linear``: ``isinstance`` holds, a plain ``nn.Linear`` state dict loads into it, inputs may have one to many
-    dimensions. Source: Hu et al., "LoRA" (2021), eq. 3; DoRA: Liu et al. (2024), eq. 5, with PEFT's semantics.
+    It is an ``nn.Linear``: ``isinstance`` holds, a plain ``nn.Linear`` state dict loads into it, inputs may have one to
+    many dimensions. Source: Hu et al., "LoRA" (2021), eq. 3; DoRA: Liu et al. (2024), eq. 5, with PEFT's semantics.
 
     Args:
         in_features: K.
@@ -72,9 +72,11 @@ class FusedLoRALinear(nn.Linear):
         ['lora_A', 'lora_B']
     """
 
+    weight: nn.Parameter
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_magnitude_vector: nn.Parameter | None
+    _base_weight: nn.Parameter | None  # the original, kept aside while merged; no registered Parameter
 
     def __init__(
         self,
@@ -111,11 +113,13 @@ class FusedLoRALinear(nn.Linear):
     ) -> FusedLoRALinear:
         """A layer around ``linear``'s own Parameters: nothing is copied, and they are frozen.
 
-        ``training``, device, dtype and hooks are carried over (handles of hooks keep working). Arguments as for the class.
+        ``training``, device, dtype and hooks are carried over (handles of hooks keep working). Arguments as for the
+        class.
 
         Raises:
             InvalidArgumentError: as for the class.
-            InvalidTypeError: ``linear`` is not a plain ``nn.Linear`` with an ordinary floating weight; the sentence says why.
+            InvalidTypeError: ``linear`` is not a plain ``nn.Linear`` with an ordinary floating weight; the sentence
+                says why.
             LoRAStateError: ``linear`` is a ``FusedLoRALinear`` already.
 
         Example:
@@ -135,7 +139,7 @@ class FusedLoRALinear(nn.Linear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer.weight = linear.weight
+        layer.register_parameter("weight", linear._parameters["weight"])
         layer.register_parameter("bias", linear.bias)
         layer._add_adapter(r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, adapter_dtype)
         layer._take_over(linear)
@@ -171,15 +175,15 @@ class FusedLoRALinear(nn.Linear):
         features = min(self.in_features, self.out_features)
         if r > features:
             warnings.warn(
-                f"r={r} is above min(in_features, out_features) = {features}: the adapter costs more than a full update "
-                "of the weight and can represent no more. A smaller r does the same.",
+                f"r={r} is above min(in_features, out_features) = {features}: the adapter costs more than a full "
+                "update of the weight and can represent no more. A smaller r does the same.",
                 stacklevel=3,
             )
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.use_rslora, self.use_dora, self.init_lora_weights = use_rslora, use_dora, init_lora_weights
         self.scaling = scaling_of(r, lora_alpha, use_rslora)
         self._lora_enabled = True
-        object.__setattr__(self, "_base_weight", None)  # the original Parameter, kept aside while merged
+        object.__setattr__(self, "_base_weight", None)
         weight = self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -195,8 +199,8 @@ class FusedLoRALinear(nn.Linear):
     def reset_lora_parameters(self) -> None:
         """Draws lora_A (and lora_B where ``init_lora_weights=False``) anew, zeroes lora_B, sets DoRA's magnitudes.
 
-        Values are drawn in fp32 and rounded to the adapters' dtype, as PEFT does. On the meta device nothing happens: call it
-        after ``to_empty``.
+        Values are drawn in fp32 and rounded to the adapters' dtype, as PEFT does. On the meta device nothing happens:
+        call it after ``to_empty``.
 
         Raises:
             LoRAStateError: the layer is merged.
@@ -234,7 +238,7 @@ class FusedLoRALinear(nn.Linear):
         """
         magnitude = self.lora_magnitude_vector
         assert magnitude is not None
-        gain = magnitude / self._row_norms().to(magnitude.dtype)
+        gain = magnitude / _nonzero(self._row_norms().to(magnitude.dtype))
         dropped = F.dropout(x, p) if p > 0.0 else x
         adapted = apply(dropped, self.weight, self.lora_A, self.lora_B, None, self.scaling, 0.0, None)
         y = adapted * gain
@@ -257,7 +261,8 @@ class FusedLoRALinear(nn.Linear):
 
     def _adapted(self, rows: Tensor | slice, dtype: torch.dtype) -> Tensor:
         """Rows of W + s B A in ``dtype``, under autocast too."""
-        with torch.autocast(self.weight.device.type, enabled=False):
+        device = self.weight.device.type
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # meta knows no autocast
             low_rank = self.lora_B[rows].to(dtype) @ self.lora_A.to(dtype)
         return torch.add(self.base_weight[rows].to(dtype), low_rank, alpha=self.scaling)
 
@@ -285,13 +290,13 @@ class FusedLoRALinear(nn.Linear):
     def merge(self) -> None:
         """Puts W + s B A (DoRA: its rows rescaled), computed in fp32 and rounded once, in the place of ``weight``.
 
-        The original Parameter is kept aside, so :meth:`unmerge` is exact and modules tied to it see nothing; the cost is one
-        more weight in memory. While merged the layer is its base product alone and dropout does not act; ``state_dict()``
-        still gives the base weight and the adapters.
+        The original Parameter is kept aside, so :meth:`unmerge` is exact and modules tied to it see nothing; the cost
+        is one more weight in memory. While merged the layer is its base product alone and dropout does not act;
+        ``state_dict()`` still gives the base weight and the adapters.
 
         Raises:
-            LoRAStateError: merged already, on the meta device, or the merged values are not finite where the base's are; the
-                layer is left as it was.
+            LoRAStateError: merged already, on the meta device, or the merged values are not finite where the base's
+                are; the layer is left as it was.
         """
         if self.merged:
             raise LoRAStateError("merge was called on a layer that is merged already. Call unmerge() first.")
@@ -299,12 +304,12 @@ class FusedLoRALinear(nn.Linear):
             raise LoRAStateError("merge was called on a layer on the meta device. Load its weights first.")
         merged = self._adapted(slice(None), torch.promote_types(self.weight.dtype, torch.float32))
         if self.lora_magnitude_vector is not None:
-            merged *= (self.lora_magnitude_vector.to(merged.dtype) / self._row_norms()).unsqueeze(1)
+            merged *= (self.lora_magnitude_vector.to(merged.dtype) / _nonzero(self._row_norms())).unsqueeze(1)
         merged = merged.to(self.weight.dtype)
         if not bool(torch.isfinite(merged).all()) and bool(torch.isfinite(self.weight).all()):
             raise LoRAStateError(
-                f"merging gives weights that are not finite in {self.weight.dtype}: lora_A or lora_B holds NaN or inf, or "
-                "the sum overflows. Nothing was changed; look at the adapters, or merge in a wider dtype."
+                f"merging gives weights that are not finite in {self.weight.dtype}: lora_A or lora_B holds NaN or inf, "
+                "or the sum overflows. Nothing was changed; look at the adapters, or merge in a wider dtype."
             )
         object.__setattr__(self, "_base_weight", self.weight)
         self.weight = nn.Parameter(merged, requires_grad=False)
@@ -336,9 +341,7 @@ class FusedLoRALinear(nn.Linear):
     def problem(self) -> Problem:
         """What :func:`lora_kernels.explain` is asked about."""
         weight = self.weight
-        return Problem(
-            weight.device.type, weight.dtype, self.in_features, self.out_features, self.r, self.lora_dropout
-        )
+        return Problem(weight.device.type, weight.dtype, self.in_features, self.out_features, self.r, self.lora_dropout)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"]
@@ -360,11 +363,11 @@ class FusedLoRALinear(nn.Linear):
             destination[prefix + "weight"] = self._base_weight if keep_vars else self._base_weight.detach()
 
     def check_rank(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
-        """Raises ``InvalidArgumentError`` if the adapter under ``prefix`` in ``state_dict`` has another rank than this one."""
+        """Raises ``InvalidArgumentError`` if the adapter under ``prefix`` in ``state_dict`` has another rank."""
         if (own := state_dict.get(prefix + "lora_A")) is not None and own.shape[0] != self.r:
             raise InvalidArgumentError(
-                f"the state dict's {prefix}lora_A has rank {own.shape[0]}, and the layer has r={self.r}. Make the layer "
-                f"with r={own.shape[0]}, or leave the lora_ keys out and load with strict=False."
+                f"the state dict's {prefix}lora_A has rank {own.shape[0]}, and the layer has r={self.r}. Make the "
+                f"layer with r={own.shape[0]}, or leave the lora_ keys out and load with strict=False."
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -377,6 +380,11 @@ class FusedLoRALinear(nn.Linear):
             self._reset_magnitude()
         if merged:
             self.merge()
+
+
+def _nonzero(norms: Tensor) -> Tensor:
+    """``norms`` with 1 for 0: a row of zeros has no direction to scale, and stays zero where 0 / 0 would be NaN."""
+    return norms.masked_fill(norms == 0, 1.0)
 
 
 class _RestoreEnabled:
@@ -404,23 +412,23 @@ def why_not_replaceable(module: nn.Module) -> str | None:
         )
     if "forward" in vars(module):
         return (
-            f"{kind} has a forward of its own on the instance (accelerate's offloading does that), and it would be lost. Remove "
-            "it first, with accelerate.hooks.remove_hook_from_module for example."
+            f"{kind} has a forward of its own on the instance (accelerate's offloading does that), and it would be "
+            "lost. Remove it first, with accelerate.hooks.remove_hook_from_module for example."
         )
     weight = module._parameters.get("weight")
     if weight is None:
         return f"{kind} computes its weight by a hook (weight_norm, spectral_norm, pruning): remove that first."
     if not weight.dtype.is_floating_point or weight.dtype not in COMPUTE_DTYPES or _is_quantized(weight):
         return (
-            f"{kind} has a quantized weight ({type(weight.data).__name__}, {weight.dtype}): only fp16, bf16, fp32 and fp64 "
-            "weights are supported. Dequantize it first."
+            f"{kind} has a quantized weight ({type(weight.data).__name__}, {weight.dtype}): only fp16, bf16, fp32 and "
+            "fp64 weights are supported. Dequantize it first."
         )
     if type(weight.data).__name__ == "DTensor":
         return f"{kind} has a sharded weight (DTensor): replace it first, then call parallelize_module or fully_shard."
     if weight.dim() != 2 or weight.shape != (module.out_features, module.in_features):
         return (
-            f"{kind} has a weight of shape {tuple(weight.shape)} where ({module.out_features}, {module.in_features}) is "
-            "expected: it is sharded, packed or not initialised. Materialise it first."
+            f"{kind} has a weight of shape {tuple(weight.shape)} where ({module.out_features}, {module.in_features}) "
+            "is expected: it is sharded, packed or not initialised. Materialise it first."
         )
     return None
 
@@ -428,6 +436,8 @@ def why_not_replaceable(module: nn.Module) -> str | None:
 def _is_quantized(weight: Tensor) -> bool:
     """Tensor subclasses that are not plain storage (torchao and others) hold something else than their dtype says."""
     inner = weight.data
-    return weight.is_quantized or (type(inner) not in (Tensor, nn.Parameter) and hasattr(inner, "dequantize_weight")) or (
-        type(inner).__module__.startswith(("torchao", "bitsandbytes"))
+    return (
+        weight.is_quantized
+        or (type(inner) not in (Tensor, nn.Parameter) and hasattr(inner, "dequantize_weight"))
+        or (type(inner).__module__.startswith(("torchao", "bitsandbytes")))
     )

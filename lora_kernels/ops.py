@@ -10,8 +10,8 @@ operator  arguments                                                           re
 forward   x (M,K), weight (N,K), lora_a (R,K), lora_b (N,R), bias (N)?, s, p, y (M,N) in x's dtype, h (M,R)
           state?
 dh        dy (M,N), lora_b (N,R), s                                           dh (M,R) = s dy B
-dh_db     dy (M,N), lora_b (N,R), h (M,R), s                                  dh as above; db (N,R) = s dyᵀ h in lora_b's
-                                                                              dtype
+dh_db     dy (M,N), lora_b (N,R), h (M,R), s                                  dh as above; db (N,R) = s dyᵀ h in
+                                                                              lora_b's dtype
 dx        dy (M,N), weight (N,K), dh (M,R), lora_a (R,K), p, state?           dx (M,K) = dy W + D * (dh A) in dy's dtype
 da        dh (M,R), x (M,K), lora_a (R,K), p, state?                          da (R,K) = dhᵀ (x * D) in lora_a's dtype
 mask      state, M, K, p                                                      bool (M,K), True where kept

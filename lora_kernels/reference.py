@@ -53,7 +53,7 @@ def forward(
     mask: Tensor | None = None,
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """``(y, h)`` for x (M, K), weight (N, K), lora_a (R, K), lora_b (N, R), bias (N,) or None, mask (M, K) bool or None.
+    """``(y, h)`` of x (M, K), weight (N, K), lora_a (R, K), lora_b (N, R), bias (N,) or None, bool mask (M, K) or None.
 
     All tensors share one dtype; nothing is rounded beyond what that dtype's products round.
     """
@@ -88,7 +88,7 @@ def backward(
 def philox_keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     """The dropout mask that the kernels draw, bit for bit: bool (rows, columns), True where the element is kept.
 
-    Philox4x32 with 7 rounds (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011; 7 rounds pass BigCrush).
+    Philox4x32 with 7 rounds (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011: 7 pass BigCrush).
     ``seed`` is int64 (2,): ``seed[0]`` is the 64-bit key, ``seed[1]`` the stream (counter words 2 and 3). One call
     covers eight consecutive elements of a row: counter words 0 and 1 are the 64-bit index
     ``g = row * ceil(columns / 8) + column // 8``; element ``j = column % 8`` takes the low (j even) or high (j odd)

@@ -70,7 +70,11 @@ MIXED = [
     *[Case(dtype=dtype, adapter_dtype=torch.float32, p=p) for dtype in HALF for p in (0.0, 0.1)],
     Case(dtype=torch.float32, adapter_dtype=torch.bfloat16),
 ]
-DOUBLE = [Case(dtype=torch.float64), Case(dtype=torch.float64, p=0.3), Case(dtype=torch.float64, adapter_dtype=torch.float32)]
+DOUBLE = [
+    Case(dtype=torch.float64),
+    Case(dtype=torch.float64, p=0.3),
+    Case(dtype=torch.float64, adapter_dtype=torch.float32),
+]
 
 
 def make(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:

@@ -1,4 +1,4 @@
-"""Fixtures, and the one switch that must be set before Triton is imported: without a GPU its kernels are interpreted."""
+"""Fixtures, and the one switch to set before Triton is imported: without a GPU its kernels are interpreted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import pytest  # noqa: E402  (after the switch)
+import pytest
 
 
 @pytest.fixture(scope="session")

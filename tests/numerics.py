@@ -1,4 +1,4 @@
-"""The tolerance policy as the tests use it. The numbers themselves are in ``lora_kernels.accuracy``, for ``verify`` ships them."""
+"""The tolerance policy as the tests use it. Its numbers are in ``lora_kernels.accuracy``, for ``verify`` ships them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def check_all(
 ) -> None:
     """Asserts that every result that is there passes; one message tells all that do not."""
     verdicts = [
-        judge(name, value, exact[name], yardstick[name], dtype, tf32) for name, value in actual.items() if value is not None
+        judge(name, value, exact[name], yardstick[name], dtype, tf32)
+        for name, value in actual.items()
+        if value is not None
     ]
     failed = [str(verdict) for verdict in verdicts if not verdict.passed]
     assert not failed, "\n".join(failed)

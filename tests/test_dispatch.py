@@ -88,7 +88,13 @@ def test_explain_takes_layers_and_problems() -> None:
 
 def test_every_reason_names_a_remedy_or_a_fact() -> None:
     for name in dispatch.ORDER:
-        for problem in (CPU, Problem("cuda", torch.float32), Problem("cpu", torch.float64), Problem("mps", torch.float16)):
+        for device, dtype in (
+            ("cpu", torch.float32),
+            ("cuda", torch.float32),
+            ("cpu", torch.float64),
+            ("mps", torch.half),
+        ):
+            problem = Problem(device, dtype)
             reasons = dispatch.backend(name).why_not(problem) + dispatch.backend(name).why_not_automatic(problem)
             assert all(reason.endswith(".") and len(reason.split()) > 4 for reason in reasons)
             assert len(dispatch.backend(name).describe(problem).split()) > 4

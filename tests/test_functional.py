@@ -151,3 +151,18 @@ def test_bias_of_another_dtype(backend: str, device: str) -> None:
 def test_scaling_zero_is_the_base_layer() -> None:
     t = _tensors()
     assert torch.equal(lora_linear(**t, scaling=0.0), F.linear(t["x"], t["weight"], t["bias"]))
+
+
+def test_a_nested_tensor_is_told() -> None:
+    t = _tensors()
+    nested = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(3, 6)], layout=torch.jagged)
+    with pytest.raises(InvalidTypeError, match="to_padded_tensor"):
+        lora_linear(**(t | {"x": nested}))
+
+
+def test_meta_tensors_give_the_shape() -> None:
+    t = {name: tensor.to("meta") for name, tensor in _tensors().items()}
+    assert lora_linear(**t).shape == (5, 4)
+    x, a = t["x"].requires_grad_(), t["lora_a"].requires_grad_()
+    y = lora_linear(**(t | {"x": x, "lora_a": a}), dropout_p=0.5, training=True)
+    assert [g.shape for g in torch.autograd.grad(y.sum(), (x, a))] == [x.shape, a.shape]

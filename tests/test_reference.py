@@ -26,7 +26,8 @@ def test_hand_derived_gradients_are_autograds(shape: Case, p: float) -> None:
 
 
 def test_forward_is_the_formula_written_out() -> None:
-    x, w, a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), torch.tensor([[5.0, 6.0]]), torch.tensor([[7.0]])
+    x, w = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
+    a, b = torch.tensor([[5.0, 6.0]]), torch.tensor([[7.0]])
     y, h = reference.forward(x, w, a, b, torch.tensor([0.5]), scaling=2.0)
     assert h.item() == 1 * 5 + 2 * 6
     assert y.item() == 1 * 3 + 2 * 4 + 0.5 + 2 * (17 * 7)

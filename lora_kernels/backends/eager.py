@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import Problem
-from ..ops import register
+from ..ops import OPERATOR_NAMES, register
+from . import draw_seed
 
 __all__ = ["BACKEND"]
 
@@ -121,18 +122,13 @@ class EagerBackend:
         return f"Low-rank term first, then the base product accumulates onto it.{kept}"
 
     def register(self) -> None:
-        implementations = {"forward": forward, "dh": dh, "dh_db": dh_db, "dx": dx, "da": da, "mask": mask}
+        implementations = {name: globals()[name] for name in OPERATOR_NAMES}
         register(self.name, implementations, hidden_dtype=lambda compute: compute)
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
         if x.device.type == "cpu":
             return draw_seed(x)
         return torch.rand(x.shape, device=x.device) >= p
-
-
-def draw_seed(x: Tensor) -> Tensor:
-    """A fresh 16-byte seed, int64 (2,), on x's device, from torch's generator: ``torch.manual_seed`` governs it."""
-    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
 
 
 BACKEND = EagerBackend()

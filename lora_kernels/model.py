@@ -1,0 +1,330 @@
+"""Whole models: replacing ``nn.Linear`` by ``FusedLoRALinear``, merging, restoring, and what trains.
+
+Each function does all of its work or none: where it raises, the model is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import BIAS_CHOICES, LoRAConfig
+from .errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, LoRAStateError
+from .matching import find_matches
+from .nn import FusedLoRALinear
+from .replacing import build, check_model, decide, joined, listed, make_report, nothing_to_replace
+from .report import ReplaceReport, RestoredLayer, RestoreReport
+
+__all__ = [
+    "lora_layers",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "merge_lora",
+    "replace_linear",
+    "restore_linear",
+    "unmerge_lora",
+]
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:
+    """``(dotted name, layer)`` of each ``FusedLoRALinear`` in ``model``, a shared one once, by its first name.
+
+    Example:
+        >>> [name for name, _ in lora_layers(nn.Sequential(FusedLoRALinear(4, 4, r=2), nn.ReLU()))]
+        ['0']
+    """
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, FusedLoRALinear))
+
+
+def replace_linear(model: nn.Module, config: LoRAConfig) -> ReplaceReport:
+    """Replaces, in place, each ``nn.Linear`` that ``config`` names by a ``FusedLoRALinear`` around the same Parameters.
+
+    Names match as in PEFT. "all-linear" is every ``nn.Linear`` but the output head: what ``get_output_embeddings()`` of
+    a transformers model returns, or, where that is None, the model's child ``score`` or ``classifier``; other models
+    have no head that could be told from the rest, so all of their linear layers are meant. ``exclude_modules`` always
+    wins.
+
+    The replaced layers' weights are frozen, and their biases as ``config.bias`` says; nothing outside of them is
+    (:func:`mark_only_lora_as_trainable` does that). Device, dtype, mode and forward hooks are kept. A module that is
+    used at several places is one ``FusedLoRALinear`` at all of them; Parameters that are tied stay tied, and a layer
+    whose trainable weight is also used outside of the replaced layers (a head tied to an embedding) is left alone. A
+    layer on the meta device stays there: call ``reset_lora_parameters`` after ``to_empty``. Make the optimizer
+    afterwards.
+
+    Args:
+        model: any module; wrapped ones (``torch.compile``, ``DataParallel``) are looked into.
+        config: what to replace and how.
+
+    Returns:
+        A report to print: which layers were replaced, which were left alone and why, how many parameters train.
+
+    Raises:
+        InvalidArgumentError: no ``target_modules``, or they match no module (the sentence names close ones).
+        InvalidTypeError: the model is no module, itself an ``nn.Linear`` or scripted; or none of the matches can be
+            replaced.
+        LoRAStateError: a layer that matches is replaced already; the model holds a ``DistributedDataParallel``.
+
+    Example:
+        >>> from lora_kernels import LoRAConfig, replace_linear
+        >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 1))
+        >>> print(replace_linear(model, LoRAConfig(r=2, lora_alpha=4, target_modules=["0"])))
+        replaced 1 layer:
+          0 (16 -> 32), r=2, alpha=4, 96 parameters
+        trainable parameters: 129 of 673 (19.17 %)
+          of these 33 are not adapters; mark_only_lora_as_trainable(model) freezes them
+    """
+    check_model(model, config)
+    matches = find_matches(model, config)
+    targets, skipped = decide(model, config, matches)
+    if not targets:
+        raise nothing_to_replace(model, config, skipped)
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        layers = build(targets, config)
+        _train_biases(model, list(layers.values()), config.bias)
+    except BaseException:
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        raise
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for match in targets:
+        _put(modules, match.places, layers[match.name])
+    _guard_loading(model)
+    return make_report(model, config, matches, layers, targets, skipped)
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+    """Freezes every parameter but those of the adapters: lora_A, lora_B and lora_magnitude_vector.
+
+    Args:
+        model: a module that holds ``FusedLoRALinear`` layers.
+        bias: which biases train too: ``"none"``, ``"lora_only"`` (those of the LoRA layers) or ``"all"``.
+
+    Raises:
+        InvalidArgumentError: another ``bias``.
+        LoRAStateError: the model holds no ``FusedLoRALinear``.
+
+    Example:
+        >>> model = nn.Sequential(FusedLoRALinear(4, 4, r=2), nn.Linear(4, 1))
+        >>> mark_only_lora_as_trainable(model)
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ['0.lora_A', '0.lora_B']
+    """
+    _check_bias(bias)
+    layers = [layer for _, layer in _some_lora_layers(model, "mark_only_lora_as_trainable")]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in layers:
+        layer.base_weight.requires_grad_(False)
+        for parameter in layer.adapter.values():
+            parameter.requires_grad_(True)
+    _train_biases(model, layers, bias)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Merges every ``FusedLoRALinear``; see :meth:`FusedLoRALinear.merge`. One more copy of their weights in memory.
+
+    Raises:
+        LoRAStateError: the model holds no LoRA layer, one is merged already, or one cannot be merged (its weights are
+            on the meta device, or would not be finite); the layers that were merged until then are unmerged again.
+
+    Example:
+        >>> model = nn.Sequential(FusedLoRALinear(4, 4, r=2))
+        >>> merge_lora(model)
+        >>> model[0].merged
+        True
+    """
+    layers = _some_lora_layers(model, "merge_lora")
+    if merged := [name for name, layer in layers if layer.merged]:
+        raise LoRAStateError(
+            f"merge_lora was called on a model where {listed(merged)} is merged already. Call unmerge_lora(model) "
+            "first, or merge() on the layers that are not."
+        )
+    done: list[FusedLoRALinear] = []
+    try:
+        for name, layer in layers:
+            try:
+                layer.merge()
+            except LoRAKernelsError as error:
+                raise LoRAStateError(f"layer {name!r} cannot be merged, so none is: {error}") from error
+            done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Puts the original weights of every ``FusedLoRALinear`` back, exactly.
+
+    Raises:
+        LoRAStateError: the model holds no LoRA layer, or one is not merged; nothing is changed then.
+
+    Example:
+        >>> model = nn.Sequential(FusedLoRALinear(4, 4, r=2))
+        >>> merge_lora(model)
+        >>> unmerge_lora(model)
+        >>> model[0].merged
+        False
+    """
+    layers = _some_lora_layers(model, "unmerge_lora")
+    if unmerged := [name for name, layer in layers if not layer.merged]:
+        raise LoRAStateError(
+            f"unmerge_lora was called on a model where {listed(unmerged)} is not merged. Call merge_lora(model) first, "
+            "or unmerge() on the layers that are."
+        )
+    for _, layer in layers:
+        layer.unmerge()
+
+
+def restore_linear(model: nn.Module) -> RestoreReport:
+    """Replaces, in place, every ``FusedLoRALinear`` by a plain ``nn.Linear`` with the layer's current weight.
+
+    That is the merged weight of a merged layer, and the base weight of another: its adapter is dropped, so call
+    :func:`merge_lora` or save :func:`lora_state_dict` first. Weights and biases keep their ``requires_grad``: they stay
+    frozen, as :func:`replace_linear` left them. Forward hooks, also later ones, are kept.
+
+    Returns:
+        A report to print: of which layers the adapter was kept or dropped, and which merged weights are tied no longer.
+
+    Raises:
+        LoRAStateError: the model holds no ``FusedLoRALinear``, or is one itself.
+
+    Example:
+        >>> model = nn.Sequential(FusedLoRALinear(4, 4, r=2))
+        >>> print(restore_linear(model))
+        restored 1 layer:
+          0: base weight; adapter dropped
+        adapters merged: 0; adapters dropped: 1
+        >>> type(model[0]).__name__
+        'Linear'
+    """
+    layers = _some_lora_layers(model, "restore_linear")
+    if isinstance(model, FusedLoRALinear):
+        raise LoRAStateError(
+            "restore_linear was called on a FusedLoRALinear itself, which has no parent to put an nn.Linear into. Call "
+            "its to_linear() instead."
+        )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places: dict[FusedLoRALinear, list[str]] = {layer: [] for _, layer in layers}
+    for name, module in modules.items():
+        if isinstance(module, FusedLoRALinear):
+            places[module].append(name)
+    restored = tuple(
+        RestoredLayer(name, tuple(places[layer]), layer.merged, _untied_from(model, layer) if layer.merged else ())
+        for name, layer in layers
+    )
+    linears = [layer.to_linear() for _, layer in layers]
+    for (_, layer), linear in zip(layers, linears, strict=True):
+        _remove_hook(linear._forward_pre_hooks, _keep_off_the_fast_path)
+        _put(modules, tuple(places[layer]), linear)
+    _remove_hook(model._load_state_dict_pre_hooks, _check_ranks)
+    return RestoreReport(restored)
+
+
+def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
+    """The adapters' tensors by their names in ``model.state_dict()``; a shared layer's once, under its first name.
+
+    ``model.load_state_dict(tensors, strict=False)`` loads them back. As in ``state_dict()`` they are detached, on their
+    device, and no copies: clone them to keep their values while training goes on.
+
+    Args:
+        model: a module that holds ``FusedLoRALinear`` layers.
+        bias: which biases are added: ``"none"``, ``"lora_only"`` (those of the LoRA layers) or ``"all"``.
+
+    Raises:
+        InvalidArgumentError: another ``bias``.
+        LoRAStateError: the model holds no ``FusedLoRALinear``.
+
+    Example:
+        >>> list(lora_state_dict(nn.Sequential(FusedLoRALinear(4, 4, r=2))))
+        ['0.lora_A', '0.lora_B']
+    """
+    _check_bias(bias)
+    tensors: dict[str, Tensor] = {}
+    for prefix, layer in _some_lora_layers(model, "lora_state_dict"):
+        tensors |= {joined(prefix, name): parameter.detach() for name, parameter in layer.adapter.items()}
+        if bias == "lora_only" and layer.bias is not None:
+            tensors[joined(prefix, "bias")] = layer.bias.detach()
+    if bias == "all":
+        tensors |= {name: parameter.detach() for name, parameter in _biases(model)}
+    return tensors
+
+
+def _put(modules: Mapping[str, nn.Module], places: tuple[str, ...], layer: nn.Module) -> None:
+    """Puts ``layer`` at each of its places. It writes to the parents' tables, so no override can fail half-way."""
+    for place in places:
+        prefix, _, name = place.rpartition(".")
+        parent = modules[prefix]
+        parent._modules[name] = layer
+        guarded = any(hook is _keep_off_the_fast_path for hook in layer._forward_pre_hooks.values())
+        if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(layer, FusedLoRALinear) and not guarded:
+            layer.register_forward_pre_hook(_keep_off_the_fast_path)
+
+
+def _keep_off_the_fast_path(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing but be there.
+
+    In evaluation ``nn.TransformerEncoderLayer`` reads its linear layers' weights and calls none of them, which would
+    leave the adapters out, unless one of its modules has a hook.
+    """
+
+
+def _guard_loading(model: nn.Module) -> None:
+    hooks = model._load_state_dict_pre_hooks.values()
+    if not any(getattr(hook, "hook", None) is _check_ranks for hook in hooks):
+        model.register_load_state_dict_pre_hook(_check_ranks)
+
+
+def _check_ranks(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Raises for an adapter of another rank before anything of the state dict is loaded."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, FusedLoRALinear):
+            module.check_rank(state_dict, f"{joined(prefix.removesuffix('.'), name)}." if name else prefix)
+
+
+def _remove_hook(hooks: dict[int, Any], function: Any) -> None:
+    for key in [key for key, hook in hooks.items() if hook is function or getattr(hook, "hook", None) is function]:
+        del hooks[key]
+
+
+def _some_lora_layers(model: nn.Module, function: str) -> list[tuple[str, FusedLoRALinear]]:
+    if not isinstance(model, nn.Module):
+        raise InvalidTypeError(f"a model of type {type(model).__name__} was given: it must be a torch.nn.Module.")
+    layers = list(lora_layers(model))
+    if not layers:
+        raise LoRAStateError(
+            f"{function} was called on {type(model).__name__}, which holds no FusedLoRALinear. Call "
+            "replace_linear(model, config) first."
+        )
+    return layers
+
+
+def _check_bias(bias: str) -> None:
+    if bias not in BIAS_CHOICES:
+        raise InvalidArgumentError(f"bias={bias!r} was given: it must be one of {BIAS_CHOICES}.")
+
+
+def _train_biases(model: nn.Module, layers: list[FusedLoRALinear], bias: str) -> None:
+    biases = [parameter for _, parameter in _biases(model)] if bias == "all" else []
+    if bias == "lora_only":
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+    for parameter in biases:
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+
+
+def _biases(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias")
+
+
+def _untied_from(model: nn.Module, layer: FusedLoRALinear) -> tuple[str, ...]:
+    """Names of other modules' parameters that are the layer's base weight."""
+    names = []
+    for prefix, module in model.named_modules():
+        for name, own in module.named_parameters(recurse=False):
+            parameter = module.base_weight if isinstance(module, FusedLoRALinear) and name == "weight" else own
+            if module is not layer and parameter is layer.base_weight:
+                names.append(joined(prefix, name))
+    return tuple(names)

@@ -1,0 +1,154 @@
+"""What the functions of ``model.py`` report: dataclasses to read in programs, and ``print`` for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+__all__ = ["ReplaceReport", "ReplacedLayer", "RestoreReport", "RestoredLayer", "SkippedLayer"]
+
+_NAMES_SHOWN = 4  # of the layers that were left alone for one and the same reason
+
+
+@dataclass(frozen=True)
+class ReplacedLayer:
+    """A layer that became a ``FusedLoRALinear``.
+
+    Attributes:
+        name: its dotted name, the one that matched.
+        places: all of its dotted names; more than one where the module is shared.
+        in_features, out_features: K and N.
+        r, lora_alpha, scaling: of its adapter.
+        parameters: how many numbers the adapter holds.
+    """
+
+    name: str
+    places: tuple[str, ...]
+    in_features: int
+    out_features: int
+    r: int
+    lora_alpha: float
+    scaling: float
+    parameters: int
+
+    def __str__(self) -> str:
+        also = f", also {', '.join(p for p in self.places if p != self.name)}" if len(self.places) > 1 else ""
+        shape = f"{self.in_features} -> {self.out_features}"
+        return f"{self.name} ({shape}), r={self.r}, alpha={self.lora_alpha:g}, {self.parameters:,} parameters{also}"
+
+
+@dataclass(frozen=True)
+class SkippedLayer:
+    """A module that the configuration names and that was left alone; ``reason`` is a sentence."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class ReplaceReport:
+    """What :func:`lora_kernels.replace_linear` did. ``len`` and iteration go over the replaced layers.
+
+    Attributes:
+        layers: the replaced layers.
+        skipped: modules that the configuration names and that were left alone, each with the reason.
+        notes: sentences about entries of the configuration that had no effect.
+        adapter_parameters: how many numbers the adapters hold.
+        trainable, total: parameters of the model that train, and all of them, counted after the replacement.
+    """
+
+    layers: tuple[ReplacedLayer, ...]
+    skipped: tuple[SkippedLayer, ...]
+    notes: tuple[str, ...]
+    adapter_parameters: int
+    trainable: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        """The share of the model's parameters that train, in percent."""
+        return 100.0 * self.trainable / self.total if self.total else 0.0
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[ReplacedLayer]:
+        return iter(self.layers)
+
+    def __str__(self) -> str:
+        lines = [f"replaced {_count(len(self.layers), 'layer')}:", *(f"  {layer}" for layer in self.layers)]
+        if self.skipped:
+            lines += [f"left alone {_count(len(self.skipped), 'module')}:", *self._skipped_lines()]
+        lines += [f"note: {note}" for note in self.notes]
+        lines.append(f"trainable parameters: {self.trainable:,} of {self.total:,} ({self.percent:.4g} %)")
+        if self.trainable > self.adapter_parameters:
+            lines.append(
+                f"  of these {self.trainable - self.adapter_parameters:,} are not adapters; "
+                "mark_only_lora_as_trainable(model) freezes them"
+            )
+        return "\n".join(lines)
+
+    def _skipped_lines(self) -> Iterator[str]:
+        names: dict[str, list[str]] = {}
+        for layer in self.skipped:
+            names.setdefault(layer.reason, []).append(layer.name)
+        for reason, alike in names.items():
+            more = f" and {len(alike) - _NAMES_SHOWN} more" if len(alike) > _NAMES_SHOWN else ""
+            yield f"  {', '.join(alike[:_NAMES_SHOWN])}{more}: {reason}"
+
+
+@dataclass(frozen=True)
+class RestoredLayer:
+    """A layer that is a plain ``nn.Linear`` again.
+
+    Attributes:
+        name: its dotted name.
+        places: all of its dotted names.
+        merged: True: its weight holds the adapter; False: the adapter was dropped.
+        untied_from: names of parameters that shared the base weight and do not share the merged one.
+    """
+
+    name: str
+    places: tuple[str, ...]
+    merged: bool
+    untied_from: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        text = "adapter merged into the weight" if self.merged else "base weight; adapter dropped"
+        untied = f"; no longer shares its weight with {', '.join(self.untied_from)}" if self.untied_from else ""
+        return f"{self.name}: {text}{untied}"
+
+
+@dataclass(frozen=True)
+class RestoreReport:
+    """What :func:`lora_kernels.restore_linear` did. ``len`` and iteration go over the restored layers."""
+
+    layers: tuple[RestoredLayer, ...]
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names of the layers whose weight holds the adapter."""
+        return tuple(layer.name for layer in self.layers if layer.merged)
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Names of the layers whose adapter was dropped."""
+        return tuple(layer.name for layer in self.layers if not layer.merged)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[RestoredLayer]:
+        return iter(self.layers)
+
+    def __str__(self) -> str:
+        lines = [f"restored {_count(len(self.layers), 'layer')}:", *(f"  {layer}" for layer in self.layers)]
+        lines.append(f"adapters merged: {len(self.kept)}; adapters dropped: {len(self.dropped)}")
+        return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
