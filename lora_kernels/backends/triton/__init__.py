@@ -1,0 +1,91 @@
+"""The fused kernels in Triton: for NVIDIA GPUs from compute capability 8.0 on, and on the CPU in Triton's interpreter.
+
+Importing this package imports neither Triton nor anything of CUDA; ``register()`` does.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ... import env
+from ...dispatch import Problem
+from ...ops import OPERATOR_NAMES, register
+from .. import draw_seed
+
+__all__ = ["BACKEND"]
+
+_MINIMUM_CAPABILITY = (8, 0)
+
+
+class TritonBackend:
+    """One read of x, one rounding of y, the dropout mask never in memory; see ``kernels``."""
+
+    name = "triton"
+
+    def why_not(self, problem: Problem) -> list[str]:
+        reasons = []
+        if find_spec("triton") is None:
+            reasons.append(
+                "triton is not installed: pip install 'triton>=3.6' (Linux and an NVIDIA GPU), or use backend='eager'."
+            )
+        if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            reasons.append(
+                f"dtype {problem.dtype} is not supported: its kernels accumulate in fp32. Use backend='eager', "
+                "or tensors of torch.float16, torch.bfloat16 or torch.float32."
+            )
+        if problem.device_type == "cuda":
+            reasons += _why_not_cuda()
+        elif problem.device_type != "cpu":
+            reasons.append(
+                f"device type {problem.device_type!r} is not supported: it runs on NVIDIA GPUs. Use backend='eager'."
+            )
+        elif not env.triton_interpreter_requested():
+            reasons.append(
+                "the tensors are on the CPU and TRITON_INTERPRET=1 is not set: move them to a CUDA device, use "
+                "backend='eager', or set TRITON_INTERPRET=1 before Python starts, for the kernels in the interpreter. "
+                + " ".join(_why_not_cuda())
+            )
+        return [reason.strip() for reason in reasons]
+
+    def why_not_automatic(self, problem: Problem) -> list[str]:
+        if problem.device_type == "cpu":
+            return [
+                "On the CPU its kernels run in Triton's interpreter, for tests: name backend='triton' if you want that."
+            ]
+        return []
+
+    def describe(self, problem: Problem) -> str:
+        if problem.device_type == "cpu":
+            return "Triton's interpreter (TRITON_INTERPRET=1): the kernels' logic on the CPU, for tests, very slow."
+        dropped = " Dropout's mask is drawn again in backward from a 16-byte seed." if problem.dropout_p else ""
+        return f"Fused: x is read once for h, and y takes base, bias and low-rank term in one rounding.{dropped}"
+
+    def register(self) -> None:
+        from . import launch
+
+        implementations = {name: getattr(launch, name) for name in OPERATOR_NAMES}
+        register(self.name, implementations, hidden_dtype=lambda compute: torch.float32)
+
+    def dropout_state(self, x: Tensor, p: float) -> Tensor:
+        return draw_seed(x)
+
+
+def _why_not_cuda() -> list[str]:
+    if not torch.cuda.is_available():
+        build = (
+            "torch.version.cuda is None: this is a CPU build of torch; install a CUDA build"
+            if torch.version.cuda is None
+            else f"this torch is built for CUDA {torch.version.cuda}; check the driver with nvidia-smi"
+        )
+        return [f"No CUDA device is visible ({build}, or use backend='eager')."]
+    capability = torch.cuda.get_device_capability()
+    if capability < _MINIMUM_CAPABILITY:
+        has = f"{capability[0]}.{capability[1]}"
+        return [f"This GPU has compute capability {has} and the kernels need 8.0 or above: use backend='eager'."]
+    return []
+
+
+BACKEND = TritonBackend()

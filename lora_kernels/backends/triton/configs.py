@@ -1,0 +1,247 @@
+"""Launch configurations: frozen dataclasses, chosen by what the device is able to do, never by its name.
+
+All functions are pure and remembered. Sizes that vary from call to call (M) enter as their next power of two, so a
+model meets a handful of configurations and the kernels are compiled a handful of times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+
+__all__ = [
+    "FEW_TOKENS",
+    "INTERPRETER",
+    "DaConfig",
+    "DhDbConfig",
+    "FewTokensConfig",
+    "GemmConfig",
+    "Machine",
+    "ShrinkConfig",
+    "da_config",
+    "dh_db_config",
+    "few_tokens_config",
+    "gemm_config",
+    "machine_of",
+    "next_power_of_2",
+    "shrink_config",
+]
+
+# Up to this many tokens (one tensor-core tile) and this rank, forward is one launch.
+FEW_TOKENS = 16
+_FEW_TOKENS_RANK = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the choice rests on. ``shared_memory`` is the most bytes that one program may use."""
+
+    capability: int
+    sm_count: int
+    shared_memory: int
+    interpreter: bool = False
+
+
+# The interpreter pays per block and per element: small blocks, so that small tensors still meet every loop and edge.
+INTERPRETER = Machine(capability=0, sm_count=4, shared_memory=1 << 30, interpreter=True)
+
+
+@dataclass(frozen=True, slots=True)
+class GemmConfig:
+    """``forward_kernel``, ``dx_kernel``: tiles ``block_rows`` x ``block_columns``, summed in steps of ``block_sum``."""
+
+    block_rows: int
+    block_columns: int
+    block_sum: int
+    block_r: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShrinkConfig:
+    block_m: int
+    block_k: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class FewTokensConfig:
+    block_m: int
+    block_n: int
+    block_k: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class DhDbConfig:
+    """``chunk_m`` rows a program, ``block_m`` at a time; ``block_n`` columns."""
+
+    block_m: int
+    block_n: int
+    block_r: int
+    chunk_m: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class DaConfig:
+    block_m: int
+    block_k: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+
+@cache
+def machine_of(device: torch.device) -> Machine:
+    """The device's properties; the interpreter's stand-in for a CPU."""
+    if device.type != "cuda":
+        return INTERPRETER
+    from triton.runtime import driver
+
+    properties = torch.cuda.get_device_properties(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return Machine(
+        capability=10 * properties.major + properties.minor,
+        sm_count=properties.multi_processor_count,
+        shared_memory=driver.active.utils.get_device_properties(index)["max_shared_mem"],
+    )
+
+
+def next_power_of_2(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()
+
+
+# Tiles in order of preference at equal cost, with the share of the tensor cores' peak that each reaches when all
+# multiprocessors are busy (a model, to be replaced by measurements): rows, columns, sum, warps, stages, efficiency.
+_TILES_16_BIT = (
+    (128, 256, 64, 8, 3, 1.0),
+    (128, 128, 64, 8, 3, 0.85),
+    (64, 128, 64, 4, 4, 0.70),
+    (64, 64, 64, 4, 4, 0.50),
+    (32, 64, 64, 4, 4, 0.30),
+)
+_TILES_TF32 = (
+    (128, 128, 32, 8, 3, 1.0),
+    (64, 128, 32, 4, 3, 0.80),
+    (64, 64, 32, 4, 4, 0.60),
+    (32, 64, 32, 4, 4, 0.35),
+)
+_TILES_IEEE = (
+    (128, 64, 16, 8, 3, 1.0),
+    (64, 64, 16, 4, 3, 0.90),
+    (32, 64, 16, 4, 3, 0.60),
+)
+
+
+def _tiles(itemsize: int, tf32: bool) -> tuple[tuple[int, int, int, int, int, float], ...]:
+    if itemsize == 2:
+        return _TILES_16_BIT
+    return _TILES_TF32 if tf32 else _TILES_IEEE
+
+
+@lru_cache(maxsize=4096)
+def gemm_config(
+    machine: Machine, rows_power: int, columns: int, r: int, itemsize: int, tf32: bool, dropout: bool
+) -> GemmConfig:
+    """The tile that finishes (rows_power, columns) in the least time: waves of tiles times a tile's work."""
+    if machine.interpreter:
+        return GemmConfig(32, 32, 32, 16, 2, 4, 1)
+    # What the compiler's report (compile_report.py) allows without spills: a rank that is no multiple of 16 takes
+    # narrow steps, and the widest tile is Hopper's; on sm_100 its two accumulators would overflow tensor memory.
+    block_r = 16 if r % 16 or machine.capability < 90 or dropout else min(next_power_of_2(r), 32)
+    wide = 90 <= machine.capability < 100 and not (dropout and r % 16)
+    largest = 128 * 256 if wide else 128 * 128
+    best: tuple[float, GemmConfig] | None = None
+    for rows, width, depth, warps, stages, efficiency in _tiles(itemsize, tf32):
+        while stages > 1 and stages * (rows + width) * depth * itemsize > machine.shared_memory - 4096:
+            stages -= 1
+        if (rows + width) * depth * itemsize * stages > machine.shared_memory or rows * width > largest:
+            continue
+        tiles = -(-rows_power // rows) * -(-columns // width)
+        cost = -(-tiles // machine.sm_count) * rows * width / efficiency
+        if best is None or cost < best[0]:
+            best = cost, GemmConfig(rows, width, depth, block_r, 8, warps, stages)
+    assert best is not None, f"no tile fits {machine}"
+    return best[1]
+
+
+@lru_cache(maxsize=4096)
+def shrink_config(machine: Machine, rows_power: int, r: int, itemsize: int, tf32: bool) -> ShrinkConfig:
+    """Rows enough to give every multiprocessor a program, at most 64."""
+    if machine.interpreter:
+        return ShrinkConfig(32, 32, min(max(next_power_of_2(r), 16), 64), 4, 1)
+    block_r = min(max(next_power_of_2(r), 16), 128)
+    block_m = 64
+    while block_m > 16 and rows_power // block_m < machine.sm_count // 2:
+        block_m //= 2
+    if itemsize == 4 and not tf32:
+        return ShrinkConfig(min(block_m, 32), 32, min(block_r, 64), 4, 3)
+    if block_r == 128:
+        block_m = min(block_m, 32)
+    block_k = 128 if itemsize == 2 and block_r <= 32 and r % 16 == 0 else 64
+    return ShrinkConfig(block_m, block_k, block_r, 4, 4 if block_r <= 32 else 3)
+
+
+@lru_cache(maxsize=4096)
+def few_tokens_config(machine: Machine, columns: int, r: int, itemsize: int, tf32: bool) -> FewTokensConfig | None:
+    """None where the rank is so large that every program reading all of A would cost more than a second launch."""
+    if r > _FEW_TOKENS_RANK:
+        return None
+    block_r = max(next_power_of_2(r), 16)
+    if machine.interpreter:
+        return FewTokensConfig(FEW_TOKENS, 32, 32, block_r, 4, 1)
+    block_n = 64
+    while block_n > 16 and -(-columns // block_n) < machine.sm_count:
+        block_n //= 2
+    block_k = (256 if block_r <= 32 else 128) if itemsize == 2 else 64
+    if itemsize == 4 and not tf32:
+        block_n, block_k = min(block_n, 32), 32
+    stages = 4
+    stage_bytes = (FEW_TOKENS + block_n + 2 * block_r) * block_k * itemsize
+    while stages > 1 and stages * stage_bytes > machine.shared_memory // 2:
+        stages -= 1
+    return FewTokensConfig(FEW_TOKENS, block_n, block_k, block_r, 4, stages)
+
+
+@lru_cache(maxsize=4096)
+def dh_db_config(machine: Machine, rows_power: int, columns: int, r: int, itemsize: int, tf32: bool) -> DhDbConfig:
+    """Wide in N, so that few partial sums of dh are written; then rows enough a program that few of db are."""
+    if machine.interpreter:
+        return DhDbConfig(16, 32, min(max(next_power_of_2(r), 16), 64), 32, 4, 1)
+    block_r = min(max(next_power_of_2(r), 16), 64)
+    block_m, block_n, warps, stages = 32, (256 if block_r <= 32 and r % 16 == 0 else 128), 4, 4
+    if r > 64 or (block_r == 64 and machine.capability < 90):
+        block_n = 64
+    if itemsize == 4:
+        block_n, stages = min(block_n, 128), 3
+        if not tf32:
+            block_m, block_n, block_r, stages = 16, 64, min(block_r, 32), 2
+    programs_n = -(-columns // block_n) * -(-r // block_r)
+    chunks = max(1, 2 * machine.sm_count // max(programs_n, 1))
+    chunk_m = max(next_power_of_2(-(-rows_power // chunks)), 4 * block_m)
+    return DhDbConfig(block_m, block_n, block_r, chunk_m, warps, stages)
+
+
+@lru_cache(maxsize=4096)
+def da_config(machine: Machine, columns: int, r: int, itemsize: int, tf32: bool) -> DaConfig:
+    """Columns few enough to give every multiprocessor a program: the sum over M is not split."""
+    if machine.interpreter:
+        return DaConfig(32, 32, min(max(next_power_of_2(r), 16), 64), 4, 1)
+    block_r = min(max(next_power_of_2(r), 16), 64)
+    block_k = 64
+    while block_k > 16 and -(-columns // block_k) < machine.sm_count // 2 + 1:
+        block_k //= 2
+    if itemsize == 4 and not tf32:
+        return DaConfig(32, block_k, min(block_r, 32), 4, 3)
+    block_m = 32 if block_r > 16 and (r % 16 or block_r == 32) else 64
+    return DaConfig(block_m, block_k, block_r, 4, 4 if block_r <= 32 else 3)
