@@ -1,0 +1,130 @@
+"""What the commands share: rich where it is installed, a sentence where it is not, progress, and strict JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from .errors import InvalidArgumentError, LoRAKernelsError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "MissingExtraError",
+    "Progress",
+    "check_writable",
+    "json_text",
+    "one_thread",
+    "optional",
+    "progress_bars",
+    "progress_lines",
+]
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is running, how many of its steps are done, and how many there are."""
+
+
+_EXTRAS = {"matplotlib": "plot", "peft": "bench"}
+
+
+class MissingExtraError(LoRAKernelsError, ImportError):
+    """A package of one of the extras (``lora-kernels[cli]``, ``[plot]``, ``[bench]``) is not installed."""
+
+
+def optional(name: str) -> ModuleType:
+    """The module ``name`` of a package that only the command line needs.
+
+    Raises:
+        MissingExtraError: it cannot be imported; the sentence says what to install.
+    """
+    try:
+        return import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        extra = _EXTRAS.get(package, "cli")
+        raise MissingExtraError(
+            f"{package} is needed for this output and cannot be imported ({error}). "
+            f'Run: pip install "lora-kernels[{extra}]".'
+        ) from error
+
+
+def stdout_console() -> Console:
+    """A rich console on stdout; where stdout is no terminal, wide enough that tables do not fold."""
+    rich = optional("rich.console")
+    console: Console = rich.Console(width=None if sys.stdout.isatty() else 120)
+    return console
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """Rich progress bars on stderr, one for each label; they vanish when the block ends."""
+    rich, console = optional("rich.progress"), optional("rich.console").Console(stderr=True)
+    counts = (rich.MofNCompleteColumn(), rich.TimeElapsedColumn())
+    with rich.Progress("{task.description}", rich.BarColumn(), *counts, console=console, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total)
+            bars.update(tasks[label], completed=done, total=total)
+
+        yield advance
+
+
+def progress_lines(command: str) -> Progress:
+    """Progress as plain lines ``command: label done/total`` on stderr, for ``--json`` and for a parent process."""
+
+    def advance(label: str, done: int, total: int) -> None:
+        print(f"{command}: {label} {done}/{total}", file=sys.stderr, flush=True)
+
+    return advance
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the block PyTorch's CPU operators use one thread: on small tensors more only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def json_text(value: Any) -> str:
+    """Strict JSON: NaN and infinities, which JSON lacks, become the strings "nan", "inf" and "-inf"."""
+    return json.dumps(_finite(value), indent=2)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raises, before any work is done, unless ``path`` can be written.
+
+    Raises:
+        InvalidArgumentError: its folder is missing or closed, or it is a folder itself.
+    """
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise InvalidArgumentError(
+            f"{option} {path} cannot be written: name a file in a folder that exists and that you may write to."
+        )

@@ -1,0 +1,235 @@
+"""``lora-kernels info``: what is installed, which devices there are, and which backends run on them.
+
+It answers also where something is broken, which is when it is needed: nothing is imported at the top but the standard
+library, and every section is collected on its own; one that fails is reported in its place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .env import BACKEND_VARIABLE
+from .errors import InvalidArgumentError
+
+__all__ = ["add_arguments", "collect", "run_command", "versions"]
+
+PACKAGES = ("torch", "triton", "numpy", "peft", "safetensors", "rich", "matplotlib")
+VARIABLES = (BACKEND_VARIABLE, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+GIB = 2**30
+
+
+def collect() -> dict[str, Any]:
+    """Everything that ``info`` reports, as plain data that JSON can hold.
+
+    Returns:
+        A dictionary with the keys ``versions``, ``installation``, ``platform``, ``devices``, ``backends``,
+        ``environment`` and ``tuned_table``. A section that could not be collected is ``{"error": sentence}``.
+
+    Example:
+        >>> from lora_kernels.info import collect
+        >>> collect()["backends"]["eager"]["available"]
+        True
+    """
+    sections: dict[str, Callable[[], Any]] = {
+        "versions": versions,
+        "installation": _installation,
+        "platform": _platform,
+        "devices": _devices,
+        "backends": _backends,
+        "environment": lambda: {name: os.environ.get(name) for name in VARIABLES},
+        "tuned_table": lambda: "none: choices come from device properties",
+    }
+    return {name: _guarded(section) for name, section in sections.items()}
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, this package, what it builds on, and CUDA; None is not installed.
+
+    They are read from the packages' metadata, so that a package that cannot be imported still tells its version.
+    """
+    found: dict[str, str | None] = {"python": platform.python_version(), "lora_kernels": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    cuda = _guarded(lambda: import_module("torch").version.cuda)
+    found["cuda"] = f"unknown: {cuda['error']}" if isinstance(cuda, dict) else cuda
+    return found
+
+
+def _guarded(section: Callable[[], Any]) -> Any:
+    try:
+        return section()
+    except Exception as error:  # noqa: BLE001 (a broken installation raises anything; naming it is the purpose here)
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _installation() -> dict[str, Any]:
+    package = Path(__file__).resolve().parent
+    try:
+        distribution = importlib.metadata.distribution("lora-kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return {"kind": "checkout, imported without installation", "path": str(package)}
+    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+    if Path(str(distribution.locate_file("lora_kernels"))).resolve() == package:
+        kind = "installed"
+    elif origin.get("dir_info", {}).get("editable"):
+        kind = "installed, editable"
+    else:
+        kind = f"checkout, while lora-kernels {distribution.version} is installed elsewhere"
+    return {"kind": kind, "path": str(package)}
+
+
+def _platform() -> dict[str, str]:
+    return {"system": platform.platform(), "machine": platform.machine(), "python": sys.executable}
+
+
+def _devices() -> list[dict[str, Any]]:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpu: dict[str, Any] = {"device": "cpu", "name": _cpu_name(), "cores": usable}
+    threads = _guarded(lambda: import_module("torch").get_num_threads())
+    cpu.update({"torch_threads": threads} if isinstance(threads, int) else threads)
+    return [cpu, *([] if "error" in cpu else _guarded_list(_gpus))]
+
+
+def _guarded_list(section: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    found = _guarded(section)
+    return found if isinstance(found, list) else [{"device": "cuda", **found}]
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / GIB, 1),
+                "multiprocessors": properties.multi_processor_count,
+            }
+        )
+    return gpus
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _backends() -> dict[str, Any]:
+    import torch
+
+    from .dispatch import ORDER
+
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+
+    def one(name: str) -> dict[str, Any]:
+        on = {device: _guarded(partial(_on_device, name, device)) for device in devices}
+        return {"available": any(answer.get("dtypes") for answer in on.values()), "devices": on}
+
+    return {name: one(name) for name in ORDER}
+
+
+def _on_device(name: str, device: str) -> dict[str, Any]:
+    """The dtypes that backend ``name`` takes on ``device``; the reasons why not, in fp32, where it takes none."""
+    import torch
+
+    from .dispatch import Problem, backend
+
+    problems = {short: Problem(device, getattr(torch, long)) for short, long in DTYPES.items()}
+    reasons = {short: backend(name).why_not(problem) for short, problem in problems.items()}
+    dtypes = [short for short in problems if not reasons[short]]
+    if not dtypes:
+        return {"dtypes": [], "reasons": reasons["fp32"]}
+    first = problems[dtypes[0]]
+    return {
+        "dtypes": dtypes,
+        "description": backend(name).describe(first),
+        "only_if_named": backend(name).why_not_automatic(first),
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``lora-kernels info``."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--require", metavar="NAME", help="exit with 1 unless this backend is available")
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Prints the report; 1 if ``--require`` names a backend that is not available.
+
+    Raises:
+        InvalidArgumentError: ``--require`` names a backend that does not exist.
+    """
+    report = collect()
+    backends = report["backends"]
+    if args.require is not None and "error" not in backends and args.require not in backends:
+        raise InvalidArgumentError(
+            f"--require {args.require} was given: the backends are {', '.join(backends)}. Name one of them."
+        )
+    print(json.dumps(report, indent=2) if args.json else _text(report))
+    if args.require is None or backends.get(args.require, {}).get("available"):
+        return 0
+    print(f"lora-kernels: backend {args.require!r}, which --require names, is not available here.", file=sys.stderr)
+    return 1
+
+
+def _text(report: dict[str, Any]) -> str:
+    lines: list[str] = []
+    for section, content in report.items():
+        lines.append(section.replace("_", " "))
+        if section == "backends" and "error" not in content:
+            lines += [line for name, backend in content.items() for line in _backend_lines(name, backend)]
+        elif isinstance(content, dict):
+            lines += [f"  {key:<22}{value}" for key, value in _told(section, content)]
+        elif isinstance(content, list):
+            lines += [f"  {_device_line(device)}" for device in content]
+        else:
+            lines.append(f"  {content}")
+    return "\n".join(lines)
+
+
+def _told(section: str, content: dict[str, Any]) -> list[tuple[str, Any]]:
+    absent = {"cuda": "none: a CPU build of PyTorch"}
+    default = "not installed" if section == "versions" else "not set"
+    return [(key, absent.get(key, default) if value is None else value) for key, value in content.items()]
+
+
+def _device_line(device: dict[str, Any]) -> str:
+    units = {"cores": "cores", "torch_threads": "threads in PyTorch", "memory_gib": "GiB", "multiprocessors": "SMs"}
+    parts = [str(device.get("name", "")), f"capability {device['capability']}" if "capability" in device else ""]
+    parts += [f"{device[key]} {unit}" for key, unit in units.items() if key in device]
+    parts.append(device.get("error", ""))
+    return f"{device['device']:<22}{', '.join(part for part in parts if part)}"
+
+
+def _backend_lines(name: str, backend: dict[str, Any]) -> list[str]:
+    lines = []
+    for device, answer in backend["devices"].items():
+        if answer.get("dtypes"):
+            told = f"available: {', '.join(answer['dtypes'])}. {answer['description']}"
+            told += "".join(f" Runs only if named: {reason}" for reason in answer["only_if_named"])
+        else:
+            told = f"not available: {answer.get('error') or ' '.join(answer['reasons'])}"
+        lines.append(f"  {f'{name} on {device}':<22}{told}")
+    return lines

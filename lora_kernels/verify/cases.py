@@ -1,0 +1,98 @@
+"""What ``verify`` tries, as data, and the tensors of each case."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["CASES", "Case", "Inputs", "make"]
+
+SCALING = 1.5  # not 1, so that a scaling that is dropped or applied twice shows
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: sizes M, K, N, R and what is special about it.
+
+    Attributes:
+        p: dropout probability.
+        zero: a parameter that is zero ("weight", "lora_b"), so that no other term hides the rest's error.
+        adapters: dtype of lora_a and lora_b where it is not the compute dtype.
+        strided: x, weight and dy are transposed views.
+        large: too much for an interpreter; on a CPU it runs in all threads, the others in one.
+    """
+
+    name: str
+    m: int
+    k: int
+    n: int
+    r: int
+    p: float = 0.0
+    bias: bool = True
+    zero: str = ""
+    adapters: torch.dtype | None = None
+    strided: bool = False
+    large: bool = False
+
+    def applies(self, dtype: torch.dtype) -> bool:
+        """Whether the case says something new for the compute dtype ``dtype``."""
+        return self.adapters != dtype
+
+
+CASES = (
+    Case("square", 64, 64, 64, 8),
+    Case("square, dropout", 64, 64, 64, 8, p=0.1),
+    Case("ragged, rank 17, no bias", 37, 83, 51, 17, bias=False),
+    Case("ragged, rank 17, dropout", 37, 83, 51, 17, p=0.1),
+    Case("rank 1", 40, 56, 48, 1),
+    Case("rank 64, dropout", 48, 96, 72, 64, p=0.1),
+    Case("one token", 1, 100, 90, 8),
+    Case("one token, dropout", 1, 100, 90, 8, p=0.1),
+    Case("no tokens", 0, 32, 24, 4, p=0.1),
+    Case("fp32 adapters", 48, 64, 40, 8, p=0.1, adapters=torch.float32),
+    Case("weight zero", 40, 72, 56, 8, p=0.1, bias=False, zero="weight"),
+    Case("lora_b zero", 40, 72, 56, 8, zero="lora_b"),
+    Case("transposed x, weight, dy", 50, 70, 44, 8, p=0.1, strided=True),
+    Case("large", 256, 512, 384, 16, large=True),
+    Case("large, ragged, dropout", 333, 1001, 700, 17, p=0.1, large=True),
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """x (M, K), weight (N, K), lora_a (R, K), lora_b (N, R), bias (N,) or None, and the gradient dy (M, N) of y."""
+
+    x: Tensor
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    bias: Tensor | None
+    dy: Tensor
+
+
+def make(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    """Random tensors for ``case``: x, dy, bias, x Wᵀ and s h Bᵀ all have entries of about one.
+
+    So the adapter's term is as large as the base's, and an error in either shows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(rows: int, columns: int, deviation: float, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+        shape = (columns, rows) if transposed else (rows, columns)
+        drawn = (torch.randn(shape, generator=generator, dtype=torch.float64) * deviation).to(device, dtype)
+        return drawn.t() if transposed else drawn
+
+    adapters = case.adapters or dtype
+    inputs = Inputs(
+        x=normal(case.m, case.k, 1.0, dtype, case.strided),
+        weight=normal(case.n, case.k, case.k**-0.5, dtype, case.strided),
+        lora_a=normal(case.r, case.k, case.k**-0.5, adapters),
+        lora_b=normal(case.n, case.r, case.r**-0.5 / SCALING, adapters),
+        bias=normal(1, case.n, 1.0, dtype).flatten() if case.bias else None,
+        dy=normal(case.m, case.n, 1.0, dtype, case.strided),
+    )
+    if case.zero:
+        getattr(inputs, case.zero).zero_()
+    return inputs

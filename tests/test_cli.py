@@ -1,0 +1,131 @@
+"""The command line: help, versions, exit statuses, and errors that are one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lora_kernels
+from lora_kernels import cli, console
+from lora_kernels.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    for name in [package, *(n for n in sys.modules if n.startswith(package + "."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def sentence(captured: str) -> str:
+    assert captured.startswith("lora-kernels: ")
+    assert captured.count("\n") == 1, captured
+    return captured
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_names_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n    {command} " in shown for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert f"lora-kernels {command}" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"lora-kernels {lora_kernels.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["verify", "--backend", "cutlass", "--json"], "'cutlass' is not known"),
+        (["verify", "--dtype", "int8", "--json"], "must be one of fp32, bf16, fp16, fp64"),
+        (["verify", "--device", "tpu", "--json"], "must be cpu, cuda or cuda:N"),
+        (["verify", "--device", "cuda:99", "--json"], "PyTorch sees"),
+        (["verify", "--backend", "triton", "--dtype", "fp64", "--json"], "float64"),
+        (["info", "--require", "cutlass"], "the backends are"),
+        (["demo", "--seeds", "0", "--json", "-"], "must be at least 1"),
+        (["demo", "--plot", "/nowhere/at/all.png"], "cannot be written"),
+        (["demo", "--no-plot", "--json", "/nowhere/at/all.json"], "cannot be written"),
+        (["demo", "--device", "tpu", "--json", "-"], "cannot be used"),
+        (["bench", "--preset", "nonsense"], "nonsense"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert words in sentence(captured.err)
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("arguments", [["verfy"], ["info", "--jsn"], ["verify", "--seed", "x"]])
+def test_argparse_errors_are_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert "usage: lora-kernels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["verify"], ["demo", "--no-plot"]])
+def test_without_rich_the_sentence_tells_what_to_install(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without(monkeypatch, "rich")
+    assert main(arguments) == 2
+    assert 'pip install "lora-kernels[cli]"' in sentence(capsys.readouterr().err)
+
+
+def test_without_matplotlib_the_sentence_tells_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    without(monkeypatch, "matplotlib")
+    assert main(["demo", "--plot", str(tmp_path / "curves.png")]) == 2
+    assert 'pip install "lora-kernels[plot]"' in sentence(capsys.readouterr().err)
+
+
+def test_an_import_that_fails_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "info", cli.Command("help", "info", "run_command"))
+    monkeypatch.setattr("lora_kernels.info.run_command", lambda args: __import__("torch_is_not_here"))
+    assert main(["info"]) == 2
+    assert "`lora-kernels info` tells" in sentence(capsys.readouterr().err)
+
+
+def test_an_interrupt_is_status_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_kernels.info.run_command", interrupted)
+    assert main(["info"]) == 130
+    assert "interrupted" in sentence(capsys.readouterr().err)
+
+
+def test_the_module_runs_from_a_checkout() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_kernels", "info", "--json"],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["versions"]["lora_kernels"] == lora_kernels.__version__
+
+
+def test_json_is_strict_where_numbers_are_not_finite() -> None:
+    found = json.loads(console.json_text({"a": [float("nan"), 1.5], "b": (float("inf"),)}), parse_constant=pytest.fail)
+    assert found == {"a": ["nan", 1.5], "b": ["inf"]}
+
+
+def test_progress_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    console.progress_lines("verify")("eager fp32", 3, 14)
+    assert capsys.readouterr() == ("", "verify: eager fp32 3/14\n")
