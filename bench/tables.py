@@ -1,0 +1,103 @@
+"""Writes the README's tables from committed results, so that no number there is typed by hand.
+
+A table stands between two marker comments and is named after what it shows::
+
+    <!-- table:DEVICE/PRESET/DIRECTION[/DTYPE][/FIELD=VALUES ...] -->
+    <!-- /table -->
+
+such as ``table:amd-epyc/cpu/step/float32/r=16``. DEVICE is a folder of ``bench/results``; of its files with that PRESET
+the one with the latest date is taken. ``--check`` exits with 1 where a table is not what the results say; ``--write``
+makes it so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lora_kernels.benchmark.report import legend, markdown, table  # noqa: E402  (after the path)
+from lora_kernels.benchmark.results import Result, load  # noqa: E402
+from lora_kernels.benchmark.workloads import FIELDS  # noqa: E402
+from lora_kernels.errors import InvalidArgumentError  # noqa: E402
+
+_MARKED = re.compile(r"(<!-- table:(?P<name>\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def newest(results: Path, device: str, preset: str) -> Result:
+    """The latest result of that preset on that device.
+
+    Raises:
+        InvalidArgumentError: there is none.
+    """
+    found = [r for r in map(load, sorted((results / device).glob("*.json"))) if r.preset == preset]
+    if not found:
+        raise InvalidArgumentError(
+            f"{results / device} holds no result of preset {preset!r}: run lora-kernels bench --preset {preset} "
+            f"--json {results / device / preset}.json."
+        )
+    return max(found, key=lambda r: r.date)
+
+
+def condition(text: str) -> tuple[str, tuple[str, ...]]:
+    """``r=8,16`` as a field and its values; a word alone is a dtype."""
+    name, equals, values = text.partition("=")
+    return (name, tuple(values.split(","))) if equals else ("dtype", (text,))
+
+
+def fill(text: str, results: Path) -> str:
+    """``text`` with every marked table written anew from ``results``.
+
+    Raises:
+        InvalidArgumentError: a table's name is not of the form above, or there is no such result.
+    """
+
+    def written(match: re.Match[str]) -> str:
+        device, _, rest = match["name"].partition("/")
+        preset, _, rest = rest.partition("/")
+        direction, *where = rest.split("/")
+        conditions = dict(condition(text) for text in where)
+        if not direction or not set(conditions) <= set(FIELDS):
+            raise InvalidArgumentError(
+                f"table:{match['name']} is no DEVICE/PRESET/DIRECTION[/DTYPE][/FIELD=VALUES ...]: mend the marker."
+            )
+        result = newest(results, device, preset)
+        content = table(result, direction, conditions)
+        if not content.rows:
+            raise InvalidArgumentError(f"table:{match['name']} has no rows: the newest result has no such cells.")
+        notes = [note for note in legend(result) if note.partition(":")[0] in content.header]
+        return "".join([match[1], "\n", markdown(content), *(f" {n}" for n in notes), "\n\n", match[3]])
+
+    return _MARKED.sub(written, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Checks or writes; returns the exit status."""
+    parser = argparse.ArgumentParser(description="README tables from bench/results")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--check", action="store_true", help="exit with 1 where the file is stale")
+    mode.add_argument("--write", action="store_true", help="write the file")
+    parser.add_argument("--file", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    args = parser.parse_args(arguments)
+    text = args.file.read_text(encoding="utf-8")
+    try:
+        filled = fill(text, args.results)
+    except InvalidArgumentError as error:
+        print(f"tables: {error}", file=sys.stderr)
+        return 1
+    if args.write:
+        args.file.write_text(filled, encoding="utf-8")
+    elif filled != text:
+        print(f"tables: {args.file} is stale: run python bench/tables.py --write.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,280 @@
+"""Who is measured: the floor, the rivals and this package's backends, as layers around one frozen ``nn.Linear``.
+
+Every layer reads the same weight: with a copy each, caches would favour whoever comes after the floor. Adapters start
+from the same values, which the compute dtype represents exactly, so that no rival is charged for rounding them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import dispatch
+from ..nn import FusedLoRALinear
+from .workloads import Workload
+
+__all__ = ["FLOOR", "PROVIDERS", "Layer", "Provider", "Setup", "make_setups"]
+
+FLOOR = "linear"
+_ALPHA_OVER_R = 2.0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One cell's tensors. On CUDA a cell has several of them, taken in turn, so that no run finds its own in the cache.
+
+    Attributes:
+        linear: the frozen layer, weight (N, K).
+        lora_a, lora_b: the adapters' values, (R, K) and (N, R), in the compute dtype.
+        x, dy: input (M, K) and output gradient (M, N).
+        scaling: s.
+    """
+
+    workload: Workload
+    linear: nn.Linear
+    lora_a: Tensor
+    lora_b: Tensor
+    x: Tensor
+    dy: Tensor
+    scaling: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.linear.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.linear.weight.device
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.workload.adapters)
+        return dtype
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer ready to be called: y = call(x); ``trainable`` are its adapters, [A, B] or nothing."""
+
+    call: Callable[[Tensor], Tensor]
+    trainable: tuple[Tensor, ...] = ()
+    module: nn.Module | None = None
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One column of a table.
+
+    Attributes:
+        name, title: for the command line and JSON, and for people.
+        ours: whether it is this package, and so judged by this package's own tolerance policy.
+        why_not: a sentence that says why it cannot run this cell here, or None.
+        build: makes its layer.
+        backend: for ours, the backend's name; None is the automatic choice.
+    """
+
+    name: str
+    title: str
+    build: Callable[[Setup], Layer]
+    why_not: Callable[[Setup], str | None] = lambda setup: None
+    ours: bool = False
+    backend: str | None = None
+
+
+def make_setups(workload: Workload, device: str, count: int = 1, seed: int = 0) -> list[Setup]:
+    """``count`` random sets for a cell; base and adapter terms are of one size, so that an error in either shows."""
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype: torch.dtype = getattr(torch, workload.dtype)
+    m, k, n, r = workload.tokens, workload.in_features, workload.out_features, workload.r
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).mul_(scale).to(dtype)
+
+    weight, bias = draw(n, k, scale=k**-0.5), draw(n) if workload.bias else None
+    lora_a, lora_b = draw(r, k, scale=k**-0.5), draw(n, r, scale=r**-0.5 / _ALPHA_OVER_R)
+    x, dy = draw(m, k), draw(m, n)
+
+    def rolled(tensor: Tensor, i: int) -> Tensor:
+        """The same kind of data in other memory, without another turn of the generator."""
+        return tensor if i == 0 else tensor.flatten().roll(i).view_as(tensor)
+
+    setups = []
+    for i in range(count):
+        linear = nn.Linear(k, n, bias=False, device="meta", dtype=dtype)
+        linear.weight = nn.Parameter(rolled(weight, i), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(rolled(bias, i), requires_grad=False)
+        own_x = rolled(x, i).detach().requires_grad_(workload.records)
+        setups.append(Setup(workload, linear, lora_a, lora_b, own_x, rolled(dy, i), _ALPHA_OVER_R))
+    return setups
+
+
+def _build_linear(setup: Setup) -> Layer:
+    return Layer(setup.linear, module=setup.linear)
+
+
+def _build_ours(backend: str | None) -> Callable[[Setup], Layer]:
+    def build(setup: Setup) -> Layer:
+        w = setup.workload
+        module = FusedLoRALinear.from_linear(
+            setup.linear,
+            r=w.r,
+            lora_alpha=setup.scaling * w.r,
+            lora_dropout=w.p,
+            adapter_dtype=setup.adapter_dtype,
+        )
+        _load(module.lora_A, module.lora_B, setup)
+        return Layer(module, (module.lora_A, module.lora_B), module.train(), lambda: dispatch.use_backend(backend))
+
+    return build
+
+
+def _why_not_ours(backend: str) -> Callable[[Setup], str | None]:
+    def why_not(setup: Setup) -> str | None:
+        problem = dispatch.Problem(setup.device.type, setup.dtype)
+        reasons = dispatch.backend(backend).why_not(problem)
+        if backend == "triton" and setup.device.type != "cuda":
+            return "Triton's interpreter is for tests and is never timed." if not reasons else reasons[0]
+        return " ".join(reasons) or None
+
+    return why_not
+
+
+def _why_not_peft(setup: Setup) -> str | None:
+    if importlib.util.find_spec("peft") is None:
+        return "PEFT is not installed: pip install 'lora-kernels[bench]'."
+    return None
+
+
+def _why_not_peft16(setup: Setup) -> str | None:
+    if setup.dtype.itemsize > 2:
+        return "PEFT's adapters have the base's dtype already."
+    return _why_not_peft(setup)
+
+
+def _build_peft(same_dtype: bool) -> Callable[[Setup], Layer]:
+    def build(setup: Setup) -> Layer:
+        from peft import LoraConfig
+        from peft.tuners.lora import Linear
+
+        w = setup.workload
+        config = LoraConfig(r=w.r, lora_alpha=int(setup.scaling * w.r), lora_dropout=w.p)
+        module = Linear(setup.linear, "default", config, r=w.r, lora_alpha=int(setup.scaling * w.r))
+        adapters = module.lora_A["default"], module.lora_B["default"]
+        for adapter in adapters:
+            adapter.to(setup.dtype if same_dtype else setup.adapter_dtype)
+        _load(adapters[0].weight, adapters[1].weight, setup)
+        return Layer(module, (adapters[0].weight, adapters[1].weight), module.train())
+
+    return build
+
+
+def _build_compiled(setup: Setup) -> Layer:
+    """PEFT's layer under torch.compile, static shapes; the caller's warm-up pays for the compilation."""
+    import torch._functorch.config as functorch_config
+
+    torch._dynamo.reset()
+    layer = _build_peft(same_dtype=False)(setup)
+    compiled: Callable[[Tensor], Tensor] = torch.compile(layer.call, dynamic=False)
+    # Donated buffers would forbid the repeated backward through one graph that "backward" times.
+    context = functorch_config.patch(donated_buffer=False)
+    return Layer(compiled, layer.trainable, layer.module, lambda: context)
+
+
+def _build_composition(lora_first: bool) -> Callable[[Setup], Layer]:
+    def build(setup: Setup) -> Layer:
+        lora_a, lora_b = (t.to(setup.adapter_dtype, copy=True).requires_grad_() for t in (setup.lora_a, setup.lora_b))
+        apply: Callable[..., Tensor] = Composition.apply
+        weight, bias, p = setup.linear.weight, setup.linear.bias, setup.workload.p
+        module = nn.Module().train()  # only holds the mode: dropout acts while it trains
+
+        def call(x: Tensor) -> Tensor:
+            dropout = p if module.training else 0.0
+            y: Tensor = apply(x, weight, bias, lora_a, lora_b, dropout, setup.scaling, lora_first)
+            return y
+
+        return Layer(call, (lora_a, lora_b), module)
+
+    return build
+
+
+class Composition(torch.autograd.Function):
+    """The plain rival, written as trainers write it: the library's product, and the low-rank term by ``addmm_``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        p: float,
+        scaling: float,
+        lora_first: bool,
+    ) -> Tensor:
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        dropped, mask = torch.native_dropout(x, p, True) if p else (x, None)
+        h = dropped @ a.t()
+        ctx.save_for_backward(dropped, weight, lora_a, lora_b, mask, h)
+        ctx.scaling, ctx.lora_first, ctx.p = scaling, lora_first, p
+        if lora_first:
+            low_rank = (h @ b.t()).mul_(scaling) if bias is None else torch.addmm(bias, h, b.t(), alpha=scaling)
+            return low_rank.addmm_(x, weight.t())
+        return _add_product(nn.functional.linear(x, weight, bias), h, b, scaling)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grad_outputs
+        dropped, weight, lora_a, lora_b, mask, h = ctx.saved_tensors
+        a, b = lora_a.to(dy.dtype), lora_b.to(dy.dtype)
+        dh = (dy @ b).mul_(ctx.scaling)
+        need_x, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        dx = None
+        if need_x and mask is not None:
+            low_rank = torch.ops.aten.native_dropout_backward(dh @ a, mask, 1.0 / (1.0 - ctx.p))
+            dx = low_rank.addmm_(dy, weight)
+        elif need_x:
+            dx = (dh @ a).addmm_(dy, weight) if ctx.lora_first else _add_product(dy @ weight, dh, a.t(), 1.0)
+        da = (dh.t() @ dropped).to(lora_a.dtype) if need_a else None
+        db = (h.t() @ dy).mul_(ctx.scaling).t().to(lora_b.dtype) if need_b else None
+        return dx, None, None, da, db, None, None, None
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """``out += scaling * left @ rightᵀ``; the transposed form is 10-30 % quicker on CPUs for many tokens."""
+    if out.is_cuda or out.shape[0] < 64:
+        return out.addmm_(left, right.t(), alpha=scaling)
+    out.t().addmm_(right, left.t(), alpha=scaling)
+    return out
+
+
+@torch.no_grad()
+def _load(lora_a: Tensor, lora_b: Tensor, setup: Setup) -> None:
+    lora_a.copy_(setup.lora_a)
+    lora_b.copy_(setup.lora_b)
+
+
+PROVIDERS = {
+    p.name: p
+    for p in (
+        Provider(FLOOR, "nn.Linear", _build_linear),
+        Provider("peft", "PEFT", _build_peft(same_dtype=False), _why_not_peft),
+        Provider("peft16", "PEFT16", _build_peft(same_dtype=True), _why_not_peft16),
+        Provider("compile", "PEFT compiled", _build_compiled, _why_not_peft),
+        Provider("addmm", "addmm_", _build_composition(lora_first=False)),
+        Provider("lora_first", "LoRA first", _build_composition(lora_first=True)),
+        Provider("auto", "lora_kernels", _build_ours(None), ours=True),
+        *(
+            Provider(name, f"ours, {name}", _build_ours(name), _why_not_ours(name), True, name)
+            for name in dispatch.ORDER
+        ),
+    )
+}

@@ -1,0 +1,197 @@
+"""The JSON of a run: where it ran, every cell with every provider, wins and losses; written, read, compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InvalidArgumentError
+from .workloads import Workload
+
+__all__ = ["SCHEMA", "Cell", "Entry", "Result", "compare", "device_name", "environment", "load", "slug"]
+
+SCHEMA = 1
+_ALLOCATOR_VARIABLES = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One provider in one cell.
+
+    Attributes:
+        status: "timed" (or "measured": memory), "unavailable", "same", "failed" (wrong, or it raised).
+        reason: a sentence, for every status but the first.
+        numbers: ``timing.Timing``'s or ``memory``'s fields; times in microseconds, memory in bytes.
+        errors: relative Frobenius error of each output against float64, from the gate.
+        predicted: bytes, flops, launches, microseconds and ratio by the roofline model; empty where there is none.
+    """
+
+    status: str
+    reason: str | None = None
+    numbers: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    predicted: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float | None:
+        """Time over the floor's."""
+        return self.numbers.get("ratio")
+
+
+@dataclass(frozen=True)
+class Cell:
+    workload: Workload
+    providers: dict[str, Entry]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A whole run, or what is there of it.
+
+    Attributes:
+        floor: the provider that ratios refer to.
+        titles: every provider's name for people.
+        ours: the providers that are this package.
+        machine: the machine model that predictions rest on.
+    """
+
+    preset: str
+    date: str
+    seed: int
+    floor: str
+    titles: dict[str, str]
+    ours: list[str]
+    environment: dict[str, Any]
+    machine: dict[str, Any]
+    cells: list[Cell]
+    schema: int = SCHEMA
+
+    def save(self, path: str | Path) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        partial.write_text(json.dumps(_rounded(asdict(self)), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def load(path: str | Path) -> Result:
+    """Reads what ``Result.save`` wrote.
+
+    Raises:
+        InvalidArgumentError: not such a file, or of another schema.
+    """
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        if raw["schema"] != SCHEMA:
+            raise InvalidArgumentError(
+                f"{path} has schema {raw['schema']}, and this version reads {SCHEMA}: run the benchmark again."
+            )
+        cells = [
+            Cell(Workload(**c["workload"]), {name: Entry(**e) for name, e in c["providers"].items()})
+            for c in raw["cells"]
+        ]
+        return Result(**{**raw, "cells": cells})
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InvalidArgumentError(
+            f"{path} is no benchmark result ({error!r}): give a file that bench --json wrote."
+        ) from error
+
+
+def compare(before: Result, after: Result) -> list[tuple[Workload, str, float, float]]:
+    """(workload, provider, ratio before, ratio after) of every provider that both runs timed in the same cell."""
+    earlier = {cell.workload: cell.providers for cell in before.cells}
+    rows = []
+    for cell in after.cells:
+        for name, entry in cell.providers.items():
+            former = earlier.get(cell.workload, {}).get(name)
+            if former is not None and former.ratio is not None and entry.ratio is not None:
+                rows.append((cell.workload, name, former.ratio, entry.ratio))
+    return rows
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Where the run happened: device, versions, git id of the checkout, threads, what governs the allocator."""
+    return {
+        "device": device_name(device),
+        "device_type": device,
+        "cpu": device_name("cpu"),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("torch", "triton", "peft", "lora-kernels")},
+        "cuda": torch.version.cuda,
+        "git": _git(),
+        "allocator": {
+            "libc": " ".join(platform.libc_ver()),
+            "variables": {k: v for k, v in os.environ.items() if k.startswith(_ALLOCATOR_VARIABLES)},
+        },
+    }
+
+
+def device_name(device: str) -> str:
+    """The GPU's or CPU's own name."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        info = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def slug(name: str) -> str:
+    """``name`` as a folder: lower case, words joined by hyphens, "(R)" and clock rates gone."""
+    name = re.sub(r"\((r|tm)\)|@.*$|\b(cpu|processor|\d+-core)\b", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def _version(name: str) -> str | None:
+    if name == "lora-kernels":
+        from .. import __version__
+
+        return __version__
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> str | None:
+    """The commit of the checkout that this package lies in, "-dirty" where it is; None if it is installed elsewhere."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
+
+
+def _rounded(value: Any) -> Any:
+    """Five significant digits are more than any timer gives, and files stay readable."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(v) for v in value]
+    return value

@@ -1,0 +1,210 @@
+"""One cell: every provider is built around one weight and gated; those that passed are timed. One preset: its cells."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..console import Progress
+from ..errors import InvalidArgumentError
+from . import gate, memory, roofline
+from .providers import FLOOR, PROVIDERS, Layer, Provider, Setup, make_setups
+from .results import Cell, Entry, Result, environment
+from .timing import Candidate, Timing, measure
+from .workloads import Preset, Workload
+
+__all__ = ["admit", "candidate", "expand_peers", "run_cell", "run_preset"]
+
+_MICRO = 1e6
+_CACHE_TURNS = 2  # the input sets together are this many times the L2 cache
+_MAX_SETS = 32
+
+
+def expand_peers(names: Iterable[str]) -> tuple[Provider, ...]:
+    """The providers of these names, the floor first; "ours" is the automatic choice and every backend.
+
+    Raises:
+        InvalidArgumentError: a name that no provider has.
+    """
+    wanted = [FLOOR]
+    for name in names:
+        wanted += ["auto", *dispatch.ORDER] if name == "ours" else [name]
+    if unknown := [name for name in wanted if name not in PROVIDERS]:
+        raise InvalidArgumentError(
+            f"peers {', '.join(map(repr, unknown))} are not known: name some of {', '.join(PROVIDERS)}, or 'ours'."
+        )
+    return tuple(PROVIDERS[name] for name in dict.fromkeys(wanted))
+
+
+def run_preset(
+    preset: Preset,
+    date: str,
+    device: str,
+    peers: Sequence[str] | None = None,
+    budget: float | None = None,
+    seed: int = 0,
+    progress: Progress = lambda label, done, total: None,
+    keep: Callable[[Result], None] = lambda result: None,
+) -> Result:
+    """Runs every cell of ``preset`` on ``device``; ``date`` goes into the result as it is.
+
+    The budget, in seconds, is shared out evenly among the cells that are left; each has its minimum of rounds anyway.
+    ``keep`` is given what there is after each cell, so that a run that is cut off loses one cell only.
+    """
+    providers = expand_peers(preset.peers if peers is None else peers)
+    deadline = time.perf_counter() + (preset.budget if budget is None else budget)
+    machine = roofline.measure_machine(device, tuple(dict.fromkeys(w.dtype for w in preset.workloads)))
+    result = Result(
+        preset=preset.name,
+        date=date,
+        seed=seed,
+        floor=FLOOR,
+        titles={p.name: p.title for p in providers},
+        ours=[p.name for p in providers if p.ours],
+        environment=environment(device),
+        machine=machine.to_json(),
+        cells=[],
+    )
+    for i, workload in enumerate(preset.workloads):
+        progress(f"bench {preset.name}", i, len(preset.workloads))
+        share = max(deadline - time.perf_counter(), 0.0) / (len(preset.workloads) - i)
+        result.cells.append(run_cell(workload, providers, device, share, preset.min_rounds, seed, machine))
+        keep(result)
+    progress(f"bench {preset.name}", len(preset.workloads), len(preset.workloads))
+    return result
+
+
+def run_cell(
+    workload: Workload,
+    providers: Sequence[Provider],
+    device: str,
+    budget: float,
+    min_rounds: int = 7,
+    seed: int = 0,
+    machine: roofline.Machine | None = None,
+) -> Cell:
+    """One cell within about ``budget`` seconds, building and gating included."""
+    deadline = time.perf_counter() + budget
+    setups = make_setups(workload, device, _sets(workload, device), seed)
+    entries: dict[str, Entry] = {}
+    layers: dict[str, list[Layer]] = {}
+    for provider in providers:
+        entries[provider.name], layers[provider.name] = admit(provider, setups)
+    layers = {name: built for name, built in layers.items() if built}
+    if workload.direction == "memory":
+        status, numbers = "measured", {name: _memory(built[0], setups[0]) for name, built in layers.items()}
+    else:
+        left = max(deadline - time.perf_counter(), 0.0)
+        status, numbers = "timed", _time(layers, setups, left, min_rounds)
+    for name, values in numbers.items():
+        predicted = _predict(PROVIDERS[name], setups[0], machine)
+        entries[name] = Entry(status, None, values, entries[name].errors, predicted)
+    return Cell(workload, entries)
+
+
+def admit(provider: Provider, setups: list[Setup]) -> tuple[Entry, list[Layer]]:
+    """Builds a layer on every set and gates the first; the entry says why there is none."""
+    setup = setups[0]
+    if reason := provider.why_not(setup):
+        return Entry("unavailable", reason), []
+    if provider.backend is not None and provider.backend == _automatic(setup):
+        return Entry("same", f"It is what 'auto' runs: {provider.backend}."), []
+    try:
+        layers = [provider.build(s) for s in setups]
+        verdict = gate.check(provider, layers[0], setup)
+    except Exception as error:  # noqa: BLE001 (whatever a provider raises, the others are still to be measured)
+        return Entry("failed", f"It raised {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"), []
+    if verdict.failure:
+        return Entry("failed", verdict.failure, errors=verdict.errors), []
+    return Entry("checked", errors=verdict.errors), layers
+
+
+def _automatic(setup: Setup) -> str:
+    return dispatch.select(setup.device.type, setup.dtype)
+
+
+def _time(
+    layers: dict[str, list[Layer]], setups: list[Setup], budget: float, min_rounds: int
+) -> dict[str, dict[str, Any]]:
+    host = setups[0].workload.direction.startswith("overhead")
+    candidates = [candidate(name, built, setups) for name, built in layers.items()]
+    timings = measure(candidates, FLOOR, budget, min_rounds, setups[0].device.type, len(setups), host)
+    return {name: _numbers(timing) for name, timing in timings.items()}
+
+
+def candidate(name: str, layers: list[Layer], setups: list[Setup]) -> Candidate:
+    """What the clock runs for this provider in the setups' direction; for "memory" a step."""
+    calls, context = [layer.call for layer in layers], layers[0].context
+    # Its own leaves on the shared memory: autograd ties a leaf to the stream that first used it, and a capture has one.
+    xs = [s.x.detach().requires_grad_(s.x.requires_grad) for s in setups]
+    dys = [s.dy for s in setups]
+    inputs = [[x, *layer.trainable] for x, layer in zip(xs, layers, strict=True)]
+    direction = setups[0].workload.direction
+    if direction in ("forward", "overhead"):
+
+        def forward(i: int) -> Any:
+            with torch.no_grad():
+                return calls[i](xs[i])
+
+        return Candidate(name, forward, context)
+    if direction == "overhead-grad":
+        return Candidate(name, lambda i: calls[i](xs[i]), context)
+    if direction in ("step", "memory"):
+        return Candidate(name, lambda i: torch.autograd.grad(calls[i](xs[i]), inputs[i], dys[i]), context)
+    if direction == "dx":
+        inputs = [[x] for x in xs]
+    ys: list[Tensor] = []
+
+    def prepare() -> None:
+        ys.clear()
+        ys.extend(call(x) for call, x in zip(calls, xs, strict=True))
+
+    def backward(i: int) -> Any:
+        return torch.autograd.grad(ys[i], inputs[i], dys[i], retain_graph=True)
+
+    return Candidate(name, backward, context, prepare)
+
+
+def _numbers(timing: Timing) -> dict[str, Any]:
+    numbers = asdict(timing)
+    for old, new in (("median", "us"), ("p20", "us_p20"), ("p80", "us_p80"), ("difference", "over_floor_us")):
+        numbers[new] = numbers.pop(old) * _MICRO
+    return numbers
+
+
+def _memory(layer: Layer, setup: Setup) -> dict[str, Any]:
+    return {**asdict(memory.bytes_kept(layer, setup)), "peak": memory.peak_of_step(layer, setup)}
+
+
+def _predict(provider: Provider, setup: Setup, machine: roofline.Machine | None) -> dict[str, float]:
+    if machine is None:
+        return {}
+    name = (provider.backend or _automatic(setup)) if provider.ours else provider.name
+    if name == "eager":
+        name = "lora_first" if setup.device.type == "cuda" else "addmm"
+    floor, own = (roofline.cost(n, setup.workload, machine) for n in (FLOOR, name))
+    if floor is None or own is None:
+        return {}
+    return {
+        "bytes": own.bytes,
+        "flops": own.flops,
+        "launches": own.launches,
+        "us": own.seconds * _MICRO,
+        "ratio": own.seconds / floor.seconds,
+    }
+
+
+def _sets(workload: Workload, device: str) -> int:
+    """On CUDA as many layers, each with its own weight, input and gradient, as exceed the L2 cache; on the CPU one."""
+    if device != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    m, k, n = workload.tokens, workload.in_features, workload.out_features
+    one = (m * k + m * n + n * k) * (2 if workload.dtype != "float32" else 4)
+    return max(1, min(_MAX_SETS, -(-_CACHE_TURNS * cache // one)))
