@@ -1,0 +1,66 @@
+# `make` lists the targets. Variables: PYTHON (the interpreter to start from), VENV (the environment's folder),
+# TORCH (what pip is given for PyTorch), PYTEST_ARGS, BENCH_ARGS, OUT (where gpu-check writes), RESUME=1 (gpu-check).
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= -r requirements/torch.txt
+OUT ?= out
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+INPUTS := pyproject.toml setup.py $(wildcard requirements/*.txt)
+
+export MPLBACKEND ?= Agg
+export HF_HUB_OFFLINE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format compile-gate verify bench tables gpu-check set-up clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(STAMP) ## set up .venv where it is missing, then run the worked example
+	$(BIN)/lora-kernels demo
+
+test: $(STAMP) ## set up .venv where it is missing, then run all tests (doctests and benchmarks' own checks too)
+	$(BIN)/python -m pytest tests $(wildcard bench) --benchmark-disable $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## rewrite the code as ruff wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+compile-gate: $(STAMP) ## compile the Triton kernels for GPUs that are not here; fail on spills or missing instructions
+	env -u TRITON_INTERPRET $(BIN)/python -m lora_kernels.backends.triton.compile_report --check
+
+verify: $(STAMP) ## forward and every gradient of every backend against float64
+	$(BIN)/lora-kernels verify
+
+bench: $(STAMP) ## side by side with PEFT, addmm_, torch.compile and the frozen nn.Linear
+	$(BIN)/lora-kernels bench $(BENCH_ARGS)
+
+tables: $(STAMP) ## write the README's tables from the committed results
+	$(BIN)/python bench/tables.py --write
+
+gpu-check: ## on a machine with a GPU, with its own python3 and no network: tests, verify, a short bench, into $OUT
+	$(PYTHON) scripts/gpu_check.py --out "$(OUT)" $(if $(RESUME),--resume)
+
+set-up: $(STAMP) ## only set up .venv
+
+clean: ## remove .venv and everything that was built
+	rm -rf "$(VENV)" build dist out ./*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): $(INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
+	  "the development set-up needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + \
+	  ": run make with PYTHON=python3.11")'
+	$(PYTHON) -m venv "$(VENV)"
+	$(BIN)/python -m pip install --quiet --no-compile $(TORCH) -r requirements/dev.txt --editable ".[dev]" \
+	  $$($(if $(filter file default,$(origin TORCH)),$(BIN)/python scripts/torch_build.py $(TORCH)))
+	@touch $@

@@ -1,0 +1,30 @@
+"""Every example in a docstring runs, and every public name has one."""
+
+from __future__ import annotations
+
+import doctest
+import pkgutil
+from importlib import import_module
+
+import pytest
+
+import lora_kernels
+
+DEVICE_CODE = "lora_kernels.backends.triton"
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(lora_kernels.__path__, "lora_kernels.", onerror=lambda name: None)
+    if not module.name.startswith(DEVICE_CODE) and not module.name.endswith("__main__")
+)
+EXEMPT = {"__version__", "LoRAKernelsError"}
+
+
+@pytest.mark.parametrize("name", ["lora_kernels", *MODULES])
+def test_examples_run(name: str) -> None:
+    result = doctest.testmod(import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", sorted(set(lora_kernels.__all__) - EXEMPT))
+def test_every_public_name_has_an_example(name: str) -> None:
+    assert ">>> " in (getattr(lora_kernels, name).__doc__ or ""), f"{name} has no example in its docstring"

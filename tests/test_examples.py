@@ -1,0 +1,40 @@
+"""The examples run, short, as a user would start them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_example(name: str, *arguments: str, cwd: Path) -> str:
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LORA_KERNELS_BACKEND")}
+    env |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    out = run_example("quickstart.py", cwd=tmp_path)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
+    assert losses == sorted(losses, reverse=True)
+    assert "merged" in out
+
+
+def test_finetune_llama(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="the fine-tune needs transformers and accelerate")
+    pytest.importorskip("accelerate", reason="the fine-tune needs transformers and accelerate")
+    out = run_example("finetune_llama.py", "--steps", "5", "--out", "adapter", cwd=tmp_path)
+    before, after, merged = map(float, re.search(r"([\d.]+) before, ([\d.]+) after, ([\d.]+) merged", out).groups())
+    assert after < before
+    assert abs(merged - after) < 1e-3 * after
+    assert "replaced 14 layers" in out
+    assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["adapter.safetensors"]

@@ -1,0 +1,173 @@
+"""The scripts of ``scripts/``: the GPU check on fake commands, and which build of torch the set-up asks for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lora_kernels import cli
+from lora_kernels.benchmark.workloads import PRESETS
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import gpu_check  # noqa: E402
+import torch_build  # noqa: E402
+from gpu_check import Stage, judge_json, judge_tests  # noqa: E402
+
+
+def stage(name: str, code: str, limit_s: float = 30, **changes: object) -> Stage:
+    fields = {"result": f"{name}.json", "result_is_stdout": True, "judge": judge_json} | changes
+    return Stage(name, (sys.executable, "-c", code), limit_s, **fields)  # type: ignore[arg-type]
+
+
+def summary(out: Path) -> dict[str, dict[str, object]]:
+    return {row["name"]: row for row in json.loads((out / "summary.json").read_text())["stages"]}
+
+
+def test_all_stages_run_and_a_failure_is_the_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    planned = [
+        stage("good", "print('{}')"),
+        stage("bad", "import sys; print('{}'); sys.exit('because')"),
+        stage("empty", "pass"),
+        stage("broken", "print('{')"),
+        stage("writes", "import sys; open('{result}', 'w').write('[1]')", result_is_stdout=False),
+    ]
+    assert gpu_check.run(planned, tmp_path) == 1
+    rows = summary(tmp_path)
+    assert [rows[s.name]["status"] for s in planned] == ["passed", "failed", "failed", "failed", "passed"]
+    assert "exit status 1" in rows["bad"]["note"]
+    assert "no result" in rows["empty"]["note"]
+    assert "because" in (tmp_path / "log.txt").read_text()
+    assert "good       passed" in capsys.readouterr().out
+    assert gpu_check.run(planned[:1], tmp_path) == 0
+
+
+def test_a_hang_costs_one_stage_and_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "PATIENCE_SECONDS", 1.0)
+    pid_file = tmp_path / "pid"
+    hang = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        f"child = subprocess.Popen(['sleep', '300']); open({str(pid_file)!r}, 'w').write(str(child.pid));"
+        "time.sleep(300)"
+    )
+    began = time.monotonic()
+    assert gpu_check.run([stage("hang", hang, limit_s=2), stage("next", "print('{}')")], tmp_path / "out") == 1
+    assert time.monotonic() - began < 60
+    rows = summary(tmp_path / "out")
+    assert [rows[name]["status"] for name in ("hang", "next")] == ["timed out", "passed"]
+    assert not _runs(int(pid_file.read_text()))
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def test_resume_skips_what_passed_and_only_for_the_same_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = tmp_path / "runs"
+    count = f"open({str(counter)!r}, 'a').write('x'); print('{{}}')"
+    planned = [stage("counted", count), stage("bad", "raise SystemExit(3)")]
+    for resume in (False, True):
+        assert gpu_check.run(planned, tmp_path / "out", resume=resume) == 1
+    assert counter.read_text() == "x"
+    monkeypatch.setattr(gpu_check, "source_id", lambda: "other code")
+    gpu_check.run(planned, tmp_path / "out", resume=True)
+    assert counter.read_text() == "xx"
+
+
+def test_no_time_left_is_said(tmp_path: Path) -> None:
+    assert gpu_check.run([stage("late", "print('{}')")], tmp_path, total_s=0.0) == 1
+    assert summary(tmp_path)["late"]["note"] == "no time was left"
+
+
+@pytest.mark.parametrize(
+    ("body", "account"),
+    [
+        ('<testcase name="a"/>', "1 passed, 0 failed, 0 skipped"),
+        ('<testcase name="a"/><testcase name="b"><skipped message="needs an interpreter"/></testcase>', "1 skipped"),
+        ('<testcase name="a"/><testcase name="b"><skipped message="there is a CUDA device"/></testcase>', "1 skipped"),
+    ],
+)
+def test_tests_are_counted(tmp_path: Path, body: str, account: str) -> None:
+    path = tmp_path / "tests.xml"
+    path.write_text(f"<testsuites><testsuite>{body}</testsuite></testsuites>")
+    assert account in judge_tests(path)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("", "no test ran"),
+        ('<testcase classname="t" name="a"><failure/></testcase>', "1 failed, 0 skipped; first: t::a"),
+        ('<testcase name="a"><skipped message="no CUDA device"/></testcase>', "1 for want of a GPU, first: a"),
+    ],
+)
+def test_tests_that_did_not_do_their_work_are_a_failure(tmp_path: Path, body: str, reason: str) -> None:
+    path = tmp_path / "tests.xml"
+    path.write_text(f"<testsuites><testsuite>{body}</testsuite></testsuites>")
+    with pytest.raises(ValueError, match=reason):
+        judge_tests(path)
+
+
+def test_the_stages_fit_eight_minutes_and_eight_files() -> None:
+    planned = gpu_check.stages()
+    assert [s.name for s in planned] == ["info", "tests", "verify", "bench", "compile"]
+    assert sum(s.limit_s for s in planned) <= 480
+    assert len({s.result for s in planned} | {"log.txt", "summary.json", "summary.txt"}) <= 8
+
+
+def test_the_stages_are_commands_that_exist() -> None:
+    for planned in gpu_check.stages():
+        module, *arguments = planned.command[2:]
+        if module == "lora_kernels":
+            args = cli._parser(arguments).parse_args(arguments)
+            assert "preset" not in args or args.preset in PRESETS
+        else:
+            helped = subprocess.run(
+                [*planned.command[:3], "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+            )
+            options = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
+            assert all(option in helped.stdout.replace("--junitxml", "--junit-xml") for option in options)
+
+
+def test_stages_see_the_checkout_and_no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    env = gpu_check.environment()
+    assert "TRITON_INTERPRET" not in env
+    assert env["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "plain_is_cpu", "reached", "expected"),
+    [
+        (True, False, True, []),
+        (False, True, True, []),
+        (False, False, True, ["--extra-index-url", torch_build.CPU_INDEX]),
+        (False, False, False, []),
+    ],
+)
+def test_the_set_up_asks_for_a_cpu_build_only_where_one_is_to_be_had(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, plain_is_cpu: bool, reached: bool, expected: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(torch_build, "gpu_is_seen", lambda: gpu)
+    monkeypatch.setattr(torch_build, "pip_takes_cpu_build", lambda requirement: plain_is_cpu)
+    monkeypatch.setattr(torch_build, "index_is_reached", lambda: reached)
+    assert torch_build.pip_options(["torch==2.13.0"]) == expected
+
+
+@pytest.mark.parametrize(("listing", "seen"), [("GPU 0: NVIDIA H200", True), ("", False)])
+def test_a_gpu_is_seen_by_what_nvidia_smi_lists(monkeypatch: pytest.MonkeyPatch, listing: str, seen: bool) -> None:
+    monkeypatch.setattr(torch_build.shutil, "which", lambda name: f"/usr/bin/{name}")
+    answer = subprocess.CompletedProcess([], 0, stdout=listing, stderr="")
+    monkeypatch.setattr(torch_build.subprocess, "run", lambda *args, **kwargs: answer)
+    assert torch_build.gpu_is_seen() is seen
