@@ -27,6 +27,7 @@ __all__ = ["ORDER", "Backend", "Explanation", "Problem", "backend", "explain", "
 ORDER = ("triton", "eager")
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+_environment = env.backend_from_environment()  # read once: os.environ costs microseconds a call
 _loaded: dict[str, Backend] = {}
 _requested: ContextVar[str | None] = ContextVar("lora_kernels_backend", default=None)
 
@@ -126,9 +127,8 @@ def requested(argument: str | None = None) -> tuple[str | None, str]:
     context = _requested.get()
     if context is not None:
         return (None, "use_backend(None)") if context == "automatic" else (context, f"use_backend({context!r})")
-    variable = env.backend_from_environment()
-    if variable is not None:
-        return variable, f"the environment variable {env.BACKEND_VARIABLE}={variable}"
+    if _environment is not None:
+        return _environment, f"the environment variable {env.BACKEND_VARIABLE}={_environment}"
     return None, "the automatic choice"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels import FusedLoRALinear, demo, ops
+from lora_kernels import FusedLoRALinear, demo, dispatch, ops
 from lora_kernels.cli import main
 from lora_kernels.demo import experiment, training
 from lora_kernels.dispatch import select
@@ -65,9 +65,9 @@ def permuted_gradient(right: ops.Operators) -> ops.Operators:
 def test_a_fault_in_the_fused_layer_is_status_1(
     fault: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("LORA_KERNELS_BACKEND", "eager")
+    monkeypatch.setattr(dispatch, "_environment", "eager")
     select("cpu", torch.float32)
-    monkeypatch.setitem(ops._registered, "eager", fault(ops.operators("eager")))
+    monkeypatch.setitem(ops._direct, "eager", fault(ops.operators("eager")))
     assert main([*FEW, "--json", "-"]) == 1
     assert not json.loads(capsys.readouterr().out)["passed"]
 

@@ -20,7 +20,7 @@ CPU = Problem("cpu", torch.float32, 8, 8, 2)
 @pytest.fixture(autouse=True)
 def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_choices", {})
-    monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "_environment", None)
 
 
 def test_automatic_on_the_cpu_is_never_the_interpreter() -> None:
@@ -29,7 +29,7 @@ def test_automatic_on_the_cpu_is_never_the_interpreter() -> None:
 
 
 def test_argument_beats_context_beats_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORA_KERNELS_BACKEND", "no-such")
+    monkeypatch.setattr(dispatch, "_environment", "no-such")
     with pytest.raises(InvalidArgumentError, match="no-such"):
         dispatch.select("cpu", torch.float32)
     with use_backend("eager"):

@@ -138,7 +138,7 @@ def test_a_fault_fails_the_outputs_it_touches(
 ) -> None:
     select("cpu", torch.float32, "eager")
     right = ops.operators("eager")
-    monkeypatch.setitem(ops._registered, "eager", replace(right, **{operator: fault(getattr(right, operator))}))
+    monkeypatch.setitem(ops._direct, "eager", replace(right, **{operator: fault(getattr(right, operator))}))
     found = verify.run(**FP32)
     assert not found.passed
     assert {row.output for row in found.rows if not row.passed} == outputs
@@ -153,7 +153,7 @@ def test_a_backend_that_differs_from_run_to_run_fails(monkeypatch: pytest.Monkey
     def restless(*arguments: Any) -> Tensor:
         return right.dx(*arguments) * (1.0 + next(signs) * torch.finfo(torch.float32).eps)
 
-    monkeypatch.setitem(ops._registered, "eager", replace(right, dx=restless))
+    monkeypatch.setitem(ops._direct, "eager", replace(right, dx=restless))
     found = verify.run(**FP32)
     assert [check.name for check in found.checks if not check.passed] == ["the same bits twice"]
 
@@ -161,7 +161,7 @@ def test_a_backend_that_differs_from_run_to_run_fails(monkeypatch: pytest.Monkey
 def test_dropout_that_keeps_too_much_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     select("cpu", torch.float32, "eager")
     keep = replace(ops.operators("eager"), mask=lambda state, m, k, p: torch.rand(m, k) >= 0.5 * p)
-    monkeypatch.setitem(ops._registered, "eager", keep)
+    monkeypatch.setitem(ops._direct, "eager", keep)
     found = verify.run(**FP32)
     assert "dropout keeps 1 - p" in [check.name for check in found.checks if not check.passed]
 
@@ -177,7 +177,7 @@ def test_a_wrong_second_derivative_fails(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_command_fails_with_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     select("cpu", torch.float32, "eager")
     right = ops.operators("eager")
-    monkeypatch.setitem(ops._registered, "eager", replace(right, da=last_column_skipped(right.da)))
+    monkeypatch.setitem(ops._direct, "eager", replace(right, da=last_column_skipped(right.da)))
     arguments = ["verify", "--backend", "eager", "--dtype", "fp32", "--device", "cpu"]
     assert main(arguments) == 1
     shown = capsys.readouterr().out

@@ -46,12 +46,15 @@ def forward(
 
 
 def dh(dy: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    return (dy @ _as(lora_b, dy.dtype)).mul_(scaling)
+    return _product(dy, _as(lora_b, dy.dtype), scaling)
 
 
 def dh_db(dy: Tensor, lora_b: Tensor, h: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    db = (h.t() @ dy).mul_(scaling).t()  # (N, R): this order of the product is the quicker one
-    return dh(dy, lora_b, scaling), _as(db, lora_b.dtype).contiguous()
+    if dy.shape[0] < _MANY_TOKENS:
+        db = _product(dy.t(), h, scaling)  # (N, R)
+    else:
+        db = _product(h.t(), dy, scaling).t().contiguous()  # (N, R): the quicker order of the product
+    return dh(dy, lora_b, scaling), _as(db, lora_b.dtype)
 
 
 def dx(dy: Tensor, weight: Tensor, dh: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
@@ -78,8 +81,14 @@ def mask(state: Tensor, rows: int, columns: int, p: float) -> Tensor:
 def _low_rank_first(
     x: Tensor, weight: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float, h: Tensor
 ) -> Tensor:
-    low_rank = (h @ lora_b.t()).mul_(scaling) if bias is None else torch.addmm(bias, h, lora_b.t(), alpha=scaling)
-    return low_rank.addmm_(x, weight.t())
+    if bias is None:
+        return _product(h, lora_b.t(), scaling).addmm_(x, weight.t())
+    return torch.addmm(bias, h, lora_b.t(), alpha=scaling).addmm_(x, weight.t())
+
+
+def _product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """``scaling * left @ right``, the scaling within the product; with beta = 0 the first argument is not read."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
