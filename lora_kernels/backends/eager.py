@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..dispatch import Problem
 from ..ops import OPERATOR_NAMES, register
+from ..reference import dropout_threshold
 from . import draw_seed
 
 __all__ = ["BACKEND"]
@@ -38,7 +39,7 @@ def forward(
     lora_a, lora_b = _as(lora_a, x.dtype), _as(lora_b, x.dtype)
     if bias is not None:
         bias = _as(bias, x.dtype)
-    h = _dropped(x, p, state) @ lora_a.t()  # (M, R)
+    h = x @ lora_a.t() if state is None else _product(x * _keep(x, p, state), lora_a.t(), 1.0 / (1.0 - p))  # (M, R)
     if x.is_cuda:
         return _low_rank_first(x, weight, lora_b, bias, scaling, h), h
     y = F.linear(x, weight, bias)  # (M, N)
@@ -63,19 +64,26 @@ def dx(dy: Tensor, weight: Tensor, dh: Tensor, lora_a: Tensor, p: float, state: 
         if dy.is_cuda:
             return (dh @ lora_a).addmm_(dy, weight)
         return _add_product(dy @ weight, dh, lora_a.t(), 1.0)
-    low_rank = _drop_(dh @ lora_a, p, state)  # (M, K)
-    return low_rank.addmm_(dy, weight)
+    low_rank = _product(dh, lora_a, 1.0 / (1.0 - p))  # (M, K)
+    return low_rank.mul_(_keep(low_rank, p, state)).addmm_(dy, weight)
 
 
 def da(dh: Tensor, x: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
-    return _as(dh.t() @ _dropped(x, p, state), lora_a.dtype)
+    if state is None:
+        return _as(dh.t() @ x, lora_a.dtype)
+    return _as(_product(dh.t(), x * _keep(x, p, state), 1.0 / (1.0 - p)), lora_a.dtype)
 
 
 def mask(state: Tensor, rows: int, columns: int, p: float) -> Tensor:
-    if state.dtype == torch.bool:
-        return state.clone()
-    generator = torch.Generator().manual_seed(int(state[0]))
-    return torch.empty((rows, columns), dtype=torch.bool).bernoulli_(1.0 - p, generator=generator)
+    return state.clone() if state.dtype is torch.bool else _draw_mask(state, rows, columns, p)
+
+
+def _draw_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
+    """16 random bits an element against a threshold: several times as quick as bernoulli_, which draws one by one."""
+    generator = torch.Generator().manual_seed(int(seed[0]))
+    words = torch.empty(-(-rows * columns // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    bits = words.view(torch.int16)[: rows * columns].view(rows, columns)
+    return bits >= dropout_threshold(p) - 32768
 
 
 def _low_rank_first(
@@ -104,13 +112,11 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-def _dropped(x: Tensor, p: float, state: Tensor | None) -> Tensor:
-    return x if state is None else _drop_(x.clone(memory_format=torch.contiguous_format), p, state)
-
-
-def _drop_(tensor: Tensor, p: float, state: Tensor) -> Tensor:
-    keep = mask(state, tensor.shape[0], tensor.shape[1], p)
-    return tensor.mul_(keep).mul_(1.0 / (1.0 - p))
+def _keep(like: Tensor, p: float, state: Tensor) -> Tensor:
+    """The keep mask of ``like``'s shape, to be multiplied with it; in its dtype on a CPU (mixed products crawl)."""
+    if state.dtype is torch.bool:
+        return state
+    return _draw_mask(state, like.shape[0], like.shape[1], p).to(like.dtype)
 
 
 class EagerBackend:
