@@ -2,8 +2,10 @@
 
 Always available, always a candidate, and the yardstick of every fused backend. Two orders of the same sum:
 
-* *base first* (CPU): ``y = x Wᵀ + bias``, then ``y += s h Bᵀ`` in place.
-* *LoRA first* (CUDA): ``y = bias + s h Bᵀ``, then the large GEMM accumulates onto it (beta = 1).
+* *base first*, for few tokens: ``y = x Wᵀ + bias``, then ``y += s h Bᵀ`` in place.
+* *LoRA first*, for many, and for dx: ``y = bias + s h Bᵀ``, then the large GEMM accumulates onto it (beta = 1).
+
+``bench/results/*/eager-order.json`` holds both orders' times.
 
 Dropout: on the CPU the mask is drawn again in backward by a private generator that the seed seeds; on CUDA such a
 generator would have to read the seed back from the device, so the mask itself, one byte an element, is kept.
@@ -22,7 +24,7 @@ from . import draw_seed
 
 __all__ = ["BACKEND"]
 
-# Below this many tokens the plain forms of the skinny products are quicker, for they dispatch less.
+# Below this many tokens the forms that dispatch least are quicker.
 _MANY_TOKENS = 64
 
 
@@ -40,10 +42,10 @@ def forward(
     if bias is not None:
         bias = _as(bias, x.dtype)
     h = x @ lora_a.t() if state is None else _product(x * _keep(x, p, state), lora_a.t(), 1.0 / (1.0 - p))  # (M, R)
-    if x.is_cuda:
-        return _low_rank_first(x, weight, lora_b, bias, scaling, h), h
-    y = F.linear(x, weight, bias)  # (M, N)
-    return _add_product(y, h, lora_b, scaling), h
+    if x.shape[0] < _MANY_TOKENS:
+        return F.linear(x, weight, bias).addmm_(h, lora_b.t(), alpha=scaling), h
+    low_rank = _product(h, lora_b.t(), scaling) if bias is None else torch.addmm(bias, h, lora_b.t(), alpha=scaling)
+    return low_rank.addmm_(x, weight.t()), h
 
 
 def dh(dy: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
@@ -61,9 +63,7 @@ def dh_db(dy: Tensor, lora_b: Tensor, h: Tensor, scaling: float) -> tuple[Tensor
 def dx(dy: Tensor, weight: Tensor, dh: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
     lora_a = _as(lora_a, dy.dtype)
     if state is None:
-        if dy.is_cuda:
-            return (dh @ lora_a).addmm_(dy, weight)
-        return _add_product(dy @ weight, dh, lora_a.t(), 1.0)
+        return (dh @ lora_a).addmm_(dy, weight)
     low_rank = _product(dh, lora_a, 1.0 / (1.0 - p))  # (M, K)
     return low_rank.mul_(_keep(low_rank, p, state)).addmm_(dy, weight)
 
@@ -86,25 +86,9 @@ def _draw_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     return bits >= dropout_threshold(p) - 32768
 
 
-def _low_rank_first(
-    x: Tensor, weight: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float, h: Tensor
-) -> Tensor:
-    if bias is None:
-        return _product(h, lora_b.t(), scaling).addmm_(x, weight.t())
-    return torch.addmm(bias, h, lora_b.t(), alpha=scaling).addmm_(x, weight.t())
-
-
 def _product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     """``scaling * left @ right``, the scaling within the product; with beta = 0 the first argument is not read."""
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
-
-
-def _add_product(out: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """``out += scaling * left @ rightᵀ`` in place, for a skinny ``left`` (M, R) and ``right`` (N, R)."""
-    if out.shape[0] < _MANY_TOKENS:
-        return out.addmm_(left, right.t(), alpha=scaling)
-    out.t().addmm_(right, left.t(), alpha=scaling)
-    return out
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -131,10 +115,12 @@ class EagerBackend:
         return []
 
     def describe(self, problem: Problem) -> str:
-        if problem.device_type != "cuda":
-            return "Base product first, then the low-rank term added in place; dropout is drawn again in backward."
-        kept = " Dropout keeps its mask for backward, one byte an element of x." if problem.dropout_p else ""
-        return f"Low-rank term first, then the base product accumulates onto it.{kept}"
+        if problem.device_type == "cpu":
+            dropout = "Dropout's mask is drawn again in backward from a 16-byte seed."
+        else:
+            dropout = "Dropout keeps its mask for backward, one byte an element of x."
+        order = "PyTorch's products, one accumulating onto the other in place."
+        return f"{order} {dropout}" if problem.dropout_p else order
 
     def register(self) -> None:
         implementations = {name: globals()[name] for name in OPERATOR_NAMES}
