@@ -27,6 +27,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,16 +111,22 @@ def judge_tests(path: Path) -> str:
 def stages(pytest_args: Sequence[str] = ()) -> list[Stage]:
     """The five stages, in order; their limits add up to less than eight minutes."""
     package = (sys.executable, "-m", "lora_kernels")
-    tests = (sys.executable, "-m", "pytest", "tests", "-q", "-rs", "--junit-xml={result}", *pytest_args)
+    tests = (sys.executable, "-m", "pytest", "tests", "-q", "-rs", "--junit-xml={result}", *workers(), *pytest_args)
     bench = (*package, "bench", "--preset", "gpu-quick", "--json", "{result}")
     report = (sys.executable, "-m", "lora_kernels.backends.triton.compile_report", "--check", "--json", "{result}")
     return [
-        Stage("info", (*package, "info", "--json"), 30, "info.json", True, judge_info),
-        Stage("tests", tests, 210, "tests.xml", False, judge_tests),
-        Stage("verify", (*package, "verify", "--json"), 80, "verify.json", True, judge_json),
+        Stage("info", (*package, "info", "--json"), 20, "info.json", True, judge_info),
+        Stage("tests", tests, 170, "tests.xml", False, judge_tests),
+        Stage("verify", (*package, "verify", "--json"), 140, "verify.json", True, judge_json),
         Stage("bench", bench, 90, "bench.json", False, judge_json),
-        Stage("compile", report, 60, "compile.json", False, judge_json),
+        Stage("compile", report, 40, "compile.json", False, judge_json),
     ]
+
+
+def workers() -> tuple[str, ...]:
+    """Several test processes where pytest-xdist is there: most of the time compiles kernels, one core each."""
+    count = min(len(os.sched_getaffinity(0)) - 1, 12)
+    return ("-n", str(count)) if count > 1 and find_spec("xdist") else ()
 
 
 def environment() -> dict[str, str]:

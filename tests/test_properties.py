@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import Case, Inputs, expected, keep_mask, make, run
+from cases import CUDA, Case, Inputs, expected, keep_mask, make, run
 from numerics import check_all
 
 _dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -29,9 +29,19 @@ problems = st.builds(
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(case=problems, seed=st.integers(0, 2**31))
 def test_any_problem(case: Case, seed: int) -> None:
-    inputs = make(case, seed=seed)
-    actual = run(case, inputs, "eager", seed)
-    mask = keep_mask(case, inputs, "eager", seed)
+    _check(case, seed, "eager", "cpu")
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(case=problems, seed=st.integers(0, 2**31))
+def test_any_problem_in_triton(case: Case, seed: int) -> None:
+    _check(case, seed, "triton", "cuda" if CUDA else "cpu")
+
+
+def _check(case: Case, seed: int, backend: str, device: str) -> None:
+    inputs = make(case, device, seed)
+    actual = run(case, inputs, backend, seed)
+    mask = keep_mask(case, inputs, backend, seed)
     exact = expected(case, inputs, mask, torch.float64)
     check_all(actual, exact, _worst_yardstick(case, inputs, mask, exact), case.dtype)
 
@@ -46,7 +56,8 @@ def _worst_yardstick(
     worst = expected(case, inputs, mask, case.dtype)
     for seed in range(6):
         order = torch.Generator().manual_seed(seed)
-        m, k, n, r = (torch.randperm(size, generator=order) for size in (case.m, case.k, case.n, case.r))
+        sizes = (case.m, case.k, case.n, case.r)
+        m, k, n, r = (torch.randperm(size, generator=order).to(inputs.dy.device) for size in sizes)
         i = inputs
         shuffled = Inputs(
             x=i.x.detach()[m][:, k],
