@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_kernels import dispatch, lora_linear, ops
 from lora_kernels.accuracy import run_reference
+from lora_kernels.verify.cases import Inputs
 
 CUDA = torch.cuda.is_available()
 # Every backend on every device it takes here; without a GPU, Triton's interpreter (conftest.py) takes CPU tensors.
@@ -35,16 +36,6 @@ class Case:
         default = Case()
         changed = {f: getattr(self, f) for f in self.__dataclass_fields__ if getattr(self, f) != getattr(default, f)}
         return ",".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in changed.items()) or "default"
-
-
-@dataclass(frozen=True)
-class Inputs:
-    x: Tensor
-    weight: Tensor
-    lora_a: Tensor
-    lora_b: Tensor
-    bias: Tensor | None
-    dy: Tensor
 
 
 SHAPES = [
