@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from cases import BACKENDS, Case, make
+from cases import BACKENDS, Case, expected, keep_mask, make
 from lora_kernels import FusedLoRALinear, LoRAKernelsError, lora_linear
 from lora_kernels.errors import UnsupportedTransformError
-from numerics import same_bits
+from numerics import check, same_bits
 
 every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 
@@ -57,13 +59,17 @@ def test_the_double_backward_that_cannot_be_right_is_refused() -> None:
 
 @every_backend
 def test_double_backward_of_every_backend_uses_its_own_mask(backend: str, device: str) -> None:
-    i = make(Case(p=0.5), device)
+    case = Case(p=0.5)
+    i = make(case, device)
     torch.manual_seed(3)
-    y = lora_linear(i.x, i.weight, i.lora_a, i.lora_b, None, 0.5, 0.5, True, backend)
+    y = lora_linear(i.x, i.weight, i.lora_a, i.lora_b, None, case.scaling, case.p, True, backend)
     (once,) = torch.autograd.grad(y.square().sum(), i.x, create_graph=True, retain_graph=True)
     (plain,) = torch.autograd.grad(y.square().sum(), i.x, retain_graph=True)
     assert torch.equal(once.detach() != 0, plain != 0)
-    assert float((once.detach() - plain).norm() / plain.norm()) < torch.finfo(torch.float32).eps ** 0.5
+    of_square, mask = replace(i, dy=2 * y.detach()), keep_mask(case, i, backend, seed=3)
+    exact, yardstick = (expected(case, of_square, mask, dtype)["dx"] for dtype in (torch.float64, case.dtype))
+    for dx in (once, plain):
+        check("dx", dx, exact, yardstick, case.dtype)
     once.sum().backward()
     assert torch.isfinite(i.lora_a.grad).all()
 

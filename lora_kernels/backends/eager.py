@@ -25,7 +25,7 @@ from . import draw_seed
 __all__ = ["BACKEND"]
 
 # Below this many tokens the forms that dispatch least are quicker.
-_MANY_TOKENS = 64
+MANY_TOKENS = 64
 
 
 def forward(
@@ -42,7 +42,7 @@ def forward(
     if bias is not None:
         bias = _as(bias, x.dtype)
     h = x @ lora_a.t() if state is None else _product(x * _keep(x, p, state), lora_a.t(), 1.0 / (1.0 - p))  # (M, R)
-    if x.shape[0] < _MANY_TOKENS:
+    if x.shape[0] < MANY_TOKENS:
         return F.linear(x, weight, bias).addmm_(h, lora_b.t(), alpha=scaling), h
     low_rank = _product(h, lora_b.t(), scaling) if bias is None else torch.addmm(bias, h, lora_b.t(), alpha=scaling)
     return low_rank.addmm_(x, weight.t()), h
@@ -53,7 +53,7 @@ def dh(dy: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
 
 
 def dh_db(dy: Tensor, lora_b: Tensor, h: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    if dy.shape[0] < _MANY_TOKENS:
+    if dy.shape[0] < MANY_TOKENS:
         db = _product(dy.t(), h, scaling)  # (N, R)
     else:
         db = _product(h.t(), dy, scaling).t().contiguous()  # (N, R): the quicker order of the product

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..backends.eager import MANY_TOKENS
 from ..console import Progress
 from ..errors import InvalidArgumentError
 from . import gate, memory, roofline
@@ -187,7 +188,7 @@ def _predict(provider: Provider, setup: Setup, machine: roofline.Machine | None)
         return {}
     name = (provider.backend or _automatic(setup)) if provider.ours else provider.name
     if name == "eager":
-        name = "lora_first" if setup.device.type == "cuda" else "addmm"
+        name = "addmm" if setup.workload.tokens < MANY_TOKENS else "lora_first"
     floor, own = (roofline.cost(n, setup.workload, machine) for n in (FLOOR, name))
     if floor is None or own is None:
         return {}
