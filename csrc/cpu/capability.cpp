@@ -1,0 +1,80 @@
+// Which instruction set's kernels run: the best that this machine has, or the one that LORA_KERNELS_CPU_CAPABILITY
+// names, if the machine has it.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+#define LORA_DECLARE(capability)            \
+  namespace capability {                    \
+  extern const Kernels kernels_fp32;        \
+  extern const Kernels kernels_bf16;        \
+  extern const Kernels kernels_fp16;        \
+  extern const Kernels kernels_fp64;        \
+  }
+#define LORA_CANDIDATE(capability, runs_here)                                                              \
+  {#capability, runs_here,                                                                                 \
+   {&capability::kernels_fp32, &capability::kernels_bf16, &capability::kernels_fp16, &capability::kernels_fp64}}
+
+namespace lora_kernels {
+
+LORA_DECLARE(portable)
+#if defined(LORA_HAVE_AVX2)
+LORA_DECLARE(avx2)
+#endif
+#if defined(LORA_HAVE_AVX512)
+LORA_DECLARE(avx512)
+#endif
+#if defined(LORA_HAVE_AVX512_BF16)
+LORA_DECLARE(avx512_bf16)
+#endif
+
+namespace {
+
+struct Candidate {
+  const char* name;
+  bool runs_here;
+  const Kernels* kernels[4];  // in the order of Dtype
+};
+
+Candidate choose() {
+#if defined(LORA_HAVE_AVX2)
+  __builtin_cpu_init();
+  [[maybe_unused]] const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  const Candidate candidates[] = {
+#if defined(LORA_HAVE_AVX512_BF16)
+      LORA_CANDIDATE(avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16")),
+#endif
+#if defined(LORA_HAVE_AVX512)
+      LORA_CANDIDATE(avx512, avx512),
+#endif
+#if defined(LORA_HAVE_AVX2)
+      LORA_CANDIDATE(avx2, avx2),
+#endif
+      LORA_CANDIDATE(portable, true),
+  };
+  const char* named = std::getenv("LORA_KERNELS_CPU_CAPABILITY");
+  for (const Candidate& candidate : candidates) {
+    if (candidate.runs_here && (named == nullptr || std::strcmp(named, candidate.name) == 0)) return candidate;
+  }
+  for (const Candidate& candidate : candidates) {
+    if (candidate.runs_here) return candidate;
+  }
+  return candidates[sizeof candidates / sizeof candidates[0] - 1];
+}
+
+const Candidate& chosen() {
+  static const Candidate candidate = choose();
+  return candidate;
+}
+
+}  // namespace
+
+const Kernels& kernels_for(Dtype dtype) { return *chosen().kernels[static_cast<int>(dtype)]; }
+const char* capability_name() { return chosen().name; }
+
+}  // namespace lora_kernels

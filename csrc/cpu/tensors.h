@@ -1,0 +1,85 @@
+// Torch tensors through the stable ABI: what the operators need to know of them, and how they make them.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <memory>
+#include <optional>
+
+#include "kernels.h"
+
+namespace lora_kernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::fp32;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::fp16;
+    case ScalarType::Double: return Dtype::fp64;
+    default:
+      STD_TORCH_CHECK(false, name, " has a dtype that LoRA does not run in: it must be float16, bfloat16, float32 or "
+                      "float64. Convert it.");
+  }
+  return Dtype::fp32;
+}
+
+inline ScalarType scalar_type_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::fp32: return ScalarType::Float;
+    case Dtype::bf16: return ScalarType::BFloat16;
+    case Dtype::fp16: return ScalarType::Half;
+    case Dtype::fp64: return ScalarType::Double;
+  }
+  return ScalarType::Float;
+}
+
+inline Dtype hidden_of(Dtype compute) { return compute == Dtype::fp64 ? Dtype::fp64 : Dtype::fp32; }
+
+// A fresh contiguous CPU tensor.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[2] = {1, 1};
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  if (dims == 2) strides[0] = sizes.begin()[1] > 1 ? sizes.begin()[1] : 1;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, sizes.begin(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// A matrix with unit column stride: the tensor itself, or a contiguous copy where its columns are strided.
+struct Matrix {
+  Tensor tensor;
+  const void* data;
+  int64_t rows, columns, stride;
+
+  Matrix(const Tensor& source, const char* name) : tensor(source) {
+    STD_TORCH_CHECK(source.dim() == 2, name, " must be a matrix, and it has ", source.dim(), " dimensions.");
+    const auto sizes = source.sizes();
+    rows = sizes[0], columns = sizes[1];
+    if (columns > 1 && source.stride(1) != 1) tensor = torch::stable::contiguous(source);
+    stride = tensor.stride(0);
+    data = tensor.const_data_ptr();
+  }
+};
+
+// Memory for one call, 64-byte aligned; nothing is allocated inside a parallel region.
+struct Scratch {
+  std::unique_ptr<void, void (*)(void*)> memory;
+  explicit Scratch(size_t bytes) : memory(nullptr, std::free) {
+    memory.reset(std::aligned_alloc(64, (bytes / 64 + 1) * 64));
+    STD_TORCH_CHECK(memory != nullptr, "no memory for ", bytes, " bytes of scratch.");
+  }
+  void* get() const { return memory.get(); }
+};
+
+}  // namespace lora_kernels
