@@ -1,5 +1,6 @@
-// Which instruction set's kernels run: the best that this machine has, or the one that LORA_KERNELS_CPU_CAPABILITY
-// names, if the machine has it.
+// Which instruction set's kernels run (the best that this machine has, or the one that LORA_KERNELS_CPU_CAPABILITY
+// names, if the machine has it), and which products they take over from the library (LORA_KERNELS_CPU_PRODUCT = own or
+// library decides for all of them). Both are read once.
 #include <cstdlib>
 #include <cstring>
 
@@ -73,6 +74,38 @@ const Candidate& chosen() {
 }
 
 }  // namespace
+
+namespace {
+
+enum class Choice { automatic, own, library };
+
+Choice read_choice() {
+  const char* named = std::getenv("LORA_KERNELS_CPU_PRODUCT");
+  if (named != nullptr && std::strcmp(named, "own") == 0) return Choice::own;
+  if (named != nullptr && std::strcmp(named, "library") == 0) return Choice::library;
+  return Choice::automatic;
+}
+
+// Whether the library multiplies 16-bit matrices with instructions made for them; without, it runs at a fraction of
+// its fp32 rate, and so below the kernels'.
+bool library_is_quick(Dtype dtype) {
+#if defined(LORA_HAVE_AVX2)
+  __builtin_cpu_init();
+  if (dtype == Dtype::bf16) return __builtin_cpu_supports("avx512bf16");
+  if (dtype == Dtype::fp16) return __builtin_cpu_supports("avx512fp16");
+#endif
+  return true;
+}
+
+}  // namespace
+
+bool own_product(Dtype dtype, int64_t m, int64_t n, int64_t k) {
+  static const Choice choice = read_choice();
+  static const bool quick_bf16 = library_is_quick(Dtype::bf16), quick_fp16 = library_is_quick(Dtype::fp16);
+  if (choice != Choice::automatic) return choice == Choice::own;
+  if (m <= 16 || m * n * k <= (1 << 22)) return true;  // overhead and one read of W decide
+  return (dtype == Dtype::bf16 && !quick_bf16) || (dtype == Dtype::fp16 && !quick_fp16);
+}
 
 const Kernels& kernels_for(Dtype dtype) { return *chosen().kernels[static_cast<int>(dtype)]; }
 const char* capability_name() { return chosen().name; }

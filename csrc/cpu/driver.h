@@ -22,7 +22,7 @@ struct Driver {
 
   // Forward.
   static int64_t threads_of(const Forward& f) { return useful_threads(f.threads, f.m * f.n * (f.base ? f.k : f.r)); }
-  static bool few(const Forward& f) { return f.base && f.m <= FEW_TOKENS; }
+  static bool few(const Forward& f) { return f.base && f.m <= FEW_TOKENS_FORWARD; }
   static Shrink<T, E> shrink(const Forward& f) {
     return {f.m, f.k, f.r, matrix(f.x), f.ldx, adapter(f.lora_a), f.dropout, static_cast<T*>(f.h)};
   }
@@ -34,7 +34,8 @@ struct Driver {
     return product;
   }
   static size_t forward_scratch(const Forward& f) {
-    if (few(f)) return static_cast<size_t>(f.m * (2 * f.k + f.r)) * sizeof(T);
+    if (f.m == 0) return 0;
+    if (few(f)) return static_cast<size_t>(f.m * (2 * f.k + f.r) + threads_of(f) * WEIGHT_ROWS * f.k) * sizeof(T);
     const int64_t threads = threads_of(f);
     return static_cast<size_t>(most(shrink(f).scratch(useful_threads(f.threads, f.m * f.k * f.r)),
                                     threads * output(f).scratch_per_task())) *
@@ -51,12 +52,13 @@ struct Driver {
       dropped = x + f.m * f.k;
       widen_block(x, f.k, f.m, f.k, dropped, f.k, f.dropout, 0, 0, f.k);
     }
-    const FewForward<T, T, T> hidden = {f.m, f.r, f.k, 0, dropped, adapter(f.lora_a), f.k, nullptr, nullptr, nullptr, h};
-    hidden.run(useful_threads(f.threads, f.m * f.k * f.r));
+    const FewForward<T, T, T> hidden = {f.m, f.r, f.k, 0, dropped, nullptr, 0, adapter(f.lora_a), f.k, nullptr, nullptr,
+                                        nullptr, h};
+    hidden.run(useful_threads(f.threads, f.m * f.k * f.r), nullptr);
     for (int64_t q = 0; q < f.m * f.r; ++q) low[q] = h[q] * static_cast<T>(f.scaling);
-    const FewForward<T, E, E> output = {f.m, f.n, f.k, f.r, x, matrix(f.weight), f.ldw, low, adapter(f.lora_b),
-                                        adapter(f.bias), static_cast<E*>(f.y)};
-    output.run(threads_of(f));
+    const FewForward<T, E, E> output = {f.m, f.n, f.k, f.r, x, matrix(f.x), f.ldx, matrix(f.weight), f.ldw, low,
+                                        adapter(f.lora_b), adapter(f.bias), static_cast<E*>(f.y)};
+    output.run(threads_of(f), low + f.m * f.r);
   }
 
   static void forward(const Forward& f) {
@@ -69,7 +71,7 @@ struct Driver {
 
   // Backward.
   static bool needs_dh(const Backward& b) { return b.dx != nullptr || b.da != nullptr; }
-  static bool few(const Backward& b) { return b.base && b.m <= FEW_TOKENS; }
+  static bool few(const Backward& b) { return b.base && b.m <= FEW_TOKENS_BACKWARD; }
   static FewOutputGradients<T, E> few_of_output(const Backward& b, T* dh) {
     return {b.m, b.n, b.r, matrix(b.dy), b.lddy, static_cast<T>(b.scaling), adapter(b.lora_b), adapter(b.h),
             needs_dh(b) ? dh : nullptr, static_cast<T*>(b.db), static_cast<T*>(b.dbias)};
@@ -100,6 +102,7 @@ struct Driver {
   }
 
   static size_t backward_scratch(const Backward& b) {
+    if (b.m == 0) return 0;
     T dh;  // only whether it is due counts here
     int64_t size;
     if (few(b)) {

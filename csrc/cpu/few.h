@@ -9,7 +9,8 @@
 namespace lora_kernels {
 namespace LORA_CAPABILITY {
 
-constexpr int64_t FEW_TOKENS = 8;
+// Above these many tokens packing W pays.
+constexpr int64_t FEW_TOKENS_FORWARD = 16, FEW_TOKENS_BACKWARD = 8;
 
 #if LORA_VECTOR_BYTES == 64
 constexpr int WEIGHT_ROWS = 6;
@@ -41,20 +42,71 @@ LORA_INLINE void dot_rows(int64_t k, const T* x, int64_t ldx, const E* w, int64_
   }
 }
 
+// Where the machine multiplies pairs of bf16 (AVX512-BF16), products of W read both sides as they are stored.
+// LORA_PAIRS=1 takes that way on any machine, with the instruction written out: for tests.
+#ifndef LORA_PAIRS
+#if defined(__AVX512BF16__)
+#define LORA_PAIRS 1
+#else
+#define LORA_PAIRS 0
+#endif
+#endif
+template <class E>
+constexpr bool in_pairs = false;
+template <>
+constexpr bool in_pairs<bf16> = LORA_PAIRS;
+
+LORA_INLINE FloatVector add_pairs(FloatVector sum, const bf16* a, const bf16* b) {
+#if defined(__AVX512BF16__)
+  return (FloatVector)_mm512_dpbf16_ps((__m512)sum, read<__m512bh>(a), read<__m512bh>(b));
+#else
+  sum += load(a) * load(b);
+  return sum + load(a + lanes<float>) * load(b + lanes<float>);
+#endif
+}
+
+template <int MR, int NR>
+LORA_INLINE void dot_pairs(int64_t k, const bf16* x, int64_t ldx, const bf16* w, int64_t ldw, FloatVector (&sums)[MR][NR]) {
+  constexpr int STEP = 2 * lanes<float>;
+  int64_t at = 0;
+  for (; at + STEP <= k; at += STEP) {
+#pragma GCC unroll 4
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < NR; ++j) sums[i][j] = add_pairs(sums[i][j], x + i * ldx + at, w + j * ldw + at);
+    }
+  }
+  for (int i = 0; at < k && i < MR; ++i) {
+    bf16 left[STEP] = {};
+    __builtin_memcpy(left, x + i * ldx + at, static_cast<size_t>(k - at) * sizeof(bf16));
+    for (int j = 0; j < NR; ++j) {
+      bf16 right[STEP] = {};
+      __builtin_memcpy(right, w + j * ldw + at, static_cast<size_t>(k - at) * sizeof(bf16));
+      sums[i][j] = add_pairs(sums[i][j], left, right);
+    }
+  }
+}
+
 // out (m, n) = x weightᵀ + low lora_bᵀ + bias, rounded once from T.
 template <class T, class E, class Out>
 struct FewForward {
   int64_t m, n, k, r;
-  const T* x;  // (m, k), widened, contiguous
+  const T* x;       // (m, k), widened, contiguous; not read where W is multiplied in pairs
+  const E* stored;  // (m, k), as it came; read only there
+  int64_t ldx;
   const E* weight;
   int64_t ldw;
   const T *low, *lora_b, *bias;  // low = s h (m, r); bias may be null
   Out* out;
 
-  template <int MR, int NR>
-  void block(int64_t i, int64_t j) const {
+  template <int MR, int NR, class W>
+  void block(int64_t i, int64_t j, const W* rows, int64_t ldr) const {
     Vector<T> sums[MR][NR] = {};
-    dot_rows<T, E, MR, NR>(k, x + i * k, k, weight + j * ldw, ldw, sums);
+    if constexpr (in_pairs<W>) {
+      dot_pairs<MR, NR>(k, stored + i * ldx, ldx, rows, ldr, sums);
+    } else {
+      dot_rows<T, W, MR, NR>(k, x + i * k, k, rows, ldr, sums);
+    }
     if (r > 0) dot_rows<T, T, MR, NR>(r, low + i * r, r, lora_b + j * r, r, sums);
     for (int row = 0; row < MR; ++row) {
       for (int column = 0; column < NR; ++column) {
@@ -64,21 +116,32 @@ struct FewForward {
     }
   }
 
-  template <int NR>
-  void columns(int64_t j) const {
+  template <int NR, class W>
+  void tokens(int64_t j, const W* rows, int64_t ldr) const {
     int64_t i = 0;
-    for (; i + 3 <= m && m - i != 4; i += 3) block<3, NR>(i, j);
-    for (; i + 2 <= m; i += 2) block<2, NR>(i, j);
-    if (i < m) block<1, NR>(i, j);
+    for (; i + 3 <= m && m - i != 4; i += 3) block<3, NR>(i, j, rows, ldr);
+    for (; i + 2 <= m; i += 2) block<2, NR>(i, j, rows, ldr);
+    if (i < m) block<1, NR>(i, j, rows, ldr);
   }
 
-  void run(int64_t threads) const {
+  // Rows j .. j + NR of W; widened once where several blocks of tokens read them.
+  template <int NR>
+  void columns(int64_t j, T* widened) const {
+    const E* rows = weight + j * ldw;
+    if (sizeof(E) == sizeof(T) || in_pairs<E> || m <= 3) return tokens<NR>(j, rows, ldw);
+    widen_block(rows, ldw, NR, k, widened, k, NO_DROPOUT, 0, 0, 0);
+    tokens<NR>(j, widened, k);
+  }
+
+  int64_t scratch(int64_t threads) const { return threads * WEIGHT_ROWS * k; }
+  void run(int64_t threads, T* scratch) const {
     const int64_t tasks = least(threads, ceil_div(n, WEIGHT_ROWS));
     run_tasks(tasks, [&](int64_t index) {
       const Range range = share(n, WEIGHT_ROWS, tasks, index);
+      T* widened = scratch + index * WEIGHT_ROWS * k;
       int64_t j = range.begin;
-      for (; j + WEIGHT_ROWS <= range.end; j += WEIGHT_ROWS) columns<WEIGHT_ROWS>(j);
-      for (; j < range.end; ++j) columns<1>(j);
+      for (; j + WEIGHT_ROWS <= range.end; j += WEIGHT_ROWS) columns<WEIGHT_ROWS>(j, widened);
+      for (; j < range.end; ++j) columns<1>(j, widened);
     });
   }
 };
@@ -178,7 +241,7 @@ struct FewAdapterGradient {
 // dx (m, k) = D * (dh A) + dy W, for a range of columns: SPAN / m columns of sums at a time, WEIGHT rows of W at a time.
 template <class T, class E>
 struct FewInputGradient {
-  static constexpr int64_t SPAN = 4096;
+  static constexpr int64_t SPAN = 8192;
   static constexpr int STEP = 8;
 
   int64_t m, n, k, r;
@@ -220,7 +283,7 @@ struct FewInputGradient {
 
   void task(const Range& range, T* sums) const {
     const int64_t span = round_up(SPAN / m, 64);
-    T factors[FEW_TOKENS * STEP];
+    T factors[FEW_TOKENS_BACKWARD * STEP];
     for (int64_t j = range.begin; j < range.end; j += span) {
       const int64_t columns = least(span, range.end - j);
       fill(sums, m * span, T(0));

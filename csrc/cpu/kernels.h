@@ -69,4 +69,8 @@ struct Kernels {
 const Kernels& kernels_for(Dtype dtype);
 const char* capability_name();
 
+// Whether x Wᵀ and dy W of m tokens run in the kernels, with the low-rank part inside; elsewhere torch's own product
+// accumulates onto it.
+bool own_product(Dtype dtype, int64_t m, int64_t n, int64_t k);
+
 }  // namespace lora_kernels

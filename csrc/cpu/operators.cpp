@@ -43,15 +43,6 @@ Tensor transposed(const Tensor& matrix) {
   return Tensor(handle);
 }
 
-// Where the kernels' own product runs; elsewhere the library's accumulates onto the low-rank part. The library has no
-// quick 16-bit product without the instructions for it, and reads W in fp32 products of few tokens no faster.
-bool own_base(Dtype dtype, int64_t m, int64_t n, int64_t k) {
-  const char* forced = std::getenv("LORA_BASE");
-  if (forced) return forced[0] == 'o';
-  if (dtype == Dtype::bf16 || dtype == Dtype::fp16) return true;
-  return m <= 16 || m * n * k <= (1 << 22);
-}
-
 Dropout dropout_of(const std::optional<Tensor>& state, double p) {
   if (!state.has_value()) return {false, 0, 0, 0, 1.0};
   STD_TORCH_CHECK(state->numel() == 2 && state->scalar_type() == ScalarType::Long,
@@ -104,7 +95,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   std::optional<Adapter> offset;
   if (bias.has_value()) offset.emplace(*bias, "bias", kernels, compute);
   Tensor y = empty({m, n}, scalar_type_of(compute)), h = empty({m, r}, scalar_type_of(hidden_of(compute)));
-  const bool own = own_base(compute, m, n, k);
+  const bool own = own_product(compute, m, n, k);
   Forward call = {m, n, k, r, tokens.data, base.data, tokens.stride, base.stride, a.data, b.data,
                   offset ? offset->data : nullptr, scaling, dropout_of(state, p), own, y.mutable_data_ptr(),
                   h.mutable_data_ptr(), thread_count(), nullptr};
@@ -164,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const std:
   const AdapterGradient dbias(bias, compute, "bias");
   std::optional<Tensor> hidden;
   if (h.has_value()) hidden = torch::stable::contiguous(*h);
-  const bool own = own_base(compute, m, n, k);
+  const bool own = own_product(compute, m, n, k);
   Backward call = {m, n, k, r, outer.data, tokens ? tokens->data : nullptr, base ? base->data : nullptr, outer.stride,
                    tokens ? tokens->stride : 0, base ? base->stride : 0, a.data, b.data,
                    hidden ? hidden->const_data_ptr() : nullptr, scaling, dropout_of(state, p), own,

@@ -1,8 +1,6 @@
 // The CUDA library's operators, by the schemas of lora_kernels/ops.py: allocation, the order of the kernels, the base
 // product by the library's GEMM. LibTorch's stable ABI only.
-#if !defined(USE_CUDA)
-#define USE_CUDA  // torch's C shims declare what concerns streams under it
-#endif
+// Compile with -DUSE_CUDA: torch's C shims declare what concerns streams under it.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -212,8 +210,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor dy, const std::
   if (weight) check_matrix(*weight, "weight", columns, width);
   if (h) check_matrix(*h, "h", rows, ranks);
   const Call call(dy, dtype_of(dy), p, state);
-  const Tensor rows_of_dy = with_adjacent_columns(dy), none = empty(dy, {0});
-  Tensor dx = none, da = none, db = none, dbias = none, dh = none;
+  const Tensor rows_of_dy = with_adjacent_columns(dy);
+  Tensor dx, da, db, dbias, dh;
   const bool dh_wanted = x || weight;
   if (dh_wanted && h && ranks <= DhDb<float>::RANKS) {
     std::tie(dh, db) = dh_db(call, rows_of_dy, lora_b, *h, scaling);
@@ -224,13 +222,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor dy, const std::
       gradient(call, rows_of_dy, operand_of(*h), {nullptr, 0}, scaling, true, db);
     }
   }
+  if (!h) db = empty(lora_b, {0});
+  da = x ? empty(lora_a, {ranks, width}) : empty(lora_a, {0});
   if (x) {
-    da = empty(lora_a, {ranks, width});
     gradient(call, with_adjacent_columns(*x), operand_of(dh), call.dropout, call.keep_scale, false, da);
   }
-  if (bias) dbias = column_sum(call, rows_of_dy, *bias);
+  dbias = bias ? column_sum(call, rows_of_dy, *bias) : empty(dy, {0});
+  dx = weight ? empty(dy, {rows, width}) : empty(dy, {0});
   if (weight) {
-    dx = empty(dy, {rows, width});
     expand(call, operand_of(dh), transposed(operand_of(lora_a)), nullptr, call.dropout, call.keep_scale, dx);
   }
   check_launches();
