@@ -18,6 +18,7 @@ template <class T>
 constexpr int64_t PANEL = PANEL_VECTORS * lanes<T>;
 
 LORA_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int least_int(int a, int b) { return a < b ? a : b; }
 
 // c (MR, PANEL) += a (MR, depth) panel (depth, PANEL), where a(i, k) = ALONG_K ? a[i * lda + k] : a[k * lda + i].
 template <class T, int MR, bool ALONG_K>
@@ -47,30 +48,27 @@ LORA_INLINE void multiply_rows(int64_t depth, const T* a, int64_t lda, const T* 
   }
 }
 
-template <class T, int MR, bool ALONG_K>
-struct RemainingRows {
-  static void run(int64_t rows, int64_t depth, const T* a, int64_t lda, const T* panel, T* c, int64_t ldc) {
-    if (rows == MR) {
-      multiply_rows<T, MR, ALONG_K>(depth, a, lda, panel, c, ldc);
-    } else {
-      RemainingRows<T, MR - 1, ALONG_K>::run(rows, depth, a, lda, panel, c, ldc);
-    }
-  }
-};
-template <class T, bool ALONG_K>
-struct RemainingRows<T, 0, ALONG_K> {
-  static void run(int64_t, int64_t, const T*, int64_t, const T*, T*, int64_t) {}
-};
-
 // c (rows, columns) += a (rows, depth) b (depth, columns); b packed in panels, c padded to whole panels.
 template <class T, bool ALONG_K>
 static void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t lda, const T* panels, T* c,
                      int64_t ldc) {
   for (int64_t n = 0; n < columns; n += PANEL<T>) {
     const T* panel = panels + n * depth;
-    for (int64_t i = 0; i < rows; i += ROWS) {
+    for (int64_t i = 0; i < rows;) {
       const T* left = ALONG_K ? a + i * lda : a + i;
-      RemainingRows<T, ROWS, ALONG_K>::run(least(ROWS, rows - i), depth, left, lda, panel, c + i * ldc + n, ldc);
+      T* out = c + i * ldc + n;
+      const int64_t rest = rows - i;
+      if (rest >= ROWS) {
+        multiply_rows<T, ROWS, ALONG_K>(depth, left, lda, panel, out, ldc), i += ROWS;
+      } else if (ROWS > 8 && rest >= 8) {
+        multiply_rows<T, least_int(8, ROWS), ALONG_K>(depth, left, lda, panel, out, ldc), i += 8;
+      } else if (rest >= 4) {
+        multiply_rows<T, 4, ALONG_K>(depth, left, lda, panel, out, ldc), i += 4;
+      } else if (rest >= 2) {
+        multiply_rows<T, 2, ALONG_K>(depth, left, lda, panel, out, ldc), i += 2;
+      } else {
+        multiply_rows<T, 1, ALONG_K>(depth, left, lda, panel, out, ldc), i += 1;
+      }
     }
   }
 }

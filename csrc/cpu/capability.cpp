@@ -6,29 +6,17 @@
 
 #include "kernels.h"
 
-#define LORA_DECLARE(capability)            \
-  namespace capability {                    \
-  extern const Kernels kernels_fp32;        \
-  extern const Kernels kernels_bf16;        \
-  extern const Kernels kernels_fp16;        \
-  extern const Kernels kernels_fp64;        \
-  }
-#define LORA_CANDIDATE(capability, runs_here)                                                              \
-  {#capability, runs_here,                                                                                 \
-   {&capability::kernels_fp32, &capability::kernels_bf16, &capability::kernels_fp16, &capability::kernels_fp64}}
-
 namespace lora_kernels {
 
+#define LORA_DECLARE(capability) \
+  namespace capability {         \
+  extern const Kernels kernels_fp32, kernels_bf16, kernels_fp16, kernels_fp64; \
+  }
 LORA_DECLARE(portable)
-#if defined(LORA_HAVE_AVX2)
 LORA_DECLARE(avx2)
-#endif
-#if defined(LORA_HAVE_AVX512)
 LORA_DECLARE(avx512)
-#endif
-#if defined(LORA_HAVE_AVX512_BF16)
 LORA_DECLARE(avx512_bf16)
-#endif
+#undef LORA_DECLARE
 
 namespace {
 
@@ -48,15 +36,18 @@ Candidate choose() {
 #endif
   const Candidate candidates[] = {
 #if defined(LORA_HAVE_AVX512_BF16)
-      LORA_CANDIDATE(avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16")),
+      {"avx512_bf16", avx512 && __builtin_cpu_supports("avx512bf16"),
+       {&avx512::kernels_fp32, &avx512_bf16::kernels_bf16, &avx512::kernels_fp16, &avx2::kernels_fp64}},
 #endif
 #if defined(LORA_HAVE_AVX512)
-      LORA_CANDIDATE(avx512, avx512),
+      {"avx512", avx512,
+       {&avx512::kernels_fp32, &avx512::kernels_bf16, &avx512::kernels_fp16, &avx2::kernels_fp64}},
 #endif
 #if defined(LORA_HAVE_AVX2)
-      LORA_CANDIDATE(avx2, avx2),
+      {"avx2", avx2, {&avx2::kernels_fp32, &avx2::kernels_bf16, &avx2::kernels_fp16, &avx2::kernels_fp64}},
 #endif
-      LORA_CANDIDATE(portable, true),
+      {"portable", true,
+       {&portable::kernels_fp32, &portable::kernels_bf16, &portable::kernels_fp16, &portable::kernels_fp64}},
   };
   const char* named = std::getenv("LORA_KERNELS_CPU_CAPABILITY");
   for (const Candidate& candidate : candidates) {

@@ -10,11 +10,11 @@ namespace cuda {
 struct NoShared {};
 
 struct ReduceArgs {
-  const void* parts;
-  int64_t count, elements;
-  double scale;
-  void* out;
-  DType out_dtype;
+    const void* parts;
+    int64_t count, elements;
+    double scale;
+    void* out;
+    DType out_dtype;
 };
 
 // out[i] = scale Σ_slice parts[slice][i], the slices in order.
@@ -25,28 +25,28 @@ struct ReduceArgs {
 // Grid: THREADS elements a block. Sums in fp32 (fp64); count flops an element; reads the parts once.
 template <typename Sum>
 struct Reduce {
-  using Args = ReduceArgs;
-  using Shared = NoShared;
-  static constexpr bool TENSOR = false;
-  static int64_t blocks(const Args& args) { return ceil_div(args.elements, THREADS); }
+    using Args = ReduceArgs;
+    using Shared = NoShared;
+    static constexpr bool TENSOR = false;
+    static int64_t blocks(const Args& args) { return ceil_div(args.elements, THREADS); }
 
-  template <class Warp>
-  LORA_TEAM static void run(Warp& warp, Shared&, const Args& args, int64_t block) {
-    warp.each([&](int lane) {
-      const int64_t element = block * THREADS + warp.index() * WARP_LANES + lane;
-      if (element >= args.elements) return;
-      const Sum* parts = static_cast<const Sum*>(args.parts) + element;
-      Sum sum = 0;
-      for (int64_t slice = 0; slice < args.count; ++slice) sum += parts[slice * args.elements];
-      store_as(args.out, args.out_dtype, element, static_cast<Sum>(args.scale) * sum);
-    });
-  }
+    template <class Warp>
+    LORA_TEAM static void run(Warp& warp, Shared&, const Args& args, int64_t block) {
+        warp.each([&](int lane) {
+            const int64_t element = block * THREADS + warp.index() * WARP_LANES + lane;
+            if (element >= args.elements) return;
+            const Sum* parts = static_cast<const Sum*>(args.parts) + element;
+            Sum sum = 0;
+            for (int64_t slice = 0; slice < args.count; ++slice) sum += parts[slice * args.elements];
+            store_as(args.out, args.out_dtype, element, static_cast<Sum>(args.scale) * sum);
+        });
+    }
 };
 
 struct ColumnSumArgs {
-  Matrix dy;
-  void* parts;
-  Slices slices;
+    Matrix dy;
+    void* parts;
+    Slices slices;
 };
 
 // parts[slice][n] = Σ over the slice of M of dy[m, n]: dbias, whose stage two is Reduce.
@@ -57,34 +57,34 @@ struct ColumnSumArgs {
 // Grid: slice-major over (slices, THREADS columns). Sums in fp32 (fp64); M N additions; reads dy once.
 template <typename T>
 struct ColumnSum {
-  using Args = ColumnSumArgs;
-  using Shared = NoShared;
-  using Sum = typename Number<T>::Sum;
-  static constexpr bool TENSOR = false;
-  static constexpr int MINIMUM_ROWS = 64;
-  static int64_t tiles(int64_t columns) { return ceil_div(columns, THREADS); }
-  static Slices slices(int64_t rows, int64_t columns) { return slices_of(rows, 1, tiles(columns), MINIMUM_ROWS); }
-  static int64_t blocks(const Args& args) { return args.slices.count * tiles(args.dy.columns); }
+    using Args = ColumnSumArgs;
+    using Shared = NoShared;
+    using Sum = typename Number<T>::Sum;
+    static constexpr bool TENSOR = false;
+    static constexpr int MINIMUM_ROWS = 64;
+    static int64_t tiles(int64_t columns) { return ceil_div(columns, THREADS); }
+    static Slices slices(int64_t rows, int64_t columns) { return slices_of(rows, 1, tiles(columns), MINIMUM_ROWS); }
+    static int64_t blocks(const Args& args) { return args.slices.count * tiles(args.dy.columns); }
 
-  template <class Warp>
-  LORA_TEAM static void run(Warp& warp, Shared&, const Args& args, int64_t block) {
-    const int64_t tiles = ceil_div(args.dy.columns, THREADS), slice = block / tiles;
-    const int64_t begin = slice_begin(args.slices, slice), end = slice_end(args.slices, slice, args.dy.rows);
-    warp.each([&](int lane) {
-      const int64_t column = block % tiles * THREADS + warp.index() * WARP_LANES + lane;
-      if (column >= args.dy.columns) return;
-      const T* dy = static_cast<const T*>(args.dy.data) + column;
-      Sum sum = 0;
-      for (int64_t row = begin; row < end; ++row) sum += widen(dy[row * args.dy.row_stride]);
-      static_cast<Sum*>(args.parts)[slice * args.dy.columns + column] = sum;
-    });
-  }
+    template <class Warp>
+    LORA_TEAM static void run(Warp& warp, Shared&, const Args& args, int64_t block) {
+        const int64_t tiles = ceil_div(args.dy.columns, THREADS), slice = block / tiles;
+        const int64_t begin = slice_begin(args.slices, slice), end = slice_end(args.slices, slice, args.dy.rows);
+        warp.each([&](int lane) {
+            const int64_t column = block % tiles * THREADS + warp.index() * WARP_LANES + lane;
+            if (column >= args.dy.columns) return;
+            const T* dy = static_cast<const T*>(args.dy.data) + column;
+            Sum sum = 0;
+            for (int64_t row = begin; row < end; ++row) sum += widen(dy[row * args.dy.row_stride]);
+            static_cast<Sum*>(args.parts)[slice * args.dy.columns + column] = sum;
+        });
+    }
 };
 
 struct MaskArgs {
-  Dropout dropout;
-  bool* keep;
-  int64_t rows, columns;
+    Dropout dropout;
+    bool* keep;
+    int64_t rows, columns;
 };
 
 // keep[m, k] = bits(m, k) >= threshold.
@@ -94,27 +94,27 @@ struct MaskArgs {
 //
 // Grid: THREADS groups of 8 elements a block, a row's groups together. Integer arithmetic; writes M K bytes.
 struct Mask {
-  using Args = MaskArgs;
-  using Shared = NoShared;
-  static constexpr bool TENSOR = false;
-  static int64_t blocks(const Args& args) { return ceil_div(args.rows * ceil_div(args.columns, UNIT), THREADS); }
+    using Args = MaskArgs;
+    using Shared = NoShared;
+    static constexpr bool TENSOR = false;
+    static int64_t blocks(const Args& args) { return ceil_div(args.rows * ceil_div(args.columns, UNIT), THREADS); }
 
-  template <class Warp>
-  LORA_TEAM static void run(Warp& warp, Shared&, const Args& args, int64_t block) {
-    const uint64_t key = static_cast<uint64_t>(args.dropout.seed[0]);
-    const uint64_t stream = static_cast<uint64_t>(args.dropout.seed[1]);
-    const int64_t groups = ceil_div(args.columns, UNIT);
-    warp.each([&](int lane) {
-      const int64_t group = block * THREADS + warp.index() * WARP_LANES + lane;
-      const int64_t row = group / groups, column = group % groups * UNIT;
-      if (row >= args.rows) return;
-      const PhiloxWords words = philox(key, stream, dropout_group(row, column, args.columns));
-      bool* keep = args.keep + row * args.columns + column;
-      LORA_UNROLL for (int j = 0; j < UNIT; ++j) {
-        if (column + j < args.columns) keep[j] = dropout_bits(words, j) >= args.dropout.threshold;
-      }
-    });
-  }
+    template <class Warp>
+    LORA_TEAM static void run(Warp& warp, Shared&, const Args& args, int64_t block) {
+        const uint64_t key = static_cast<uint64_t>(args.dropout.seed[0]);
+        const uint64_t stream = static_cast<uint64_t>(args.dropout.seed[1]);
+        const int64_t groups = ceil_div(args.columns, UNIT);
+        warp.each([&](int lane) {
+            const int64_t group = block * THREADS + warp.index() * WARP_LANES + lane;
+            const int64_t row = group / groups, column = group % groups * UNIT;
+            if (row >= args.rows) return;
+            const PhiloxWords words = philox(key, stream, dropout_group(row, column, args.columns));
+            bool* keep = args.keep + row * args.columns + column;
+            LORA_UNROLL for (int j = 0; j < UNIT; ++j) {
+                if (column + j < args.columns) keep[j] = dropout_bits(words, j) >= args.dropout.threshold;
+            }
+        });
+    }
 };
 
 }  // namespace cuda

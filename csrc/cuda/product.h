@@ -1,5 +1,5 @@
-// One warp's matrix product, 16 rows x 8 columns a step: the tensor cores' m16n8k16 for 16-bit numbers, multiply-adds of
-// the same layout for fp32 and fp64. The index maps here are what a host emulation of the tensor core reads too.
+// One warp's matrix product, 16 rows x 8 columns a step: the tensor cores' m16n8k16 for 16-bit numbers, multiply-adds
+// of the same layout for fp32 and fp64. The index maps here are what a host emulation of the tensor core reads too.
 #pragma once
 
 #include "number.h"
@@ -28,84 +28,88 @@ LORA_HD int b_matrix_k(int lane) { return 8 * ((lane / 8) % 2); }
 LORA_HD int b_transposed_k(int lane) { return lane % 16; }
 
 template <typename T>
-struct Product {  // 16-bit numbers
-  static constexpr int STEP = 16, UNROLLED = 4;  // elements of the sum a step; steps that a loop unrolls
-  struct A {
-    uint32_t v[4];
-  };
-  struct B {
-    uint32_t v[2];
-  };
-  struct C {
-    float v[4];
-  };
-  template <class Warp>
-  LORA_TEAM static void load_a(Warp& warp, typename Warp::template Lanes<A>& a, const T* tile, int width) {
-    warp.template load_matrices<4, false>(
-        a, [=](int lane) { return tile + a_matrix_row(lane) * width + a_matrix_k(lane); });
-  }
-  template <class Warp>
-  LORA_TEAM static void load_b(Warp& warp, typename Warp::template Lanes<B>& b, const T* tile, int width) {
-    warp.template load_matrices<2, false>(
-        b, [=](int lane) { return tile + b_matrix_column(lane) * width + b_matrix_k(lane); });
-  }
-  template <class Warp>
-  LORA_TEAM static void load_b_rows(Warp& warp, typename Warp::template Lanes<B>& b, const T* tile, int width) {
-    warp.template load_matrices<2, true>(b, [=](int lane) { return tile + b_transposed_k(lane) * width; });
-  }
-  // c[at] += a b
-  template <class Warp, class Sums>
-  LORA_TEAM static void multiply(Warp& warp, Sums& c, int at, typename Warp::template Lanes<A>& a,
-                                 typename Warp::template Lanes<B>& b) {
-    warp.template tensor_multiply<T>(c, at, a, b);
-  }
+struct Product {                                   // 16-bit numbers
+    static constexpr int STEP = 16, UNROLLED = 4;  // elements of the sum a step; steps that a loop unrolls
+    struct A {
+        uint32_t v[4];
+    };
+    struct B {
+        uint32_t v[2];
+    };
+    struct C {
+        float v[4];
+    };
+    template <class Warp>
+    LORA_TEAM static void load_a(Warp& warp, typename Warp::template Lanes<A>& a, const T* tile, int width) {
+        warp.template load_matrices<4, false>(
+            a, [=](int lane) { return tile + a_matrix_row(lane) * width + a_matrix_k(lane); });
+    }
+    template <class Warp>
+    LORA_TEAM static void load_b(Warp& warp, typename Warp::template Lanes<B>& b, const T* tile, int width) {
+        warp.template load_matrices<2, false>(
+            b, [=](int lane) { return tile + b_matrix_column(lane) * width + b_matrix_k(lane); });
+    }
+    template <class Warp>
+    LORA_TEAM static void load_b_rows(Warp& warp, typename Warp::template Lanes<B>& b, const T* tile, int width) {
+        warp.template load_matrices<2, true>(b, [=](int lane) { return tile + b_transposed_k(lane) * width; });
+    }
+    // c[at] += a b
+    template <class Warp, class Sums>
+    LORA_TEAM static void multiply(Warp& warp, Sums& c, int at, typename Warp::template Lanes<A>& a,
+                                   typename Warp::template Lanes<B>& b) {
+        warp.template tensor_multiply<T>(c, at, a, b);
+    }
 };
 
 template <typename T>
 struct PlainProduct {  // fp32 and fp64: each lane reads the two rows of A and the two columns of B that it needs
-  static constexpr int STEP = 4, UNROLLED = 1;
-  struct A {
-    T v[2][STEP];
-  };
-  struct B {
-    T v[2][STEP];
-  };
-  struct C {
-    T v[4];
-  };
-  template <class Warp>
-  LORA_TEAM static void load_a(Warp& warp, typename Warp::template Lanes<A>& a, const T* tile, int width) {
-    warp.each([&](int lane) {
-      LORA_UNROLL for (int i = 0; i < 2; ++i) {
-        LORA_UNROLL for (int k = 0; k < STEP; ++k) a[lane].v[i][k] = tile[accumulator_row(lane, 2 * i) * width + k];
-      }
-    });
-  }
-  template <class Warp>
-  LORA_TEAM static void load_b(Warp& warp, typename Warp::template Lanes<B>& b, const T* tile, int width) {
-    warp.each([&](int lane) {
-      LORA_UNROLL for (int i = 0; i < 2; ++i) {
-        LORA_UNROLL for (int k = 0; k < STEP; ++k) b[lane].v[i][k] = tile[accumulator_column(lane, i) * width + k];
-      }
-    });
-  }
-  template <class Warp>
-  LORA_TEAM static void load_b_rows(Warp& warp, typename Warp::template Lanes<B>& b, const T* tile, int width) {
-    warp.each([&](int lane) {
-      LORA_UNROLL for (int i = 0; i < 2; ++i) {
-        LORA_UNROLL for (int k = 0; k < STEP; ++k) b[lane].v[i][k] = tile[k * width + accumulator_column(lane, i)];
-      }
-    });
-  }
-  template <class Warp, class Sums>
-  LORA_TEAM static void multiply(Warp& warp, Sums& c, int at, typename Warp::template Lanes<A>& a,
-                                 typename Warp::template Lanes<B>& b) {
-    warp.each([&](int lane) {
-      LORA_UNROLL for (int k = 0; k < STEP; ++k) {
-        LORA_UNROLL for (int i = 0; i < 4; ++i) c[lane].tile[at].v[i] += a[lane].v[i / 2][k] * b[lane].v[i % 2][k];
-      }
-    });
-  }
+    static constexpr int STEP = 4, UNROLLED = 1;
+    struct A {
+        T v[2][STEP];
+    };
+    struct B {
+        T v[2][STEP];
+    };
+    struct C {
+        T v[4];
+    };
+    template <class Warp>
+    LORA_TEAM static void load_a(Warp& warp, typename Warp::template Lanes<A>& a, const T* tile, int width) {
+        warp.each([&](int lane) {
+            LORA_UNROLL for (int i = 0; i < 2; ++i) {
+                LORA_UNROLL for (int k = 0; k < STEP; ++k) a[lane].v[i][k] =
+                    tile[accumulator_row(lane, 2 * i) * width + k];
+            }
+        });
+    }
+    template <class Warp>
+    LORA_TEAM static void load_b(Warp& warp, typename Warp::template Lanes<B>& b, const T* tile, int width) {
+        warp.each([&](int lane) {
+            LORA_UNROLL for (int i = 0; i < 2; ++i) {
+                LORA_UNROLL for (int k = 0; k < STEP; ++k) b[lane].v[i][k] =
+                    tile[accumulator_column(lane, i) * width + k];
+            }
+        });
+    }
+    template <class Warp>
+    LORA_TEAM static void load_b_rows(Warp& warp, typename Warp::template Lanes<B>& b, const T* tile, int width) {
+        warp.each([&](int lane) {
+            LORA_UNROLL for (int i = 0; i < 2; ++i) {
+                LORA_UNROLL for (int k = 0; k < STEP; ++k) b[lane].v[i][k] =
+                    tile[k * width + accumulator_column(lane, i)];
+            }
+        });
+    }
+    template <class Warp, class Sums>
+    LORA_TEAM static void multiply(Warp& warp, Sums& c, int at, typename Warp::template Lanes<A>& a,
+                                   typename Warp::template Lanes<B>& b) {
+        warp.each([&](int lane) {
+            LORA_UNROLL for (int k = 0; k < STEP; ++k) {
+                LORA_UNROLL for (int i = 0; i < 4; ++i) c[lane].tile[at].v[i] +=
+                    a[lane].v[i / 2][k] * b[lane].v[i % 2][k];
+            }
+        });
+    }
 };
 
 template <>
@@ -116,17 +120,17 @@ struct Product<double> : PlainProduct<double> {};
 // What a warp sums up: COUNT results of 16 x 8.
 template <typename T, int COUNT>
 struct Sums {
-  typename Product<T>::C tile[COUNT];
+    typename Product<T>::C tile[COUNT];
 };
 
 template <class Warp, class State>
 LORA_TEAM void clear(Warp& warp, State& sums) {
-  warp.each([&](int lane) {
-    auto& tiles = sums[lane].tile;
-    LORA_UNROLL for (int at = 0; at < static_cast<int>(sizeof(tiles) / sizeof(tiles[0])); ++at) {
-      LORA_UNROLL for (int i = 0; i < 4; ++i) tiles[at].v[i] = 0;
-    }
-  });
+    warp.each([&](int lane) {
+        auto& tiles = sums[lane].tile;
+        LORA_UNROLL for (int at = 0; at < static_cast<int>(sizeof(tiles) / sizeof(tiles[0])); ++at) {
+            LORA_UNROLL for (int i = 0; i < 4; ++i) tiles[at].v[i] = 0;
+        }
+    });
 }
 
 }  // namespace cuda

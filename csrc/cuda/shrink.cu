@@ -7,34 +7,34 @@ namespace {
 
 template <typename T>
 void launch_for(const ShrinkArgs& args, bool small, cudaStream_t stream) {
-  if (small) {
-    launch<Shrink<T, SMALL_RANKS>>(args, stream);
-  } else {
-    launch<Shrink<T, LARGE_RANKS>>(args, stream);
-  }
+    if (small) {
+        launch<Shrink<T, SMALL_RANKS>>(args, stream);
+    } else {
+        launch<Shrink<T, LARGE_RANKS>>(args, stream);
+    }
 }
 
 template <typename T>
 Slices slices_for(int64_t rows, int64_t columns, int64_t ranks, bool small) {
-  return small ? Shrink<T, SMALL_RANKS>::slices(rows, columns, ranks)
-               : Shrink<T, LARGE_RANKS>::slices(rows, columns, ranks);
+    return small ? Shrink<T, SMALL_RANKS>::slices(rows, columns, ranks)
+                 : Shrink<T, LARGE_RANKS>::slices(rows, columns, ranks);
 }
 
 }  // namespace
 
 Slices shrink_slices(DType compute, int64_t rows, int64_t columns, int64_t ranks) {
-  const bool small = takes_small(compute, ranks);
-  if (compute == DType::DOUBLE) return Shrink<double, SMALL_RANKS>::slices(rows, columns, ranks);
-  return compute == DType::FLOAT ? slices_for<float>(rows, columns, ranks, small)
-                                 : slices_for<Half>(rows, columns, ranks, small);
+    const bool small = takes_small(compute, ranks);
+    if (compute == DType::DOUBLE) return Shrink<double, SMALL_RANKS>::slices(rows, columns, ranks);
+    return compute == DType::FLOAT ? slices_for<float>(rows, columns, ranks, small)
+                                   : slices_for<Half>(rows, columns, ranks, small);
 }
 
 void launch_shrink(DType compute, const ShrinkArgs& args, cudaStream_t stream) {
-  const bool small = takes_small(compute, args.a.rows);
-  if (compute == DType::HALF) launch_for<Half>(args, small, stream);
-  if (compute == DType::BFLOAT16) launch_for<BFloat16>(args, small, stream);
-  if (compute == DType::FLOAT) launch_for<float>(args, small, stream);
-  if (compute == DType::DOUBLE) launch<Shrink<double, SMALL_RANKS>>(args, stream);
+    const bool small = takes_small(compute, args.a.rows);
+    if (compute == DType::HALF) launch_for<Half>(args, small, stream);
+    if (compute == DType::BFLOAT16) launch_for<BFloat16>(args, small, stream);
+    if (compute == DType::FLOAT) launch_for<float>(args, small, stream);
+    if (compute == DType::DOUBLE) launch<Shrink<double, SMALL_RANKS>>(args, stream);
 }
 
 }  // namespace cuda

@@ -8,16 +8,16 @@ namespace lora_kernels {
 namespace cuda {
 
 struct ShrinkArgs {
-  Matrix x;
-  Operand a;
-  Dropout dropout;
-  void* out;
-  Slices slices;
-  double scale;
+    Matrix x;
+    Operand a;
+    Dropout dropout;
+    void* out;
+    Slices slices;
+    double scale;
 };
 
-// out[slice] = scale (x * keep) Aᵀ over the slice of K. Forward: x, A = lora_a, the mask's seed. dh: x = dy, A = lora_bᵀ,
-// no seed.
+// out[slice] = scale (x * keep) Aᵀ over the slice of K. Forward: x, A = lora_a, the mask's seed. dh: x = dy, A =
+// lora_bᵀ, no seed.
 //
 //   x     (M, K)          T; unit column stride, any row stride
 //   a     (R, K)          any dtype, any strides; rounded to T
@@ -28,80 +28,80 @@ struct ShrinkArgs {
 // buffers: the copy of one step's x runs while the other's is multiplied.
 template <typename T, int RANKS_>
 struct Shrink {
-  using Args = ShrinkArgs;
-  using P = Product<T>;
-  using Sum = typename Number<T>::Sum;
-  static constexpr bool TENSOR = Number<T>::SPLIT;
-  static constexpr int RANKS = RANKS_, ROWS = 16 * WARPS, COLUMNS = 128 / static_cast<int>(sizeof(T));
-  static constexpr int SUMS = RANKS / PRODUCT_COLUMNS;
-  static constexpr int MINIMUM_STEPS = 4;
+    using Args = ShrinkArgs;
+    using P = Product<T>;
+    using Sum = typename Number<T>::Sum;
+    static constexpr bool TENSOR = Number<T>::SPLIT;
+    static constexpr int RANKS = RANKS_, ROWS = 16 * WARPS, COLUMNS = 128 / static_cast<int>(sizeof(T));
+    static constexpr int SUMS = RANKS / PRODUCT_COLUMNS;
+    static constexpr int MINIMUM_STEPS = 4;
 
-  struct Shared {
-    Tile<T, ROWS, COLUMNS> x[2];
-    Tile<T, RANKS, COLUMNS> a[2];
-  };
-
-  static int64_t tiles(int64_t rows, int64_t ranks) { return ceil_div(rows, ROWS) * ceil_div(ranks, RANKS); }
-  static Slices slices(int64_t rows, int64_t columns, int64_t ranks) {
-    return slices_of(columns, COLUMNS, tiles(rows, ranks), MINIMUM_STEPS);
-  }
-  static int64_t blocks(const Args& args) { return args.slices.count * tiles(args.x.rows, args.a.rows); }
-
-  template <class Warp>
-  LORA_TEAM static void run(Warp& warp, Shared& shared, const Args& args, int64_t block) {
-    const int64_t groups = ceil_div(args.a.rows, RANKS), per_slice = ceil_div(args.x.rows, ROWS) * groups;
-    const int64_t slice = block / per_slice;
-    const int64_t first_row = block % per_slice / groups * ROWS, first_rank = block % groups * RANKS;
-    const int64_t begin = slice_begin(args.slices, slice), end = slice_end(args.slices, slice, args.x.columns);
-    const int64_t steps = ceil_div(end - begin, COLUMNS);
-    typename Warp::template Lanes<Sums<T, SUMS>> sums;
-    clear(warp, sums);
-
-    const auto stage = [&](int64_t step) {
-      const int64_t column = begin + step * COLUMNS;
-      stage_matrix(warp, shared.x[step % 2], args.x, first_row, args.x.rows, column);
-      stage_factor(warp, shared.a[step % 2], args.a, first_rank, column, end);
-      warp.commit();
+    struct Shared {
+        Tile<T, ROWS, COLUMNS> x[2];
+        Tile<T, RANKS, COLUMNS> a[2];
     };
-    if (steps > 0) stage(0);
-    for (int64_t step = 0; step < steps; ++step) {
-      if (step + 1 < steps) {
-        stage(step + 1);
-        warp.template wait<1>();
-      } else {
-        warp.template wait<0>();
-      }
-      auto& x = shared.x[step % 2];
-      auto& a = shared.a[step % 2];
-      if (args.dropout.seed != nullptr) {
-        drop_tile(warp, x, args.dropout, first_row, begin + step * COLUMNS, args.x.columns);
-      }
-      warp.barrier();
-      LORA_UNROLL_STEPS for (int k = 0; k < COLUMNS; k += P::STEP) {
-        typename Warp::template Lanes<typename P::A> rows;
-        typename Warp::template Lanes<typename P::B> ranks;
-        P::load_a(warp, rows, x.at(warp.index() * PRODUCT_ROWS, k), x.WIDTH);
-        LORA_UNROLL for (int at = 0; at < SUMS; ++at) {
-          P::load_b(warp, ranks, a.at(at * PRODUCT_COLUMNS, k), a.WIDTH);
-          P::multiply(warp, sums, at, rows, ranks);
-        }
-      }
-      warp.barrier();
-    }
 
-    Sum* out = static_cast<Sum*>(args.out) + slice * args.x.rows * args.a.rows;
-    warp.each([&](int lane) {
-      LORA_UNROLL for (int at = 0; at < SUMS; ++at) {
-        LORA_UNROLL for (int i = 0; i < 4; ++i) {
-          const int64_t row = first_row + warp.index() * PRODUCT_ROWS + accumulator_row(lane, i);
-          const int64_t rank = first_rank + at * PRODUCT_COLUMNS + accumulator_column(lane, i);
-          if (row < args.x.rows && rank < args.a.rows) {
-            out[row * args.a.rows + rank] = static_cast<Sum>(args.scale) * sums[lane].tile[at].v[i];
-          }
+    static int64_t tiles(int64_t rows, int64_t ranks) { return ceil_div(rows, ROWS) * ceil_div(ranks, RANKS); }
+    static Slices slices(int64_t rows, int64_t columns, int64_t ranks) {
+        return slices_of(columns, COLUMNS, tiles(rows, ranks), MINIMUM_STEPS);
+    }
+    static int64_t blocks(const Args& args) { return args.slices.count * tiles(args.x.rows, args.a.rows); }
+
+    template <class Warp>
+    LORA_TEAM static void run(Warp& warp, Shared& shared, const Args& args, int64_t block) {
+        const int64_t groups = ceil_div(args.a.rows, RANKS), per_slice = ceil_div(args.x.rows, ROWS) * groups;
+        const int64_t slice = block / per_slice;
+        const int64_t first_row = block % per_slice / groups * ROWS, first_rank = block % groups * RANKS;
+        const int64_t begin = slice_begin(args.slices, slice), end = slice_end(args.slices, slice, args.x.columns);
+        const int64_t steps = ceil_div(end - begin, COLUMNS);
+        typename Warp::template Lanes<Sums<T, SUMS>> sums;
+        clear(warp, sums);
+
+        const auto stage = [&](int64_t step) {
+            const int64_t column = begin + step * COLUMNS;
+            stage_matrix(warp, shared.x[step % 2], args.x, first_row, args.x.rows, column);
+            stage_factor(warp, shared.a[step % 2], args.a, first_rank, column, end);
+            warp.commit();
+        };
+        if (steps > 0) stage(0);
+        for (int64_t step = 0; step < steps; ++step) {
+            if (step + 1 < steps) {
+                stage(step + 1);
+                warp.template wait<1>();
+            } else {
+                warp.template wait<0>();
+            }
+            auto& x = shared.x[step % 2];
+            auto& a = shared.a[step % 2];
+            if (args.dropout.seed != nullptr) {
+                drop_tile(warp, x, args.dropout, first_row, begin + step * COLUMNS, args.x.columns);
+            }
+            warp.barrier();
+            LORA_UNROLL_STEPS for (int k = 0; k < COLUMNS; k += P::STEP) {
+                typename Warp::template Lanes<typename P::A> rows;
+                typename Warp::template Lanes<typename P::B> ranks;
+                P::load_a(warp, rows, x.at(warp.index() * PRODUCT_ROWS, k), x.WIDTH);
+                LORA_UNROLL for (int at = 0; at < SUMS; ++at) {
+                    P::load_b(warp, ranks, a.at(at * PRODUCT_COLUMNS, k), a.WIDTH);
+                    P::multiply(warp, sums, at, rows, ranks);
+                }
+            }
+            warp.barrier();
         }
-      }
-    });
-  }
+
+        Sum* out = static_cast<Sum*>(args.out) + slice * args.x.rows * args.a.rows;
+        warp.each([&](int lane) {
+            LORA_UNROLL for (int at = 0; at < SUMS; ++at) {
+                LORA_UNROLL for (int i = 0; i < 4; ++i) {
+                    const int64_t row = first_row + warp.index() * PRODUCT_ROWS + accumulator_row(lane, i);
+                    const int64_t rank = first_rank + at * PRODUCT_COLUMNS + accumulator_column(lane, i);
+                    if (row < args.x.rows && rank < args.a.rows) {
+                        out[row * args.a.rows + rank] = static_cast<Sum>(args.scale) * sums[lane].tile[at].v[i];
+                    }
+                }
+            }
+        });
+    }
 };
 
 }  // namespace cuda

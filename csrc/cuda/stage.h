@@ -11,40 +11,40 @@ constexpr int UNIT = DROPOUT_GROUP;  // elements that a thread moves at a time: 
 
 // x or dy: rows of unit column stride in the compute dtype. `aligned`: all rows begin at multiples of 16 bytes.
 struct Matrix {
-  const void* data;
-  int64_t rows, columns, row_stride;
-  bool aligned;
+    const void* data;
+    int64_t rows, columns, row_stride;
+    bool aligned;
 };
 
 // lora_a, lora_b, h or dh, or the transposed of one, by its strides.
 struct Operand {
-  const void* data;
-  DType dtype;
-  int64_t rows, columns, row_stride, column_stride;
+    const void* data;
+    DType dtype;
+    int64_t rows, columns, row_stride, column_stride;
 };
 
 // seed: int64 (2,) on the device, or null where nothing is dropped.
 struct Dropout {
-  const int64_t* seed;
-  uint32_t threshold;
+    const int64_t* seed;
+    uint32_t threshold;
 };
 
 template <typename T>
 struct alignas(16) Unit {
-  T at[UNIT];
+    T at[UNIT];
 };
 
 // ROWS x COLUMNS in shared memory. Rows are 16 bytes longer: rows that ldmatrix reads together start in other banks.
 template <typename T, int ROWS, int COLUMNS>
 struct Tile {
-  static constexpr int WIDTH = COLUMNS + 16 / static_cast<int>(sizeof(T));
-  static constexpr int ROW_UNITS = COLUMNS / UNIT;
-  static constexpr int UNITS = ROWS * ROW_UNITS;
-  static_assert(COLUMNS % UNIT == 0, "rows are moved in units");
-  alignas(16) T data[ROWS * WIDTH];
+    static constexpr int WIDTH = COLUMNS + 16 / static_cast<int>(sizeof(T));
+    static constexpr int ROW_UNITS = COLUMNS / UNIT;
+    static constexpr int UNITS = ROWS * ROW_UNITS;
+    static_assert(COLUMNS % UNIT == 0, "rows are moved in units");
+    alignas(16) T data[ROWS * WIDTH];
 
-  LORA_TEAM T* at(int row, int column) { return data + row * WIDTH + column; }
-  LORA_TEAM Unit<T>& unit(int row, int group) { return *reinterpret_cast<Unit<T>*>(at(row, group * UNIT)); }
+    LORA_TEAM T* at(int row, int column) { return data + row * WIDTH + column; }
+    LORA_TEAM Unit<T>& unit(int row, int group) { return *reinterpret_cast<Unit<T>*>(at(row, group * UNIT)); }
 };
 
 // tile[i][j] = matrix[first_row + i][first_column + j], zero from end_row and from the last column on. Complete for the
@@ -52,26 +52,27 @@ struct Tile {
 template <typename T, int ROWS, int COLUMNS, class Warp>
 LORA_TEAM void stage_matrix(Warp& warp, Tile<T, ROWS, COLUMNS>& tile, const Matrix& matrix, int64_t first_row,
                             int64_t end_row, int64_t first_column) {
-  using Target = Tile<T, ROWS, COLUMNS>;
-  warp.each([&](int lane) {
-    LORA_UNROLL for (int u = warp.index() * WARP_LANES + lane; u < Target::UNITS; u += THREADS) {
-      const int i = u / Target::ROW_UNITS, group = u % Target::ROW_UNITS;
-      const int64_t row = first_row + i, column = first_column + group * UNIT;
-      const T* source = static_cast<const T*>(matrix.data) + row * matrix.row_stride + column;
-      Unit<T>& target = tile.unit(i, group);
-      if (matrix.aligned && row < end_row && column + UNIT <= matrix.columns) {
-        LORA_UNROLL for (int part = 0; part < static_cast<int>(sizeof(Unit<T>)) / 16; ++part) {
-          warp.copy16(reinterpret_cast<char*>(&target) + 16 * part, reinterpret_cast<const char*>(source) + 16 * part);
+    using Target = Tile<T, ROWS, COLUMNS>;
+    warp.each([&](int lane) {
+        LORA_UNROLL for (int u = warp.index() * WARP_LANES + lane; u < Target::UNITS; u += THREADS) {
+            const int i = u / Target::ROW_UNITS, group = u % Target::ROW_UNITS;
+            const int64_t row = first_row + i, column = first_column + group * UNIT;
+            const T* source = static_cast<const T*>(matrix.data) + row * matrix.row_stride + column;
+            Unit<T>& target = tile.unit(i, group);
+            if (matrix.aligned && row < end_row && column + UNIT <= matrix.columns) {
+                LORA_UNROLL for (int part = 0; part < static_cast<int>(sizeof(Unit<T>)) / 16; ++part) {
+                    warp.copy16(reinterpret_cast<char*>(&target) + 16 * part,
+                                reinterpret_cast<const char*>(source) + 16 * part);
+                }
+            } else {
+                Unit<T> unit;
+                LORA_UNROLL for (int j = 0; j < UNIT; ++j) {
+                    unit.at[j] = row < end_row && column + j < matrix.columns ? source[j] : T{};
+                }
+                target = unit;
+            }
         }
-      } else {
-        Unit<T> unit;
-        LORA_UNROLL for (int j = 0; j < UNIT; ++j) {
-          unit.at[j] = row < end_row && column + j < matrix.columns ? source[j] : T{};
-        }
-        target = unit;
-      }
-    }
-  });
+    });
 }
 
 // Zeroes what dropout drops of a staged tile. Each thread changes the units that it staged itself, so that no barrier
@@ -79,66 +80,67 @@ LORA_TEAM void stage_matrix(Warp& warp, Tile<T, ROWS, COLUMNS>& tile, const Matr
 template <typename T, int ROWS, int COLUMNS, class Warp>
 LORA_TEAM void drop_tile(Warp& warp, Tile<T, ROWS, COLUMNS>& tile, const Dropout& dropout, int64_t first_row,
                          int64_t first_column, int64_t columns) {
-  using Target = Tile<T, ROWS, COLUMNS>;
-  const uint64_t key = static_cast<uint64_t>(dropout.seed[0]), stream = static_cast<uint64_t>(dropout.seed[1]);
-  warp.each([&](int lane) {
-    LORA_UNROLL for (int u = warp.index() * WARP_LANES + lane; u < Target::UNITS; u += THREADS) {
-      const int i = u / Target::ROW_UNITS, group = u % Target::ROW_UNITS;
-      const uint64_t counter = dropout_group(first_row + i, first_column + group * UNIT, columns);
-      const PhiloxWords words = philox(key, stream, counter);
-      Unit<T> unit = tile.unit(i, group);
-      LORA_UNROLL for (int j = 0; j < UNIT; ++j) {
-        if (dropout_bits(words, j) < dropout.threshold) unit.at[j] = T{};
-      }
-      tile.unit(i, group) = unit;
-    }
-  });
+    using Target = Tile<T, ROWS, COLUMNS>;
+    const uint64_t key = static_cast<uint64_t>(dropout.seed[0]), stream = static_cast<uint64_t>(dropout.seed[1]);
+    warp.each([&](int lane) {
+        LORA_UNROLL for (int u = warp.index() * WARP_LANES + lane; u < Target::UNITS; u += THREADS) {
+            const int i = u / Target::ROW_UNITS, group = u % Target::ROW_UNITS;
+            const uint64_t counter = dropout_group(first_row + i, first_column + group * UNIT, columns);
+            const PhiloxWords words = philox(key, stream, counter);
+            Unit<T> unit = tile.unit(i, group);
+            LORA_UNROLL for (int j = 0; j < UNIT; ++j) {
+                if (dropout_bits(words, j) < dropout.threshold) unit.at[j] = T{};
+            }
+            tile.unit(i, group) = unit;
+        }
+    });
 }
 
 // values[j] = source[j * stride], zero from `count` on.
 template <typename Source, typename Sum>
 LORA_TEAM void load_run(Sum (&values)[UNIT], const Source* source, int64_t stride, int64_t count) {
-  if (stride == 1 && count >= UNIT && reinterpret_cast<uintptr_t>(source) % 16 == 0) {
-    const Unit<Source> unit = *reinterpret_cast<const Unit<Source>*>(source);
-    LORA_UNROLL for (int j = 0; j < UNIT; ++j) values[j] = static_cast<Sum>(widen(unit.at[j]));
-  } else {
-    LORA_UNROLL for (int j = 0; j < UNIT; ++j) {
-      values[j] = j < count ? static_cast<Sum>(widen(source[j * stride])) : Sum(0);
+    if (stride == 1 && count >= UNIT && reinterpret_cast<uintptr_t>(source) % 16 == 0) {
+        const Unit<Source> unit = *reinterpret_cast<const Unit<Source>*>(source);
+        LORA_UNROLL for (int j = 0; j < UNIT; ++j) values[j] = static_cast<Sum>(widen(unit.at[j]));
+    } else {
+        LORA_UNROLL for (int j = 0; j < UNIT; ++j) {
+            values[j] = j < count ? static_cast<Sum>(widen(source[j * stride])) : Sum(0);
+        }
     }
-  }
 }
 
-// Which unit of an operand's tile number u is: along rows where columns are adjacent in memory, along columns otherwise.
+// Which unit of an operand's tile number u is: along rows where columns are adjacent in memory, along columns
+// otherwise.
 template <int ROWS, int ROW_UNITS>
 LORA_HD void operand_unit(int u, bool along_rows, int& row, int& group) {
-  row = along_rows ? u / ROW_UNITS : u % ROWS;
-  group = along_rows ? u % ROW_UNITS : u / ROWS;
+    row = along_rows ? u / ROW_UNITS : u % ROWS;
+    group = along_rows ? u % ROW_UNITS : u / ROWS;
 }
 
 template <typename T, typename Source, int ROWS, int COLUMNS, class Warp>
 LORA_TEAM void stage_from(Warp& warp, Tile<T, ROWS, COLUMNS>& high, Tile<T, ROWS, COLUMNS>* low, const Operand& operand,
                           int64_t first_row, int64_t first_column, int64_t end_column) {
-  using Target = Tile<T, ROWS, COLUMNS>;
-  using Sum = typename Number<T>::Sum;
-  warp.each([&](int lane) {
-    for (int u = warp.index() * WARP_LANES + lane; u < Target::UNITS; u += THREADS) {
-      int i, group;
-      operand_unit<ROWS, Target::ROW_UNITS>(u, operand.column_stride == 1, i, group);
-      const int64_t row = first_row + i, column = first_column + group * UNIT;
-      const int64_t count = row < operand.rows ? end_column - column : 0;
-      const int64_t offset = row * operand.row_stride + column * operand.column_stride;
-      Sum values[UNIT];
-      load_run(values, static_cast<const Source*>(operand.data) + offset, operand.column_stride, count);
-      Unit<T> upper, lower;
-      LORA_UNROLL for (int j = 0; j < UNIT; ++j) {
-        upper.at[j] = narrowed<T>(values[j]);
-        const Sum rest = values[j] - widen(upper.at[j]);
-        lower.at[j] = narrowed<T>(is_finite(rest) ? rest : Sum(0));
-      }
-      high.unit(i, group) = upper;
-      if (low != nullptr) low->unit(i, group) = lower;
-    }
-  });
+    using Target = Tile<T, ROWS, COLUMNS>;
+    using Sum = typename Number<T>::Sum;
+    warp.each([&](int lane) {
+        for (int u = warp.index() * WARP_LANES + lane; u < Target::UNITS; u += THREADS) {
+            int i, group;
+            operand_unit<ROWS, Target::ROW_UNITS>(u, operand.column_stride == 1, i, group);
+            const int64_t row = first_row + i, column = first_column + group * UNIT;
+            const int64_t count = row < operand.rows ? end_column - column : 0;
+            const int64_t offset = row * operand.row_stride + column * operand.column_stride;
+            Sum values[UNIT];
+            load_run(values, static_cast<const Source*>(operand.data) + offset, operand.column_stride, count);
+            Unit<T> upper, lower;
+            LORA_UNROLL for (int j = 0; j < UNIT; ++j) {
+                upper.at[j] = narrowed<T>(values[j]);
+                const Sum rest = values[j] - widen(upper.at[j]);
+                lower.at[j] = narrowed<T>(is_finite(rest) ? rest : Sum(0));
+            }
+            high.unit(i, group) = upper;
+            if (low != nullptr) low->unit(i, group) = lower;
+        }
+    });
 }
 
 // high[i][j] = operand[first_row + i][first_column + j] rounded to T, zero from the operand's last row and from
@@ -146,27 +148,27 @@ LORA_TEAM void stage_from(Warp& warp, Tile<T, ROWS, COLUMNS>& high, Tile<T, ROWS
 template <typename T, int ROWS, int COLUMNS, class Warp>
 LORA_TEAM void stage_factor(Warp& warp, Tile<T, ROWS, COLUMNS>& tile, const Operand& operand, int64_t first_row,
                             int64_t first_column, int64_t end_column) {
-  Tile<T, ROWS, COLUMNS>* none = nullptr;
-  switch (operand.dtype) {
-    case DType::HALF:
-      return stage_from<T, Half>(warp, tile, none, operand, first_row, first_column, end_column);
-    case DType::BFLOAT16:
-      return stage_from<T, BFloat16>(warp, tile, none, operand, first_row, first_column, end_column);
-    case DType::FLOAT:
-      return stage_from<T, float>(warp, tile, none, operand, first_row, first_column, end_column);
-    case DType::DOUBLE:
-      return stage_from<T, double>(warp, tile, none, operand, first_row, first_column, end_column);
-  }
+    Tile<T, ROWS, COLUMNS>* none = nullptr;
+    switch (operand.dtype) {
+        case DType::HALF:
+            return stage_from<T, Half>(warp, tile, none, operand, first_row, first_column, end_column);
+        case DType::BFLOAT16:
+            return stage_from<T, BFloat16>(warp, tile, none, operand, first_row, first_column, end_column);
+        case DType::FLOAT:
+            return stage_from<T, float>(warp, tile, none, operand, first_row, first_column, end_column);
+        case DType::DOUBLE:
+            return stage_from<T, double>(warp, tile, none, operand, first_row, first_column, end_column);
+    }
 }
 
-// The same of h or dh, which are in Sum. For 16-bit T `low` is the tile of what rounding lost: high + low has nearly all
-// bits. An infinite or NaN high part travels alone, for inf - inf would turn an infinity into NaN.
+// The same of h or dh, which are in Sum. For 16-bit T `low` is the tile of what rounding lost: high + low has nearly
+// all bits. An infinite or NaN high part travels alone, for inf - inf would turn an infinity into NaN.
 template <typename T, int ROWS, int COLUMNS, int LOW_ROWS, class Warp>
 LORA_TEAM void stage_hidden(Warp& warp, Tile<T, ROWS, COLUMNS>& high, Tile<T, LOW_ROWS, COLUMNS>& low,
                             const Operand& operand, int64_t first_row, int64_t first_column, int64_t end_column) {
-  Tile<T, ROWS, COLUMNS>* rest = nullptr;
-  if constexpr (Number<T>::SPLIT) rest = &low;
-  stage_from<T, typename Number<T>::Sum>(warp, high, rest, operand, first_row, first_column, end_column);
+    Tile<T, ROWS, COLUMNS>* rest = nullptr;
+    if constexpr (Number<T>::SPLIT) rest = &low;
+    stage_from<T, typename Number<T>::Sum>(warp, high, rest, operand, first_row, first_column, end_column);
 }
 
 }  // namespace cuda
