@@ -24,12 +24,7 @@ constexpr int least_int(int a, int b) { return a < b ? a : b; }
 template <class T, int MR, bool ALONG_K>
 LORA_INLINE void multiply_rows(int64_t depth, const T* a, int64_t lda, const T* panel, T* c, int64_t ldc) {
   constexpr int VL = lanes<T>;
-  Vector<T> acc[MR][PANEL_VECTORS];
-#pragma GCC unroll 12
-  for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < PANEL_VECTORS; ++j) acc[i][j] = load(c + i * ldc + j * VL);
-  }
+  Vector<T> acc[MR][PANEL_VECTORS] = {};  // from zero: a chain of sums is no longer than a block is deep
   for (int64_t k = 0; k < depth; ++k) {
     Vector<T> b[PANEL_VECTORS];
 #pragma GCC unroll 2
@@ -44,7 +39,10 @@ LORA_INLINE void multiply_rows(int64_t depth, const T* a, int64_t lda, const T* 
 #pragma GCC unroll 12
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < PANEL_VECTORS; ++j) store(acc[i][j], c + i * ldc + j * VL);
+    for (int j = 0; j < PANEL_VECTORS; ++j) {
+      T* out = c + i * ldc + j * VL;
+      store(load(out) + acc[i][j], out);
+    }
   }
 }
 

@@ -50,7 +50,8 @@ LORA_INLINE void random_bits(const Dropout& dropout, uint64_t index, int64_t gro
 constexpr int64_t MASK_SPAN = 256;  // columns whose bits are drawn at once
 
 // values[0 .. count) *= keep / (1 - p), for columns column .. column + count of a row of a (rows, columns) matrix;
-// `column` is a multiple of DROPOUT_GROUP. A dropped element becomes 0 whatever it was.
+// `column` is a multiple of DROPOUT_GROUP. As in torch's
+// dropout, NaN times 0 is NaN.
 template <class T>
 LORA_INLINE void apply_dropout(const Dropout& dropout, int64_t row, int64_t column, int64_t columns, T* values,
                                int64_t count) {
@@ -64,9 +65,10 @@ LORA_INLINE void apply_dropout(const Dropout& dropout, int64_t row, int64_t colu
     for (; i + lanes<T> <= span; i += lanes<T>) {
       typedef typename Types<T>::integers Integers;
       const Integers kept = widen_bits<T>(bits + i) >= static_cast<typename Types<T>::integer>(dropout.threshold);
-      write(out + i, (Integers)(load(out + i) * scale) & kept);
+      const Vector<T> factor = (Vector<T>)((Integers)(Vector<T>{} + scale) & kept);
+      write(out + i, load(out + i) * factor);
     }
-    for (; i < span; ++i) out[i] = bits[i] >= dropout.threshold ? out[i] * scale : T(0);
+    for (; i < span; ++i) out[i] *= bits[i] >= dropout.threshold ? scale : T(0);
   }
 }
 

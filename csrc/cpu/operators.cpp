@@ -75,22 +75,39 @@ struct Adapter {
   }
 };
 
-void check_together(const Matrix& left, const Matrix& weight, const Tensor& lora_a, const Tensor& lora_b, int64_t inner) {
-  STD_TORCH_CHECK(left.columns == inner && lora_a.dim() == 2 && lora_b.dim() == 2 && lora_a.sizes()[1] == weight.columns &&
-                      lora_b.sizes()[0] == weight.rows && lora_a.sizes()[0] == lora_b.sizes()[1],
-                  "shapes do not fit: weight (N, K), lora_a (R, K), lora_b (N, R) and tokens (M, K) or (M, N) must agree.");
-  STD_TORCH_CHECK(left.tensor.scalar_type() == weight.tensor.scalar_type(),
-                  "tokens and weight must share one dtype, the compute dtype.");
-}
+// Sizes that the adapters give; every other tensor must fit them. lora_linear has said all this in better words before:
+// this is for who calls the operators themselves.
+struct Sizes {
+  int64_t n, k, r;
+
+  Sizes(const Tensor& lora_a, const Tensor& lora_b) {
+    STD_TORCH_CHECK(lora_a.dim() == 2 && lora_b.dim() == 2 && lora_a.sizes()[0] == lora_b.sizes()[1],
+                    "lora_a (R, K) and lora_b (N, R) must be matrices of one rank R.");
+    n = lora_b.sizes()[0], k = lora_a.sizes()[1], r = lora_a.sizes()[0];
+  }
+  static void expect(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes, Dtype dtype) {
+    const auto given = tensor.sizes();
+    bool fits = given.size() == sizes.size();
+    for (size_t i = 0; fits && i < sizes.size(); ++i) fits = given[i] == sizes.begin()[i];
+    STD_TORCH_CHECK(fits, name, " has a shape that does not fit the other tensors: x is (M, K), weight (N, K), bias (N,), "
+                    "dy (M, N), h (M, R).");
+    STD_TORCH_CHECK(dtype_of(tensor, name) == dtype, name, " must have the dtype of the product that it is in: x, dy and "
+                    "weight share the compute dtype, h is fp32 (fp64 for fp64).");
+  }
+  void expect_bias(const Tensor& bias) const { expect(bias, "bias", {n}, dtype_of(bias, "bias")); }
+};
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
                                    const std::optional<Tensor>& bias, double scaling, double p,
                                    const std::optional<Tensor>& state) {
-  const Matrix tokens(x, "x"), base(weight, "weight");
-  check_together(tokens, base, lora_a, lora_b, base.columns);
   const Dtype compute = dtype_of(x, "x");
+  const Sizes sizes(lora_a, lora_b);
+  const Matrix tokens(x, "x"), base(weight, "weight");
+  const int64_t m = tokens.rows, n = sizes.n, k = sizes.k, r = sizes.r;
+  Sizes::expect(x, "x", {m, k}, compute);
+  Sizes::expect(weight, "weight", {n, k}, compute);
+  if (bias.has_value()) sizes.expect_bias(*bias);
   const Kernels& kernels = kernels_for(compute);
-  const int64_t m = tokens.rows, n = base.rows, k = base.columns, r = lora_a.sizes()[0];
   const Adapter a(lora_a, "lora_a", kernels, compute), b(lora_b, "lora_b", kernels, compute);
   std::optional<Adapter> offset;
   if (bias.has_value()) offset.emplace(*bias, "bias", kernels, compute);
@@ -138,16 +155,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const std:
                                                     const Tensor& lora_b, const std::optional<Tensor>& bias,
                                                     const std::optional<Tensor>& h, double scaling, double p,
                                                     const std::optional<Tensor>& state) {
-  const Matrix outer(dy, "dy");
   const Dtype compute = dtype_of(dy, "dy");
-  const Kernels& kernels = kernels_for(compute);
-  const int64_t m = outer.rows, n = outer.columns, k = lora_a.sizes()[1], r = lora_a.sizes()[0];
+  const Sizes sizes(lora_a, lora_b);
+  const Matrix outer(dy, "dy");
+  const int64_t m = outer.rows, n = sizes.n, k = sizes.k, r = sizes.r;
+  Sizes::expect(dy, "dy", {m, n}, compute);
+  if (x.has_value()) Sizes::expect(*x, "x", {m, k}, compute);
+  if (weight.has_value()) Sizes::expect(*weight, "weight", {n, k}, compute);
+  if (h.has_value()) Sizes::expect(*h, "h", {m, r}, hidden_of(compute));
+  if (bias.has_value()) sizes.expect_bias(*bias);
   std::optional<Matrix> tokens, base;
   if (x.has_value()) tokens.emplace(*x, "x");
-  if (weight.has_value()) {
-    base.emplace(*weight, "weight");
-    check_together(outer, *base, lora_a, lora_b, base->rows);
-  }
+  if (weight.has_value()) base.emplace(*weight, "weight");
+  const Kernels& kernels = kernels_for(compute);
   const Adapter a(lora_a, "lora_a", kernels, compute), b(lora_b, "lora_b", kernels, compute);
   Tensor dx = base ? empty({m, k}, scalar_type_of(compute)) : empty({0}, ScalarType::Float);
   const AdapterGradient da(x.has_value() ? std::optional<Tensor>(lora_a) : std::nullopt, compute, "lora_a");

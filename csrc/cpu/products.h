@@ -246,11 +246,25 @@ struct TokenSums {
         if (sums != nullptr) {
           multiply<T, false>(columns, r, rows, a, lda, part.right, part.sums + (j - range.begin) * ld, ld);
         }
-        for (int64_t row = 0; total != nullptr && row < rows; ++row) {
-          for (int64_t column = 0; column < columns; ++column) total[j + column] += a[row * lda + column];
-        }
+        if (total != nullptr) add_rows(rows, columns, a, lda, total + j);
       }
     }
+  }
+
+  // total (columns) += the sum of a's rows: first fours, then these from zero, so that no chain of sums is long.
+  static void add_rows(int64_t rows, int64_t columns, const T* a, int64_t lda, T* total) {
+    T sum[COLUMNS] = {};
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) {
+      const T *a0 = a + row * lda, *a1 = a0 + lda, *a2 = a1 + lda, *a3 = a2 + lda;
+      for (int64_t column = 0; column < columns; ++column) {
+        sum[column] += (a0[column] + a1[column]) + (a2[column] + a3[column]);
+      }
+    }
+    for (; row < rows; ++row) {
+      for (int64_t column = 0; column < columns; ++column) sum[column] += a[row * lda + column];
+    }
+    for (int64_t column = 0; column < columns; ++column) total[column] += sum[column];
   }
 
   void finish(const Range& range, const Parts& part) const {

@@ -97,6 +97,11 @@ void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_t colum
                     ", ", columns, ").");
 }
 
+// The kernels read these as what the call computes or sums in, whatever they are.
+void check_dtype(const Tensor& t, const char* name, DType dtype, const char* meaning) {
+    STD_TORCH_CHECK(dtype_of(t) == dtype, name, " must have ", meaning, ".");
+}
+
 void check_launches() { STD_CUDA_CHECK(cudaGetLastError()); }
 
 // out += left right, by cuBLAS. This is what makes the low-rank term come first ("LoRA first"): out is written once by
@@ -188,6 +193,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor x, const Tensor weight, const Te
     check_matrix(lora_a, "lora_a", lora_a.size(0), x.size(1));
     check_matrix(lora_b, "lora_b", columns, lora_a.size(0));
     const Call call(x, dtype_of(x), p, state);
+    check_dtype(weight, "weight", call.dtype, "x's dtype");
     const Tensor rows_of_x = with_adjacent_columns(x), y = empty(x, {rows, columns});
     const Tensor h = shrink(call, rows_of_x, operand_of(lora_a), call.dropout, call.keep_scale);
     expand(call, operand_of(h), operand_of(lora_b), bias ? &*bias : nullptr, {nullptr, 0}, scaling, y);
@@ -208,6 +214,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor dy, const std::
     if (weight) check_matrix(*weight, "weight", columns, width);
     if (h) check_matrix(*h, "h", rows, ranks);
     const Call call(dy, dtype_of(dy), p, state);
+    if (x) check_dtype(*x, "x", call.dtype, "dy's dtype");
+    if (weight) check_dtype(*weight, "weight", call.dtype, "dy's dtype");
+    if (h) check_dtype(*h, "h", call.dtype == DType::DOUBLE ? DType::DOUBLE : DType::FLOAT, "the dtype of sums");
     const Tensor rows_of_dy = with_adjacent_columns(dy);
     Tensor dx, da, db, dbias, dh;
     const bool dh_wanted = x || weight;

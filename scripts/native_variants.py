@@ -1,0 +1,103 @@
+"""The native library's CPU tests over variants that the automatic choice does not take on this machine.
+
+Usage: ``python scripts/native_variants.py VARIANT [pytest arguments]``. A variant is a way of compiling the library, or
+of choosing within it:
+
+========= ==============================================================================================================
+sanitize  AddressSanitizer and UndefinedBehaviorSanitizer; any finding ends the run
+wide      vectors of 64 bytes and bf16 in pairs, as AVX-512 has them, written in the instructions of narrower machines
+portable  the instruction set that every machine has, and the kernels' own products throughout
+own       the kernels' own products, of any size
+library   torch's own product, of any size
+========= ==============================================================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ["tests/test_native_cpu.py", "tests/test_philox.py"]
+CAPABILITY, PRODUCT = "LORA_KERNELS_CPU_CAPABILITY", "LORA_KERNELS_CPU_PRODUCT"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Flags to compile the library with (none: the ordinary library), and the environment to run it in."""
+
+    flags: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    runtimes: tuple[str, ...] = ()  # the compiler's runtime libraries that Python must start with
+
+
+VARIANTS = {
+    "sanitize": Variant(
+        flags=("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"),
+        environment={
+            "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:abort_on_error=0",  # Python itself leaks at exit
+            "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+            PRODUCT: "own",
+        },
+        runtimes=("libasan.so", "libubsan.so"),
+    ),
+    "wide": Variant(flags=("-DLORA_VECTOR_BYTES=64", "-DLORA_PAIRS=1", "-O1"), environment={PRODUCT: "own"}),
+    "portable": Variant(environment={CAPABILITY: "portable", PRODUCT: "own"}),
+    "own": Variant(environment={PRODUCT: "own"}),
+    "library": Variant(environment={PRODUCT: "library"}),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Compiles the variant where it needs that, and runs the tests in a fresh interpreter; returns their status."""
+    name = arguments[0] if arguments else ""
+    if name not in VARIANTS:
+        print(f"variant {name!r} was given: name one of {', '.join(VARIANTS)}.", file=sys.stderr)
+        return 2
+    variant = VARIANTS[name]
+    environment = {**os.environ, **variant.environment}
+    with tempfile.TemporaryDirectory() as folder:
+        library = _compile(variant, Path(folder)) if variant.flags else None
+        if variant.runtimes:
+            environment["LD_PRELOAD"] = " ".join(_runtime(runtime) for runtime in variant.runtimes)
+        code = f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); import native_variants as v; "
+        code += f"sys.exit(v.run_tests({None if library is None else str(library)!r}, sys.argv[1:]))"
+        command = [sys.executable, "-c", code, "-p", "no:cacheprovider", *(arguments[1:] or TESTS)]
+        return subprocess.run(command, env=environment, cwd=ROOT).returncode
+
+
+def run_tests(library: str | None, arguments: list[str]) -> int:
+    """Runs pytest with ``library`` in the place of the one that the package would find."""
+    import pytest
+    import torch
+
+    from lora_kernels.backends.native import load
+
+    if library is not None:
+        torch.ops.load_library(library)
+        load._loaded["cpu"] = load.Library(Path(library), "a variant for tests", {})
+    return int(pytest.main(arguments))
+
+
+def _compile(variant: Variant, folder: Path) -> Path:
+    sys.path.insert(0, str(ROOT))
+    from lora_kernels.backends.native.build import compile_library, recipe
+
+    return compile_library(recipe("cpu", extra=variant.flags), folder / "library")
+
+
+def _runtime(name: str) -> str:
+    """Where the compiler keeps one of its runtime libraries."""
+    sys.path.insert(0, str(ROOT))
+    from lora_kernels.backends.native.toolchain import find_compiler
+
+    answer = [find_compiler("cpu").path, f"-print-file-name={name}"]
+    return subprocess.run(answer, capture_output=True, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
