@@ -1,6 +1,6 @@
 // Which instruction set's kernels run (the best that this machine has, or the one that LORA_KERNELS_CPU_CAPABILITY
 // names, if the machine has it), and which products they take over from the library (LORA_KERNELS_CPU_PRODUCT = own or
-// library decides for all of them). Both are read once.
+// library decides for all but those of few tokens). Both are read once.
 #include <cstdlib>
 #include <cstring>
 
@@ -93,8 +93,9 @@ bool library_is_quick(Dtype dtype) {
 bool own_product(Dtype dtype, int64_t m, int64_t n, int64_t k) {
   static const Choice choice = read_choice();
   static const bool quick_bf16 = library_is_quick(Dtype::bf16), quick_fp16 = library_is_quick(Dtype::fp16);
+  if (m <= 16) return true;  // one read of W decides, and the library has no quicker one
   if (choice != Choice::automatic) return choice == Choice::own;
-  if (m <= 16 || m * n * k <= (1 << 22)) return true;  // overhead and one read of W decide
+  if (m * n * k <= (1 << 22)) return true;  // overhead decides
   return (dtype == Dtype::bf16 && !quick_bf16) || (dtype == Dtype::fp16 && !quick_fp16);
 }
 

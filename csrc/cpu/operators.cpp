@@ -35,11 +35,9 @@ Tensor transposed(const Tensor& matrix) {
   const auto sizes = matrix.sizes();
   const auto strides = matrix.strides();
   const int64_t turned_sizes[2] = {sizes[1], sizes[0]}, turned_strides[2] = {strides[1], strides[0]};
-  int64_t offset;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(matrix.get(), &offset));
-  AtenTensorHandle handle;
+  AtenTensorHandle handle;  // an offset would be added to the tensor's own
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(matrix.get(), 2, turned_sizes, turned_strides, offset, &handle));
+      aoti_torch__reinterpret_tensor(matrix.get(), 2, turned_sizes, turned_strides, 0, &handle));
   return Tensor(handle);
 }
 
@@ -111,7 +109,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   const Adapter a(lora_a, "lora_a", kernels, compute), b(lora_b, "lora_b", kernels, compute);
   std::optional<Adapter> offset;
   if (bias.has_value()) offset.emplace(*bias, "bias", kernels, compute);
-  Tensor y = empty({m, n}, scalar_type_of(compute)), h = empty({m, r}, scalar_type_of(hidden_of(compute)));
+  Tensor y = empty({m, n}, x.scalar_type()), h = empty({m, r}, scalar_type_of(hidden_of(compute)));
   const bool own = own_product(compute, m, n, k);
   Forward call = {m, n, k, r, tokens.data, base.data, tokens.stride, base.stride, a.data, b.data,
                   offset ? offset->data : nullptr, scaling, dropout_of(state, p), own, y.mutable_data_ptr(),
@@ -131,13 +129,15 @@ struct AdapterGradient {
   int64_t count;
   void* data;
 
-  AdapterGradient(std::optional<Tensor> like, Dtype compute, const char* name)
-      : result(empty({0}, ScalarType::Float)), own(Dtype::fp32), hidden(hidden_of(compute)), count(0), data(nullptr) {
-    if (!like.has_value()) return;
-    own = dtype_of(*like, name);
-    const auto sizes = like->sizes();
-    count = like->numel();
-    result = sizes.size() == 1 ? empty({sizes[0]}, like->scalar_type()) : empty({sizes[0], sizes[1]}, like->scalar_type());
+  AdapterGradient(bool due, const Tensor& like, Dtype compute, const char* name)
+      : own(dtype_of(like, name)), hidden(hidden_of(compute)), count(0), data(nullptr) {
+    if (!due) {
+      result = empty({0}, like.scalar_type());
+      return;
+    }
+    const auto sizes = like.sizes();
+    count = like.numel();
+    result = sizes.size() == 1 ? empty({sizes[0]}, like.scalar_type()) : empty({sizes[0], sizes[1]}, like.scalar_type());
     if (own == hidden) {
       data = result.mutable_data_ptr();
     } else {
@@ -169,10 +169,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const std:
   if (weight.has_value()) base.emplace(*weight, "weight");
   const Kernels& kernels = kernels_for(compute);
   const Adapter a(lora_a, "lora_a", kernels, compute), b(lora_b, "lora_b", kernels, compute);
-  Tensor dx = base ? empty({m, k}, scalar_type_of(compute)) : empty({0}, ScalarType::Float);
-  const AdapterGradient da(x.has_value() ? std::optional<Tensor>(lora_a) : std::nullopt, compute, "lora_a");
-  const AdapterGradient db(h.has_value() ? std::optional<Tensor>(lora_b) : std::nullopt, compute, "lora_b");
-  const AdapterGradient dbias(bias, compute, "bias");
+  Tensor dx = base ? empty({m, k}, dy.scalar_type()) : empty({0}, dy.scalar_type());
+  const AdapterGradient da(x.has_value(), lora_a, compute, "lora_a");
+  const AdapterGradient db(h.has_value(), lora_b, compute, "lora_b");
+  const AdapterGradient dbias(bias.has_value(), bias.has_value() ? *bias : dy, compute, "bias");
   std::optional<Tensor> hidden;
   if (h.has_value()) hidden = torch::stable::contiguous(*h);
   const bool own = own_product(compute, m, n, k);

@@ -34,12 +34,12 @@ LORA_INLINE Range share(int64_t count, int64_t unit, int64_t tasks, int64_t task
 }
 
 // c (rows, columns) += left (rows, depth) panels, left widened strip by strip. Strips are copied even where left is T,
-// unless few columns use them: rows a power of two apart share a few sets of the cache.
+// unless few columns use them or rows are short: rows a large power of two apart share a few sets of the cache.
 template <class T, class E>
 static void multiply_widened(int64_t rows, int64_t columns, int64_t depth, const E* left, int64_t ldl, const T* panels,
                              T* c, int64_t ldc, T* strip, const Dropout& dropout, int64_t row0, int64_t column0,
                              int64_t total) {
-  const bool in_place = sizeof(T) == sizeof(E) && !dropout.active && columns <= 4 * PANEL<T>;
+  const bool in_place = sizeof(T) == sizeof(E) && !dropout.active && (columns <= 4 * PANEL<T> || ldl <= DEPTH / 2);
   for (int64_t i = 0; i < rows; i += STRIP) {
     const int64_t height = least(STRIP, rows - i);
     if (in_place) {
@@ -89,6 +89,12 @@ struct Product {
     return tile_rows * tile_columns + deepest() * tile_columns + STRIP * STRIP_STRIDE;
   }
 
+  void start_row(T* c, int64_t j0, int64_t columns) const {  // a bias goes with products that have no dropout
+    if (bias == nullptr) return fill(c, round_up(columns, PANEL<T>), T(0));
+    for (int64_t j = 0; j < columns; ++j) c[j] = bias[j0 + j];
+    for (int64_t j = columns; j < round_up(columns, PANEL<T>); ++j) c[j] = T(0);
+  }
+
   void tile(int64_t index, T* scratch) const {
     const int64_t column_tiles = ceil_div(n, tile_columns);
     const int64_t i0 = index / column_tiles * tile_rows, j0 = index % column_tiles * tile_columns;
@@ -96,7 +102,7 @@ struct Product {
     T* c = scratch;
     T* panels = c + tile_rows * tile_columns;
     T* strip = panels + deepest() * tile_columns;
-    for (int64_t i = 0; i < rows; ++i) fill(c + i * ldc, round_up(columns, PANEL<T>), T(0));
+    for (int64_t i = 0; i < rows; ++i) start_row(c + i * ldc, j0, columns);
     if (weight_transposed) {
       pack_columns(adapter + j0 * r, r, r, columns, factor, panels);
     } else {
@@ -114,11 +120,6 @@ struct Product {
         pack_rows(weight + k0 * ldw + j0, ldw, depth, columns, T(1), panels);
       }
       multiply_widened(rows, columns, depth, left + i0 * ldl + k0, ldl, panels, c, ldc, strip, NO_DROPOUT, 0, 0, 0);
-    }
-    if (bias != nullptr) {
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < columns; ++j) c[i * ldc + j] += bias[j0 + j];
-      }
     }
     narrow_block(c, ldc, rows, columns, out + i0 * n + j0, n);
   }
@@ -199,18 +200,21 @@ struct TokenSums {
   int64_t tasks(int64_t threads) const { return n == 0 ? 1 : least(threads, ceil_div(n, PANEL<T>)); }
   int64_t widest(int64_t tasks) const { return ceil_div(ceil_div(n, PANEL<T>), tasks) * PANEL<T>; }
   int64_t lower_size() const { return lower == nullptr ? 0 : least(CHUNK, m) * padded(); }
-  int64_t scratch_per_task(int64_t tasks) const {  // lower's part, adapter's panels, sums, right's panels, left's block
-    return lower_size() + (2 * widest(tasks) + TOKENS) * padded() + TOKENS * STRIDE;
+  int64_t scratch_per_task(int64_t tasks) const {  // lower, panels, sums, right, block, total
+    return lower_size() + (2 * widest(tasks) + TOKENS) * padded() + TOKENS * STRIDE + 2 * widest(tasks);
   }
   int64_t scratch(int64_t threads) const { return tasks(threads) * scratch_per_task(tasks(threads)); }
 
   struct Parts {
     T *lower, *panels, *sums, *right, *block;
+    double* total;  // in fp64: one chain of sums over all tokens
   };
   Parts parts(T* scratch, int64_t count) const {
     const int64_t ld = padded(), width = widest(count);
     T* panels = scratch + lower_size();
-    return {scratch, panels, panels + width * ld, panels + 2 * width * ld, panels + (2 * width + TOKENS) * ld};
+    T* block = panels + (2 * width + TOKENS) * ld;
+    return {scratch, panels, panels + width * ld, panels + 2 * width * ld, block,
+            reinterpret_cast<double*>(block + TOKENS * STRIDE)};
   }
 
   // Starts the sums of columns [range.begin, range.end).
@@ -220,7 +224,7 @@ struct TokenSums {
       pack_rows(adapter + (range.begin + j) * r, r, least(COLUMNS, width - j), r, factor, part.panels + j * padded());
     }
     if (sums != nullptr) fill(part.sums, width * padded(), T(0));
-    if (total != nullptr) fill(total + range.begin, width, T(0));
+    if (total != nullptr) fill(part.total, width, 0.0);
   }
 
   void add(const Range& range, const Range& tokens, const Parts& part) const {
@@ -246,29 +250,20 @@ struct TokenSums {
         if (sums != nullptr) {
           multiply<T, false>(columns, r, rows, a, lda, part.right, part.sums + (j - range.begin) * ld, ld);
         }
-        if (total != nullptr) add_rows(rows, columns, a, lda, total + j);
+        if (total != nullptr) add_rows(rows, columns, a, lda, part.total + (j - range.begin));
       }
     }
   }
 
-  // total (columns) += the sum of a's rows: first fours, then these from zero, so that no chain of sums is long.
-  static void add_rows(int64_t rows, int64_t columns, const T* a, int64_t lda, T* total) {
-    T sum[COLUMNS] = {};
-    int64_t row = 0;
-    for (; row + 4 <= rows; row += 4) {
-      const T *a0 = a + row * lda, *a1 = a0 + lda, *a2 = a1 + lda, *a3 = a2 + lda;
-      for (int64_t column = 0; column < columns; ++column) {
-        sum[column] += (a0[column] + a1[column]) + (a2[column] + a3[column]);
-      }
+  static void add_rows(int64_t rows, int64_t columns, const T* a, int64_t lda, double* total) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t column = 0; column < columns; ++column) total[column] += static_cast<double>(a[row * lda + column]);
     }
-    for (; row < rows; ++row) {
-      for (int64_t column = 0; column < columns; ++column) sum[column] += a[row * lda + column];
-    }
-    for (int64_t column = 0; column < columns; ++column) total[column] += sum[column];
   }
 
   void finish(const Range& range, const Parts& part) const {
     const int64_t ld = padded(), width = range.end - range.begin;
+    for (int64_t j = 0; total != nullptr && j < width; ++j) total[range.begin + j] = static_cast<T>(part.total[j]);
     if (sums == nullptr) return;
     if (!transposed) return narrow_block(part.sums, ld, width, r, sums + range.begin * r, r);
     for (int64_t i = 0; i < r; ++i) {
