@@ -88,15 +88,32 @@ bool library_is_quick(Dtype dtype) {
   return true;
 }
 
+// Whether the library's fp32 products of tens of tokens were tuned for this maker's machines: MKL's for Intel's.
+bool library_is_tuned_for_this() {
+#if defined(LORA_HAVE_AVX2)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return true;
+#endif
+}
+
 }  // namespace
 
 bool own_product(Dtype dtype, int64_t m, int64_t n, int64_t k) {
   static const Choice choice = read_choice();
   static const bool quick_bf16 = library_is_quick(Dtype::bf16), quick_fp16 = library_is_quick(Dtype::fp16);
+  static const bool tuned_for = library_is_tuned_for_this();
   if (m <= 16) return true;  // one read of W decides, and the library has no quicker one
   if (choice != Choice::automatic) return choice == Choice::own;
   if (m * n * k <= (1 << 22)) return true;  // overhead decides
-  return (dtype == Dtype::bf16 && !quick_bf16) || (dtype == Dtype::fp16 && !quick_fp16);
+  switch (dtype) {
+    case Dtype::bf16: return !quick_bf16;
+    case Dtype::fp16: return !quick_fp16;
+    case Dtype::fp32: return !tuned_for && m <= 128;  // bench/results/amd-epyc: ahead there, behind at many tokens
+    case Dtype::fp64: return false;
+  }
+  return false;
 }
 
 const Kernels& kernels_for(Dtype dtype) { return *chosen().kernels[static_cast<int>(dtype)]; }

@@ -8,7 +8,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <cstdlib>
 #include <memory>
 #include <optional>
 
@@ -72,14 +71,15 @@ struct Matrix {
   }
 };
 
-// Memory for one call, 64-byte aligned; nothing is allocated inside a parallel region.
-struct Scratch {
-  std::unique_ptr<void, void (*)(void*)> memory;
-  explicit Scratch(size_t bytes) : memory(nullptr, std::free) {
-    memory.reset(std::aligned_alloc(64, (bytes / 64 + 1) * 64));
-    STD_TORCH_CHECK(memory != nullptr, "no memory for ", bytes, " bytes of scratch.");
-  }
-  void* get() const { return memory.get(); }
+// Memory for one call, from torch's allocator (64-byte aligned, and seen by its profilers); nothing is allocated inside a
+// parallel region.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : memory_(empty({static_cast<int64_t>(bytes)}, ScalarType::Byte)) {}
+  void* get() const { return memory_.mutable_data_ptr(); }
+
+ private:
+  Tensor memory_;
 };
 
 }  // namespace lora_kernels
