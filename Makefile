@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format compile-gate verify bench tables gpu-check set-up clean
+.PHONY: help demo build test lint format compile-gate verify bench tables gpu-check set-up clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -23,7 +23,11 @@ help: ## list the targets
 demo: $(STAMP) ## set up .venv where it is missing, then run the worked example
 	$(BIN)/lora-kernels demo
 
+build: $(STAMP) ## compile the native library for this machine into the user's cache, where the sources have changed
+	$(BIN)/lora-kernels build
+
 test: $(STAMP) ## set up .venv where it is missing, then run all tests (doctests and benchmarks' own checks too)
+	$(BIN)/lora-kernels build cpu
 	$(BIN)/python -m pytest tests $(wildcard bench) --benchmark-disable $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff (rules and format) and mypy

@@ -5,9 +5,10 @@ A table stands between two marker comments and is named after what it shows::
     <!-- table:DEVICE/PRESET/DIRECTION[/DTYPE][/FIELD=VALUES ...] -->
     <!-- /table -->
 
-such as ``table:amd-epyc/cpu/step/float32/r=16``. DEVICE is a folder of ``bench/results``; of its files with that PRESET
-the one with the latest date is taken. ``--check`` exits with 1 where a table is not what the results say; ``--write``
-makes it so.
+such as ``table:amd-epyc/cpu-grid/step/float32/r=16``. DEVICE is a folder of ``bench/results``; of its files with that
+PRESET the one with the latest date is taken. A marker ``grid:`` in the place of ``table:`` makes one row of each shape
+and M, the dtypes side by side, and sums up the cells of every rank below. ``--check`` exits with 1 where a table is not
+what the results say; ``--write`` makes it so.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lora_kernels.benchmark.report import legend, markdown, table  # noqa: E402  (after the path)
+from lora_kernels.benchmark.grid import grid  # noqa: E402  (after the path)
+from lora_kernels.benchmark.report import legend, markdown, table  # noqa: E402
 from lora_kernels.benchmark.results import Result, load  # noqa: E402
 from lora_kernels.benchmark.workloads import FIELDS  # noqa: E402
 from lora_kernels.errors import InvalidArgumentError  # noqa: E402
 
-_MARKED = re.compile(r"(<!-- table:(?P<name>\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- (?P<kind>table|grid):(?P<name>\S+) -->\n).*?(<!-- /(?P=kind) -->)", re.DOTALL)
 
 
 def newest(results: Path, device: str, preset: str) -> Result:
@@ -64,14 +66,17 @@ def fill(text: str, results: Path) -> str:
         conditions = dict(condition(text) for text in where)
         if not direction or not set(conditions) <= set(FIELDS):
             raise InvalidArgumentError(
-                f"table:{match['name']} is no DEVICE/PRESET/DIRECTION[/DTYPE][/FIELD=VALUES ...]: mend the marker."
+                f"{match['kind']}:{match['name']} is no DEVICE/PRESET/DIRECTION[/DTYPE][/FIELD=VALUES ...]: mend the "
+                "marker."
             )
         result = newest(results, device, preset)
-        content = table(result, direction, conditions)
+        content = (grid if match["kind"] == "grid" else table)(result, direction, conditions)
         if not content.rows:
-            raise InvalidArgumentError(f"table:{match['name']} has no rows: the newest result has no such cells.")
-        notes = [note for note in legend(result) if note.partition(":")[0] in content.header]
-        return "".join([match[1], "\n", markdown(content), *(f" {n}" for n in notes), "\n\n", match[3]])
+            raise InvalidArgumentError(
+                f"{match['kind']}:{match['name']} has no rows: the newest result has no such cells."
+            )
+        notes = [note for note in legend(result) if note.partition(":")[0] in " ".join(content.header)]
+        return "".join([match[1], "\n", markdown(content), *(f" {n}" for n in notes), "\n\n", match[4]])
 
     return _MARKED.sub(written, text)
 

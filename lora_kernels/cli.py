@@ -34,6 +34,7 @@ COMMANDS = {
     "verify": Command("the forward product and every gradient of every backend, against float64", "verify.command"),
     "bench": Command("side by side with PEFT, addmm_, torch.compile and the frozen nn.Linear", "benchmark.cli", "run"),
     "demo": Command("the worked example: pre-train a small model, fine-tune one layer by LoRA", "demo.command"),
+    "build": Command("compile the native library for this machine into the user's cache", "backends.native.command"),
 }
 
 

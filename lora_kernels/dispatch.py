@@ -9,6 +9,7 @@ inside the operators.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,7 +25,7 @@ from .errors import BackendUnavailableError, InvalidArgumentError, InvalidTypeEr
 
 __all__ = ["ORDER", "Backend", "Explanation", "Problem", "backend", "explain", "select", "use_backend"]
 
-ORDER = ("triton", "eager")
+ORDER = ("triton", "native", "eager")
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _environment = env.backend_from_environment()  # read once: os.environ costs microseconds a call
@@ -57,7 +58,7 @@ class Problem:
 
 
 class Backend(Protocol):
-    """One way to run the six operators of ``ops.py``. A backend is a module-level object; it holds no state."""
+    """One way to run the operators of ``ops.py``. A backend is a module-level object; it holds no state."""
 
     name: str
 
@@ -70,8 +71,15 @@ class Backend(Protocol):
     def describe(self, problem: Problem) -> str:
         """One sentence: how it runs ``problem``, and what a user should know of it."""
 
-    def register(self) -> None:
-        """Imports the operators and registers them (``ops.register``); ``ops.operators(name)`` then has them."""
+    def register(self, device_type: str) -> None:
+        """Imports the operators and registers them (``ops.register``); ``ops.operators(name)`` then has them.
+
+        ``device_type``: where they will run; "meta": only shapes are to be had, nothing is compiled or loaded for them.
+
+        Raises:
+            BackendUnavailableError: it cannot run there, which only shows now (a compile has failed); ``why_not`` then
+                tells the same reason.
+        """
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
         """Draws, from torch's generator of x's device, what regenerates the (M, K) mask of x: see ``ops.py``."""
@@ -138,6 +146,9 @@ _choices: dict[tuple[str, torch.dtype, str | None], str] = {}
 def select(device_type: str, dtype: torch.dtype, argument: str | None = None) -> str:
     """The name of the backend that runs such a problem; the answer is remembered per device type, dtype and request.
 
+    An automatic choice that turns out not to run (a library does not compile) warns once and goes on to the next. Under
+    a ``FakeTensorMode`` of the caller's, outside of any compiler, the backend is asked for shapes only.
+
     Raises:
         BackendUnavailableError: a backend was named that cannot run it; the message holds every backend's reasons.
         InvalidArgumentError: a backend was named that does not exist.
@@ -146,10 +157,32 @@ def select(device_type: str, dtype: torch.dtype, argument: str | None = None) ->
     key = (device_type, dtype, requested(argument)[0])
     choice = _choices.get(key)
     if choice is None:
-        choice = _choose(Problem(device_type, dtype), argument)
-        backend(choice).register()
-        _choices[key] = choice
+        problem = Problem(device_type, dtype)
+        if _only_shapes_matter():
+            choice = _choose(problem, argument)
+            backend(choice).register("meta")
+            return choice
+        choice = _choices[key] = _register(problem, argument)
     return choice
+
+
+def _register(problem: Problem, argument: str | None) -> str:
+    """Chooses and registers; each turn of the loop that an automatic choice fails leaves one backend less to choose."""
+    while True:
+        choice = _choose(problem, argument)
+        try:
+            backend(choice).register(problem.device_type)
+        except BackendUnavailableError as error:
+            if requested(argument)[0] is not None or not backend(choice).why_not(problem):
+                raise _unavailable(choice, problem, argument, [str(error)]) from error
+            warnings.warn(f"backend {choice!r} is passed over: {error}", RuntimeWarning, stacklevel=2)
+        else:
+            return choice
+
+
+def _only_shapes_matter() -> bool:
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return fake is not None and not torch.compiler.is_compiling()
 
 
 def _choose(problem: Problem, argument: str | None) -> str:
@@ -158,15 +191,20 @@ def _choose(problem: Problem, argument: str | None) -> str:
             f"dtype {problem.dtype} was given: LoRA runs in torch.float16, torch.bfloat16, torch.float32 or "
             "torch.float64. Convert the tensors to one of them."
         )
-    name, source = requested(argument)
+    name, _ = requested(argument)
     if name is None:
         return next(n for n in ORDER if not _automatic_reasons(backend(n), problem))
     if reasons := backend(name).why_not(problem):
-        others = [f"{n!r}: {' '.join(backend(n).why_not(problem)) or 'available.'}" for n in ORDER if n != name]
-        raise BackendUnavailableError(
-            f"backend {name!r}, named by {source}, cannot run here: {' '.join(reasons)} The others: {' '.join(others)}"
-        )
+        raise _unavailable(name, problem, argument, reasons)
     return name
+
+
+def _unavailable(name: str, problem: Problem, argument: str | None, reasons: list[str]) -> BackendUnavailableError:
+    others = [f"{n!r}: {' '.join(backend(n).why_not(problem)) or 'available.'}" for n in ORDER if n != name]
+    source = requested(argument)[1]
+    return BackendUnavailableError(
+        f"backend {name!r}, named by {source}, cannot run here: {' '.join(reasons)} The others: {' '.join(others)}"
+    )
 
 
 def _automatic_reasons(candidate: Backend, problem: Problem) -> list[str]:
@@ -213,7 +251,8 @@ def explain(layer_or_problem: HasProblem) -> Explanation:
 
     Example:
         >>> import lora_kernels
-        >>> lora_kernels.explain(lora_kernels.FusedLoRALinear(8, 8, r=2)).backend
+        >>> with lora_kernels.use_backend("eager"):
+        ...     lora_kernels.explain(lora_kernels.FusedLoRALinear(8, 8, r=2)).backend
         'eager'
     """
     problem = layer_or_problem.problem

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-__all__ = ["BACKEND_VARIABLE", "backend_from_environment", "triton_interpreter_requested"]
+__all__ = [
+    "BACKEND_VARIABLE",
+    "BUILD_VARIABLE",
+    "CACHE_VARIABLE",
+    "backend_from_environment",
+    "cache_folder",
+    "triton_interpreter_requested",
+]
 
 BACKEND_VARIABLE = "LORA_KERNELS_BACKEND"
+CACHE_VARIABLE = "LORA_KERNELS_CACHE"
+# Which native libraries may be compiled: cpu, cuda, all or off. By pip into the package (unset: none), or at the first
+# use into the cache (unset: all). backends/native/build.py reads it, for setup.py cannot import this file.
+BUILD_VARIABLE = "LORA_KERNELS_BUILD"
 
 
 def backend_from_environment() -> str | None:
     """The backend named by ``LORA_KERNELS_BACKEND``, or None where it is unset or empty."""
     return os.environ.get(BACKEND_VARIABLE) or None
+
+
+def cache_folder() -> Path | None:
+    """``LORA_KERNELS_CACHE``, by default ``lora_kernels`` in the user's cache; None where there is no home folder."""
+    if named := os.environ.get(CACHE_VARIABLE):
+        return Path(named).expanduser().absolute()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared).absolute() / "lora_kernels"
+    try:
+        return Path.home() / ".cache" / "lora_kernels"
+    except RuntimeError:
+        return None
 
 
 def triton_interpreter_requested() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .autograd import LoRALinearFunction, forward_only
+from .autograd import LoRALinearFunction, apply_function, forward_only
 from .dispatch import COMPUTE_DTYPES, backend, select
 from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedTransformError
 
@@ -40,7 +40,8 @@ def lora_linear(
         scaling: s, usually ``lora_alpha / r``.
         dropout_p: probability p in [0, 1) of dropping an element of x from the branch; kept ones are scaled by 1/(1-p).
         training: dropout acts only where this is True.
-        backend: ``"triton"``, ``"eager"``, or None for ``use_backend``, the environment, else the automatic choice.
+        backend: ``"triton"``, ``"native"``, ``"eager"``, or None for ``use_backend``, the environment, else the
+            automatic choice.
 
     Returns:
         (..., N) in x's dtype. Under autocast, x, weight and bias are cast to its dtype (fp64 is not), and so is y.
@@ -75,13 +76,12 @@ def apply(
     backend_name: str | None,
 ) -> Tensor:
     """:func:`lora_linear` for a p that is known to be valid, 0 where dropout does not act."""
-    device_type = x.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # torch knows no autocast of meta
-        compute = _autocast_dtype(x, device_type)
+    # One question that most programs answer with no, before those that take longer to answer.
+    if torch._C._is_any_autocast_enabled() and _is_autocast_enabled(device_type := _device_type(x)):
+        compute = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
-            x = x.to(compute)
             # The cast of W is made again in backward rather than saved; so its dtype may differ from x's here.
-            return _run(x, weight, lora_a, lora_b, bias, scaling, p, backend_name, autocast=True)
+            return _run(x.to(compute), weight, lora_a, lora_b, bias, scaling, p, backend_name, autocast=True)
     return _run(x, weight, lora_a, lora_b, bias, scaling, p, backend_name, autocast=False)
 
 
@@ -96,21 +96,18 @@ def _run(
     backend_name: str | None,
     autocast: bool,
 ) -> Tensor:
-    if x.is_nested:
-        raise InvalidTypeError(
-            "a nested tensor was given: LoRA's products need plain tensors. Pad it first, with "
-            "torch.nested.to_padded_tensor(x, 0.0)."
-        )
     _check(x, weight, lora_a, lora_b, bias, autocast)
     compiling = torch.compiler.is_compiling()
-    if not compiling and torch._C._are_functorch_transforms_active():
-        raise UnsupportedTransformError(
-            "lora_linear was called under torch.func or vmap, which are not supported: its kernels have no batching "
-            "rules. Call it on the whole batch (it takes any number of leading dimensions), or use "
-            "lora_kernels.reference.forward, which is plain PyTorch."
-        )
+    if not compiling:
+        if torch._C._are_functorch_transforms_active():
+            raise UnsupportedTransformError(
+                "lora_linear was called under torch.func or vmap, which are not supported: its kernels have no "
+                "batching rules. Call it on the whole batch (it takes any number of leading dimensions), or use "
+                "lora_kernels.reference.forward, which is plain PyTorch."
+            )
+        x = torch._C._functorch.unwrap_if_dead(x)  # one that leaked out of a transform that is over
     choose = _select_constant if compiling else select
-    name = choose(x.device.type, x.dtype, backend_name)
+    name = choose(_device_type(x), x.dtype, backend_name)
     state = backend(name).dropout_state(x.reshape(-1, x.shape[-1]), p) if p > 0.0 else None
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -119,7 +116,8 @@ def _run(
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        out: Tensor = LoRALinearFunction.apply(x, weight, lora_a, lora_b, bias, scaling, p, state, name)
+        record = LoRALinearFunction.apply if compiling else apply_function
+        out: Tensor = record(x, weight, lora_a, lora_b, bias, scaling, p, state, name)
         return out
     return forward_only(x, weight, lora_a, lora_b, bias, scaling, p, state, name)
 
@@ -133,8 +131,12 @@ def _select_constant(device_type: str, dtype: torch.dtype, backend_name: str | N
 _select_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _autocast_dtype(x: Tensor, device_type: str) -> torch.dtype:
-    return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
+def _device_type(x: Tensor) -> str:
+    return "cpu" if x.is_cpu else x.device.type  # the string takes PyTorch a microsecond
+
+
+def _is_autocast_enabled(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch knows no autocast of meta
 
 
 def check_dropout_p(p: float) -> None:
@@ -146,27 +148,33 @@ def check_dropout_p(p: float) -> None:
 
 
 def _check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, autocast: bool) -> None:
-    """The quick test of what may be run; the sentence is composed only where something is wrong."""
-    shape = weight.shape
-    device = x.device
+    """The quick test of what may be run; the sentences are composed only where something is wrong."""
+    if x.is_nested:
+        raise InvalidTypeError(
+            "a nested tensor was given: LoRA's products need plain tensors. Pad it first, with "
+            "torch.nested.to_padded_tensor(x, 0.0)."
+        )
+    shape, a_shape, b_shape = weight.shape, lora_a.shape, lora_b.shape
     if not (
-        weight.dim() == lora_a.dim() == lora_b.dim() == 2
+        len(shape) == len(a_shape) == len(b_shape) == 2
         and x.dim() >= 1
-        and x.shape[-1] == shape[1] == lora_a.shape[1]
-        and lora_b.shape[0] == shape[0]
-        and lora_b.shape[1] == lora_a.shape[0] >= 1
+        and x.shape[-1] == shape[1] == a_shape[1]
+        and b_shape[0] == shape[0]
+        and b_shape[1] == a_shape[0] >= 1
         and (bias is None or bias.shape == shape[:1])
     ):
         raise InvalidArgumentError(_shape_sentence(x, weight, lora_a, lora_b, bias))
+    device, dtype = x.device, x.dtype
     if not (device == weight.device == lora_a.device == lora_b.device and (bias is None or bias.device == device)):
         tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
         listed = ", ".join(f"{name} on {t.device}" for name, t in tensors.items() if t is not None)
         raise InvalidTypeError(f"tensors on different devices were given: {listed}. Move all of them to one device.")
-    if (
-        (x.dtype != weight.dtype and not autocast)
-        or x.dtype not in COMPUTE_DTYPES
-        or not (weight.dtype.is_floating_point and lora_a.dtype.is_floating_point and lora_b.dtype.is_floating_point)
-        or (bias is not None and not bias.dtype.is_floating_point)
+    if not (
+        (weight.dtype is dtype or (autocast and weight.dtype.is_floating_point))
+        and dtype in COMPUTE_DTYPES
+        and lora_a.dtype.is_floating_point
+        and lora_b.dtype.is_floating_point
+        and (bias is None or bias.dtype.is_floating_point)
     ):
         raise InvalidTypeError(_dtype_sentence(x, weight, lora_a, lora_b, bias))
 

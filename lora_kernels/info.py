@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .env import BACKEND_VARIABLE
+from .env import BACKEND_VARIABLE, BUILD_VARIABLE, CACHE_VARIABLE
 from .errors import InvalidArgumentError
 
 __all__ = ["add_arguments", "collect", "run_command", "versions"]
 
 PACKAGES = ("torch", "triton", "numpy", "peft", "safetensors", "rich", "matplotlib")
-VARIABLES = (BACKEND_VARIABLE, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+VARIABLES = (
+    *(BACKEND_VARIABLE, BUILD_VARIABLE, CACHE_VARIABLE),
+    *("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "CXX", "CUDACXX", "CUDA_HOME"),
+)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 GIB = 2**30
 
@@ -35,7 +38,8 @@ def collect() -> dict[str, Any]:
 
     Returns:
         A dictionary with the keys ``versions``, ``installation``, ``platform``, ``devices``, ``backends``,
-        ``environment`` and ``tuned_table``. A section that could not be collected is ``{"error": sentence}``.
+        ``native_library``, ``environment`` and ``tuned_table``. Nothing is compiled for it. A section
+        that could not be collected is ``{"error": sentence}``.
 
     Example:
         >>> from lora_kernels.info import collect
@@ -48,6 +52,7 @@ def collect() -> dict[str, Any]:
         "platform": _platform,
         "devices": _devices,
         "backends": _backends,
+        "native_library": _native_library,
         "environment": lambda: {name: os.environ.get(name) for name in VARIABLES},
         "tuned_table": lambda: "none: choices come from device properties",
     }
@@ -169,6 +174,14 @@ def _on_device(name: str, device: str) -> dict[str, Any]:
     }
 
 
+def _native_library() -> dict[str, Any]:
+    """Where compiled libraries are kept, and for each of the two its state, path and build."""
+    from .backends.native import cache, load
+    from .backends.native.build import KINDS
+
+    return {"cache": str(cache.folders()[0]), **{kind: _guarded(partial(load.status, kind)) for kind in KINDS}}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lora-kernels info``."""
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -200,6 +213,8 @@ def _text(report: dict[str, Any]) -> str:
         lines.append(section.replace("_", " "))
         if section == "backends" and "error" not in content:
             lines += [line for name, backend in content.items() for line in _backend_lines(name, backend)]
+        elif section == "native_library" and "error" not in content:
+            lines += [line for name, library in content.items() for line in _library_lines(name, library)]
         elif isinstance(content, dict):
             lines += [f"  {key:<22}{value}" for key, value in _told(section, content)]
         elif isinstance(content, list):
@@ -233,3 +248,17 @@ def _backend_lines(name: str, backend: dict[str, Any]) -> list[str]:
             told = f"not available: {answer.get('error') or ' '.join(answer['reasons'])}"
         lines.append(f"  {f'{name} on {device}':<22}{told}")
     return lines
+
+
+def _library_lines(name: str, library: Any) -> list[str]:
+    if isinstance(library, str) or "error" in library:
+        return [f"  {name:<22}{library if isinstance(library, str) else library['error']}"]
+    told = [f"{library['state']}{': ' if library['path'] else ''}{library['path'] or ''}"]
+    if build := library["build"]:
+        told.append(f"compiled {build['date']} by {build['compiler_version']} ({build['compiler']})")
+        told.append(f"for {build['platform']}, {build['c_library']}: {', '.join(build['capabilities'])}")
+        told.append(f"against torch {build['torch']}; any torch from 2.11 on loads it")
+    elif not library["reasons"]:
+        told.append(f"by {library['compiler']}; `lora-kernels build {name}` does it beforehand")
+    told += [*library["reasons"], *library["passed_over"]]
+    return [f"  {name:<22}{told[0]}", *(f"  {'':<22}{line}" for line in told[1:])]

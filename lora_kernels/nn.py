@@ -229,7 +229,12 @@ class FusedLoRALinear(nn.Linear):
         p = self.lora_dropout if self.training else 0.0
         if self.use_dora:
             return self._forward_dora(input, p)
-        return apply(input, self.weight, self.lora_A, self.lora_B, self.bias, self.scaling, p, None)
+        own: dict[str, Any] = self._parameters  # nn.Module's __getattr__ takes a microsecond a name
+        try:
+            weight, lora_a, lora_b, bias = own["weight"], own["lora_A"], own["lora_B"], own["bias"]
+        except KeyError:  # a parametrization or a sharding wrapper has put something else in their place
+            weight, lora_a, lora_b, bias = self.weight, self.lora_A, self.lora_B, self.bias
+        return apply(input, weight, lora_a, lora_b, bias, self.scaling, p, None)
 
     def _forward_dora(self, x: Tensor, p: float) -> Tensor:
         """y = g * (x Wᵀ + s h Bᵀ) + bias, g = magnitude / ‖W + s B A‖ by rows, the norm outside the graph.

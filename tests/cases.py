@@ -13,7 +13,12 @@ from lora_kernels.verify.cases import Inputs
 
 CUDA = torch.cuda.is_available()
 # Every backend on every device it takes here; without a GPU, Triton's interpreter (conftest.py) takes CPU tensors.
-BACKENDS = [("eager", "cpu"), ("eager", "cuda"), ("triton", "cuda")] if CUDA else [("eager", "cpu"), ("triton", "cpu")]
+BACKENDS = [
+    (name, device)
+    for device in (["cpu", "cuda"] if CUDA else ["cpu"])
+    for name in reversed(dispatch.ORDER)
+    if not dispatch.backend(name).why_not(dispatch.Problem(device, torch.float32))
+]
 
 
 @dataclass(frozen=True)
@@ -117,3 +122,36 @@ def expected(case: Case, inputs: Inputs, mask: Tensor | None, dtype: torch.dtype
     """The reference's results in ``dtype``: float64 is *exact*, the case's own dtype the *yardstick*."""
     i = inputs
     return run_reference(dtype, i.x, i.weight, i.lora_a, i.lora_b, i.bias, i.dy, case.scaling, mask, case.p)
+
+
+def worst_yardstick(
+    case: Case, inputs: Inputs, mask: Tensor | None, exact: dict[str, Tensor], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Of the yardstick's results in several equally right orders of summation, each output's least exact one.
+
+    A result of few elements has an error that is a matter of luck; a search, or hundreds of cases, would find the
+    yardstick's luckiest moment.
+    """
+    dtype, i = dtype or case.dtype, inputs
+    worst = expected(case, inputs, mask, dtype)
+    for seed in range(6):
+        order = torch.Generator().manual_seed(seed)
+        sizes = (*i.x.shape, *i.lora_b.shape)
+        m, k, n, r = (torch.randperm(size, generator=order).to(i.dy.device) for size in sizes)
+        shuffled = Inputs(
+            x=i.x.detach()[m][:, k],
+            weight=i.weight[n][:, k],
+            lora_a=i.lora_a.detach()[r][:, k],
+            lora_b=i.lora_b.detach()[n][:, r],
+            bias=None if i.bias is None else i.bias.detach()[n],
+            dy=i.dy[m][:, n],
+        )
+        back = {name: index.argsort() for name, index in {"m": m, "k": k, "n": n, "r": r}.items()}
+        again = expected(case, shuffled, None if mask is None else mask[m][:, k], dtype)
+        for name, axes in {"y": "mn", "dx": "mk", "da": "rk", "db": "nr", "dbias": "n"}.items():
+            result = again[name]
+            for dim, axis in enumerate(axes):
+                result = result.index_select(dim, back[axis])
+            if (result - exact[name]).norm() > (worst[name] - exact[name]).norm():
+                worst[name] = result
+    return worst

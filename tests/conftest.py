@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,6 +12,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+
+if TYPE_CHECKING:
+    from stand_in import StandIn
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +26,12 @@ def triton_device() -> str:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def native(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """A tiny native library in the place of the real one, with sources, a compiler and a cache of its own."""
+    import stand_in
+
+    stand_in.needs_a_compiler()
+    return stand_in.StandIn(tmp_path, monkeypatch)

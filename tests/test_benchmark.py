@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-from lora_kernels import LoRAKernelsError
-from lora_kernels.benchmark import memory, report, results, roofline, runner, timing
+from lora_kernels.benchmark import memory, results, roofline, runner, timing
 from lora_kernels.benchmark.providers import FLOOR, PROVIDERS, Layer, Provider, Setup, make_setups
 from lora_kernels.benchmark.workloads import DIRECTIONS, PRESETS, Workload, preset
 from lora_kernels.cli import main
+from made_results import STEP
 
-ROOT = Path(__file__).resolve().parents[1]
-STEP = Workload("step", tokens=70, in_features=48, out_features=40, r=4)
 RIVALS_WITHOUT_COMPILE = ("peft", "peft16", "addmm", "lora_first")
 
 
@@ -35,21 +31,6 @@ def _one_thread() -> Iterator[None]:
 
 def run(workload: Workload, *names: str) -> results.Cell:
     return runner.run_cell(workload, [PROVIDERS[n] for n in (FLOOR, *names)], "cpu", budget=0.0, min_rounds=2)
-
-
-def result_of(*cells: results.Cell, preset: str = "smoke", date: str = "2026-01-02T00:00:00Z") -> results.Result:
-    names = list(dict.fromkeys(n for c in cells for n in c.providers))
-    return results.Result(
-        preset=preset,
-        date=date,
-        seed=0,
-        floor=FLOOR,
-        titles={n: PROVIDERS[n].title for n in names},
-        ours=[n for n in names if PROVIDERS[n].ours],
-        environment=results.environment("cpu"),
-        machine={},
-        cells=list(cells),
-    )
 
 
 # What is measured
@@ -117,6 +98,14 @@ def test_the_interpreter_is_never_timed() -> None:
     assert run(replace(STEP, direction="forward"), "triton").providers["triton"].status == "unavailable"
 
 
+def test_a_bias_that_trains_has_its_gradient_judged_and_timed() -> None:
+    workload = replace(STEP, bias=True, train_bias=True)
+    (setup,) = make_setups(workload, "cpu")
+    layers = {name: PROVIDERS[name].build(setup) for name in ("peft", "addmm", "eager")}
+    assert all(layer.trainable[2] is setup.linear.bias for layer in layers.values())
+    assert set(run(workload, "addmm").providers["addmm"].errors) == {"y", "dx", "da", "db", "dbias"}
+
+
 # How it is measured
 
 
@@ -178,7 +167,7 @@ def test_the_traffic_is_that_of_the_headroom_model(provider: str, p: float, unit
     assert sum(k.bytes for k in work if k.name != "base") == units * 8192 * 4096 * 2
 
 
-@pytest.mark.parametrize("name", ["peft", "peft16", "compile", "addmm", "lora_first", "triton"])
+@pytest.mark.parametrize("name", ["peft", "peft16", "compile", "addmm", "lora_first", "triton", "native"])
 def test_no_provider_is_predicted_to_beat_the_floor(name: str) -> None:
     workload = Workload("step", 8192, 4096, 4096, 16, "bfloat16", p=0.1)
     own, floor = (roofline.cost(n, workload, roofline.MACHINES["h200"]) for n in (name, FLOOR))
@@ -189,108 +178,6 @@ def test_no_provider_is_predicted_to_beat_the_floor(name: str) -> None:
 
 def test_overheads_have_no_prediction() -> None:
     assert roofline.kernels("peft", Workload("overhead", 1, 64, 64, 16)) is None
-
-
-# What is written down
-
-
-def test_a_result_survives_its_file(tmp_path: Path) -> None:
-    result = result_of(run(STEP, "addmm", "auto"), run(replace(STEP, direction="memory"), "auto"))
-    result.save(tmp_path / "a.json")
-    loaded = results.load(tmp_path / "a.json")
-    loaded.save(tmp_path / "b.json")
-    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-    assert [c.workload for c in loaded.cells] == [c.workload for c in result.cells]
-    assert loaded.cells[0].providers["addmm"].numbers["rounds"] == 2
-    raw = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
-    assert {"torch", "triton", "peft", "lora-kernels"} == set(raw["environment"]["versions"])
-    assert {"device", "threads", "git", "allocator"} <= set(raw["environment"])
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 0}', '{"schema": 1, "cells": []}'])
-def test_a_file_that_is_no_result_is_refused(text: str, tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(text, encoding="utf-8")
-    with pytest.raises(LoRAKernelsError):
-        results.load(tmp_path / "a.json")
-
-
-def test_two_results_are_compared_cell_by_cell() -> None:
-    before, after = result_of(run(STEP, "addmm")), result_of(run(STEP, "addmm", "auto"))
-    assert {(workload, name) for workload, name, _, _ in results.compare(before, after)} == {
-        (STEP, FLOOR),
-        (STEP, "addmm"),
-    }
-
-
-def _cell(**ratios: float) -> results.Cell:
-    numbers = {n: {"ratio": r, "us": 1000.0 * r, "over_floor_us": 0.0} for n, r in {FLOOR: 1.0, **ratios}.items()}
-    return results.Cell(STEP, {n: results.Entry("timed", numbers=v) for n, v in numbers.items()})
-
-
-def test_tables_show_winners_and_losses() -> None:
-    table = report.table(result_of(_cell(peft=1.5, auto=1.1), _cell(peft=1.2, auto=1.4)), "step")
-    peft, auto = table.header.index("PEFT"), table.header.index("lora_kernels")
-    assert table.winners == {(0, auto), (1, peft)}
-    assert table.losses == {(1, auto)}
-    assert "| **1.10** |" in report.markdown(table)
-    assert "in 1 of 2 cells" in report.markdown(table)
-
-
-def test_a_failed_provider_is_told() -> None:
-    cell = _cell(auto=1.1)
-    cell.providers["peft"] = results.Entry("failed", "It computes something else: y.")
-    assert report.reasons(result_of(cell)) == ["PEFT, 1 of 1 cells: FAILED, not timed. It computes something else: y."]
-
-
-@pytest.fixture
-def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_tables", ROOT / "bench" / "tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_tables_are_written_from_the_newest_result_and_stale_ones_found(tables: ModuleType, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- table:box/smoke/step -->\n1.00\n<!-- /table -->\nafter\n", encoding="utf-8")
-    arguments = ["--file", str(readme), "--results", str(tmp_path / "results")]
-    for name, date, ratio in (("a", "2026-02-01", 1.25), ("b", "2026-01-01", 1.75)):
-        result_of(_cell(auto=ratio), date=date).save(tmp_path / "results" / "box" / f"{name}.json")
-    assert tables.main(["--check", *arguments]) == 1
-    assert tables.main(["--write", *arguments]) == 0
-    assert tables.main(["--check", *arguments]) == 0
-    text = readme.read_text(encoding="utf-8")
-    assert "| **1.25** |" in text
-    assert "1.75" not in text
-    assert text.startswith("before\n<!-- table:box/smoke/step -->\n")
-    assert text.endswith("<!-- /table -->\nafter\n")
-
-
-@pytest.mark.parametrize("where", ["", "/float32", "/r=4", "/r=4,8/tokens=70"])
-def test_a_table_may_hold_some_cells_only(where: str, tables: ModuleType, tmp_path: Path) -> None:
-    result_of(_cell(auto=1.25)).save(tmp_path / "box" / "a.json")
-    text = f"<!-- table:box/smoke/step{where} -->\n<!-- /table -->\n"
-    assert "| **1.25** |" in tables.fill(text, tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "box/smoke/step/r=5",
-        "box/smoke/step/rank=4",
-        "box",
-        "box/smoke",
-        "box/other/step",
-        "box/smoke/forward",
-        "none/smoke/step",
-    ],
-)
-def test_a_table_without_a_result_is_an_error(name: str, tables: ModuleType, tmp_path: Path) -> None:
-    result_of(_cell(auto=1.25)).save(tmp_path / "box" / "a.json")
-    (tmp_path / "README.md").write_text(f"<!-- table:{name} -->\n<!-- /table -->\n", encoding="utf-8")
-    assert tables.main(["--check", "--file", str(tmp_path / "README.md"), "--results", str(tmp_path)]) == 1
 
 
 # The command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,10 @@ import pytest
 
 import lora_kernels
 from lora_kernels import cli, console
+from lora_kernels.backends.native import command
+from lora_kernels.backends.native.toolchain import BuildError
 from lora_kernels.cli import main
+from stand_in import StandIn
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,7 +75,7 @@ def test_bad_input_is_one_sentence_and_status_2(
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("arguments", [["verfy"], ["info", "--jsn"], ["verify", "--seed", "x"]])
+@pytest.mark.parametrize("arguments", [["verfy"], ["build", "gpu"], ["info", "--jsn"], ["verify", "--seed", "x"]])
 def test_argparse_errors_are_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert "usage: lora-kernels" in capsys.readouterr().err
@@ -129,3 +133,48 @@ def test_json_is_strict_where_numbers_are_not_finite() -> None:
 def test_progress_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     console.progress_lines("verify")("eager fp32", 3, 14)
     assert capsys.readouterr() == ("", "verify: eager fp32 3/14\n")
+
+
+def test_build_prints_path_log_and_time(native: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"cpu: {native.home}")
+    log = native.home / "build.log"
+    assert re.search(rf"compiled in [0-9.]+ s, by stand-in compiler 1\.0 .*\n  log: {log}\n", captured.out)
+    assert captured.err.splitlines() == ["build: cpu 0/1", "build: cpu 1/1"]
+    assert "-fPIC" in log.read_text()
+
+
+def test_build_compiles_again_only_by_force(native: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    reports = []
+    for options in ([], [], ["--force"]):
+        assert main(["build", "cpu", "--json", *options]) == 0
+        reports.append(json.loads(capsys.readouterr().out)["cpu"])
+    assert [report["compiled"] for report in reports] == [True, False, True]
+    assert {report["path"] for report in reports} == {str(next(native.home.glob("lib*")))}
+
+
+def test_build_that_fails_is_one_sentence_and_builds_the_others(
+    native: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDACXX", "no-such-nvcc")
+    assert main(["build", "all", "--json"]) == 2
+    captured = capsys.readouterr()
+    assert list(json.loads(captured.out)) == ["cpu"]
+    assert "CUDACXX=no-such-nvcc was given" in sentence(captured.err.splitlines()[-1] + "\n")
+
+
+def test_build_takes_cuda_by_itself_where_torch_is_a_cuda_build(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_nvcc(kind: str) -> None:
+        raise BuildError("no nvcc was found.")
+
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr(command, "find_compiler", lambda kind: None)
+    assert command._default_kinds() == ("cpu", "cuda")
+    monkeypatch.setattr(command, "find_compiler", no_nvcc)
+    assert command._default_kinds() == ("cpu",)
+    assert capsys.readouterr().err == "build: cuda is left out: no nvcc was found.\n"
+    monkeypatch.setattr("torch.version.cuda", None)
+    assert command._default_kinds() == ("cpu",)

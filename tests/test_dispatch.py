@@ -15,6 +15,7 @@ from lora_kernels.dispatch import Problem
 from lora_kernels.errors import BackendUnavailableError, InvalidArgumentError, InvalidTypeError
 
 CPU = Problem("cpu", torch.float32, 8, 8, 2)
+AUTOMATIC = "eager" if dispatch.backend("native").why_not(CPU) else "native"
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_automatic_on_the_cpu_is_never_the_interpreter() -> None:
-    assert dispatch.select("cpu", torch.float32) == "eager"
+    assert dispatch.select("cpu", torch.float32) == AUTOMATIC
     assert explain(CPU).reasons["triton"]
 
 
@@ -57,7 +58,7 @@ def test_context_holds_for_its_own_thread() -> None:
 
 
 def test_unknown_names_are_refused_at_once() -> None:
-    with pytest.raises(InvalidArgumentError, match=r"'cuda'.*'triton', 'eager'"), use_backend("cuda"):
+    with pytest.raises(InvalidArgumentError, match=r"'cuda'.*'triton', 'native', 'eager'"), use_backend("cuda"):
         pass
 
 
@@ -78,7 +79,7 @@ def test_automatic_never_fails_on_a_valid_problem() -> None:
 
 def test_explain_takes_layers_and_problems() -> None:
     by_layer = explain(FusedLoRALinear(8, 8, r=2))
-    assert by_layer.backend == explain(CPU).backend == "eager"
+    assert by_layer.backend == explain(CPU).backend == AUTOMATIC
     assert by_layer.source == "the automatic choice"
     assert "triton: " in str(by_layer)
     assert "\n" in str(by_layer)
@@ -93,6 +94,7 @@ def test_every_reason_names_a_remedy_or_a_fact() -> None:
             ("cuda", torch.float32),
             ("cpu", torch.float64),
             ("mps", torch.half),
+            ("meta", torch.half),
         ):
             problem = Problem(device, dtype)
             reasons = dispatch.backend(name).why_not(problem) + dispatch.backend(name).why_not_automatic(problem)
@@ -100,10 +102,54 @@ def test_every_reason_names_a_remedy_or_a_fact() -> None:
             assert len(dispatch.backend(name).describe(problem).split()) > 4
 
 
-def test_environment_in_a_fresh_process() -> None:
-    code = "import lora_kernels as lk; print(lk.explain(lk.FusedLoRALinear(4, 4, r=1)).source)"
+@pytest.mark.parametrize("name", ["eager", "native"])
+def test_environment_in_a_fresh_process(name: str) -> None:
+    code = "from lora_kernels import dispatch; print(dispatch.requested())"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={"LORA_KERNELS_BACKEND": "eager"}, check=True,
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"LORA_KERNELS_BACKEND": name}, check=True,
         cwd=lora_kernels.__path__[0] + "/..",
     )  # fmt: skip
-    assert "LORA_KERNELS_BACKEND=eager" in done.stdout
+    assert done.stdout.startswith(f"('{name}', ")
+    assert f"LORA_KERNELS_BACKEND={name}" in done.stdout
+
+
+class Unregistrable:
+    """A backend that finds out only when it is to run that it cannot; the second time it knows."""
+
+    name = "native"
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+        self.asked_for: list[str] = []
+
+    def why_not(self, problem: Problem) -> list[str]:
+        return self.reasons
+
+    def why_not_automatic(self, problem: Problem) -> list[str]:
+        return []
+
+    def register(self, device_type: str) -> None:
+        self.asked_for.append(device_type)
+        self.reasons = ["The compiler is on strike."]
+        raise BackendUnavailableError("the compiler is on strike.")
+
+
+@pytest.fixture
+def unregistrable(monkeypatch: pytest.MonkeyPatch) -> Unregistrable:
+    found = Unregistrable()
+    monkeypatch.setitem(dispatch._loaded, "native", found)
+    return found
+
+
+def test_an_automatic_choice_that_fails_goes_on_to_the_next_with_one_warning(unregistrable: Unregistrable) -> None:
+    with pytest.warns(RuntimeWarning, match="'native' is passed over: the compiler is on strike"):
+        assert dispatch.select("cpu", torch.float32) == "eager"
+    assert dispatch.select("cpu", torch.float64) == "eager"
+    assert unregistrable.asked_for == ["cpu"]
+    assert explain(CPU).reasons["native"] == ["The compiler is on strike."]
+
+
+def test_a_named_choice_that_fails_raises(unregistrable: Unregistrable) -> None:
+    words = r"'native', named by the argument.*strike.*'eager': available"
+    with pytest.raises(BackendUnavailableError, match=words):
+        dispatch.select("cpu", torch.float32, "native")

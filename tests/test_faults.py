@@ -10,115 +10,135 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import Case, expected, keep_mask, make, run
+from cases import BACKENDS, Case, expected, keep_mask, make, run
 from lora_kernels import dispatch, ops
+from lora_kernels.ops import Operators
 from numerics import check_all
 
 CASE = Case(m=33, k=40, n=40, r=4, p=0.2)
+FORWARD = ("x", "weight", "lora_a", "lora_b", "bias", "scaling", "p", "state")
+BACKWARD = ("dy", "x", "weight", "lora_a", "lora_b", "bias", "h", "scaling", "p", "state")
+DX, DA, DB, DBIAS = range(4)
+Given = dict[str, Any]  # an operator's arguments by name
+
+# Faults of y: what a wrong ``forward`` returns.
 
 
-def _scaling_dropped(true: Any) -> Callable[..., Any]:
-    return lambda x, w, a, b, bias, scaling, p, state: true(x, w, a, b, bias, 1.0, p, state)
+def _scaling_dropped(true: Operators, given: Given) -> Any:
+    return true.forward(**given | {"scaling": 1.0})
 
 
-def _bias_forgotten(true: Any) -> Callable[..., Any]:
-    return lambda x, w, a, b, bias, scaling, p, state: true(x, w, a, b, None, scaling, p, state)
+def _bias_forgotten(true: Operators, given: Given) -> Any:
+    return true.forward(**given | {"bias": None})
 
 
-def _last_k_block_skipped(true: Any) -> Callable[..., Any]:
-    def forward(x: Tensor, w: Tensor, a: Tensor, *rest: Any) -> Any:
-        short = torch.cat([w[:, :32], torch.zeros_like(w[:, 32:])], dim=1)
-        return true(x, short, a, *rest)
-
-    return forward
+def _last_k_block_skipped(true: Operators, given: Given) -> Any:
+    weight = given["weight"].clone()
+    weight[:, 32:] = 0
+    return true.forward(**given | {"weight": weight})
 
 
-def _last_rank_skipped(true: Any) -> Callable[..., Any]:
-    def forward(x: Tensor, w: Tensor, a: Tensor, *rest: Any) -> Any:
-        return true(x, w, torch.cat([a[:-1], torch.zeros_like(a[-1:])]), *rest)
+def _last_rank_skipped(true: Operators, given: Given) -> Any:
+    lora_a = given["lora_a"].clone()
+    lora_a[-1:] = 0
+    return true.forward(**given | {"lora_a": lora_a})
 
-    return forward
+
+def _last_row_unwritten(true: Operators, given: Given) -> Any:
+    y, h = true.forward(**given)
+    y[-1] = 0
+    return y, h
 
 
-def _last_row_unwritten(true: Any) -> Callable[..., Any]:
+# Faults of one gradient: what a wrong ``backward`` returns for it.
+
+
+def _transposed_a(true: Operators, given: Given) -> Tensor:
+    lora_a = given["lora_a"]
+    return true.backward(**given | {"lora_a": lora_a.t().reshape(lora_a.shape).contiguous()})[DX]
+
+
+def _mask_off_by_one(true: Operators, given: Given) -> Tensor:
+    dy, weight, p = given["dy"], given["weight"], given["p"]
+    mask = true.mask(given["state"], dy.shape[0], weight.shape[1], p)
+    low_rank = given["scaling"] * (dy @ given["lora_b"]) @ given["lora_a"]
+    return dy @ weight + torch.roll(mask, 1, dims=1) * low_rank / (1 - p)
+
+
+def _no_low_rank_part(true: Operators, given: Given) -> Tensor:
+    return true.backward(**given | {"lora_b": torch.zeros_like(given["lora_b"])})[DX]
+
+
+def _no_mask(true: Operators, given: Given) -> Tensor:
+    return true.backward(**given | {"state": None, "p": 0.0})[DA]
+
+
+def _no_rescaling(true: Operators, given: Given) -> Tensor:
+    return true.backward(**given)[DA] * (1 - given["p"])
+
+
+def _stale_h(true: Operators, given: Given) -> Tensor:
+    return true.backward(**given | {"h": torch.roll(given["h"], 1, dims=0)})[DB]
+
+
+def _last_row_of_dy_skipped(true: Operators, given: Given) -> Tensor:
+    return true.backward(**given | {"dy": given["dy"].clone().index_fill_(0, torch.tensor([CASE.m - 1]), 0.0)})[DBIAS]
+
+
+def _unscaled(gradient: int) -> Callable[[Operators, Given], Tensor]:
+    return lambda true, given: true.backward(**given | {"scaling": 1.0})[gradient]
+
+
+FAULTS = {
+    "scaling dropped": ("y", _scaling_dropped),
+    "bias forgotten": ("y", _bias_forgotten),
+    "last K block skipped": ("y", _last_k_block_skipped),
+    "last rank skipped": ("y", _last_rank_skipped),
+    "last row unwritten": ("y", _last_row_unwritten),
+    "transposed A": ("dx", _transposed_a),
+    "mask off by one": ("dx", _mask_off_by_one),
+    "no low-rank part": ("dx", _no_low_rank_part),
+    "unscaled dh in dx": ("dx", _unscaled(DX)),
+    "no mask": ("da", _no_mask),
+    "no rescaling": ("da", _no_rescaling),
+    "unscaled dh in da": ("da", _unscaled(DA)),
+    "stale h": ("db", _stale_h),
+    "unscaled db": ("db", _unscaled(DB)),
+    "last row of dy skipped": ("dbias", _last_row_of_dy_skipped),
+}
+
+
+def _with_fault(true: Operators, output: str, fault: Callable[[Operators, Given], Any]) -> Operators:
     def forward(*arguments: Any) -> Any:
-        y, h = true(*arguments)
-        y[-1] = 0
-        return y, h
+        return fault(true, dict(zip(FORWARD, arguments, strict=True)))
 
-    return forward
+    def backward(*arguments: Any) -> Any:
+        gradients = list(true.backward(*arguments))
+        given = dict(zip(BACKWARD, arguments, strict=True))
+        gradients[("dx", "da", "db", "dbias").index(output)] = fault(true, given)
+        return tuple(gradients)
 
-
-def _transposed_a(true: Any) -> Callable[..., Any]:
-    def dx(dy: Tensor, w: Tensor, dh: Tensor, a: Tensor, *rest: Any) -> Any:
-        return true(dy, w, dh, a.t().reshape(a.shape).contiguous(), *rest)
-
-    return dx
-
-
-def _mask_off_by_one(true: Any) -> Callable[..., Any]:
-    def dx(dy: Tensor, w: Tensor, dh: Tensor, a: Tensor, p: float, state: Tensor) -> Any:
-        mask = ops.operators("eager").mask(state, dy.shape[0], w.shape[1], p)
-        return dy @ w + torch.roll(mask, 1, dims=1) * (dh @ a) / (1 - p)
-
-    return dx
-
-
-def _no_low_rank_part(true: Any) -> Callable[..., Any]:
-    return lambda dy, w, dh, a, p, state: true(dy, w, torch.zeros_like(dh), a, p, state)
-
-
-def _no_mask(true: Any) -> Callable[..., Any]:
-    return lambda dh, x, a, p, state: true(dh, x, a, p, None)
-
-
-def _no_rescaling(true: Any) -> Callable[..., Any]:
-    return lambda dh, x, a, p, state: true(dh, x, a, p, state) * (1 - p)
-
-
-def _stale_h(true: Any) -> Callable[..., Any]:
-    return lambda dy, b, h, scaling: true(dy, b, torch.roll(h, 1, dims=0), scaling)
-
-
-def _unscaled_db(true: Any) -> Callable[..., Any]:
-    return lambda dy, b, h, scaling: (true(dy, b, h, scaling)[0], true(dy, b, h, 1.0)[1])
-
-
-def _unscaled_dh(true: Any) -> Callable[..., Any]:
-    return lambda dy, b, h, scaling: (true(dy, b, h, 1.0)[0], true(dy, b, h, scaling)[1])
-
-
-FAULTS = [
-    ("forward", _scaling_dropped, "y"),
-    ("forward", _bias_forgotten, "y"),
-    ("forward", _last_k_block_skipped, "y"),
-    ("forward", _last_rank_skipped, "y"),
-    ("forward", _last_row_unwritten, "y"),
-    ("dx", _transposed_a, "dx"),
-    ("dx", _mask_off_by_one, "dx"),
-    ("dx", _no_low_rank_part, "dx"),
-    ("da", _no_mask, "da"),
-    ("da", _no_rescaling, "da"),
-    ("dh_db", _stale_h, "db"),
-    ("dh_db", _unscaled_db, "db"),
-    ("dh_db", _unscaled_dh, "dx"),
-]
+    return replace(true, forward=forward) if output == "y" else replace(true, backward=backward)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("operator", "fault", "output"), FAULTS, ids=[fault.__name__ for _, fault, _ in FAULTS])
+@pytest.mark.parametrize(("backend", "device"), [pair for pair in BACKENDS if pair[1] == "cpu"])
+@pytest.mark.parametrize(("output", "fault"), FAULTS.values(), ids=FAULTS)
 def test_fault_is_caught(
-    operator: str, fault: Callable[[Any], Any], output: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    output: str,
+    fault: Callable[[Operators, Given], Any],
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = replace(CASE, dtype=dtype)
-    inputs = make(case)
-    mask = keep_mask(case, inputs, "eager")
+    inputs = make(case, device)
+    mask = keep_mask(case, inputs, backend)
     exact, yardstick = expected(case, inputs, mask, torch.float64), expected(case, inputs, mask, dtype)
-    check_all(run(case, inputs, "eager"), exact, yardstick, dtype)
+    check_all(run(case, inputs, backend), exact, yardstick, dtype)
 
-    dispatch.select("cpu", dtype, "eager")
-    true = ops.operators("eager")
-    faulty = replace(true, **{operator: fault(getattr(true, operator))})
-    monkeypatch.setitem(ops._direct, "eager", faulty)
+    dispatch.select(device, dtype, backend)
+    monkeypatch.setitem(ops._direct, backend, _with_fault(ops.operators(backend), output, fault))
     with pytest.raises(AssertionError, match=rf"\b{output} FAILS"):
-        check_all(run(case, inputs, "eager"), exact, yardstick, dtype)
+        check_all(run(case, inputs, backend), exact, yardstick, dtype)

@@ -148,9 +148,12 @@ def test_bias_of_another_dtype(backend: str, device: str) -> None:
     check("dbias", dbias, exact["dbias"], yardstick["dbias"], case.dtype)
 
 
-def test_scaling_zero_is_the_base_layer() -> None:
-    t = _tensors()
-    assert torch.equal(lora_linear(**t, scaling=0.0), F.linear(t["x"], t["weight"], t["bias"]))
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_scaling_zero_is_the_base_layer(backend: str, device: str) -> None:
+    t = {name: tensor.to(device) for name, tensor in _tensors().items()}
+    exact = F.linear(t["x"].double(), t["weight"].double(), t["bias"].double())
+    y = lora_linear(**t, scaling=0.0, backend=backend)
+    check("y", y, exact, F.linear(t["x"], t["weight"], t["bias"]), torch.float32)
 
 
 def test_a_nested_tensor_is_told() -> None:

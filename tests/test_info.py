@@ -7,16 +7,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
 from lora_kernels import dispatch, info
+from lora_kernels.backends.native import load
 from lora_kernels.cli import main
+from stand_in import StandIn
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("versions", "installation", "platform", "devices", "backends", "environment", "tuned_table")
+SECTIONS = (
+    *("versions", "installation", "platform", "devices", "backends"),
+    *("native_library", "environment", "tuned_table"),
+)
 
 
 def test_it_tells_every_section(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +81,7 @@ def test_it_works_without_torch_triton_numpy_and_rich(options: list[str], tmp_pa
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("no torch here") == 3, done.stdout  # CUDA's version, the CPU's threads, the backends
+    assert done.stdout.count("no torch here") == 4, done.stdout  # CUDA's version, threads, backends, library
 
 
 def test_require_fails_where_torch_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,3 +98,52 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     (cpu, gpu) = info.collect()["devices"]
     assert cpu["device"] == "cpu"
     assert info._device_line(gpu) == "cuda:0                H200, capability 9.0, 140.0 GiB, 132 SMs"
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
+    """What ``info --json`` says of the CPU's library, and the text's section on both."""
+    assert main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)["native_library"]
+    assert main(["info"]) == 0
+    return report["cpu"], capsys.readouterr().out.partition("\nnative library\n")[2].partition("\nenvironment\n")[0]
+
+
+def test_the_native_library_before_it_is_compiled(native: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    report, text = told(capsys)
+    assert (report["state"], report["path"]) == ("would be compiled at first use", None)
+    assert f"by {native.compiler.path} (stand-in compiler 1.0); `lora-kernels build cpu` does it beforehand" in text
+    assert f"cache                 {native.cache / 'native'}" in text
+    assert not native.cache.exists()
+
+
+def test_the_native_library_in_the_cache(native: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    path = load.compile_into_cache("cpu").path
+    report, text = told(capsys)
+    assert (report["state"], report["path"], report["origin"]) == ("found", str(path), "cache")
+    assert report["build"]["compiler"] == str(native.compiler.path)
+    assert f"found: {path}" in text
+    assert f"by stand-in compiler 1.0 ({native.compiler.path})" in text
+    assert f"against torch {report['build']['torch']}; any torch from 2.11 on loads it" in text
+    load.load("cpu")
+    assert told(capsys)[0]["state"] == "loaded"
+
+
+def test_no_native_library_tells_why_and_what_to_do(
+    native: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    report, text = told(capsys)
+    assert (report["state"], report["path"]) == ("none", None)
+    assert "apt install g++" in report["reasons"][0]
+    assert "apt install g++" in text
+    assert main(["info", "--require", "native"]) == 1
+
+
+def test_a_library_that_is_passed_over_is_named(native: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    library = load.compile_into_cache("cpu").path
+    library.write_bytes(b"")
+    report, text = told(capsys)
+    assert report["state"] == "would be compiled at first use"
+    assert f"{library.parent} is passed over: {library.name} is truncated" in text
+    assert main(["info", "--require", "native"]) == 0

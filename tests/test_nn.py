@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import lora_kernels
 from lora_kernels import FusedLoRALinear, LoRAKernelsError, lora_linear
@@ -415,6 +416,23 @@ def test_the_adapter_comes_back_after_an_exception() -> None:
     with pytest.raises(KeyError), layer.enable_lora(False):
         raise KeyError
     assert "disabled" not in layer.extra_repr()
+
+
+# What stands in a parameter's place
+
+
+class _Doubled(nn.Module):
+    def forward(self, value: Tensor) -> Tensor:
+        return 2.0 * value
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B", "bias"])
+def test_a_parametrization_put_on_later_is_followed(name: str) -> None:
+    layer, x = acting(), torch.randn(5, 8)
+    doubled = copy.deepcopy(layer)
+    getattr(doubled, name).data.mul_(2.0)
+    parametrize.register_parametrization(layer, name, _Doubled())
+    assert same_bits(layer(x).detach(), doubled(x).detach())
 
 
 # The meta device

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from cases import BACKENDS, Case, make
+from cases import BACKENDS, Case, expected, make
 from lora_kernels import dispatch, ops
+from lora_kernels.verify.cases import Inputs
+from numerics import check_all
 
 CASES = [
     Case(m=6, k=10, n=8, r=3),
@@ -14,52 +17,78 @@ CASES = [
     Case(m=0, k=10, n=8, r=3),
     Case(m=6, k=10, n=8, r=3, p=0.5, dtype=torch.bfloat16, adapter_dtype=torch.float32),
 ]
+DUE = ("dx", "da", "db", "dbias")
+
+
+def _arguments(case: Case, backend: str, device: str) -> tuple[ops.Operators, Inputs, Tensor | None, Tensor]:
+    """The operators behind the dispatcher, detached inputs, the dropout state, and h."""
+    dispatch.select(device, case.dtype, backend)
+    table = ops._registered[backend]
+    i = make(case, device)
+    i = Inputs(*(None if t is None else t.detach() for t in vars(i).values()))
+    state = dispatch.backend(backend).dropout_state(i.x, case.p) if case.p else None
+    _, h = table.forward(i.x, i.weight, i.lora_a, i.lora_b, i.bias, case.scaling, case.p, state)
+    return table, i, state, h
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_opcheck(case: Case, backend: str, device: str) -> None:
-    dispatch.select(device, case.dtype, backend)
-    table = ops._registered[backend]  # behind the dispatcher
-    i = make(case, device)
-    x, a, b = i.x.detach(), i.lora_a.detach(), i.lora_b.detach()
-    bias = None if i.bias is None else i.bias.detach()
-    state = dispatch.backend(backend).dropout_state(x, case.p) if case.p else None
-    _, h = table.forward(x, i.weight, a, b, bias, case.scaling, case.p, state)
-    dh = table.dh(i.dy, b, case.scaling)
-    assert h.dtype == dh.dtype == table.hidden_dtype(case.dtype)
-    calls = {
-        "forward": (x, i.weight, a, b, bias, case.scaling, case.p, state),
-        "dh": (i.dy, b, case.scaling),
-        "dh_db": (i.dy, b, h, case.scaling),
-        "dx": (i.dy, i.weight, dh, a, case.p, state),
-        "da": (dh, x, a, case.p, state),
-        "mask": (state, case.m, case.k, case.p),
-    }
-    for name in ops.OPERATOR_NAMES:
-        if name != "mask" or state is not None:
-            torch.library.opcheck(getattr(table, name), calls[name])
+    table, i, state, h = _arguments(case, backend, device)
+    assert h.dtype == table.hidden_dtype(case.dtype)
+    arguments = (i.x, i.weight, i.lora_a, i.lora_b, i.bias, case.scaling, case.p, state)
+    torch.library.opcheck(table.forward, arguments)
+    for x, weight, hidden in ((i.x, i.weight, h), (None, i.weight, None), (i.x, None, h)):
+        arguments = (i.dy, x, weight, i.lora_a, i.lora_b, i.bias, hidden, case.scaling, case.p, state)
+        torch.library.opcheck(table.backward, arguments)
+    if state is not None:
+        torch.library.opcheck(table.mask, (state, case.m, case.k, case.p))
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("m", [5, 80])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_each_gradient_alone_and_each_one_left_out(m: int, p: float, backend: str, device: str) -> None:
+    """Those that are due pass; the others are empty, in the dtype that they would have had."""
+    case = Case(m=m, p=p, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    table, i, state, h = _arguments(case, backend, device)
+    mask = None if state is None else table.mask(state, case.m, case.k, p)
+    exact, yardstick = (expected(case, i, mask, dtype) for dtype in (torch.float64, case.dtype))
+    dtypes = {"dx": case.dtype, "da": torch.float32, "db": torch.float32, "dbias": case.dtype}
+    for due in [set(DUE), set(), *({name} for name in DUE), *(set(DUE) - {name} for name in DUE)]:
+        given = {"dx": i.weight, "da": i.x, "db": h, "dbias": i.bias}
+        weight, x, hidden, bias = (tensor if name in due else None for name, tensor in given.items())
+        out = table.backward(i.dy, x, weight, i.lora_a, i.lora_b, bias, hidden, case.scaling, p, state)
+        results = dict(zip(DUE, out, strict=True))
+        assert {name: result.dtype for name, result in results.items()} == dtypes
+        assert {name for name, result in results.items() if result.shape == (0,)} == set(DUE) - due
+        check_all({name: results[name] for name in due}, exact, yardstick, case.dtype)
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_nothing_given_is_written_to(backend: str, device: str) -> None:
     case = Case(p=0.2)
-    dispatch.select(device, case.dtype, backend)
-    table = ops._registered[backend]  # behind the dispatcher
-    i = make(case, device)
-    x, a, b, bias = i.x.detach(), i.lora_a.detach(), i.lora_b.detach(), i.bias.detach()
-    state = dispatch.backend(backend).dropout_state(x, case.p)
-    given = [x, i.weight, a, b, bias, i.dy, state]
+    table, i, state, h = _arguments(case, backend, device)
+    given = [*vars(i).values(), state, h]
     before = [tensor.clone() for tensor in given]
-    _, h = table.forward(x, i.weight, a, b, bias, 0.5, case.p, state)
-    dh, _ = table.dh_db(i.dy, b, h, 0.5)
-    table.dx(i.dy, i.weight, dh, a, case.p, state)
-    table.da(dh, x, a, case.p, state)
+    table.forward(i.x, i.weight, i.lora_a, i.lora_b, i.bias, 0.5, case.p, state)
+    table.backward(i.dy, i.x, i.weight, i.lora_a, i.lora_b, i.bias, h, 0.5, case.p, state)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(given, before, strict=True))
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_gradients_share_no_memory(backend: str, device: str) -> None:
+    """Not with what was given, nor with each other: torch.library's contract for functional operators."""
+    _, i, _, h = _arguments(Case(m=1, n=1), backend, device)
+    table = ops.operators(backend)
+    given = [*vars(i).values(), h]
+    results = table.backward(i.dy, i.x, i.weight, i.lora_a, i.lora_b, i.bias, h, 0.5, 0.0, None)
+    addresses = [tensor.untyped_storage().data_ptr() for tensor in (*given, *results)]
+    assert len(set(addresses)) == len(addresses)
 
 
 def test_registering_twice_is_harmless() -> None:
     dispatch.select("cpu", torch.float32, "eager")
     before = ops.operators("eager")
-    dispatch.backend("eager").register()
+    dispatch.backend("eager").register("cpu")
     assert ops.operators("eager") is before

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import lora_kernels
+from stand_in import needs_a_compiler, write_sources
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lora_kernels"
@@ -21,31 +25,62 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 PROJECT = (ROOT / "pyproject.toml").read_text()
 
 
+CSRC = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+BUILD_META = "from setuptools import build_meta; print(build_meta.build_{what}('out'))"
+
+
+def copy_of_the_checkout(folder: Path) -> Path:
+    """What a build reads, so that the checkout itself gets no build folder."""
+    pytest.importorskip("setuptools", minversion="77", reason="building a wheel needs setuptools 77")
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("lora_kernels", "tests", "bench", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def python(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """This Python in ``folder``, where it finds a torch that cannot be imported: no build imports it."""
+    broken = folder.parent / f"{folder.name}-broken-torch"
+    (broken / "torch").mkdir(parents=True, exist_ok=True)
+    shutil.copy(Path(__import__("torch").__file__).with_name("version.py"), broken / "torch")
+    (broken / "torch" / "__init__.py").write_text("raise ImportError('torch was imported')\n")
+    environment = {**os.environ, "LORA_KERNELS_BUILD": "", "PYTHONPATH": str(broken), **variables}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=300, env=environment
+    )
+
+
+def built(folder: Path, what: str, **variables: str) -> Path:
+    done = python(folder, "-c", BUILD_META.format(what=what), **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "out" / done.stdout.split()[-1]
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel, built from a copy so that the checkout gets no build folder."""
-    pytest.importorskip("setuptools", minversion="77", reason="building a wheel needs setuptools 77")
-    folder = tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    for name in ("lora_kernels", "tests", "bench"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "-w",
-        "out",
-        ".",
-    ]
-    built = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert built.returncode == 0, built.stdout + built.stderr
+    folder = copy_of_the_checkout(tmp_path_factory.mktemp("wheel"))
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "-w", "out")
+    done = python(folder, "-m", "pip", "wheel", *options, ".")
+    assert done.returncode == 0, done.stdout + done.stderr
     (path,) = (folder / "out").glob("*.whl")
     return zipfile.ZipFile(path)
+
+
+@pytest.fixture(scope="module")
+def checkout_with_stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout whose native library compiles in a second."""
+    needs_a_compiler()
+    folder = copy_of_the_checkout(tmp_path_factory.mktemp("checkout"))
+    shutil.rmtree(folder / "csrc")
+    write_sources(folder / "csrc")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def platform_wheel(checkout_with_stand_in: Path) -> Path:
+    """Compiled ahead of time, linked against this environment's torch."""
+    return built(checkout_with_stand_in, "wheel", LORA_KERNELS_BUILD="cpu", PYTHONPATH="")
 
 
 def test_the_wheel_is_pure_and_named_by_the_package_version(wheel: zipfile.ZipFile) -> None:
@@ -57,6 +92,70 @@ def test_the_wheel_holds_every_module_and_the_marker_of_types(wheel: zipfile.Zip
     expected = {str(path.relative_to(ROOT)) for path in SOURCES} | {"lora_kernels/py.typed"}
     tuned = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("tuned/*.json")}
     assert expected | tuned <= set(wheel.namelist())
+
+
+def test_the_wheel_holds_the_sources_of_the_native_library(wheel: zipfile.ZipFile) -> None:
+    expected = {f"lora_kernels/{path.relative_to(ROOT).as_posix()}" for path in CSRC}
+    assert expected == {name for name in wheel.namelist() if name.startswith("lora_kernels/csrc/")}
+    assert "lora_kernels/csrc/common.h" in expected
+
+
+def test_the_sdist_holds_them_too(tmp_path: Path) -> None:
+    path = built(copy_of_the_checkout(tmp_path), "sdist")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {path.relative_to(ROOT).as_posix() for path in CSRC} <= names
+    assert {"setup.py", "pyproject.toml", "MANIFEST.in"} <= names
+
+
+def test_a_platform_wheel_serves_every_python_3(platform_wheel: Path) -> None:
+    assert re.fullmatch(rf"lora_kernels-{lora_kernels.__version__}-py3-none-(?!any)\w+\.whl", platform_wheel.name)
+    names = zipfile.ZipFile(platform_wheel).namelist()
+    native = {Path(name).suffix for name in names if name.startswith("lora_kernels/lib/cpu/")}
+    assert native in ({".so", ".json"}, {".dylib", ".json"})
+    assert not [name for name in names if ".data/" in name]
+
+
+def test_an_installed_platform_wheel_loads_what_it_brought(platform_wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    options = ("--no-deps", "--no-index", "--no-compile", "--target", str(site))
+    installed = python(tmp_path, "-m", "pip", "install", *options, str(platform_wheel))
+    assert installed.returncode == 0, installed.stderr
+    code = "import json; from lora_kernels.backends.native.load import load, status; "
+    code += "load('cpu'); print(json.dumps(status('cpu')))"
+    variables = {"PYTHONPATH": str(site), "LORA_KERNELS_BUILD": "off", "LORA_KERNELS_CACHE": str(tmp_path)}
+    done = python(tmp_path, "-c", code, **variables)
+    status = json.loads(done.stdout)
+    assert (status["state"], status["origin"], done.stderr) == ("loaded", "installed", "")
+    assert Path(status["path"]).parent == site / "lora_kernels" / "lib" / "cpu"
+    assert status["build"]["torch"] == __import__("torch").__version__
+
+
+def test_a_pure_wheel_after_a_platform_wheel_is_pure(platform_wheel: Path, checkout_with_stand_in: Path) -> None:
+    path = built(checkout_with_stand_in, "wheel")
+    assert path.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(path).namelist() if "/lib/" in name]
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "words"),
+    [
+        ("wheel", "gpu", "LORA_KERNELS_BUILD=gpu was given: it must be cpu, cuda, all or off"),
+        ("editable", "cpu", "with an editable install, whose sources change: unset it, and run `lora-kernels build`"),
+    ],
+)
+def test_what_cannot_be_built_is_a_sentence(checkout_with_stand_in: Path, what: str, value: str, words: str) -> None:
+    done = python(checkout_with_stand_in, "-c", BUILD_META.format(what=what), LORA_KERNELS_BUILD=value)
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("lora-kernels: ")
+
+
+def test_without_a_compiler_a_build_ahead_of_time_is_a_sentence(checkout_with_stand_in: Path) -> None:
+    variables = {"LORA_KERNELS_BUILD": "cpu", "CXX": "no-such-compiler"}
+    done = python(checkout_with_stand_in, "-c", BUILD_META.format(what="wheel"), **variables)
+    assert done.returncode != 0
+    assert "lora-kernels: CXX=no-such-compiler was given" in done.stderr
 
 
 def test_the_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:

@@ -1,4 +1,4 @@
-"""The mask that the kernels draw is the specification's, bit for bit."""
+"""The mask that the kernels draw is the specification's, bit for bit: Triton's and the native library's alike."""
 
 from __future__ import annotations
 
@@ -7,31 +7,47 @@ import torch
 import triton
 import triton.language as tl
 
+from cases import BACKENDS
 from lora_kernels import dispatch, ops, reference
 from lora_kernels.backends.triton.kernels.philox import keep_tile, load_seed
+from lora_kernels.ops import Operators
 
 SEEDS = [(0, 0), (1, 2), (-1, -1), (-(2**63), 2**63 - 1), (123456789012345, -987654321)]
 
 
+every_philox = pytest.mark.parametrize(("backend", "device"), [pair for pair in BACKENDS if pair[0] != "eager"])
+
+
+def operators(backend: str, device: str) -> Operators:
+    dispatch.select(device, torch.float32, backend)
+    return ops.operators(backend)
+
+
+@every_philox
 @pytest.mark.parametrize("seed", SEEDS, ids=str)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (33, 8), (5, 131), (70, 40)])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9999999])
-def test_mask_is_the_references(triton_device: str, seed: tuple[int, int], rows: int, columns: int, p: float) -> None:
-    state = torch.tensor(seed, device=triton_device)
-    dispatch.backend("triton").register()
-    actual = ops.operators("triton").mask(state, rows, columns, p)
+def test_mask_is_the_references(
+    backend: str, device: str, seed: tuple[int, int], rows: int, columns: int, p: float
+) -> None:
+    state = torch.tensor(seed, device=device)
+    actual = operators(backend, device).mask(state, rows, columns, p)
     assert actual.dtype == torch.bool
     assert torch.equal(actual, reference.philox_keep_mask(state, rows, columns, p))
 
 
-def test_share_of_kept_elements(triton_device: str) -> None:
+@every_philox
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_an_empty_mask(backend: str, device: str, size: tuple[int, int]) -> None:
+    assert operators(backend, device).mask(torch.tensor((1, 2), device=device), *size, 0.5).shape == size
+
+
+@every_philox
+def test_share_of_kept_elements(backend: str, device: str) -> None:
     """Three standard deviations around 1 - p; adjacent elements, rows and seeds agree as often as chance has it."""
-    dispatch.backend("triton").register()
     rows, columns, p = 256, 256, 0.25
-    first, second = (
-        ops.operators("triton").mask(torch.tensor(seed, device=triton_device), rows, columns, p)
-        for seed in ((1, 2), (1, 3))
-    )
+    mask = operators(backend, device).mask
+    first, second = (mask(torch.tensor(seed, device=device), rows, columns, p) for seed in ((1, 2), (1, 3)))
     agreement = p**2 + (1 - p) ** 2
     for sample, share in [
         (first, 1 - p),

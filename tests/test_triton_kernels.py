@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,8 +13,7 @@ import torch
 from torch import Tensor
 
 from cases import CUDA, HALF, Case, Inputs, make
-from lora_kernels import dispatch, ops, reference
-from lora_kernels.ops import Operators
+from lora_kernels import reference
 from numerics import check_all, same_bits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,21 +34,21 @@ SEED = (-(2**62) - 12345, 2**63 - 7)
 
 
 @pytest.fixture(scope="module")
-def operators() -> Operators:
-    dispatch.backend("triton").register()
-    return ops.operators("triton")
+def launch() -> ModuleType:
+    """The operators and the parts of ``backward``: these are called one by one here, and fed to each other."""
+    return import_module("lora_kernels.backends.triton.launch")
 
 
-def run(operators: Operators, case: Case, i: Inputs, dy: Tensor | None = None) -> dict[str, Tensor]:
-    """All results of the six operators; ``dh_alone`` is the operator ``dh``'s."""
+def run(launch: ModuleType, case: Case, i: Inputs, dy: Tensor | None = None) -> dict[str, Tensor]:
+    """All results of the kernels; ``dh_alone`` is that of ``dh``."""
     i = Inputs(*(None if t is None else t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.bias, i.dy)))
     dy = i.dy if dy is None else dy
     state = torch.tensor(SEED, device=i.x.device) if case.p else None
-    y, h = operators.forward(i.x, i.weight, i.lora_a, i.lora_b, i.bias, case.scaling, case.p, state)
-    dh, db = operators.dh_db(dy, i.lora_b, h, case.scaling)
-    dx = operators.dx(dy, i.weight, dh, i.lora_a, case.p, state)
-    da = operators.da(dh, i.x, i.lora_a, case.p, state)
-    dh_alone = operators.dh(dy, i.lora_b, case.scaling)
+    y, h = launch.forward(i.x, i.weight, i.lora_a, i.lora_b, i.bias, case.scaling, case.p, state)
+    dh, db = launch.dh_db(dy, i.lora_b, h, case.scaling)
+    dx = launch.dx(dy, i.weight, dh, i.lora_a, case.p, state)
+    da = launch.da(dh, i.x, i.lora_a, case.p, state)
+    dh_alone = launch.dh(dy, i.lora_b, case.scaling)
     return {"y": y, "h": h, "dh": dh, "dh_alone": dh_alone, "dx": dx, "da": da, "db": db}
 
 
@@ -65,19 +66,19 @@ def expected(case: Case, i: Inputs, dtype: torch.dtype, dy: Tensor | None = None
     return {"y": y, "h": h, "dh": dh, "dh_alone": dh, "dx": g.dx, "da": g.da, "db": g.db}
 
 
-def check(operators: Operators, case: Case, i: Inputs, dy: Tensor | None = None) -> None:
+def check(launch: ModuleType, case: Case, i: Inputs, dy: Tensor | None = None) -> None:
     exact, yardstick = (expected(case, i, dtype, dy) for dtype in (torch.float64, case.dtype))
-    check_all(run(operators, case, i, dy), exact, yardstick, case.dtype)
+    check_all(run(launch, case, i, dy), exact, yardstick, case.dtype)
 
 
 @pytest.mark.parametrize("case", RANKS + FORMS, ids=str)
-def test_against_float64(operators: Operators, triton_device: str, case: Case) -> None:
-    check(operators, case, make(case, triton_device))
+def test_against_float64(launch: ModuleType, triton_device: str, case: Case) -> None:
+    check(launch, case, make(case, triton_device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [3, 35])
-def test_any_strides(operators: Operators, triton_device: str, m: int, dtype: torch.dtype) -> None:
+def test_any_strides(launch: ModuleType, triton_device: str, m: int, dtype: torch.dtype) -> None:
     """Weights, adapters and bias in other than their usual layouts; dy expanded, transposed, row-strided."""
     case = Case(m=m, k=37, n=41, r=17, dtype=dtype, p=0.1)
     i = make(case, triton_device)
@@ -88,24 +89,24 @@ def test_any_strides(operators: Operators, triton_device: str, m: int, dtype: to
     wide = torch.cat([i.dy, i.dy], dim=1)[:, 1 : case.n + 1]
     expanded = torch.ones((), dtype=dtype, device=triton_device).expand(case.m, case.n)
     for dy in (i.dy.t().contiguous().t(), wide, expanded, i.dy[:1].expand(case.m, case.n)):
-        check(operators, case, i, dy)
+        check(launch, case, i, dy)
 
 
 @pytest.mark.parametrize("case", [Case(m=m, dtype=dtype, p=0.2) for m in (9, 70) for dtype in DTYPES], ids=str)
-def test_the_same_bits_twice(operators: Operators, triton_device: str, case: Case) -> None:
-    first, second = (run(operators, case, make(case, triton_device)) for _ in range(2))
+def test_the_same_bits_twice(launch: ModuleType, triton_device: str, case: Case) -> None:
+    first, second = (run(launch, case, make(case, triton_device)) for _ in range(2))
     assert all(same_bits(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("m", [9, 70])
 def test_every_output_is_written(
-    operators: Operators, triton_device: str, m: int, monkeypatch: pytest.MonkeyPatch
+    launch: ModuleType, triton_device: str, m: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Results allocated full of NaN come out as those allocated anyhow."""
     case = Case(m=m, k=45, n=50, r=5, p=0.2)
-    usual = run(operators, case, make(case, triton_device))
+    usual = run(launch, case, make(case, triton_device))
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
-    poisoned = run(operators, case, make(case, triton_device))
+    poisoned = run(launch, case, make(case, triton_device))
     assert all(same_bits(usual[name], poisoned[name]) for name in usual)
 
 
@@ -119,17 +120,17 @@ def _poisoned(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("p", [0.0, 0.9])
 @pytest.mark.parametrize(("m", "k", "n"), [(0, 24, 40), (20, 24, 0), (3, 24, 0), (20, 0, 40), (3, 0, 40), (0, 0, 0)])
-def test_empty_sizes(operators: Operators, triton_device: str, m: int, k: int, n: int, p: float) -> None:
+def test_empty_sizes(launch: ModuleType, triton_device: str, m: int, k: int, n: int, p: float) -> None:
     case = Case(m=m, k=max(k, 1), n=n, r=2, p=p)
     i = make(case, triton_device)
     parts = (i.x.detach()[:, :k], i.weight[:, :k], i.lora_a.detach()[:, :k], i.lora_b, i.bias, i.dy)
-    check(operators, case, Inputs(*parts))
+    check(launch, case, Inputs(*parts))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, in the interpreter
 @pytest.mark.parametrize("m", [5, 35])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_dropped_element_does_not_hide_nan(operators: Operators, triton_device: str, m: int, bad: float) -> None:
+def test_a_dropped_element_does_not_hide_nan(launch: ModuleType, triton_device: str, m: int, bad: float) -> None:
     """As in torch.nn.functional.dropout, 0 times NaN is NaN."""
     case = Case(m=m, p=0.5)
     i = make(case, triton_device)
@@ -137,7 +138,7 @@ def test_a_dropped_element_does_not_hide_nan(operators: Operators, triton_device
     column = int((~keep[2]).nonzero()[0])
     x = i.x.detach().clone()
     x[2, column] = bad
-    out = run(operators, case, replace(i, x=x))
+    out = run(launch, case, replace(i, x=x))
     clean = [row for row in range(m) if row != 2]
     for name in ("y", "h"):
         assert not torch.isfinite(out[name][2]).any()
@@ -148,24 +149,24 @@ def test_a_dropped_element_does_not_hide_nan(operators: Operators, triton_device
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, in the interpreter
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("m", [5, 35])
-def test_an_infinite_h_stays_infinite(operators: Operators, triton_device: str, m: int, dtype: torch.dtype) -> None:
+def test_an_infinite_h_stays_infinite(launch: ModuleType, triton_device: str, m: int, dtype: torch.dtype) -> None:
     """h enters 16-bit products as two parts; the low part of an infinite h must not turn it into NaN."""
     case = Case(m=m, r=1, dtype=dtype)
     i = make(case, triton_device)
     x, weight, lora_a, lora_b = (torch.ones_like(t) for t in (i.x, i.weight, i.lora_a, i.lora_b))
     x[:, 0] = float("inf")
-    y, _ = operators.forward(x, weight, lora_a, lora_b, None, 0.5, 0.0, None)
+    y, _ = launch.forward(x, weight, lora_a, lora_b, None, 0.5, 0.0, None)
     assert torch.isinf(y).all()
 
 
 @pytest.mark.parametrize("m", [16, 64])
-def test_one_rounding(operators: Operators, triton_device: str, m: int) -> None:
+def test_one_rounding(launch: ModuleType, triton_device: str, m: int) -> None:
     """y in bf16: its error is below that of base, branch and sum each rounded, as in PEFT, and below that
     of one rounding of y where h was rounded before."""
     case = Case(m=m, k=128, n=96, r=16, dtype=torch.bfloat16)
     i = make(case, triton_device)
     exact, h = (expected(case, i, torch.float64)[name] for name in ("y", "h"))
-    y = run(operators, case, i)["y"]
+    y = run(launch, case, i)["y"]
     base = torch.nn.functional.linear(i.x.detach(), i.weight, i.bias.detach())
     peft = base + (i.x.detach() @ i.lora_a.detach().t() @ i.lora_b.detach().t()) * case.scaling
     lost = case.scaling * ((h.to(case.dtype).double() - h) @ i.lora_b.detach().double().t())
@@ -175,20 +176,18 @@ def test_one_rounding(operators: Operators, triton_device: str, m: int) -> None:
 
 
 @pytest.mark.parametrize("m", [3, 20])
-def test_rows_beyond_32_bit_addresses(operators: Operators, triton_device: str, m: int) -> None:
+def test_rows_beyond_32_bit_addresses(launch: ModuleType, triton_device: str, m: int) -> None:
     """The last row of x starts beyond 2**31 elements of its storage, of which only x's rows are ever touched."""
     case = Case(m=m, dtype=torch.bfloat16, p=0.1)
     i = make(case, triton_device)
     stride = 2**31 // (case.m - 1) + 1
     storage = torch.empty(stride * (case.m - 1) + case.k, dtype=case.dtype, device=triton_device)
     far = storage.as_strided((case.m, case.k), (stride, 1)).copy_(i.x.detach())
-    check(operators, case, replace(i, x=far))
+    check(launch, case, replace(i, x=far))
 
 
-def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def count_launches(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that ``launch.py`` launches from now on, by name."""
-    from lora_kernels.backends.triton import launch
-
     launched: list[str] = []
 
     class Counted:
@@ -207,12 +206,12 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize(("m", "forward"), [(1, 1), (16, 1), (17, 2), (40, 2)])
 def test_launches(
-    operators: Operators, triton_device: str, m: int, forward: int, p: float, monkeypatch: pytest.MonkeyPatch
+    launch: ModuleType, triton_device: str, m: int, forward: int, p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lora_kernels import lora_linear
 
     i = make(Case(m=m), triton_device)
-    launched = count_launches(monkeypatch)
+    launched = count_launches(launch, monkeypatch)
     y = lora_linear(i.x, i.weight, i.lora_a, i.lora_b, i.bias, 0.5, p, training=True, backend="triton")
     assert len(launched) == forward
     launched.clear()
@@ -220,11 +219,11 @@ def test_launches(
     assert launched == ["dh_db_kernel", "reduce_kernel", "dx_kernel", "da_kernel"]
 
 
-def test_frozen_b_takes_dh_alone(operators: Operators, triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_b_takes_dh_alone(launch: ModuleType, triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_kernels import lora_linear
 
     i = make(Case(), triton_device)
-    launched = count_launches(monkeypatch)
+    launched = count_launches(launch, monkeypatch)
     y = lora_linear(i.x, i.weight, i.lora_a, i.lora_b.detach(), i.bias, 0.5, backend="triton")
     launched.clear()
     y.backward(i.dy)

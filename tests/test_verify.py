@@ -20,6 +20,7 @@ from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.verify import checks, interpreted
 from lora_kernels.verify.cases import CASES, make
 
+NAN = torch.tensor(float("nan"))
 pytestmark = pytest.mark.usefixtures("_one_thread")
 FP32 = {"backends": ["eager"], "dtypes": ["fp32"], "device": "cpu"}
 
@@ -84,34 +85,39 @@ def wrong_scaling(right: Operator) -> Operator:
     return lambda x, w, a, b, bias, s, p, state: right(x, w, a, b, bias, s * 1.001, p, state)
 
 
+def faulty_gradient(index: int, change: Callable[[Tensor], Tensor]) -> Callable[[Operator], Operator]:
+    """A ``backward`` whose gradient ``index`` (of dx, da, db, dbias) is changed where it is due."""
+
+    def fault(right: Operator) -> Operator:
+        def backward(*arguments: Any) -> tuple[Tensor, ...]:
+            gradients = list(right(*arguments))
+            if gradients[index].numel():
+                gradients[index] = change(gradients[index])
+            return tuple(gradients)
+
+        return backward
+
+    return fault
+
+
+last_column_of_da_skipped = faulty_gradient(1, lambda da: torch.cat([da[:, :-1], torch.zeros_like(da[:, -1:])], 1))
+nan_in_a_corner_of_dx = faulty_gradient(0, lambda dx: dx.index_put_((torch.tensor(-1), torch.tensor(-1)), NAN))
+last_bias_skipped = faulty_gradient(3, lambda dbias: torch.cat([dbias[:-1], torch.zeros_like(dbias[-1:])]))
+
+
 def stale_hidden(right: Operator) -> Operator:
-    return lambda dy, b, h, s: right(dy, b, h.roll(1, 0), s)
+    return lambda dy, x, w, a, b, bias, h, *rest: right(dy, x, w, a, b, bias, h.roll(1, 0), *rest)
 
 
-def last_column_skipped(right: Operator) -> Operator:
-    def faulty(dh: Tensor, x: Tensor, a: Tensor, p: float, state: Tensor | None) -> Tensor:
-        da: Tensor = right(dh, x, a, p, state)
-        return torch.cat([da[:, :-1], torch.zeros_like(da[:, -1:])], 1)
+def mask_ignored_in_dx(right: Operator) -> Operator:
+    def backward(*arguments: Any) -> tuple[Tensor, ...]:
+        return right(*arguments[:-2], 0.0, None)[0], *right(*arguments)[1:]
 
-    return faulty
-
-
-def mask_ignored(right: Operator) -> Operator:
-    return lambda dy, w, dh, a, p, state: right(dy, w, dh, a, 0.0, None)
+    return backward
 
 
 def mask_off_by_one(right: Operator) -> Operator:
     return lambda state, m, k, p: right(state, m, k, p).roll(1, 1)
-
-
-def nan_in_a_corner(right: Operator) -> Operator:
-    def faulty(dy: Tensor, w: Tensor, dh: Tensor, a: Tensor, p: float, state: Tensor | None) -> Tensor:
-        dx: Tensor = right(dy, w, dh, a, p, state)
-        if dx.numel():
-            dx[-1, -1] = float("nan")
-        return dx
-
-    return faulty
 
 
 def raises(right: Operator) -> Operator:
@@ -123,12 +129,13 @@ def raises(right: Operator) -> Operator:
 
 FAULTS = [
     ("forward", wrong_scaling, {"y"}),
-    ("dh_db", stale_hidden, {"db"}),
-    ("da", last_column_skipped, {"da"}),
-    ("dx", mask_ignored, {"dx"}),
+    ("backward", stale_hidden, {"db"}),
+    ("backward", last_column_of_da_skipped, {"da"}),
+    ("backward", mask_ignored_in_dx, {"dx"}),
     ("mask", mask_off_by_one, {"y", "dx", "da", "db"}),
-    ("dx", nan_in_a_corner, {"dx"}),
-    ("da", raises, set(OUTPUTS)),
+    ("backward", nan_in_a_corner_of_dx, {"dx"}),
+    ("backward", last_bias_skipped, {"dbias"}),
+    ("backward", raises, set(OUTPUTS)),
 ]
 
 
@@ -149,11 +156,8 @@ def test_a_backend_that_differs_from_run_to_run_fails(monkeypatch: pytest.Monkey
     select("cpu", torch.float32, "eager")
     right = ops.operators("eager")
     signs = iter([1.0, -1.0] * 100)
-
-    def restless(*arguments: Any) -> Tensor:
-        return right.dx(*arguments) * (1.0 + next(signs) * torch.finfo(torch.float32).eps)
-
-    monkeypatch.setitem(ops._direct, "eager", replace(right, dx=restless))
+    restless = faulty_gradient(0, lambda dx: dx * (1.0 + next(signs) * torch.finfo(torch.float32).eps))
+    monkeypatch.setitem(ops._direct, "eager", replace(right, backward=restless(right.backward)))
     found = verify.run(**FP32)
     assert [check.name for check in found.checks if not check.passed] == ["the same bits twice"]
 
@@ -177,7 +181,7 @@ def test_a_wrong_second_derivative_fails(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_command_fails_with_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     select("cpu", torch.float32, "eager")
     right = ops.operators("eager")
-    monkeypatch.setitem(ops._direct, "eager", replace(right, da=last_column_skipped(right.da)))
+    monkeypatch.setitem(ops._direct, "eager", replace(right, backward=last_column_of_da_skipped(right.backward)))
     arguments = ["verify", "--backend", "eager", "--dtype", "fp32", "--device", "cpu"]
     assert main(arguments) == 1
     shown = capsys.readouterr().out

@@ -13,6 +13,8 @@ generator would have to read the seed back from the device, so the mask itself, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,19 +50,38 @@ def forward(
     return low_rank.addmm_(x, weight.t()), h
 
 
-def dh(dy: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    return _product(dy, _as(lora_b, dy.dtype), scaling)
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    h: Tensor | None,
+    scaling: float,
+    p: float,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dh: Any = None
+    if weight is not None or x is not None:
+        dh = _product(dy, _as(lora_b, dy.dtype), scaling)  # (M, R)
+    return (
+        dy.new_empty(0) if weight is None else _dx(dy, weight, dh, lora_a, p, state),
+        lora_a.new_empty(0) if x is None else _da(dh, x, lora_a, p, state),
+        lora_b.new_empty(0) if h is None else _db(dy, h, lora_b, scaling),
+        dy.new_empty(0) if bias is None else dy.sum(0, dtype=bias.dtype),
+    )
 
 
-def dh_db(dy: Tensor, lora_b: Tensor, h: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def _db(dy: Tensor, h: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     if dy.shape[0] < MANY_TOKENS:
         db = _product(dy.t(), h, scaling)  # (N, R)
     else:
         db = _product(h.t(), dy, scaling).t().contiguous()  # (N, R): the quicker order of the product
-    return dh(dy, lora_b, scaling), _as(db, lora_b.dtype)
+    return _as(db, lora_b.dtype)
 
 
-def dx(dy: Tensor, weight: Tensor, dh: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
+def _dx(dy: Tensor, weight: Tensor, dh: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
     lora_a = _as(lora_a, dy.dtype)
     if state is None:
         return (dh @ lora_a).addmm_(dy, weight)
@@ -68,7 +89,7 @@ def dx(dy: Tensor, weight: Tensor, dh: Tensor, lora_a: Tensor, p: float, state: 
     return low_rank.mul_(_keep(low_rank, p, state)).addmm_(dy, weight)
 
 
-def da(dh: Tensor, x: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
+def _da(dh: Tensor, x: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
     if state is None:
         return _as(dh.t() @ x, lora_a.dtype)
     return _as(_product(dh.t(), x * _keep(x, p, state), 1.0 / (1.0 - p)), lora_a.dtype)
@@ -122,7 +143,7 @@ class EagerBackend:
         order = "PyTorch's products, one accumulating onto the other in place."
         return f"{order} {dropout}" if problem.dropout_p else order
 
-    def register(self) -> None:
+    def register(self, device_type: str) -> None:
         implementations = {name: globals()[name] for name in OPERATOR_NAMES}
         register(self.name, implementations, hidden_dtype=lambda compute: compute)
 

@@ -9,6 +9,7 @@
 ``roofline``    bytes, flops and launches of each provider, and the time that a machine model predicts
 ``runner``      one cell, one preset
 ``results``     the JSON
+``summary``     geometric means and worst cells; ``grid``: one compact table, dtypes side by side
 ``report``      tables of it, for the terminal and for Markdown; ``plot``: ratio over tokens
 ``cli``         ``lora-kernels bench``
 =============== ======================================================================================

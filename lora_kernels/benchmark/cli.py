@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         raise InvalidArgumentError(
             f"preset {chosen.name!r} was to run on cuda, and no CUDA device is visible. Choose another preset, such as "
-            "quick or cpu, or pass --device cpu."
+            "quick or cpu-grid, or pass --device cpu."
         )
 
     def keep(result: Result) -> None:
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         from .plot import plot
 
         plot(result, args.plot)
-    ours = (cell.providers[name] for cell in result.cells for name in result.ours)
+    ours = (cell.providers[name] for cell in result.cells for name in result.ours if cell.providers)
     return 1 if any(entry.status == "failed" for entry in ours) else 0
 
 

@@ -68,7 +68,7 @@ def _run(layer: Layer, setup: Setup, dropout: bool) -> dict[str, Tensor]:
     finally:
         if layer.module is not None:
             layer.module.train()
-    return {"y": y.detach()[rows], "dx": dx[rows], **dict(zip(("da", "db"), adapters, strict=False))}
+    return {"y": y.detach()[rows], "dx": dx[rows], **dict(zip(("da", "db", "dbias"), adapters, strict=False))}
 
 
 def _mask(provider: Provider, setup: Setup) -> Tensor:
@@ -92,7 +92,8 @@ def _expected(dtype: torch.dtype, setup: Setup, mask: Tensor | None, p: float) -
     dx = reference.backward(dy[rows], x[rows], weight, lora_a, lora_b, s, row_mask, p).dx
     dropped = reference.drop(x, mask, p)
     dh = s * (dy @ lora_b)
-    return {"y": y, "dx": dx, "da": dh.t() @ dropped, "db": s * (dy.t() @ (dropped @ lora_a.t()))}
+    da, db = dh.t() @ dropped, s * (dy.t() @ (dropped @ lora_a.t()))
+    return {"y": y, "dx": dx, "da": da, "db": db, "dbias": dy.sum(0)}
 
 
 def _rows(setup: Setup) -> Tensor:

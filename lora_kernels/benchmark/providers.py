@@ -60,7 +60,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer ready to be called: y = call(x); ``trainable`` are its adapters, [A, B] or nothing."""
+    """A layer ready to be called: y = call(x); ``trainable``: A, B and the bias if it trains; the floor has none."""
 
     call: Callable[[Tensor], Tensor]
     trainable: tuple[Tensor, ...] = ()
@@ -131,7 +131,8 @@ def _build_ours(backend: str | None) -> Callable[[Setup], Layer]:
             adapter_dtype=setup.adapter_dtype,
         )
         _load(module.lora_A, module.lora_B, setup)
-        return Layer(module, (module.lora_A, module.lora_B), module.train(), lambda: dispatch.use_backend(backend))
+        trainable = (module.lora_A, module.lora_B, *_trainable_bias(setup))
+        return Layer(module, trainable, module.train(), lambda: dispatch.use_backend(backend))
 
     return build
 
@@ -171,7 +172,8 @@ def _build_peft(same_dtype: bool) -> Callable[[Setup], Layer]:
         for adapter in adapters:
             adapter.to(setup.dtype if same_dtype else setup.adapter_dtype)
         _load(adapters[0].weight, adapters[1].weight, setup)
-        return Layer(module, (adapters[0].weight, adapters[1].weight), module.train())
+        trainable = (adapters[0].weight, adapters[1].weight, *_trainable_bias(setup))
+        return Layer(module, trainable, module.train())
 
     return build
 
@@ -200,7 +202,7 @@ def _build_composition(lora_first: bool) -> Callable[[Setup], Layer]:
             y: Tensor = apply(x, weight, bias, lora_a, lora_b, dropout, setup.scaling, lora_first)
             return y
 
-        return Layer(call, (lora_a, lora_b), module)
+        return Layer(call, (lora_a, lora_b, *_trainable_bias(setup)), module)
 
     return build
 
@@ -236,7 +238,7 @@ class Composition(torch.autograd.Function):
         dropped, weight, lora_a, lora_b, mask, h = ctx.saved_tensors
         a, b = lora_a.to(dy.dtype), lora_b.to(dy.dtype)
         dh = (dy @ b).mul_(ctx.scaling)
-        need_x, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        need_x, need_bias, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 2, 3, 4))
         dx = None
         if need_x and mask is not None:
             low_rank = torch.ops.aten.native_dropout_backward(dh @ a, mask, 1.0 / (1.0 - ctx.p))
@@ -245,7 +247,7 @@ class Composition(torch.autograd.Function):
             dx = (dh @ a).addmm_(dy, weight) if ctx.lora_first else _add_product(dy @ weight, dh, a.t(), 1.0)
         da = (dh.t() @ dropped).to(lora_a.dtype) if need_a else None
         db = (h.t() @ dy).mul_(ctx.scaling).t().to(lora_b.dtype) if need_b else None
-        return dx, None, None, da, db, None, None, None
+        return dx, None, dy.sum(0) if need_bias else None, da, db, None, None, None
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
@@ -254,6 +256,11 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, scaling: float) -> Te
         return out.addmm_(left, right.t(), alpha=scaling)
     out.t().addmm_(right, left.t(), alpha=scaling)
     return out
+
+
+def _trainable_bias(setup: Setup) -> tuple[Tensor, ...]:
+    """The shared bias, set to train again after a layer that was built around it has frozen it; or nothing."""
+    return (setup.linear.bias.requires_grad_(),) if setup.workload.train_bias else ()
 
 
 @torch.no_grad()

@@ -11,10 +11,10 @@ from .workloads import DIRECTIONS
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-__all__ = ["Table", "legend", "markdown", "reasons", "rich_table", "table"]
+__all__ = ["SHORT", "Table", "caption", "legend", "markdown", "reasons", "rich_table", "table"]
 
 SLOWER = 1.02  # a rival is said to be ahead where it is quicker by more than timers can be trusted for
-_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _LEGEND = {
     "peft16": "PEFT16: adapters of the base's 16-bit dtype; the others have fp32 adapters.",
     "addmm": "addmm_: the base product, then the low-rank term by addmm_ in place.",
@@ -37,7 +37,8 @@ class Table:
 def table(result: Result, direction: str, conditions: dict[str, tuple[str, ...]] | None = None) -> Table:
     """All cells of one direction that meet the conditions (see ``Preset.only``), one row each."""
     conditions = {"direction": (direction,), **(conditions or {})}
-    cells = [c for c in result.cells if all(c.workload.has(name, values) for name, values in conditions.items())]
+    chosen = [c for c in result.cells if all(c.workload.has(name, values) for name, values in conditions.items())]
+    cells = [c for c in chosen if not c.left_out]
     dtypes = {c.workload.dtype for c in cells}
     columns = [n for n in result.titles if n != result.floor and any(_value(c, n) is not None for c in cells)]
     varying = [f for f in ("dtype", "p") if len({getattr(c.workload, f) for c in cells}) > 1]
@@ -49,7 +50,7 @@ def table(result: Result, direction: str, conditions: dict[str, tuple[str, ...]]
     winners, losses = set(), set()
     for i, cell in enumerate(cells):
         w = cell.workload
-        row = [w.shape, str(w.tokens), str(w.r), *(_SHORT.get(v, v) for v in (str(getattr(w, f)) for f in varying))]
+        row = [w.shape, str(w.tokens), str(w.r), *(SHORT.get(v, v) for v in (str(getattr(w, f)) for f in varying))]
         row += [_floor_text(cell.providers[result.floor], direction)]
         row += [_text(cell.providers.get(n), direction) for n in columns]
         rows.append(row + [_predicted(cell) or "–"] * predicted)
@@ -62,8 +63,10 @@ def table(result: Result, direction: str, conditions: dict[str, tuple[str, ...]]
     notes = []
     if any(n in result.ours for n in columns):
         notes.append(f"A rival is ahead of lora_kernels in {len(losses)} of {len(cells)} cells.")
+    if left_out := len(chosen) - len(cells):
+        notes.append(f"Left out, for one call of the frozen layer takes too long there: {left_out} cells.")
     return Table(
-        _caption(result, direction, dtypes.pop() if len(dtypes) == 1 else None),
+        caption(result, direction, dtypes.pop() if len(dtypes) == 1 else None),
         header,
         rows,
         frozenset(winners),
@@ -109,7 +112,8 @@ def reasons(result: Result) -> list[str]:
             if entry.reason:
                 key = (entry.status != "failed", name, entry.reason)
                 found[key] = found.get(key, 0) + 1
-    return [
+    left_out = [f"{cell.workload}: {cell.left_out}" for cell in result.cells if cell.left_out]
+    return left_out + [
         f"{result.titles[name]}, {count} of {len(result.cells)} cells: {'' if fine else 'FAILED, not timed. '}{reason}"
         for (fine, name, reason), count in sorted(found.items())
     ]
@@ -156,7 +160,7 @@ def _colored(value: str, winner: bool, loss: bool) -> str:
     return f"[bold green]{value} *[/]" if winner else f"[red]{value}[/]" if loss else value
 
 
-def _caption(result: Result, direction: str, dtype: str | None) -> str:
+def caption(result: Result, direction: str, dtype: str | None) -> str:
     what = f"ratio to the frozen {result.titles[result.floor]} of the same round, median"
     if direction == "memory":
         what = "KiB kept for backward beyond x and the parameters / peak MiB of a step"
@@ -165,6 +169,6 @@ def _caption(result: Result, direction: str, dtype: str | None) -> str:
     env = result.environment
     where = env["device"] + (f", {env['threads']} threads" if env["device_type"] == "cpu" else "")
     versions = ", ".join(f"{k} {v}" for k, v in env["versions"].items() if v and k != "lora-kernels")
-    name = direction if dtype is None else f"{direction}, {_SHORT[dtype]}"
+    name = direction if dtype is None else f"{direction}, {SHORT[dtype]}"
     described = "" if direction == "memory" else f" ({DIRECTIONS[direction]})"
     return f"{name}{described}: {what}. {where}; {versions}; {result.date[:10]}."

@@ -49,8 +49,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Cell:
+    """A workload and what each provider gave; ``left_out``: a sentence that says why nothing was run, or None."""
+
     workload: Workload
     providers: dict[str, Entry]
+    left_out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def load(path: str | Path) -> Result:
                 f"{path} has schema {raw['schema']}, and this version reads {SCHEMA}: run the benchmark again."
             )
         cells = [
-            Cell(Workload(**c["workload"]), {name: Entry(**e) for name, e in c["providers"].items()})
+            Cell(Workload(**c["workload"]), {n: Entry(**e) for n, e in c["providers"].items()}, c.get("left_out"))
             for c in raw["cells"]
         ]
         return Result(**{**raw, "cells": cells})

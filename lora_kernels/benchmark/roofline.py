@@ -77,6 +77,7 @@ def kernels(provider: str, workload: Workload) -> list[Kernel] | None:
         "addmm": _base_first,
         "lora_first": _lora_first,
         "triton": _split,
+        "native": _split,
     }
     if provider not in models or workload.direction in ("overhead", "overhead-grad", "memory"):
         return None

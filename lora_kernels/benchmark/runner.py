@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from ..errors import InvalidArgumentError
 from . import gate, memory, roofline
 from .providers import FLOOR, PROVIDERS, Layer, Provider, Setup, make_setups
 from .results import Cell, Entry, Result, environment
-from .timing import Candidate, Timing, measure
+from .timing import Candidate, Timing, first_call, measure
 from .workloads import Preset, Workload
 
 __all__ = ["admit", "candidate", "expand_peers", "run_cell", "run_preset"]
@@ -75,7 +76,8 @@ def run_preset(
     for i, workload in enumerate(preset.workloads):
         progress(f"bench {preset.name}", i, len(preset.workloads))
         share = max(deadline - time.perf_counter(), 0.0) / (len(preset.workloads) - i)
-        result.cells.append(run_cell(workload, providers, device, share, preset.min_rounds, seed, machine))
+        rules = (preset.min_rounds, preset.max_call)
+        result.cells.append(run_cell(workload, providers, device, share, *rules, seed, machine))
         keep(result)
     progress(f"bench {preset.name}", len(preset.workloads), len(preset.workloads))
     return result
@@ -87,12 +89,18 @@ def run_cell(
     device: str,
     budget: float,
     min_rounds: int = 7,
+    max_call: float = math.inf,
     seed: int = 0,
     machine: roofline.Machine | None = None,
 ) -> Cell:
-    """One cell within about ``budget`` seconds, building and gating included."""
+    """One cell within about ``budget`` seconds, building and gating included; see ``Preset`` for the rules."""
     deadline = time.perf_counter() + budget
     setups = make_setups(workload, device, _sets(workload, device), seed)
+    if max_call < math.inf:
+        floor = candidate(FLOOR, [PROVIDERS[FLOOR].build(setups[0])], setups[:1])
+        if (seconds := first_call(floor, device)) > max_call:
+            sentence = f"One call of the floor took {seconds:.1f} s, more than the {max_call:g} s that are allowed."
+            return Cell(workload, {}, left_out=f"{sentence} No provider was run.")
     entries: dict[str, Entry] = {}
     layers: dict[str, list[Layer]] = {}
     for provider in providers:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Candidate", "Timing", "measure", "rounds_in_order"]
+__all__ = ["Candidate", "Timing", "first_call", "measure", "rounds_in_order"]
 
 _INNER_SECONDS = 1.5e-3
 _MAX_INNER = 2000
@@ -91,6 +91,14 @@ def measure(
         for name in order:
             samples[name].append(timers[name].sample(inner))
     return {name: _summary(samples[name], samples[floor], inner, timers[name].clock) for name in timers}
+
+
+def first_call(candidate: Candidate, device: str) -> float:
+    """Seconds of one call without any before it, by the host's clock."""
+    with candidate.context():
+        if candidate.prepare is not None:
+            candidate.prepare()
+    return _Timer(candidate, device, 1, host=True).sample(1)
 
 
 def rounds_in_order(names: list[str], count: int) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -33,6 +34,7 @@ class Workload:
         adapter_dtype: dtype of the adapters; None is the package's (and PEFT's) default, fp32 over a 16-bit base.
         p: dropout probability.
         bias: whether the frozen layer has a bias.
+        train_bias: whether that bias trains beside the adapters, as in the worked example.
     """
 
     direction: str
@@ -44,6 +46,7 @@ class Workload:
     adapter_dtype: str | None = None
     p: float = 0.0
     bias: bool = False
+    train_bias: bool = False
 
     def has(self, name: str, values: tuple[str, ...]) -> bool:
         """Whether the field ``name`` has one of ``values``, as text."""
@@ -73,7 +76,7 @@ class Workload:
             parts.append(f"adapters {self.adapter_dtype}")
         if self.p:
             parts.append(f"p={self.p}")
-        return " ".join([*parts, "bias"] if self.bias else parts)
+        return " ".join([*parts, *["trainable"] * self.train_bias, *["bias"] * self.bias])
 
 
 FIELDS = tuple(f.name for f in fields(Workload))
@@ -88,6 +91,7 @@ class Preset:
         peers: providers that run unless ``--peers`` names others; "ours" is the automatic choice and every backend.
         budget: seconds for the whole preset unless ``--budget`` says otherwise; compiling and checking count.
         min_rounds: rounds of each cell even where they outlast the budget.
+        max_call: seconds that one call of the floor may take; a cell where it takes longer is left out, and says so.
     """
 
     name: str
@@ -97,6 +101,7 @@ class Preset:
     device: str | None = None
     budget: float = 60.0
     min_rounds: int = 7
+    max_call: float = math.inf
 
     def only(self, conditions: dict[str, tuple[str, ...]]) -> Preset:
         """The preset with the cells whose fields have one of the given values: ``{"r": ("16",)}``.
@@ -153,6 +158,15 @@ _GPU_TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 2048, 4096, 8192, 16384)
 _RIVALS = ("peft", "peft16", "addmm")
 _ALL = (*_RIVALS, "compile", "ours")
 
+
+def _cpu_grid() -> Iterator[Workload]:
+    """Dtype by dtype, so that a run that is cut off has whole tables: the grid, dropout, the worked example's layer."""
+    for dtype in ("float32", "bfloat16"):
+        yield from _grid(("forward", "step"), (1, 16, 512, 2048), _CPU_SHAPES, (8, 16, 64), (dtype,))
+        yield from _grid(("forward", "step"), (1, 16, 512, 2048), ((2048, 2048),), (16,), (dtype,), (0.1,))
+        yield from _grid(("step",), (256,), ((32, 32),), (2,), (dtype,), bias=True, train_bias=True)
+
+
 PRESETS = {
     p.name: p
     for p in (
@@ -170,12 +184,13 @@ PRESETS = {
             min_rounds=5,
         ),
         Preset(
-            "cpu",
-            "the CPU grid",
-            tuple(_grid(("forward", "step"), (1, 16, 512, 2048), _CPU_SHAPES, (8, 16, 64), ("float32", "bfloat16"))),
-            (*_RIVALS, "ours"),
+            "cpu-grid",
+            "the CPU grid that bench/targets.py judges, a quarter of an hour for each dtype",
+            tuple(_cpu_grid()),
+            ("peft", "addmm", "auto"),
             device="cpu",
-            budget=3600.0,
+            budget=1800.0,
+            max_call=3.0,  # PyTorch's 16-bit dy W takes minutes on some CPUs
         ),
         Preset(
             "cpu-compile",
@@ -247,7 +262,10 @@ PRESETS = {
         Preset(
             "demo",
             "the worked example's layer: 32→32, r = 2, at batch 256",
-            tuple(_grid(("forward", "step"), (256,), ((32, 32),), (2,), bias=True)),
+            (
+                *_grid(("forward",), (256,), ((32, 32),), (2,), bias=True),
+                *_grid(("step",), (256,), ((32, 32),), (2,), bias=True, train_bias=True),
+            ),
             (*_RIVALS, "ours"),
             budget=10.0,
         ),
@@ -257,6 +275,7 @@ PRESETS = {
             (
                 *_grid(("forward", "backward", "dx", "step"), (3, 96), ((64, 48),), (4,), bias=True),
                 *_grid(("step",), (96,), ((64, 48),), (4,), ("bfloat16",), (0.0, 0.1)),
+                *_grid(("step",), (96,), ((64, 48),), (4,), bias=True, train_bias=True),
                 *_grid(("overhead", "overhead-grad"), (1,), ((64, 48),), (4,)),
                 *_grid(("memory",), (96,), ((64, 48),), (4,), dropouts=(0.0, 0.1)),
             ),

@@ -1,6 +1,6 @@
 """The fused kernels in Triton: for NVIDIA GPUs from compute capability 8.0 on, and on the CPU in Triton's interpreter.
 
-Importing this package imports neither Triton nor anything of CUDA; ``register()`` does.
+Importing this package imports neither Triton nor anything of CUDA; ``register`` does.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class TritonBackend:
         dropped = " Dropout's mask is drawn again in backward from a 16-byte seed." if problem.dropout_p else ""
         return f"Fused: x is read once for h, and y takes base, bias and low-rank term in one rounding.{dropped}"
 
-    def register(self) -> None:
+    def register(self, device_type: str) -> None:
         from . import launch
 
         implementations = {name: getattr(launch, name) for name in OPERATOR_NAMES}

@@ -1,4 +1,4 @@
-"""Grids and arguments: the six operators of ``ops.py`` on top of the kernels.
+"""Grids and arguments: the operators of ``ops.py``, and the parts of ``backward``, on top of the kernels.
 
 Launches: ``forward`` 2 (1 for few tokens), ``dh_db`` 2, ``dx``, ``da``, ``dh`` and ``mask`` 1 each. Empty results
 launch nothing. All outputs come from ``torch.empty`` and are written in full.
@@ -7,6 +7,7 @@ launch nothing. All outputs come from ``torch.empty`` and are written in full.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from .kernels.backward import da_kernel, dh_db_kernel, dx_kernel, reduce_kernel
 from .kernels.forward import few_tokens_kernel, forward_kernel, shrink_kernel
 from .kernels.philox import mask_kernel
 
-__all__ = ["da", "dh", "dh_db", "dx", "forward", "mask"]
+__all__ = ["backward", "da", "dh", "dh_db", "dx", "forward", "mask"]
 
 _REDUCE_BLOCK = 512
 _MASK_BLOCK_M, _MASK_BLOCK_K = 32, 128
@@ -93,6 +94,32 @@ def forward(
             enable_fp_fusion=True,
         )
     return y, h
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    h: Tensor | None,
+    scaling: float,
+    p: float,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden: Any = None
+    grad_b = lora_b.new_empty(0)
+    if h is not None:
+        hidden, grad_b = dh_db(dy, lora_b, h, scaling)
+    elif weight is not None or x is not None:
+        hidden = dh(dy, lora_b, scaling)
+    return (
+        dy.new_empty(0) if weight is None else dx(dy, weight, hidden, lora_a, p, state),
+        lora_a.new_empty(0) if x is None else da(hidden, x, lora_a, p, state),
+        grad_b,
+        dy.new_empty(0) if bias is None else dy.sum(0, dtype=bias.dtype),
+    )
 
 
 def dh(dy: Tensor, lora_b: Tensor, scaling: float) -> Tensor:

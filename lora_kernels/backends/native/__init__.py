@@ -1,0 +1,79 @@
+"""The kernels in C++ and CUDA: the fast path on CPUs, and on NVIDIA GPUs the one that needs no Triton.
+
+The library is compiled ahead of time or at the first use (``build``, ``cache``, ``load``). Importing this package
+compiles and loads nothing; ``register`` does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...dispatch import Problem
+from ...ops import register
+from .. import draw_seed
+from . import load
+
+__all__ = ["BACKEND"]
+
+_MINIMUM_CAPABILITY = (8, 0)
+
+
+class NativeBackend:
+    """PyTorch's own large product, and vectorised code for everything around it, in one operator call."""
+
+    name = "native"
+
+    def why_not(self, problem: Problem) -> list[str]:
+        if problem.device_type == "meta":
+            return []
+        if problem.device_type not in ("cpu", "cuda"):
+            supported = "it runs on CPUs and NVIDIA GPUs"
+            return [f"device type {problem.device_type!r} is not supported: {supported}. Use backend='eager'."]
+        reasons = load.why_not(problem.device_type)
+        if problem.device_type == "cuda" and torch.version.cuda is not None:
+            reasons += _why_not_device()
+        return [reason[0].upper() + reason[1:] for reason in reasons]
+
+    def why_not_automatic(self, problem: Problem) -> list[str]:
+        if problem.device_type == "meta":
+            return ["On the meta device there are shapes only, and any backend gives the same."]
+        return []
+
+    def describe(self, problem: Problem) -> str:
+        if problem.device_type == "meta":
+            return "Shapes only: nothing is compiled or loaded for them."
+        found = load.status(problem.device_type)
+        where = (
+            f"{found['path']} ({found['state']})" if found["path"] else f"which {found['state']} by {found['compiler']}"
+        )
+        dropped = " Dropout's mask is drawn again in backward from a 16-byte seed." if problem.dropout_p else ""
+        return f"PyTorch's large product, own vectorised code around it, in one call; the library: {where}.{dropped}"
+
+    def register(self, device_type: str) -> None:
+        register(self.name, None, hidden_dtype=_hidden_dtype)
+        if device_type != "meta":
+            load.load(device_type)
+
+    def dropout_state(self, x: Tensor, p: float) -> Tensor:
+        return draw_seed(x)
+
+
+def _hidden_dtype(compute: torch.dtype) -> torch.dtype:
+    return torch.float64 if compute is torch.float64 else torch.float32
+
+
+def _why_not_device() -> list[str]:
+    if not torch.cuda.is_available():
+        build = f"this torch is built for CUDA {torch.version.cuda}"
+        return [
+            f"No CUDA device is visible ({build}): check the driver with nvidia-smi, or move the tensors to the CPU."
+        ]
+    capability = torch.cuda.get_device_capability()
+    if capability < _MINIMUM_CAPABILITY:
+        has = f"{capability[0]}.{capability[1]}"
+        return [f"This GPU has compute capability {has} and the kernels need 8.0 or above: use backend='eager'."]
+    return []
+
+
+BACKEND = NativeBackend()
