@@ -6,9 +6,9 @@ A table stands between two marker comments and is named after what it shows::
     <!-- /table -->
 
 such as ``table:amd-epyc/cpu-grid/step/float32/r=16``. DEVICE is a folder of ``bench/results``; of its files with that
-PRESET the one with the latest date is taken. A marker ``grid:`` in the place of ``table:`` makes one row of each shape
-and M, the dtypes side by side, and sums up the cells of every rank below. ``--check`` exits with 1 where a table is not
-what the results say; ``--write`` makes it so.
+PRESET the latest is taken, joined by earlier runs of the same machine and versions. A marker ``grid:`` in the place of
+``table:`` makes one row of each shape and M, the dtypes side by side, and sums up the cells of every rank below.
+``--check`` exits with 1 where a table is not what the results say; ``--write`` makes it so.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from lora_kernels.benchmark.grid import grid  # noqa: E402  (after the path)
 from lora_kernels.benchmark.report import legend, markdown, table  # noqa: E402
-from lora_kernels.benchmark.results import Result, load  # noqa: E402
+from lora_kernels.benchmark.results import Result, join, load  # noqa: E402
 from lora_kernels.benchmark.workloads import FIELDS  # noqa: E402
 from lora_kernels.errors import InvalidArgumentError  # noqa: E402
 
@@ -32,7 +32,7 @@ _MARKED = re.compile(r"(<!-- (?P<kind>table|grid):(?P<name>\S+) -->\n).*?(<!-- /
 
 
 def newest(results: Path, device: str, preset: str) -> Result:
-    """The latest result of that preset on that device.
+    """The latest results of that preset on that device, joined.
 
     Raises:
         InvalidArgumentError: there is none.
@@ -43,7 +43,7 @@ def newest(results: Path, device: str, preset: str) -> Result:
             f"{results / device} holds no result of preset {preset!r}: run lora-kernels bench --preset {preset} "
             f"--json {results / device / preset}.json."
         )
-    return max(found, key=lambda r: r.date)
+    return join(found)
 
 
 def condition(text: str) -> tuple[str, tuple[str, ...]]:

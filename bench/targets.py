@@ -1,4 +1,4 @@
-"""Judges a result of preset ``cpu-grid`` by the project's targets: ``python bench/targets.py FILE``.
+"""Judges a result of preset ``cpu-grid`` by the project's targets: ``python bench/targets.py FILE ...``.
 
 One line a target: what was reached in the worst cell (or on average), what is to be reached, and whether it is. Exits
 with 1 where one is missed, and where no cell says anything about one.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lora_kernels.benchmark.results import Result, load
+from lora_kernels.benchmark.results import Result, join, load
 from lora_kernels.benchmark.summary import Ratios, over_floor, over_provider
 from lora_kernels.benchmark.workloads import Workload
 from lora_kernels.errors import InvalidArgumentError
@@ -102,9 +102,9 @@ def _worked_example(workload: Workload) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a line for each target; returns the exit status."""
     parser = argparse.ArgumentParser(description="judges a cpu-grid result by the project's targets")
-    parser.add_argument("file", type=Path, help="what lora-kernels bench --preset cpu-grid --json wrote")
+    parser.add_argument("files", type=Path, nargs="+", help="what lora-kernels bench --preset cpu-grid --json wrote")
     try:
-        result = load(parser.parse_args(arguments).file)
+        result = join([load(file) for file in parser.parse_args(arguments).files])
     except (InvalidArgumentError, OSError) as error:
         print(f"targets: {error}", file=sys.stderr)
         return 2

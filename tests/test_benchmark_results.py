@@ -179,3 +179,13 @@ def test_a_table_without_a_result_is_an_error(name: str, tables: ModuleType, tmp
     result_of(made_cell(auto=1.25)).save(tmp_path / "box" / "a.json")
     (tmp_path / "README.md").write_text(f"<!-- table:{name} -->\n<!-- /table -->\n", encoding="utf-8")
     assert tables.main(["--check", "--file", str(tmp_path / "README.md"), "--results", str(tmp_path)]) == 1
+
+
+def test_a_grid_that_ran_in_parts_is_joined() -> None:
+    other = replace(STEP, dtype="bfloat16")
+    first = result_of(made_cell(STEP, auto=1.5), made_cell(other, auto=1.25), preset="cpu-grid")
+    second = result_of(made_cell(STEP, auto=1.0), preset="cpu-grid", date="2026-01-03T00:00:00Z")
+    elsewhere = replace(first, environment={**first.environment, "threads": 64})
+    joined = results.join([second, first])
+    assert {cell.workload: cell.providers["auto"].ratio for cell in joined.cells} == {STEP: 1.0, other: 1.25}
+    assert [cell.workload for cell in results.join([second, elsewhere]).cells] == [STEP]

@@ -76,7 +76,7 @@ def test_the_gate_can_fail(change: dict[str, object], sentence: str) -> None:
 def test_without_nvcc_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("CUDACXX", "/nonexistent/nvcc")
     assert cuda_report.main(["--check"]) == cuda_report.EXIT_NO_TOOLS
-    assert "no nvcc was found" in capsys.readouterr().err
+    assert "CUDACXX=/nonexistent/nvcc was given" in capsys.readouterr().err
 
 
 def library() -> Path:

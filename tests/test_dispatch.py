@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -149,7 +150,8 @@ def test_an_automatic_choice_that_fails_goes_on_to_the_next_with_one_warning(unr
     assert explain(CPU).reasons["native"] == ["The compiler is on strike."]
 
 
-def test_a_named_choice_that_fails_raises(unregistrable: Unregistrable) -> None:
+def test_a_named_choice_that_fails_raises_and_does_not_warn(unregistrable: Unregistrable) -> None:
     words = r"'native', named by the argument.*strike.*'eager': available"
-    with pytest.raises(BackendUnavailableError, match=words):
+    with warnings.catch_warnings(record=True) as warned, pytest.raises(BackendUnavailableError, match=words):
         dispatch.select("cpu", torch.float32, "native")
+    assert not warned

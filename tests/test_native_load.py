@@ -132,6 +132,7 @@ def test_a_failed_compile_warns_once_and_the_next_backend_runs(
     assert f"The log {log} ends: " in reason
     assert "#error this cannot be" in reason
     assert "-fPIC" in log.read_text()
+    log.unlink()
     with use_backend("native"), pytest.raises(BackendUnavailableError, match="this cannot be"):
         dispatch.select("cpu", torch.float32)
     assert native.compiler.calls == 1

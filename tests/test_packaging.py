@@ -131,10 +131,15 @@ def test_an_installed_platform_wheel_loads_what_it_brought(platform_wheel: Path,
     assert status["build"]["torch"] == __import__("torch").__version__
 
 
-def test_a_pure_wheel_after_a_platform_wheel_is_pure(platform_wheel: Path, checkout_with_stand_in: Path) -> None:
+def test_what_an_earlier_build_has_left_is_in_no_wheel(platform_wheel: Path, checkout_with_stand_in: Path) -> None:
+    built(checkout_with_stand_in, "wheel")
+    for folder in checkout_with_stand_in.glob("build/lib*/lora_kernels"):
+        for name in ("lib/cpu/left.so", "csrc/left.h"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
     path = built(checkout_with_stand_in, "wheel")
     assert path.name.endswith("-py3-none-any.whl")
-    assert not [name for name in zipfile.ZipFile(path).namelist() if "/lib/" in name]
+    assert not [name for name in zipfile.ZipFile(path).namelist() if "/lib/" in name or "left" in name]
 
 
 @pytest.mark.parametrize(

@@ -98,9 +98,11 @@ struct Product {
   void tile(int64_t index, T* scratch) const {
     const int64_t column_tiles = ceil_div(n, tile_columns);
     const int64_t i0 = index / column_tiles * tile_rows, j0 = index % column_tiles * tile_columns;
-    const int64_t rows = least(tile_rows, m - i0), columns = least(tile_columns, n - j0), ldc = tile_columns;
-    T* c = scratch;
-    T* panels = c + tile_rows * tile_columns;
+    const int64_t rows = least(tile_rows, m - i0), columns = least(tile_columns, n - j0);
+    const bool direct = sizeof(T) == sizeof(E) && columns % PANEL<T> == 0;  // sums in their final place
+    T* c = direct ? reinterpret_cast<T*>(out + i0 * n + j0) : scratch;
+    const int64_t ldc = direct ? n : tile_columns;
+    T* panels = scratch + tile_rows * tile_columns;
     T* strip = panels + deepest() * tile_columns;
     for (int64_t i = 0; i < rows; ++i) start_row(c + i * ldc, j0, columns);
     if (weight_transposed) {
@@ -121,7 +123,7 @@ struct Product {
       }
       multiply_widened(rows, columns, depth, left + i0 * ldl + k0, ldl, panels, c, ldc, strip, NO_DROPOUT, 0, 0, 0);
     }
-    narrow_block(c, ldc, rows, columns, out + i0 * n + j0, n);
+    if (!direct) narrow_block(c, ldc, rows, columns, out + i0 * n + j0, n);
   }
 
   void run(int64_t threads, T* scratch) const {

@@ -7,7 +7,8 @@ import os
 import platform
 import re
 import subprocess
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from ..errors import InvalidArgumentError
 from .workloads import Workload
 
-__all__ = ["SCHEMA", "Cell", "Entry", "Result", "compare", "device_name", "environment", "load", "slug"]
+__all__ = ["SCHEMA", "Cell", "Entry", "Result", "compare", "device_name", "environment", "join", "load", "slug"]
 
 SCHEMA = 1
 _ALLOCATOR_VARIABLES = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF")
@@ -107,6 +108,22 @@ def load(path: str | Path) -> Result:
         raise InvalidArgumentError(
             f"{path} is no benchmark result ({error!r}): give a file that bench --json wrote."
         ) from error
+
+
+def join(results: Sequence[Result]) -> Result:
+    """The latest result, and what runs of the same preset in the same place (device, threads, versions) add to it.
+
+    A grid may be run in parts, one dtype at a time; of a cell that several runs have, the latest counts.
+    """
+    by_date = sorted(results, key=lambda result: result.date)
+    last = by_date[-1]
+    parts = [result for result in by_date if (result.preset, _place(result)) == (last.preset, _place(last))]
+    cells = {cell.workload: cell for part in parts for cell in part.cells}
+    return replace(last, cells=list(cells.values()))
+
+
+def _place(result: Result) -> tuple[Any, ...]:
+    return tuple(result.environment.get(name) for name in ("device", "threads", "versions"))
 
 
 def compare(before: Result, after: Result) -> list[tuple[Workload, str, float, float]]:
