@@ -8,6 +8,8 @@ OUT ?= out
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+CXX_FILES := $(wildcard csrc/*.h csrc/*/* tests/native_host/*.h tests/native_host/*.cpp)
+NATIVE_TESTS := tests/test_native_cpu.py tests/test_philox.py
 INPUTS := pyproject.toml setup.py $(wildcard requirements/*.txt)
 
 export MPLBACKEND ?= Agg
@@ -15,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test lint format compile-gate verify bench tables gpu-check set-up clean
+.PHONY: help demo build test lint format compile-gate sanitize native-variants verify bench tables gpu-check set-up clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,17 +32,27 @@ test: $(STAMP) ## set up .venv where it is missing, then run all tests (doctests
 	$(BIN)/lora-kernels build cpu
 	$(BIN)/python -m pytest tests $(wildcard bench) --benchmark-disable $(PYTEST_ARGS)
 
-lint: $(STAMP) ## ruff (rules and format) and mypy
+lint: $(STAMP) ## ruff (rules and format), mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
-format: $(STAMP) ## rewrite the code as ruff wants it
+format: $(STAMP) ## rewrite the code as ruff and clang-format want it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
 
-compile-gate: $(STAMP) ## compile the Triton kernels for GPUs that are not here; fail on spills or missing instructions
+compile-gate: $(STAMP) ## compile the kernels for GPUs that are not here; fail on spills or missing instructions
 	env -u TRITON_INTERPRET $(BIN)/python -m lora_kernels.backends.triton.compile_report --check
+	$(BIN)/python -m lora_kernels.backends.native.cuda_report --check || [ $$? -eq 3 ]  # 3: no nvcc here, and it says so
+
+sanitize: $(STAMP) ## the native library's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python scripts/native_variants.py sanitize -q $(NATIVE_TESTS)
+
+native-variants: $(STAMP) ## the native library's tests in the ways that this machine does not take by itself
+	set -e; for variant in library portable wide; do \
+	  echo "variant $$variant"; $(BIN)/python scripts/native_variants.py $$variant -q $(NATIVE_TESTS); done
 
 verify: $(STAMP) ## forward and every gradient of every backend against float64
 	$(BIN)/lora-kernels verify

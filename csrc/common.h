@@ -25,31 +25,31 @@ constexpr uint32_t PHILOX_MULTIPLIER_0 = 0xD2511F53u, PHILOX_MULTIPLIER_1 = 0xCD
 constexpr uint32_t PHILOX_WEYL_0 = 0x9E3779B9u, PHILOX_WEYL_1 = 0xBB67AE85u;
 
 struct PhiloxWords {
-  uint32_t w[4];
+    uint32_t w[4];
 };
 
 // The four output words for the 64-bit counter `index` (words 0 and 1), `stream` (words 2 and 3) and `key`.
 LORA_HD PhiloxWords philox(uint64_t key, uint64_t stream, uint64_t index) {
-  uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32);
-  uint32_t c2 = static_cast<uint32_t>(stream), c3 = static_cast<uint32_t>(stream >> 32);
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < PHILOX_ROUNDS; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(PHILOX_MULTIPLIER_0) * c0;
-    const uint64_t product1 = static_cast<uint64_t>(PHILOX_MULTIPLIER_1) * c2;
-    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(product1);
-    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(product0);
-    k0 += PHILOX_WEYL_0;
-    k1 += PHILOX_WEYL_1;
-  }
-  return {{c0, c1, c2, c3}};
+    uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32);
+    uint32_t c2 = static_cast<uint32_t>(stream), c3 = static_cast<uint32_t>(stream >> 32);
+    uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+    for (int round = 0; round < PHILOX_ROUNDS; ++round) {
+        const uint64_t product0 = static_cast<uint64_t>(PHILOX_MULTIPLIER_0) * c0;
+        const uint64_t product1 = static_cast<uint64_t>(PHILOX_MULTIPLIER_1) * c2;
+        c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
+        c1 = static_cast<uint32_t>(product1);
+        c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
+        c3 = static_cast<uint32_t>(product0);
+        k0 += PHILOX_WEYL_0;
+        k1 += PHILOX_WEYL_1;
+    }
+    return {{c0, c1, c2, c3}};
 }
 
 // The counter of the group that holds element (row, column) of a matrix with `columns` columns.
 LORA_HD uint64_t dropout_group(int64_t row, int64_t column, int64_t columns) {
-  return static_cast<uint64_t>(row) * static_cast<uint64_t>(ceil_div(columns, DROPOUT_GROUP)) +
-         static_cast<uint64_t>(column / DROPOUT_GROUP);
+    return static_cast<uint64_t>(row) * static_cast<uint64_t>(ceil_div(columns, DROPOUT_GROUP)) +
+           static_cast<uint64_t>(column / DROPOUT_GROUP);
 }
 
 // The 16 bits of element `j` (0..7) of a group.
@@ -57,11 +57,11 @@ LORA_HD uint32_t dropout_bits(const PhiloxWords& words, int j) { return (words.w
 
 // round(65536 p), half to even as in Python, at most 65535.
 LORA_HD uint32_t dropout_threshold(double p) {
-  const double scaled = 65536.0 * p;
-  uint32_t rounded = static_cast<uint32_t>(scaled);
-  const double rest = scaled - rounded;
-  if (rest > 0.5 || (rest == 0.5 && (rounded & 1u))) ++rounded;
-  return rounded > 65535u ? 65535u : rounded;
+    const double scaled = 65536.0 * p;
+    uint32_t rounded = static_cast<uint32_t>(scaled);
+    const double rest = scaled - rounded;
+    if (rest > 0.5 || (rest == 0.5 && (rounded & 1u))) ++rounded;
+    return rounded > 65535u ? 65535u : rounded;
 }
 
 }  // namespace lora_kernels

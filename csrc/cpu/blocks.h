@@ -23,52 +23,52 @@ constexpr int least_int(int a, int b) { return a < b ? a : b; }
 // c (MR, PANEL) += a (MR, depth) panel (depth, PANEL), where a(i, k) = ALONG_K ? a[i * lda + k] : a[k * lda + i].
 template <class T, int MR, bool ALONG_K>
 LORA_INLINE void multiply_rows(int64_t depth, const T* a, int64_t lda, const T* panel, T* c, int64_t ldc) {
-  constexpr int VL = lanes<T>;
-  Vector<T> acc[MR][PANEL_VECTORS] = {};  // from zero: a chain of sums is no longer than a block is deep
-  for (int64_t k = 0; k < depth; ++k) {
-    Vector<T> b[PANEL_VECTORS];
+    constexpr int VL = lanes<T>;
+    Vector<T> acc[MR][PANEL_VECTORS] = {};  // from zero: a chain of sums is no longer than a block is deep
+    for (int64_t k = 0; k < depth; ++k) {
+        Vector<T> b[PANEL_VECTORS];
 #pragma GCC unroll 2
-    for (int j = 0; j < PANEL_VECTORS; ++j) b[j] = load(panel + k * PANEL<T> + j * VL);
+        for (int j = 0; j < PANEL_VECTORS; ++j) b[j] = load(panel + k * PANEL<T> + j * VL);
+#pragma GCC unroll 12
+        for (int i = 0; i < MR; ++i) {
+            const T left = ALONG_K ? a[i * lda + k] : a[k * lda + i];
+#pragma GCC unroll 2
+            for (int j = 0; j < PANEL_VECTORS; ++j) acc[i][j] += left * b[j];
+        }
+    }
 #pragma GCC unroll 12
     for (int i = 0; i < MR; ++i) {
-      const T left = ALONG_K ? a[i * lda + k] : a[k * lda + i];
 #pragma GCC unroll 2
-      for (int j = 0; j < PANEL_VECTORS; ++j) acc[i][j] += left * b[j];
+        for (int j = 0; j < PANEL_VECTORS; ++j) {
+            T* out = c + i * ldc + j * VL;
+            store(load(out) + acc[i][j], out);
+        }
     }
-  }
-#pragma GCC unroll 12
-  for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < PANEL_VECTORS; ++j) {
-      T* out = c + i * ldc + j * VL;
-      store(load(out) + acc[i][j], out);
-    }
-  }
 }
 
 // c (rows, columns) += a (rows, depth) b (depth, columns); b packed in panels, c padded to whole panels.
 template <class T, bool ALONG_K>
 static void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t lda, const T* panels, T* c,
                      int64_t ldc) {
-  for (int64_t n = 0; n < columns; n += PANEL<T>) {
-    const T* panel = panels + n * depth;
-    for (int64_t i = 0; i < rows;) {
-      const T* left = ALONG_K ? a + i * lda : a + i;
-      T* out = c + i * ldc + n;
-      const int64_t rest = rows - i;
-      if (rest >= ROWS) {
-        multiply_rows<T, ROWS, ALONG_K>(depth, left, lda, panel, out, ldc), i += ROWS;
-      } else if (ROWS > 8 && rest >= 8) {
-        multiply_rows<T, least_int(8, ROWS), ALONG_K>(depth, left, lda, panel, out, ldc), i += 8;
-      } else if (rest >= 4) {
-        multiply_rows<T, 4, ALONG_K>(depth, left, lda, panel, out, ldc), i += 4;
-      } else if (rest >= 2) {
-        multiply_rows<T, 2, ALONG_K>(depth, left, lda, panel, out, ldc), i += 2;
-      } else {
-        multiply_rows<T, 1, ALONG_K>(depth, left, lda, panel, out, ldc), i += 1;
-      }
+    for (int64_t n = 0; n < columns; n += PANEL<T>) {
+        const T* panel = panels + n * depth;
+        for (int64_t i = 0; i < rows;) {
+            const T* left = ALONG_K ? a + i * lda : a + i;
+            T* out = c + i * ldc + n;
+            const int64_t rest = rows - i;
+            if (rest >= ROWS) {
+                multiply_rows<T, ROWS, ALONG_K>(depth, left, lda, panel, out, ldc), i += ROWS;
+            } else if (ROWS > 8 && rest >= 8) {
+                multiply_rows<T, least_int(8, ROWS), ALONG_K>(depth, left, lda, panel, out, ldc), i += 8;
+            } else if (rest >= 4) {
+                multiply_rows<T, 4, ALONG_K>(depth, left, lda, panel, out, ldc), i += 4;
+            } else if (rest >= 2) {
+                multiply_rows<T, 2, ALONG_K>(depth, left, lda, panel, out, ldc), i += 2;
+            } else {
+                multiply_rows<T, 1, ALONG_K>(depth, left, lda, panel, out, ldc), i += 1;
+            }
+        }
     }
-  }
 }
 
 // out (rows, columns), row distance ldo: source's block, widened; with dropout its elements are kept / (1 - p) or 0.
@@ -76,100 +76,101 @@ static void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, i
 template <class T, class E>
 static void widen_block(const E* source, int64_t lds, int64_t rows, int64_t columns, T* out, int64_t ldo,
                         const Dropout& dropout, int64_t row0, int64_t column0, int64_t total) {
-  constexpr int VL = lanes<T>;
-  for (int64_t i = 0; i < rows; ++i) {
-    const E* from = source + i * lds;
-    T* to = out + i * ldo;
-    int64_t j = 0;
-    for (; j + VL <= columns; j += VL) store(load(from + j), to + j);
-    for (; j < columns; ++j) to[j] = widen(from[j]);
-    if (dropout.active) apply_dropout(dropout, row0 + i, column0, total, to, columns);
-  }
+    constexpr int VL = lanes<T>;
+    for (int64_t i = 0; i < rows; ++i) {
+        const E* from = source + i * lds;
+        T* to = out + i * ldo;
+        int64_t j = 0;
+        for (; j + VL <= columns; j += VL) store(load(from + j), to + j);
+        for (; j < columns; ++j) to[j] = widen(from[j]);
+        if (dropout.active) apply_dropout(dropout, row0 + i, column0, total, to, columns);
+    }
 }
 
 // Panels of source (depth, columns), row distance lds; times factor.
 template <class T, class E>
 static void pack_rows(const E* source, int64_t lds, int64_t depth, int64_t columns, T factor, T* panels) {
-  constexpr int VL = lanes<T>;
-  for (int64_t n = 0; n < columns; n += PANEL<T>, panels += depth * PANEL<T>) {
-    const int64_t width = least(PANEL<T>, columns - n);
-    for (int64_t k = 0; k < depth; ++k) {
-      const E* from = source + k * lds + n;
-      T* to = panels + k * PANEL<T>;
-      if (width == PANEL<T>) {
+    constexpr int VL = lanes<T>;
+    for (int64_t n = 0; n < columns; n += PANEL<T>, panels += depth * PANEL<T>) {
+        const int64_t width = least(PANEL<T>, columns - n);
+        for (int64_t k = 0; k < depth; ++k) {
+            const E* from = source + k * lds + n;
+            T* to = panels + k * PANEL<T>;
+            if (width == PANEL<T>) {
 #pragma GCC unroll 2
-        for (int j = 0; j < PANEL_VECTORS; ++j) store(load(from + j * VL) * factor, to + j * VL);
-      } else {
-        for (int64_t j = 0; j < PANEL<T>; ++j) to[j] = j < width ? widen(from[j]) * factor : T(0);
-      }
+                for (int j = 0; j < PANEL_VECTORS; ++j) store(load(from + j * VL) * factor, to + j * VL);
+            } else {
+                for (int64_t j = 0; j < PANEL<T>; ++j) to[j] = j < width ? widen(from[j]) * factor : T(0);
+            }
+        }
     }
-  }
 }
 
 // A square of lanes x lanes elements, transposed: log2(lanes) rounds of pairwise interleaving.
 template <class T>
 LORA_INLINE void transpose_square(Vector<T>* rows) {
-  constexpr int VL = lanes<T>;
+    constexpr int VL = lanes<T>;
 #pragma GCC unroll 4
-  for (int half = VL / 2; half >= 1; half /= 2) {
-    Vector<T> turned[VL];
+    for (int half = VL / 2; half >= 1; half /= 2) {
+        Vector<T> turned[VL];
 #pragma GCC unroll 16
-    for (int i = 0; i < VL / 2; ++i) {
-      typename Types<T>::integer low[VL], high[VL];
-      for (int j = 0; j < VL; ++j) {
-        low[j] = j / 2 + (j % 2) * VL;
-        high[j] = VL / 2 + j / 2 + (j % 2) * VL;
-      }
-      typedef typename Types<T>::integers Index;
-      turned[2 * i] = __builtin_shuffle(rows[i], rows[i + VL / 2], read<Index>(low));
-      turned[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + VL / 2], read<Index>(high));
+        for (int i = 0; i < VL / 2; ++i) {
+            typename Types<T>::integer low[VL], high[VL];
+            for (int j = 0; j < VL; ++j) {
+                low[j] = j / 2 + (j % 2) * VL;
+                high[j] = VL / 2 + j / 2 + (j % 2) * VL;
+            }
+            typedef typename Types<T>::integers Index;
+            turned[2 * i] = __builtin_shuffle(rows[i], rows[i + VL / 2], read<Index>(low));
+            turned[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + VL / 2], read<Index>(high));
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; ++i) rows[i] = turned[i];
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < VL; ++i) rows[i] = turned[i];
-  }
 }
 
 // Panels of sourceᵀ, where source is (columns, depth) with row distance lds; times factor.
 template <class T, class E>
 static void pack_columns(const E* source, int64_t lds, int64_t depth, int64_t columns, T factor, T* panels) {
-  constexpr int VL = lanes<T>;
-  for (int64_t n = 0; n < columns; n += PANEL<T>, panels += depth * PANEL<T>) {
-    for (int64_t part = 0; part < PANEL<T>; part += VL) {
-      const int64_t width = least(VL, columns - n - part);
-      const E* from = source + (n + part) * lds;
-      T* to = panels + part;
-      int64_t k = 0;
-      if (width == VL) {
-        for (; k + VL <= depth; k += VL) {
-          Vector<T> square[VL];
+    constexpr int VL = lanes<T>;
+    for (int64_t n = 0; n < columns; n += PANEL<T>, panels += depth * PANEL<T>) {
+        for (int64_t part = 0; part < PANEL<T>; part += VL) {
+            const int64_t width = least(VL, columns - n - part);
+            const E* from = source + (n + part) * lds;
+            T* to = panels + part;
+            int64_t k = 0;
+            if (width == VL) {
+                for (; k + VL <= depth; k += VL) {
+                    Vector<T> square[VL];
 #pragma GCC unroll 16
-          for (int i = 0; i < VL; ++i) square[i] = load(from + i * lds + k) * factor;
-          transpose_square<T>(square);
+                    for (int i = 0; i < VL; ++i) square[i] = load(from + i * lds + k) * factor;
+                    transpose_square<T>(square);
 #pragma GCC unroll 16
-          for (int i = 0; i < VL; ++i) store(square[i], to + (k + i) * PANEL<T>);
+                    for (int i = 0; i < VL; ++i) store(square[i], to + (k + i) * PANEL<T>);
+                }
+            }
+            for (; k < depth; ++k) {
+                for (int64_t i = 0; i < VL; ++i)
+                    to[k * PANEL<T> + i] = i < width ? widen(from[i * lds + k]) * factor : T(0);
+            }
         }
-      }
-      for (; k < depth; ++k) {
-        for (int64_t i = 0; i < VL; ++i) to[k * PANEL<T> + i] = i < width ? widen(from[i * lds + k]) * factor : T(0);
-      }
     }
-  }
 }
 
 // out (rows, columns) of E from c; one rounding.
 template <class T, class E>
 static void narrow_block(const T* c, int64_t ldc, int64_t rows, int64_t columns, E* out, int64_t ldo) {
-  constexpr int VL = lanes<T>;
-  for (int64_t i = 0; i < rows; ++i) {
-    int64_t j = 0;
-    for (; j + VL <= columns; j += VL) store(load(c + i * ldc + j), out + i * ldo + j);
-    for (; j < columns; ++j) narrow(c[i * ldc + j], out + i * ldo + j);
-  }
+    constexpr int VL = lanes<T>;
+    for (int64_t i = 0; i < rows; ++i) {
+        int64_t j = 0;
+        for (; j + VL <= columns; j += VL) store(load(c + i * ldc + j), out + i * ldo + j);
+        for (; j < columns; ++j) narrow(c[i * ldc + j], out + i * ldo + j);
+    }
 }
 
 template <class T>
 LORA_INLINE void fill(T* out, int64_t count, T value) {
-  for (int64_t i = 0; i < count; ++i) out[i] = value;
+    for (int64_t i = 0; i < count; ++i) out[i] = value;
 }
 
 }  // namespace LORA_CAPABILITY

@@ -21,25 +21,25 @@ constexpr int WEIGHT_ROWS = 4;
 // sums[i][j] += x_i · w_j over k: rows i of x (T, widened), rows j of w (E).
 template <class T, class E, int MR, int NR>
 LORA_INLINE void dot_rows(int64_t k, const T* x, int64_t ldx, const E* w, int64_t ldw, Vector<T> (&sums)[MR][NR]) {
-  constexpr int VL = lanes<T>;
-  int64_t at = 0;
-  for (; at + VL <= k; at += VL) {
-    Vector<T> right[NR];
+    constexpr int VL = lanes<T>;
+    int64_t at = 0;
+    for (; at + VL <= k; at += VL) {
+        Vector<T> right[NR];
 #pragma GCC unroll 8
-    for (int j = 0; j < NR; ++j) right[j] = load(w + j * ldw + at);
+        for (int j = 0; j < NR; ++j) right[j] = load(w + j * ldw + at);
 #pragma GCC unroll 4
-    for (int i = 0; i < MR; ++i) {
-      const Vector<T> left = load(x + i * ldx + at);
+        for (int i = 0; i < MR; ++i) {
+            const Vector<T> left = load(x + i * ldx + at);
 #pragma GCC unroll 8
-      for (int j = 0; j < NR; ++j) sums[i][j] += left * right[j];
+            for (int j = 0; j < NR; ++j) sums[i][j] += left * right[j];
+        }
     }
-  }
-  if (at < k) {
-    for (int j = 0; j < NR; ++j) {
-      const Vector<T> right = load_part(w + j * ldw + at, k - at);
-      for (int i = 0; i < MR; ++i) sums[i][j] += load_part(x + i * ldx + at, k - at) * right;
+    if (at < k) {
+        for (int j = 0; j < NR; ++j) {
+            const Vector<T> right = load_part(w + j * ldw + at, k - at);
+            for (int i = 0; i < MR; ++i) sums[i][j] += load_part(x + i * ldx + at, k - at) * right;
+        }
     }
-  }
 }
 
 // Where the machine multiplies pairs of bf16 (AVX512-BF16), products of W read both sides as they are stored.
@@ -58,259 +58,265 @@ constexpr bool in_pairs<bf16> = LORA_PAIRS;
 
 LORA_INLINE FloatVector add_pairs(FloatVector sum, const bf16* a, const bf16* b) {
 #if defined(__AVX512BF16__)
-  return (FloatVector)_mm512_dpbf16_ps((__m512)sum, read<__m512bh>(a), read<__m512bh>(b));
+    return (FloatVector)_mm512_dpbf16_ps((__m512)sum, read<__m512bh>(a), read<__m512bh>(b));
 #else
-  sum += load(a) * load(b);
-  return sum + load(a + lanes<float>) * load(b + lanes<float>);
+    sum += load(a) * load(b);
+    return sum + load(a + lanes<float>) * load(b + lanes<float>);
 #endif
 }
 
 template <int MR, int NR>
-LORA_INLINE void dot_pairs(int64_t k, const bf16* x, int64_t ldx, const bf16* w, int64_t ldw, FloatVector (&sums)[MR][NR]) {
-  constexpr int STEP = 2 * lanes<float>;
-  int64_t at = 0;
-  for (; at + STEP <= k; at += STEP) {
+LORA_INLINE void dot_pairs(int64_t k, const bf16* x, int64_t ldx, const bf16* w, int64_t ldw,
+                           FloatVector (&sums)[MR][NR]) {
+    constexpr int STEP = 2 * lanes<float>;
+    int64_t at = 0;
+    for (; at + STEP <= k; at += STEP) {
 #pragma GCC unroll 4
-    for (int i = 0; i < MR; ++i) {
+        for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
-      for (int j = 0; j < NR; ++j) sums[i][j] = add_pairs(sums[i][j], x + i * ldx + at, w + j * ldw + at);
+            for (int j = 0; j < NR; ++j) sums[i][j] = add_pairs(sums[i][j], x + i * ldx + at, w + j * ldw + at);
+        }
     }
-  }
-  for (int i = 0; at < k && i < MR; ++i) {
-    bf16 left[STEP] = {};
-    __builtin_memcpy(left, x + i * ldx + at, static_cast<size_t>(k - at) * sizeof(bf16));
-    for (int j = 0; j < NR; ++j) {
-      bf16 right[STEP] = {};
-      __builtin_memcpy(right, w + j * ldw + at, static_cast<size_t>(k - at) * sizeof(bf16));
-      sums[i][j] = add_pairs(sums[i][j], left, right);
+    for (int i = 0; at < k && i < MR; ++i) {
+        bf16 left[STEP] = {};
+        __builtin_memcpy(left, x + i * ldx + at, static_cast<size_t>(k - at) * sizeof(bf16));
+        for (int j = 0; j < NR; ++j) {
+            bf16 right[STEP] = {};
+            __builtin_memcpy(right, w + j * ldw + at, static_cast<size_t>(k - at) * sizeof(bf16));
+            sums[i][j] = add_pairs(sums[i][j], left, right);
+        }
     }
-  }
 }
 
 // out (m, n) = x weightᵀ + low lora_bᵀ + bias, rounded once from T.
 template <class T, class E, class Out>
 struct FewForward {
-  int64_t m, n, k, r;
-  const T* x;       // (m, k), widened, contiguous; not read where W is multiplied in pairs
-  const E* stored;  // (m, k), as it came; read only there
-  int64_t ldx;
-  const E* weight;
-  int64_t ldw;
-  const T *low, *lora_b, *bias;  // low = s h (m, r); bias may be null
-  Out* out;
+    int64_t m, n, k, r;
+    const T* x;       // (m, k), widened, contiguous; not read where W is multiplied in pairs
+    const E* stored;  // (m, k), as it came; read only there
+    int64_t ldx;
+    const E* weight;
+    int64_t ldw;
+    const T *low, *lora_b, *bias;  // low = s h (m, r); bias may be null
+    Out* out;
 
-  template <int MR, int NR, class W>
-  void block(int64_t i, int64_t j, const W* rows, int64_t ldr) const {
-    Vector<T> sums[MR][NR] = {};
-    if constexpr (in_pairs<W>) {
-      dot_pairs<MR, NR>(k, stored + i * ldx, ldx, rows, ldr, sums);
-    } else {
-      dot_rows<T, W, MR, NR>(k, x + i * k, k, rows, ldr, sums);
+    template <int MR, int NR, class W>
+    void block(int64_t i, int64_t j, const W* rows, int64_t ldr) const {
+        Vector<T> sums[MR][NR] = {};
+        if constexpr (in_pairs<W>) {
+            dot_pairs<MR, NR>(k, stored + i * ldx, ldx, rows, ldr, sums);
+        } else {
+            dot_rows<T, W, MR, NR>(k, x + i * k, k, rows, ldr, sums);
+        }
+        if (r > 0) dot_rows<T, T, MR, NR>(r, low + i * r, r, lora_b + j * r, r, sums);
+        for (int row = 0; row < MR; ++row) {
+            for (int column = 0; column < NR; ++column) {
+                const T base = bias == nullptr ? T(0) : bias[j + column];
+                narrow(sum_lanes(sums[row][column]) + base, out + (i + row) * n + j + column);
+            }
+        }
     }
-    if (r > 0) dot_rows<T, T, MR, NR>(r, low + i * r, r, lora_b + j * r, r, sums);
-    for (int row = 0; row < MR; ++row) {
-      for (int column = 0; column < NR; ++column) {
-        const T base = bias == nullptr ? T(0) : bias[j + column];
-        narrow(sum_lanes(sums[row][column]) + base, out + (i + row) * n + j + column);
-      }
+
+    template <int NR, class W>
+    void tokens(int64_t j, const W* rows, int64_t ldr) const {
+        int64_t i = 0;
+        for (; i + 3 <= m && m - i != 4; i += 3) block<3, NR>(i, j, rows, ldr);
+        for (; i + 2 <= m; i += 2) block<2, NR>(i, j, rows, ldr);
+        if (i < m) block<1, NR>(i, j, rows, ldr);
     }
-  }
 
-  template <int NR, class W>
-  void tokens(int64_t j, const W* rows, int64_t ldr) const {
-    int64_t i = 0;
-    for (; i + 3 <= m && m - i != 4; i += 3) block<3, NR>(i, j, rows, ldr);
-    for (; i + 2 <= m; i += 2) block<2, NR>(i, j, rows, ldr);
-    if (i < m) block<1, NR>(i, j, rows, ldr);
-  }
+    // Rows j .. j + NR of W; widened once where several blocks of tokens read them.
+    template <int NR>
+    void columns(int64_t j, T* widened) const {
+        const E* rows = weight + j * ldw;
+        if (sizeof(E) == sizeof(T) || in_pairs<E> || m <= 3) return tokens<NR>(j, rows, ldw);
+        widen_block(rows, ldw, NR, k, widened, k, NO_DROPOUT, 0, 0, 0);
+        tokens<NR>(j, widened, k);
+    }
 
-  // Rows j .. j + NR of W; widened once where several blocks of tokens read them.
-  template <int NR>
-  void columns(int64_t j, T* widened) const {
-    const E* rows = weight + j * ldw;
-    if (sizeof(E) == sizeof(T) || in_pairs<E> || m <= 3) return tokens<NR>(j, rows, ldw);
-    widen_block(rows, ldw, NR, k, widened, k, NO_DROPOUT, 0, 0, 0);
-    tokens<NR>(j, widened, k);
-  }
-
-  int64_t scratch(int64_t threads) const { return threads * WEIGHT_ROWS * k; }
-  void run(int64_t threads, T* scratch) const {
-    const int64_t tasks = least(threads, ceil_div(n, WEIGHT_ROWS));
-    run_tasks(tasks, [&](int64_t index) {
-      const Range range = share(n, WEIGHT_ROWS, tasks, index);
-      T* widened = scratch + index * WEIGHT_ROWS * k;
-      int64_t j = range.begin;
-      for (; j + WEIGHT_ROWS <= range.end; j += WEIGHT_ROWS) columns<WEIGHT_ROWS>(j, widened);
-      for (; j < range.end; ++j) columns<1>(j, widened);
-    });
-  }
+    int64_t scratch(int64_t threads) const { return threads * WEIGHT_ROWS * k; }
+    void run(int64_t threads, T* scratch) const {
+        const int64_t tasks = least(threads, ceil_div(n, WEIGHT_ROWS));
+        run_tasks(tasks, [&](int64_t index) {
+            const Range range = share(n, WEIGHT_ROWS, tasks, index);
+            T* widened = scratch + index * WEIGHT_ROWS * k;
+            int64_t j = range.begin;
+            for (; j + WEIGHT_ROWS <= range.end; j += WEIGHT_ROWS) columns<WEIGHT_ROWS>(j, widened);
+            for (; j < range.end; ++j) columns<1>(j, widened);
+        });
+    }
 };
 
 // What dy alone gives, for a range of its columns: lower (m, r) = s dy B, db (n, r) = s dyᵀ h, dbias (n) = Σ dy.
 template <class T, class E>
 struct FewOutputGradients {
-  static constexpr int UNROLL = 4;
+    static constexpr int UNROLL = 4;
 
-  int64_t m, n, r;
-  const E* dy;
-  int64_t lddy;
-  T scaling;
-  const T *lora_b, *h;
-  T *dh, *db, *dbias;  // null: not due
+    int64_t m, n, r;
+    const E* dy;
+    int64_t lddy;
+    T scaling;
+    const T *lora_b, *h;
+    T *dh, *db, *dbias;  // null: not due
 
-  // lower (r) += Σ_j factors[j] B[j] over columns of the range; four chains of sums, added in a fixed order.
-  void reduce(const Range& range, const T* factors, T* lower) const {
-    constexpr int VL = lanes<T>;
-    int64_t q = 0;
-    for (; q + VL <= r; q += VL) {
-      Vector<T> chains[UNROLL] = {};
-      int64_t j = range.begin;
-      for (; j + UNROLL <= range.end; j += UNROLL) {
+    // lower (r) += Σ_j factors[j] B[j] over columns of the range; four chains of sums, added in a fixed order.
+    void reduce(const Range& range, const T* factors, T* lower) const {
+        constexpr int VL = lanes<T>;
+        int64_t q = 0;
+        for (; q + VL <= r; q += VL) {
+            Vector<T> chains[UNROLL] = {};
+            int64_t j = range.begin;
+            for (; j + UNROLL <= range.end; j += UNROLL) {
 #pragma GCC unroll 4
-        for (int u = 0; u < UNROLL; ++u) chains[u] += factors[j - range.begin + u] * load(lora_b + (j + u) * r + q);
-      }
-      for (; j < range.end; ++j) chains[0] += factors[j - range.begin] * load(lora_b + j * r + q);
-      store((chains[0] + chains[1]) + (chains[2] + chains[3]), lower + q);
+                for (int u = 0; u < UNROLL; ++u)
+                    chains[u] += factors[j - range.begin + u] * load(lora_b + (j + u) * r + q);
+            }
+            for (; j < range.end; ++j) chains[0] += factors[j - range.begin] * load(lora_b + j * r + q);
+            store((chains[0] + chains[1]) + (chains[2] + chains[3]), lower + q);
+        }
+        for (; q < r; ++q) {
+            T sum = 0;
+            for (int64_t j = range.begin; j < range.end; ++j) sum += factors[j - range.begin] * lora_b[j * r + q];
+            lower[q] = sum;
+        }
     }
-    for (; q < r; ++q) {
-      T sum = 0;
-      for (int64_t j = range.begin; j < range.end; ++j) sum += factors[j - range.begin] * lora_b[j * r + q];
-      lower[q] = sum;
-    }
-  }
 
-  void task(const Range& range, T* lower, T* factors) const {
-    const int64_t width = range.end - range.begin;
-    if (dbias != nullptr) fill(dbias + range.begin, width, T(0));
-    for (int64_t i = 0; i < m; ++i) {
-      widen_block(dy + i * lddy + range.begin, lddy, 1, width, factors, width, NO_DROPOUT, 0, 0, 0);
-      for (int64_t j = 0; dbias != nullptr && j < width; ++j) dbias[range.begin + j] += factors[j];
-      for (int64_t j = 0; j < width; ++j) factors[j] *= scaling;
-      if (dh != nullptr) reduce(range, factors, lower + i * r);
-      for (int64_t j = 0; db != nullptr && j < width; ++j) {
-        T* row = db + (range.begin + j) * r;
-        for (int64_t q = 0; q < r; ++q) row[q] = (i == 0 ? T(0) : row[q]) + factors[j] * h[i * r + q];
-      }
+    void task(const Range& range, T* lower, T* factors) const {
+        const int64_t width = range.end - range.begin;
+        if (dbias != nullptr) fill(dbias + range.begin, width, T(0));
+        for (int64_t i = 0; i < m; ++i) {
+            widen_block(dy + i * lddy + range.begin, lddy, 1, width, factors, width, NO_DROPOUT, 0, 0, 0);
+            for (int64_t j = 0; dbias != nullptr && j < width; ++j) dbias[range.begin + j] += factors[j];
+            for (int64_t j = 0; j < width; ++j) factors[j] *= scaling;
+            if (dh != nullptr) reduce(range, factors, lower + i * r);
+            for (int64_t j = 0; db != nullptr && j < width; ++j) {
+                T* row = db + (range.begin + j) * r;
+                for (int64_t q = 0; q < r; ++q) row[q] = (i == 0 ? T(0) : row[q]) + factors[j] * h[i * r + q];
+            }
+        }
     }
-  }
 
-  int64_t tasks(int64_t threads) const { return n == 0 ? 1 : least(threads, ceil_div(n, 64)); }
-  int64_t scratch(int64_t threads) const { return tasks(threads) * (m * r + n); }
-  void run(int64_t threads, T* scratch) const {
-    const int64_t count = tasks(threads), size = m * r + n;
-    run_tasks(count, [&](int64_t index) {
-      task(share(n, 64, count, index), scratch + index * size, scratch + index * size + m * r);
-    });
-    for (int64_t q = 0; dh != nullptr && q < m * r; ++q) {
-      T sum = scratch[q];
-      for (int64_t index = 1; index < count; ++index) sum += scratch[index * size + q];
-      dh[q] = sum;
+    int64_t tasks(int64_t threads) const { return n == 0 ? 1 : least(threads, ceil_div(n, 64)); }
+    int64_t scratch(int64_t threads) const { return tasks(threads) * (m * r + n); }
+    void run(int64_t threads, T* scratch) const {
+        const int64_t count = tasks(threads), size = m * r + n;
+        run_tasks(count, [&](int64_t index) {
+            task(share(n, 64, count, index), scratch + index * size, scratch + index * size + m * r);
+        });
+        for (int64_t q = 0; dh != nullptr && q < m * r; ++q) {
+            T sum = scratch[q];
+            for (int64_t index = 1; index < count; ++index) sum += scratch[index * size + q];
+            dh[q] = sum;
+        }
     }
-  }
 };
 
 // da (r, k) = dhᵀ (x * D).
 template <class T, class E>
 struct FewAdapterGradient {
-  int64_t m, k, r;
-  const E* x;
-  int64_t ldx;
-  const T* dh;
-  Dropout dropout;
-  T* da;
+    int64_t m, k, r;
+    const E* x;
+    int64_t ldx;
+    const T* dh;
+    Dropout dropout;
+    T* da;
 
-  int64_t scratch(int64_t threads) const { return m * (k + threads * 64); }
-  void run(int64_t threads, T* scratch) const {
-    const int64_t tasks = least(threads, ceil_div(k, 64));
-    run_tasks(tasks, [&](int64_t index) {
-      const Range range = share(k, 64, tasks, index);
-      const int64_t width = range.end - range.begin;
-      T* tokens = scratch + m * range.begin;
-      widen_block(x + range.begin, ldx, m, width, tokens, width, dropout, 0, range.begin, k);
-      for (int64_t q = 0; q < r; ++q) {
-        T* row = da + q * k + range.begin;
-        for (int64_t i = 0; i < m; ++i) {
-          const T factor = dh[i * r + q];
-          for (int64_t j = 0; j < width; ++j) row[j] = (i == 0 ? T(0) : row[j]) + factor * tokens[i * width + j];
-        }
-      }
-    });
-  }
+    int64_t scratch(int64_t threads) const { return m * (k + threads * 64); }
+    void run(int64_t threads, T* scratch) const {
+        const int64_t tasks = least(threads, ceil_div(k, 64));
+        run_tasks(tasks, [&](int64_t index) {
+            const Range range = share(k, 64, tasks, index);
+            const int64_t width = range.end - range.begin;
+            T* tokens = scratch + m * range.begin;
+            widen_block(x + range.begin, ldx, m, width, tokens, width, dropout, 0, range.begin, k);
+            for (int64_t q = 0; q < r; ++q) {
+                T* row = da + q * k + range.begin;
+                for (int64_t i = 0; i < m; ++i) {
+                    const T factor = dh[i * r + q];
+                    for (int64_t j = 0; j < width; ++j)
+                        row[j] = (i == 0 ? T(0) : row[j]) + factor * tokens[i * width + j];
+                }
+            }
+        });
+    }
 };
 
-// dx (m, k) = D * (dh A) + dy W, for a range of columns: SPAN / m columns of sums at a time, WEIGHT rows of W at a time.
+// dx (m, k) = D * (dh A) + dy W, for a range of columns: SPAN / m columns of sums at a time, WEIGHT rows of W at a
+// time.
 template <class T, class E>
 struct FewInputGradient {
-  static constexpr int64_t SPAN = 8192;
-  static constexpr int STEP = 8;
+    static constexpr int64_t SPAN = 8192;
+    static constexpr int STEP = 8;
 
-  int64_t m, n, k, r;
-  const E* dy;
-  int64_t lddy;
-  const E* weight;
-  int64_t ldw;
-  const T *dh, *lora_a;
-  Dropout dropout;
-  E* dx;
+    int64_t m, n, k, r;
+    const E* dy;
+    int64_t lddy;
+    const E* weight;
+    int64_t ldw;
+    const T *dh, *lora_a;
+    Dropout dropout;
+    E* dx;
 
-  // sums (m, columns) += factors (m, STEP) rows (STEP, columns)
-  template <class S>
-  void add_rows(int64_t columns, const T* factors, const S* rows, int64_t ldr, int count, T* sums, int64_t lds) const {
-    constexpr int VL = lanes<T>;
-    int64_t j = 0;
-    for (; count == STEP && j + VL <= columns; j += VL) {
-      Vector<T> right[STEP];
+    // sums (m, columns) += factors (m, STEP) rows (STEP, columns)
+    template <class S>
+    void add_rows(int64_t columns, const T* factors, const S* rows, int64_t ldr, int count, T* sums,
+                  int64_t lds) const {
+        constexpr int VL = lanes<T>;
+        int64_t j = 0;
+        for (; count == STEP && j + VL <= columns; j += VL) {
+            Vector<T> right[STEP];
 #pragma GCC unroll 8
-      for (int s = 0; s < STEP; ++s) right[s] = load(rows + s * ldr + j);
-      for (int64_t i = 0; i < m; ++i) {
-        Vector<T> even = load(sums + i * lds + j), odd = {};
+            for (int s = 0; s < STEP; ++s) right[s] = load(rows + s * ldr + j);
+            for (int64_t i = 0; i < m; ++i) {
+                Vector<T> even = load(sums + i * lds + j), odd = {};
 #pragma GCC unroll 4
-        for (int s = 0; s < STEP; s += 2) {
-          even += factors[i * STEP + s] * right[s];
-          odd += factors[i * STEP + s + 1] * right[s + 1];
+                for (int s = 0; s < STEP; s += 2) {
+                    even += factors[i * STEP + s] * right[s];
+                    odd += factors[i * STEP + s + 1] * right[s + 1];
+                }
+                store(even + odd, sums + i * lds + j);
+            }
         }
-        store(even + odd, sums + i * lds + j);
-      }
+        for (; j < columns; ++j) {
+            for (int64_t i = 0; i < m; ++i) {
+                T sum = sums[i * lds + j];
+                for (int s = 0; s < count; ++s) sum += factors[i * STEP + s] * widen(rows[s * ldr + j]);
+                sums[i * lds + j] = sum;
+            }
+        }
     }
-    for (; j < columns; ++j) {
-      for (int64_t i = 0; i < m; ++i) {
-        T sum = sums[i * lds + j];
-        for (int s = 0; s < count; ++s) sum += factors[i * STEP + s] * widen(rows[s * ldr + j]);
-        sums[i * lds + j] = sum;
-      }
-    }
-  }
 
-  void task(const Range& range, T* sums) const {
-    const int64_t span = round_up(SPAN / m, 64);
-    T factors[FEW_TOKENS_BACKWARD * STEP];
-    for (int64_t j = range.begin; j < range.end; j += span) {
-      const int64_t columns = least(span, range.end - j);
-      fill(sums, m * span, T(0));
-      for (int64_t s = 0; s < r; s += STEP) {
-        const int count = static_cast<int>(least(STEP, r - s));
-        for (int64_t i = 0; i < m; ++i) {
-          for (int q = 0; q < count; ++q) factors[i * STEP + q] = dh[i * r + s + q];
+    void task(const Range& range, T* sums) const {
+        const int64_t span = round_up(SPAN / m, 64);
+        T factors[FEW_TOKENS_BACKWARD * STEP];
+        for (int64_t j = range.begin; j < range.end; j += span) {
+            const int64_t columns = least(span, range.end - j);
+            fill(sums, m * span, T(0));
+            for (int64_t s = 0; s < r; s += STEP) {
+                const int count = static_cast<int>(least(STEP, r - s));
+                for (int64_t i = 0; i < m; ++i) {
+                    for (int q = 0; q < count; ++q) factors[i * STEP + q] = dh[i * r + s + q];
+                }
+                add_rows(columns, factors, lora_a + s * k + j, k, count, sums, span);
+            }
+            for (int64_t i = 0; dropout.active && i < m; ++i) apply_dropout(dropout, i, j, k, sums + i * span, columns);
+            for (int64_t s = 0; s < n; s += STEP) {
+                const int count = static_cast<int>(least(STEP, n - s));
+                for (int64_t i = 0; i < m; ++i) {
+                    for (int q = 0; q < count; ++q) factors[i * STEP + q] = widen(dy[i * lddy + s + q]);
+                }
+                add_rows(columns, factors, weight + s * ldw + j, ldw, count, sums, span);
+            }
+            narrow_block(sums, span, m, columns, dx + j, k);
         }
-        add_rows(columns, factors, lora_a + s * k + j, k, count, sums, span);
-      }
-      for (int64_t i = 0; dropout.active && i < m; ++i) apply_dropout(dropout, i, j, k, sums + i * span, columns);
-      for (int64_t s = 0; s < n; s += STEP) {
-        const int count = static_cast<int>(least(STEP, n - s));
-        for (int64_t i = 0; i < m; ++i) {
-          for (int q = 0; q < count; ++q) factors[i * STEP + q] = widen(dy[i * lddy + s + q]);
-        }
-        add_rows(columns, factors, weight + s * ldw + j, ldw, count, sums, span);
-      }
-      narrow_block(sums, span, m, columns, dx + j, k);
     }
-  }
 
-  int64_t scratch_per_task() const { return m * round_up(SPAN / m, 64); }
-  void run(int64_t threads, T* scratch) const {
-    const int64_t tasks = least(threads, ceil_div(k, 64));
-    run_tasks(tasks, [&](int64_t index) { task(share(k, 64, tasks, index), scratch + index * scratch_per_task()); });
-  }
+    int64_t scratch_per_task() const { return m * round_up(SPAN / m, 64); }
+    void run(int64_t threads, T* scratch) const {
+        const int64_t tasks = least(threads, ceil_div(k, 64));
+        run_tasks(tasks,
+                  [&](int64_t index) { task(share(k, 64, tasks, index), scratch + index * scratch_per_task()); });
+    }
 };
 
 }  // namespace LORA_CAPABILITY

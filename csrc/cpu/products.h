@@ -21,16 +21,17 @@ constexpr Dropout NO_DROPOUT = {false, 0, 0, 0, 1.0};
 // Runs a callable of (task) through `parallel`.
 template <class F>
 static void run_tasks(int64_t tasks, const F& body) {
-  parallel(tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); }, const_cast<F*>(&body));
+    parallel(
+        tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); }, const_cast<F*>(&body));
 }
 
 struct Range {
-  int64_t begin, end;
+    int64_t begin, end;
 };
 // Part `task` of `count` things cut into `tasks` runs of whole `unit`s.
 LORA_INLINE Range share(int64_t count, int64_t unit, int64_t tasks, int64_t task) {
-  const int64_t units = ceil_div(count, unit);
-  return {least(count, units * task / tasks * unit), least(count, units * (task + 1) / tasks * unit)};
+    const int64_t units = ceil_div(count, unit);
+    return {least(count, units * task / tasks * unit), least(count, units * (task + 1) / tasks * unit)};
 }
 
 // c (rows, columns) += left (rows, depth) panels, left widened strip by strip. Strips are copied even where left is T,
@@ -39,266 +40,273 @@ template <class T, class E>
 static void multiply_widened(int64_t rows, int64_t columns, int64_t depth, const E* left, int64_t ldl, const T* panels,
                              T* c, int64_t ldc, T* strip, const Dropout& dropout, int64_t row0, int64_t column0,
                              int64_t total) {
-  const bool in_place = sizeof(T) == sizeof(E) && !dropout.active && (columns <= 4 * PANEL<T> || ldl <= DEPTH / 2);
-  for (int64_t i = 0; i < rows; i += STRIP) {
-    const int64_t height = least(STRIP, rows - i);
-    if (in_place) {
-      multiply<T, true>(height, columns, depth, reinterpret_cast<const T*>(left + i * ldl), ldl, panels, c + i * ldc, ldc);
-      continue;
+    const bool in_place = sizeof(T) == sizeof(E) && !dropout.active && (columns <= 4 * PANEL<T> || ldl <= DEPTH / 2);
+    for (int64_t i = 0; i < rows; i += STRIP) {
+        const int64_t height = least(STRIP, rows - i);
+        if (in_place) {
+            multiply<T, true>(height, columns, depth, reinterpret_cast<const T*>(left + i * ldl), ldl, panels,
+                              c + i * ldc, ldc);
+            continue;
+        }
+        widen_block(left + i * ldl, ldl, height, depth, strip, STRIP_STRIDE, dropout, row0 + i, column0, total);
+        multiply<T, true>(height, columns, depth, strip, STRIP_STRIDE, panels, c + i * ldc, ldc);
     }
-    widen_block(left + i * ldl, ldl, height, depth, strip, STRIP_STRIDE, dropout, row0 + i, column0, total);
-    multiply<T, true>(height, columns, depth, strip, STRIP_STRIDE, panels, c + i * ldc, ldc);
-  }
 }
 
 // One product out (m, n) = bias + [mask/(1-p)] * (low (m, r) lowpanels) + left (m, k) right, where right is Wᵀ
 // (weight_transposed) or W. The low-rank part comes first, so that dropout can act on it alone.
 template <class T, class E>
 struct Product {
-  int64_t m, n, k, r;
-  const E* left;
-  int64_t ldl;
-  const E* weight;  // null: no base
-  int64_t ldw;
-  bool weight_transposed;
-  const T* low;       // (m, r), contiguous
-  const T* adapter;   // (n, r) where transposed, else (r, n); contiguous
-  T factor;           // on the low-rank part
-  const T* bias;      // (n) or null
-  Dropout dropout;    // of the low-rank part, as a matrix (m, n)
-  E* out;             // (m, n), contiguous
+    int64_t m, n, k, r;
+    const E* left;
+    int64_t ldl;
+    const E* weight;  // null: no base
+    int64_t ldw;
+    bool weight_transposed;
+    const T* low;      // (m, r), contiguous
+    const T* adapter;  // (n, r) where transposed, else (r, n); contiguous
+    T factor;          // on the low-rank part
+    const T* bias;     // (n) or null
+    Dropout dropout;   // of the low-rank part, as a matrix (m, n)
+    E* out;            // (m, n), contiguous
 
-  int64_t tile_rows, tile_columns;
+    int64_t tile_rows, tile_columns;
 
-  // Tiles: enough of them for the threads, as large as that allows.
-  void plan(int64_t threads) {
-    if (m == 0 || n == 0) {
-      tile_rows = ROWS, tile_columns = PANEL<T>;
-      return;
+    // Tiles: enough of them for the threads, as large as that allows.
+    void plan(int64_t threads) {
+        if (m == 0 || n == 0) {
+            tile_rows = ROWS, tile_columns = PANEL<T>;
+            return;
+        }
+        tile_rows = least(weight == nullptr ? LOW_RANK_ROWS : TILE_ROWS, round_up(m, ROWS));
+        tile_columns = least(TILE_COLUMNS, round_up(n, PANEL<T>));
+        while (tiles() < threads && tile_columns > 4 * PANEL<T>) tile_columns = round_up(tile_columns / 2, PANEL<T>);
+        while (tiles() < threads && tile_rows > 2 * ROWS) tile_rows = round_up(tile_rows / 2, ROWS);
+        const int64_t row_tiles = ceil_div(m, tile_rows);
+        tile_rows = round_up(ceil_div(m, row_tiles), ROWS);
     }
-    tile_rows = least(weight == nullptr ? LOW_RANK_ROWS : TILE_ROWS, round_up(m, ROWS));
-    tile_columns = least(TILE_COLUMNS, round_up(n, PANEL<T>));
-    while (tiles() < threads && tile_columns > 4 * PANEL<T>) tile_columns = round_up(tile_columns / 2, PANEL<T>);
-    while (tiles() < threads && tile_rows > 2 * ROWS) tile_rows = round_up(tile_rows / 2, ROWS);
-    const int64_t row_tiles = ceil_div(m, tile_rows);
-    tile_rows = round_up(ceil_div(m, row_tiles), ROWS);
-  }
-  int64_t tiles() const { return ceil_div(m, tile_rows) * ceil_div(n, tile_columns); }
-  int64_t deepest() const { return DEPTH > r ? DEPTH : r; }
-  int64_t scratch_per_task() const {  // elements of T: c, panels, strip
-    return tile_rows * tile_columns + deepest() * tile_columns + STRIP * STRIP_STRIDE;
-  }
-
-  void start_row(T* c, int64_t j0, int64_t columns) const {  // a bias goes with products that have no dropout
-    if (bias == nullptr) return fill(c, round_up(columns, PANEL<T>), T(0));
-    for (int64_t j = 0; j < columns; ++j) c[j] = bias[j0 + j];
-    for (int64_t j = columns; j < round_up(columns, PANEL<T>); ++j) c[j] = T(0);
-  }
-
-  void tile(int64_t index, T* scratch) const {
-    const int64_t column_tiles = ceil_div(n, tile_columns);
-    const int64_t i0 = index / column_tiles * tile_rows, j0 = index % column_tiles * tile_columns;
-    const int64_t rows = least(tile_rows, m - i0), columns = least(tile_columns, n - j0);
-    const bool direct = sizeof(T) == sizeof(E) && columns % PANEL<T> == 0;  // sums in their final place
-    T* c = direct ? reinterpret_cast<T*>(out + i0 * n + j0) : scratch;
-    const int64_t ldc = direct ? n : tile_columns;
-    T* panels = scratch + tile_rows * tile_columns;
-    T* strip = panels + deepest() * tile_columns;
-    for (int64_t i = 0; i < rows; ++i) start_row(c + i * ldc, j0, columns);
-    if (weight_transposed) {
-      pack_columns(adapter + j0 * r, r, r, columns, factor, panels);
-    } else {
-      pack_rows(adapter + j0, n, r, columns, factor, panels);
+    int64_t tiles() const { return ceil_div(m, tile_rows) * ceil_div(n, tile_columns); }
+    int64_t deepest() const { return DEPTH > r ? DEPTH : r; }
+    int64_t scratch_per_task() const {  // elements of T: c, panels, strip
+        return tile_rows * tile_columns + deepest() * tile_columns + STRIP * STRIP_STRIDE;
     }
-    multiply<T, true>(rows, columns, r, low + i0 * r, r, panels, c, ldc);
-    if (dropout.active) {
-      for (int64_t i = 0; i < rows; ++i) apply_dropout(dropout, i0 + i, j0, n, c + i * ldc, columns);
-    }
-    for (int64_t k0 = 0; weight != nullptr && k0 < k; k0 += DEPTH) {
-      const int64_t depth = least(DEPTH, k - k0);
-      if (weight_transposed) {
-        pack_columns(weight + j0 * ldw + k0, ldw, depth, columns, T(1), panels);
-      } else {
-        pack_rows(weight + k0 * ldw + j0, ldw, depth, columns, T(1), panels);
-      }
-      multiply_widened(rows, columns, depth, left + i0 * ldl + k0, ldl, panels, c, ldc, strip, NO_DROPOUT, 0, 0, 0);
-    }
-    if (!direct) narrow_block(c, ldc, rows, columns, out + i0 * n + j0, n);
-  }
 
-  void run(int64_t threads, T* scratch) const {
-    const int64_t count = tiles(), size = scratch_per_task();
-    const int64_t tasks = least(threads, count);
-    run_tasks(tasks, [&](int64_t task) {
-      const Range range = share(count, 1, tasks, task);
-      for (int64_t index = range.begin; index < range.end; ++index) tile(index, scratch + task * size);
-    });
-  }
+    void start_row(T* c, int64_t j0, int64_t columns) const {  // a bias goes with products that have no dropout
+        if (bias == nullptr) return fill(c, round_up(columns, PANEL<T>), T(0));
+        for (int64_t j = 0; j < columns; ++j) c[j] = bias[j0 + j];
+        for (int64_t j = columns; j < round_up(columns, PANEL<T>); ++j) c[j] = T(0);
+    }
+
+    void tile(int64_t index, T* scratch) const {
+        const int64_t column_tiles = ceil_div(n, tile_columns);
+        const int64_t i0 = index / column_tiles * tile_rows, j0 = index % column_tiles * tile_columns;
+        const int64_t rows = least(tile_rows, m - i0), columns = least(tile_columns, n - j0);
+        const bool direct = sizeof(T) == sizeof(E) && columns % PANEL<T> == 0;  // sums in their final place
+        T* c = direct ? reinterpret_cast<T*>(out + i0 * n + j0) : scratch;
+        const int64_t ldc = direct ? n : tile_columns;
+        T* panels = scratch + tile_rows * tile_columns;
+        T* strip = panels + deepest() * tile_columns;
+        for (int64_t i = 0; i < rows; ++i) start_row(c + i * ldc, j0, columns);
+        if (weight_transposed) {
+            pack_columns(adapter + j0 * r, r, r, columns, factor, panels);
+        } else {
+            pack_rows(adapter + j0, n, r, columns, factor, panels);
+        }
+        multiply<T, true>(rows, columns, r, low + i0 * r, r, panels, c, ldc);
+        if (dropout.active) {
+            for (int64_t i = 0; i < rows; ++i) apply_dropout(dropout, i0 + i, j0, n, c + i * ldc, columns);
+        }
+        for (int64_t k0 = 0; weight != nullptr && k0 < k; k0 += DEPTH) {
+            const int64_t depth = least(DEPTH, k - k0);
+            if (weight_transposed) {
+                pack_columns(weight + j0 * ldw + k0, ldw, depth, columns, T(1), panels);
+            } else {
+                pack_rows(weight + k0 * ldw + j0, ldw, depth, columns, T(1), panels);
+            }
+            multiply_widened(rows, columns, depth, left + i0 * ldl + k0, ldl, panels, c, ldc, strip, NO_DROPOUT, 0, 0,
+                             0);
+        }
+        if (!direct) narrow_block(c, ldc, rows, columns, out + i0 * n + j0, n);
+    }
+
+    void run(int64_t threads, T* scratch) const {
+        const int64_t count = tiles(), size = scratch_per_task();
+        const int64_t tasks = least(threads, count);
+        run_tasks(tasks, [&](int64_t task) {
+            const Range range = share(count, 1, tasks, task);
+            for (int64_t index = range.begin; index < range.end; ++index) tile(index, scratch + task * size);
+        });
+    }
 };
 
 // h (m, r) = (x * D) Aᵀ: A packed once, then strips of tokens.
 template <class T, class E>
 struct Shrink {
-  int64_t m, k, r;
-  const E* x;
-  int64_t ldx;
-  const T* lora_a;
-  Dropout dropout;
-  T* h;
+    int64_t m, k, r;
+    const E* x;
+    int64_t ldx;
+    const T* lora_a;
+    Dropout dropout;
+    T* h;
 
-  int64_t padded() const { return round_up(r, PANEL<T>); }
-  int64_t packed() const { return round_up(k, DEPTH) * padded(); }
-  int64_t scratch_per_task() const { return STRIP * padded() + STRIP * STRIP_STRIDE; }
-  int64_t scratch(int64_t threads) const { return packed() + threads * scratch_per_task(); }
+    int64_t padded() const { return round_up(r, PANEL<T>); }
+    int64_t packed() const { return round_up(k, DEPTH) * padded(); }
+    int64_t scratch_per_task() const { return STRIP * padded() + STRIP * STRIP_STRIDE; }
+    int64_t scratch(int64_t threads) const { return packed() + threads * scratch_per_task(); }
 
-  void run(int64_t threads, T* scratch) const {
-    const int64_t blocks = ceil_div(k, DEPTH), packers = least(threads, blocks);
-    T* panels = scratch;
-    run_tasks(packers, [&](int64_t task) {
-      const Range range = share(blocks, 1, packers, task);
-      for (int64_t block = range.begin; block < range.end; ++block) {
-        const int64_t k0 = block * DEPTH;
-        pack_columns(lora_a + k0, k, least(DEPTH, k - k0), r, T(1), panels + k0 * padded());
-      }
-    });
-    const int64_t tasks = least(threads, ceil_div(m, ROWS));
-    run_tasks(tasks, [&](int64_t task) {
-      const Range range = share(m, ROWS, tasks, task);
-      T* c = scratch + packed() + task * scratch_per_task();
-      T* strip = c + STRIP * padded();
-      for (int64_t i = range.begin; i < range.end; i += STRIP) {
-        const int64_t rows = least(STRIP, range.end - i);
-        fill(c, rows * padded(), T(0));
-        for (int64_t k0 = 0; k0 < k; k0 += DEPTH) {
-          multiply_widened(rows, r, least(DEPTH, k - k0), x + i * ldx + k0, ldx, panels + k0 * padded(), c, padded(),
-                           strip, dropout, i, k0, k);
-        }
-        narrow_block(c, padded(), rows, r, h + i * r, r);
-      }
-    });
-  }
+    void run(int64_t threads, T* scratch) const {
+        const int64_t blocks = ceil_div(k, DEPTH), packers = least(threads, blocks);
+        T* panels = scratch;
+        run_tasks(packers, [&](int64_t task) {
+            const Range range = share(blocks, 1, packers, task);
+            for (int64_t block = range.begin; block < range.end; ++block) {
+                const int64_t k0 = block * DEPTH;
+                pack_columns(lora_a + k0, k, least(DEPTH, k - k0), r, T(1), panels + k0 * padded());
+            }
+        });
+        const int64_t tasks = least(threads, ceil_div(m, ROWS));
+        run_tasks(tasks, [&](int64_t task) {
+            const Range range = share(m, ROWS, tasks, task);
+            T* c = scratch + packed() + task * scratch_per_task();
+            T* strip = c + STRIP * padded();
+            for (int64_t i = range.begin; i < range.end; i += STRIP) {
+                const int64_t rows = least(STRIP, range.end - i);
+                fill(c, rows * padded(), T(0));
+                for (int64_t k0 = 0; k0 < k; k0 += DEPTH) {
+                    multiply_widened(rows, r, least(DEPTH, k - k0), x + i * ldx + k0, ldx, panels + k0 * padded(), c,
+                                     padded(), strip, dropout, i, k0, k);
+                }
+                narrow_block(c, padded(), rows, r, h + i * r, r);
+            }
+        });
+    }
 };
 
 // Sums over tokens of the rows of left (m, n), each element read once, block by block:
-//   sums  (n, r) = factor (left * D)ᵀ right                 db = s dyᵀ h;  da = dhᵀ (x * D), stored transposed as (r, n)
-//   lower (m, r) = factor left adapter, adapter (n, r)      dh = s dy B
-//   total (n)    = Σ_m left                                 dbias
+//   sums  (n, r) = factor (left * D)ᵀ right                 db = s dyᵀ h;  da = dhᵀ (x * D), stored transposed as (r,
+//   n) lower (m, r) = factor left adapter, adapter (n, r)      dh = s dy B total (n)    = Σ_m left dbias
 // Columns of left are cut among the tasks, so sums and total are whole in one task and do not depend on the number of
 // threads; lower is summed over the tasks in their order.
 template <class T, class E>
 struct TokenSums {
-  static constexpr int64_t TOKENS = 64, COLUMNS = DEPTH, STRIDE = STRIP_STRIDE, CHUNK = 2048;
+    static constexpr int64_t TOKENS = 64, COLUMNS = DEPTH, STRIDE = STRIP_STRIDE, CHUNK = 2048;
 
-  int64_t m, n, r;
-  const E* left;
-  int64_t ldl;
-  Dropout dropout;
-  T factor;
-  const T *right, *adapter;  // adapter is read where lower is due
-  T *sums, *lower, *total;   // null: not due
-  bool transposed;
+    int64_t m, n, r;
+    const E* left;
+    int64_t ldl;
+    Dropout dropout;
+    T factor;
+    const T *right, *adapter;  // adapter is read where lower is due
+    T *sums, *lower, *total;   // null: not due
+    bool transposed;
 
-  int64_t padded() const { return round_up(r, PANEL<T>); }
-  int64_t tasks(int64_t threads) const { return n == 0 ? 1 : least(threads, ceil_div(n, PANEL<T>)); }
-  int64_t widest(int64_t tasks) const { return ceil_div(ceil_div(n, PANEL<T>), tasks) * PANEL<T>; }
-  int64_t lower_size() const { return lower == nullptr ? 0 : least(CHUNK, m) * padded(); }
-  int64_t scratch_per_task(int64_t tasks) const {  // lower, panels, sums, right, block, total
-    return lower_size() + (2 * widest(tasks) + TOKENS) * padded() + TOKENS * STRIDE + 2 * widest(tasks);
-  }
-  int64_t scratch(int64_t threads) const { return tasks(threads) * scratch_per_task(tasks(threads)); }
-
-  struct Parts {
-    T *lower, *panels, *sums, *right, *block;
-    double* total;  // in fp64: one chain of sums over all tokens
-  };
-  Parts parts(T* scratch, int64_t count) const {
-    const int64_t ld = padded(), width = widest(count);
-    T* panels = scratch + lower_size();
-    T* block = panels + (2 * width + TOKENS) * ld;
-    return {scratch, panels, panels + width * ld, panels + 2 * width * ld, block,
-            reinterpret_cast<double*>(block + TOKENS * STRIDE)};
-  }
-
-  // Starts the sums of columns [range.begin, range.end).
-  void start(const Range& range, const Parts& part) const {
-    const int64_t width = range.end - range.begin;
-    for (int64_t j = 0; lower != nullptr && j < width; j += COLUMNS) {
-      pack_rows(adapter + (range.begin + j) * r, r, least(COLUMNS, width - j), r, factor, part.panels + j * padded());
+    int64_t padded() const { return round_up(r, PANEL<T>); }
+    int64_t tasks(int64_t threads) const { return n == 0 ? 1 : least(threads, ceil_div(n, PANEL<T>)); }
+    int64_t widest(int64_t tasks) const { return ceil_div(ceil_div(n, PANEL<T>), tasks) * PANEL<T>; }
+    int64_t lower_size() const { return lower == nullptr ? 0 : least(CHUNK, m) * padded(); }
+    int64_t scratch_per_task(int64_t tasks) const {  // lower, panels, sums, right, block, total
+        return lower_size() + (2 * widest(tasks) + TOKENS) * padded() + TOKENS * STRIDE + 2 * widest(tasks);
     }
-    if (sums != nullptr) fill(part.sums, width * padded(), T(0));
-    if (total != nullptr) fill(part.total, width, 0.0);
-  }
+    int64_t scratch(int64_t threads) const { return tasks(threads) * scratch_per_task(tasks(threads)); }
 
-  void add(const Range& range, const Range& tokens, const Parts& part) const {
-    const int64_t ld = padded();
-    if (lower != nullptr) fill(part.lower, (tokens.end - tokens.begin) * ld, T(0));
-    for (int64_t i = tokens.begin; i < tokens.end; i += TOKENS) {
-      const int64_t rows = least(TOKENS, tokens.end - i);
-      if (sums != nullptr) pack_rows(right + i * r, r, rows, r, factor, part.right);
-      for (int64_t j = range.begin; j < range.end; j += COLUMNS) {
-        const int64_t columns = least(COLUMNS, range.end - j);
-        const E* from = left + i * ldl + j;
-        const T* a = part.block;
-        int64_t lda = STRIDE;
-        if (sizeof(T) == sizeof(E) && !dropout.active) {
-          a = reinterpret_cast<const T*>(from), lda = ldl;
-        } else {
-          widen_block(from, ldl, rows, columns, part.block, STRIDE, dropout, i, j, n);
+    struct Parts {
+        T *lower, *panels, *sums, *right, *block;
+        double* total;  // in fp64: one chain of sums over all tokens
+    };
+    Parts parts(T* scratch, int64_t count) const {
+        const int64_t ld = padded(), width = widest(count);
+        T* panels = scratch + lower_size();
+        T* block = panels + (2 * width + TOKENS) * ld;
+        return {scratch,
+                panels,
+                panels + width * ld,
+                panels + 2 * width * ld,
+                block,
+                reinterpret_cast<double*>(block + TOKENS * STRIDE)};
+    }
+
+    // Starts the sums of columns [range.begin, range.end).
+    void start(const Range& range, const Parts& part) const {
+        const int64_t width = range.end - range.begin;
+        for (int64_t j = 0; lower != nullptr && j < width; j += COLUMNS) {
+            pack_rows(adapter + (range.begin + j) * r, r, least(COLUMNS, width - j), r, factor,
+                      part.panels + j * padded());
         }
-        if (lower != nullptr) {
-          T* out = part.lower + (i - tokens.begin) * ld;
-          multiply<T, true>(rows, r, columns, a, lda, part.panels + (j - range.begin) * ld, out, ld);
-        }
-        if (sums != nullptr) {
-          multiply<T, false>(columns, r, rows, a, lda, part.right, part.sums + (j - range.begin) * ld, ld);
-        }
-        if (total != nullptr) add_rows(rows, columns, a, lda, part.total + (j - range.begin));
-      }
+        if (sums != nullptr) fill(part.sums, width * padded(), T(0));
+        if (total != nullptr) fill(part.total, width, 0.0);
     }
-  }
 
-  static void add_rows(int64_t rows, int64_t columns, const T* a, int64_t lda, double* total) {
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t column = 0; column < columns; ++column) total[column] += static_cast<double>(a[row * lda + column]);
-    }
-  }
-
-  void finish(const Range& range, const Parts& part) const {
-    const int64_t ld = padded(), width = range.end - range.begin;
-    for (int64_t j = 0; total != nullptr && j < width; ++j) total[range.begin + j] = static_cast<T>(part.total[j]);
-    if (sums == nullptr) return;
-    if (!transposed) return narrow_block(part.sums, ld, width, r, sums + range.begin * r, r);
-    for (int64_t i = 0; i < r; ++i) {
-      for (int64_t j = 0; j < width; ++j) sums[i * n + range.begin + j] = part.sums[j * ld + i];
-    }
-  }
-
-  void run(int64_t threads, T* scratch) const {
-    const int64_t count = tasks(threads), size = scratch_per_task(count);
-    for (int64_t i = 0; i < m; i += CHUNK) {
-      const Range tokens = {i, least(m, i + CHUNK)};
-      run_tasks(count, [&](int64_t index) {
-        const Range range = share(n, PANEL<T>, count, index);
-        const Parts part = parts(scratch + index * size, count);
-        if (i == 0) start(range, part);
-        add(range, tokens, part);
-        if (tokens.end == m) finish(range, part);
-      });
-      if (lower == nullptr) continue;
-      const int64_t adders = least(threads, ceil_div(tokens.end - i, TOKENS));
-      run_tasks(adders, [&](int64_t index) {
-        const Range rows = share(tokens.end - i, 1, adders, index);
-        for (int64_t row = rows.begin; row < rows.end; ++row) {
-          T* sum = scratch + row * padded();
-          for (int64_t other = 1; other < count; ++other) {
-            const T* part = scratch + other * size + row * padded();
-            for (int64_t j = 0; j < padded(); ++j) sum[j] += part[j];
-          }
-          narrow_block(sum, padded(), 1, r, lower + (i + row) * r, r);
+    void add(const Range& range, const Range& tokens, const Parts& part) const {
+        const int64_t ld = padded();
+        if (lower != nullptr) fill(part.lower, (tokens.end - tokens.begin) * ld, T(0));
+        for (int64_t i = tokens.begin; i < tokens.end; i += TOKENS) {
+            const int64_t rows = least(TOKENS, tokens.end - i);
+            if (sums != nullptr) pack_rows(right + i * r, r, rows, r, factor, part.right);
+            for (int64_t j = range.begin; j < range.end; j += COLUMNS) {
+                const int64_t columns = least(COLUMNS, range.end - j);
+                const E* from = left + i * ldl + j;
+                const T* a = part.block;
+                int64_t lda = STRIDE;
+                if (sizeof(T) == sizeof(E) && !dropout.active) {
+                    a = reinterpret_cast<const T*>(from), lda = ldl;
+                } else {
+                    widen_block(from, ldl, rows, columns, part.block, STRIDE, dropout, i, j, n);
+                }
+                if (lower != nullptr) {
+                    T* out = part.lower + (i - tokens.begin) * ld;
+                    multiply<T, true>(rows, r, columns, a, lda, part.panels + (j - range.begin) * ld, out, ld);
+                }
+                if (sums != nullptr) {
+                    multiply<T, false>(columns, r, rows, a, lda, part.right, part.sums + (j - range.begin) * ld, ld);
+                }
+                if (total != nullptr) add_rows(rows, columns, a, lda, part.total + (j - range.begin));
+            }
         }
-      });
     }
-  }
+
+    static void add_rows(int64_t rows, int64_t columns, const T* a, int64_t lda, double* total) {
+        for (int64_t row = 0; row < rows; ++row) {
+            for (int64_t column = 0; column < columns; ++column)
+                total[column] += static_cast<double>(a[row * lda + column]);
+        }
+    }
+
+    void finish(const Range& range, const Parts& part) const {
+        const int64_t ld = padded(), width = range.end - range.begin;
+        for (int64_t j = 0; total != nullptr && j < width; ++j) total[range.begin + j] = static_cast<T>(part.total[j]);
+        if (sums == nullptr) return;
+        if (!transposed) return narrow_block(part.sums, ld, width, r, sums + range.begin * r, r);
+        for (int64_t i = 0; i < r; ++i) {
+            for (int64_t j = 0; j < width; ++j) sums[i * n + range.begin + j] = part.sums[j * ld + i];
+        }
+    }
+
+    void run(int64_t threads, T* scratch) const {
+        const int64_t count = tasks(threads), size = scratch_per_task(count);
+        for (int64_t i = 0; i < m; i += CHUNK) {
+            const Range tokens = {i, least(m, i + CHUNK)};
+            run_tasks(count, [&](int64_t index) {
+                const Range range = share(n, PANEL<T>, count, index);
+                const Parts part = parts(scratch + index * size, count);
+                if (i == 0) start(range, part);
+                add(range, tokens, part);
+                if (tokens.end == m) finish(range, part);
+            });
+            if (lower == nullptr) continue;
+            const int64_t adders = least(threads, ceil_div(tokens.end - i, TOKENS));
+            run_tasks(adders, [&](int64_t index) {
+                const Range rows = share(tokens.end - i, 1, adders, index);
+                for (int64_t row = rows.begin; row < rows.end; ++row) {
+                    T* sum = scratch + row * padded();
+                    for (int64_t other = 1; other < count; ++other) {
+                        const T* part = scratch + other * size + row * padded();
+                        for (int64_t j = 0; j < padded(); ++j) sum[j] += part[j];
+                    }
+                    narrow_block(sum, padded(), 1, r, lower + (i + row) * r, r);
+                }
+            });
+        }
+    }
 };
 
 }  // namespace LORA_CAPABILITY

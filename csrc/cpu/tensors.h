@@ -19,67 +19,76 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 inline Dtype dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::fp32;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::fp16;
-    case ScalarType::Double: return Dtype::fp64;
-    default:
-      STD_TORCH_CHECK(false, name, " has a dtype that LoRA does not run in: it must be float16, bfloat16, float32 or "
-                      "float64. Convert it.");
-  }
-  return Dtype::fp32;
+    switch (tensor.scalar_type()) {
+        case ScalarType::Float:
+            return Dtype::fp32;
+        case ScalarType::BFloat16:
+            return Dtype::bf16;
+        case ScalarType::Half:
+            return Dtype::fp16;
+        case ScalarType::Double:
+            return Dtype::fp64;
+        default:
+            STD_TORCH_CHECK(false, name,
+                            " has a dtype that LoRA does not run in: it must be float16, bfloat16, float32 or "
+                            "float64. Convert it.");
+    }
+    return Dtype::fp32;
 }
 
 inline ScalarType scalar_type_of(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::fp32: return ScalarType::Float;
-    case Dtype::bf16: return ScalarType::BFloat16;
-    case Dtype::fp16: return ScalarType::Half;
-    case Dtype::fp64: return ScalarType::Double;
-  }
-  return ScalarType::Float;
+    switch (dtype) {
+        case Dtype::fp32:
+            return ScalarType::Float;
+        case Dtype::bf16:
+            return ScalarType::BFloat16;
+        case Dtype::fp16:
+            return ScalarType::Half;
+        case Dtype::fp64:
+            return ScalarType::Double;
+    }
+    return ScalarType::Float;
 }
 
 inline Dtype hidden_of(Dtype compute) { return compute == Dtype::fp64 ? Dtype::fp64 : Dtype::fp32; }
 
 // A fresh contiguous CPU tensor.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int64_t strides[2] = {1, 1};
-  const int64_t dims = static_cast<int64_t>(sizes.size());
-  if (dims == 2) strides[0] = sizes.begin()[1] > 1 ? sizes.begin()[1] : 1;
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes.begin(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+    int64_t strides[2] = {1, 1};
+    const int64_t dims = static_cast<int64_t>(sizes.size());
+    if (dims == 2) strides[0] = sizes.begin()[1] > 1 ? sizes.begin()[1] : 1;
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        dims, sizes.begin(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+        aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
 }
 
 // A matrix with unit column stride: the tensor itself, or a contiguous copy where its columns are strided.
 struct Matrix {
-  Tensor tensor;
-  const void* data;
-  int64_t rows, columns, stride;
+    Tensor tensor;
+    const void* data;
+    int64_t rows, columns, stride;
 
-  Matrix(const Tensor& source, const char* name) : tensor(source) {
-    STD_TORCH_CHECK(source.dim() == 2, name, " must be a matrix, and it has ", source.dim(), " dimensions.");
-    const auto sizes = source.sizes();
-    rows = sizes[0], columns = sizes[1];
-    if (columns > 1 && source.stride(1) != 1) tensor = torch::stable::contiguous(source);
-    stride = tensor.stride(0);
-    data = tensor.const_data_ptr();
-  }
+    Matrix(const Tensor& source, const char* name) : tensor(source) {
+        STD_TORCH_CHECK(source.dim() == 2, name, " must be a matrix, and it has ", source.dim(), " dimensions.");
+        const auto sizes = source.sizes();
+        rows = sizes[0], columns = sizes[1];
+        if (columns > 1 && source.stride(1) != 1) tensor = torch::stable::contiguous(source);
+        stride = tensor.stride(0);
+        data = tensor.const_data_ptr();
+    }
 };
 
-// Memory for one call, from torch's allocator (64-byte aligned, and seen by its profilers); nothing is allocated inside a
-// parallel region.
+// Memory for one call, from torch's allocator (64-byte aligned, and seen by its profilers); nothing is allocated inside
+// a parallel region.
 class Scratch {
- public:
-  explicit Scratch(size_t bytes) : memory_(empty({static_cast<int64_t>(bytes)}, ScalarType::Byte)) {}
-  void* get() const { return memory_.mutable_data_ptr(); }
+  public:
+    explicit Scratch(size_t bytes) : memory_(empty({static_cast<int64_t>(bytes)}, ScalarType::Byte)) {}
+    void* get() const { return memory_.mutable_data_ptr(); }
 
- private:
-  Tensor memory_;
+  private:
+    Tensor memory_;
 };
 
 }  // namespace lora_kernels
