@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lora_kernels
-from lora_kernels import FusedLoRALinear, LoRAConfig, replace_linear, restore_linear
+from lora_kernels import FusedLoRALinear, LoRAConfig, replace_linear, restore_linear, use_backend
 from lora_kernels.errors import InvalidTypeError, LoRAStateError
 from lora_kernels.model import lora_layers
 from models import TOKENS, UP, Net, kinds, refused, replacing, tied
@@ -36,7 +36,8 @@ def test_a_fresh_adapter_changes_no_output() -> None:
     model = Net()
     before = model(TOKENS)
     replace_linear(model, LoRAConfig(r=2, target_modules="all-linear"))
-    assert torch.equal(model(TOKENS), before)
+    with use_backend("eager"):  # PyTorch's own product on both sides: the same bits
+        assert torch.equal(model(TOKENS), before)
 
 
 def test_the_model_trains_through_its_adapters() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lora_kernels
-from lora_kernels import FusedLoRALinear, LoRAConfig, replace_linear, restore_linear
+from lora_kernels import FusedLoRALinear, LoRAConfig, replace_linear, restore_linear, use_backend
 from lora_kernels.errors import InvalidArgumentError, LoRAStateError
 from lora_kernels.model import lora_layers
 from models import TOKENS, UP, Net, Snapshot, kinds, refused
@@ -142,7 +142,8 @@ def test_a_plain_models_state_dict_loads(merged: bool) -> None:
     result = model.load_state_dict(plain.state_dict(), strict=False)
     assert set(result.missing_keys) == set(lora_kernels.lora_state_dict(model))
     assert result.unexpected_keys == []
-    assert torch.equal(model(TOKENS), plain(TOKENS))
+    with use_backend("eager"):  # PyTorch's own product on both sides: the same bits
+        assert torch.equal(model(TOKENS), plain(TOKENS))
 
 
 def test_an_adapter_of_another_rank_is_refused_before_anything_is_loaded() -> None:

@@ -335,6 +335,7 @@ def test_no_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", homeless)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(load, "_loaded", {})  # whatever earlier tests have loaded
     assert cache.folders() == []
     assert load.status("cpu")["state"] in ("none", "would be compiled at first use")
     cache._stand_in.cache_clear()

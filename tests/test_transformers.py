@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lora_kernels
-from lora_kernels import LoRAConfig, replace_linear, restore_linear
+from lora_kernels import LoRAConfig, replace_linear, restore_linear, use_backend
 from lora_kernels.errors import InvalidTypeError
 from lora_kernels.model import lora_layers
 from models import Net, refused, replacing
@@ -59,7 +59,8 @@ def test_a_llama_runs_trains_merges_and_is_restored(llama: nn.Module) -> None:
     replace_linear(model, LoRAConfig(r=4, target_modules="all-linear"))
     assert type(model.lm_head) is nn.Linear
     lora_kernels.mark_only_lora_as_trainable(model)
-    assert torch.equal(model(tokens).logits, base)
+    with use_backend("eager"):  # PyTorch's own product on both sides: the same bits
+        assert torch.equal(model(tokens).logits, base)
     model(input_ids=tokens, labels=tokens).loss.backward()
     assert all(layer.lora_B.grad is not None for _, layer in lora_layers(model))
     assert torch.equal(model.generate(tokens[:1], max_new_tokens=2), llama.generate(tokens[:1], max_new_tokens=2))
