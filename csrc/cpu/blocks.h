@@ -17,6 +17,10 @@ constexpr int ROWS = 6, PANEL_VECTORS = 2;
 template <class T>
 constexpr int64_t PANEL = PANEL_VECTORS * lanes<T>;
 
+// Tasks and tiles begin at multiples of this: of a panel, and of what one call of the dropout's generator covers.
+template <class T>
+constexpr int64_t UNIT = PANEL<T> > DROPOUT_GROUP ? PANEL<T> : DROPOUT_GROUP;
+
 LORA_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int least_int(int a, int b) { return a < b ? a : b; }
 

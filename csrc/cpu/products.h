@@ -75,12 +75,12 @@ struct Product {
     // Tiles: enough of them for the threads, as large as that allows.
     void plan(int64_t threads) {
         if (m == 0 || n == 0) {
-            tile_rows = ROWS, tile_columns = PANEL<T>;
+            tile_rows = ROWS, tile_columns = UNIT<T>;
             return;
         }
         tile_rows = least(weight == nullptr ? LOW_RANK_ROWS : TILE_ROWS, round_up(m, ROWS));
-        tile_columns = least(TILE_COLUMNS, round_up(n, PANEL<T>));
-        while (tiles() < threads && tile_columns > 4 * PANEL<T>) tile_columns = round_up(tile_columns / 2, PANEL<T>);
+        tile_columns = least(TILE_COLUMNS, round_up(n, UNIT<T>));
+        while (tiles() < threads && tile_columns > 4 * UNIT<T>) tile_columns = round_up(tile_columns / 2, UNIT<T>);
         while (tiles() < threads && tile_rows > 2 * ROWS) tile_rows = round_up(tile_rows / 2, ROWS);
         const int64_t row_tiles = ceil_div(m, tile_rows);
         tile_rows = round_up(ceil_div(m, row_tiles), ROWS);
@@ -201,8 +201,8 @@ struct TokenSums {
     bool transposed;
 
     int64_t padded() const { return round_up(r, PANEL<T>); }
-    int64_t tasks(int64_t threads) const { return n == 0 ? 1 : least(threads, ceil_div(n, PANEL<T>)); }
-    int64_t widest(int64_t tasks) const { return ceil_div(ceil_div(n, PANEL<T>), tasks) * PANEL<T>; }
+    int64_t tasks(int64_t threads) const { return n == 0 ? 1 : least(threads, ceil_div(n, UNIT<T>)); }
+    int64_t widest(int64_t tasks) const { return ceil_div(ceil_div(n, UNIT<T>), tasks) * UNIT<T>; }
     int64_t lower_size() const { return lower == nullptr ? 0 : least(CHUNK, m) * padded(); }
     int64_t scratch_per_task(int64_t tasks) const {  // lower, panels, sums, right, block, total
         return lower_size() + (2 * widest(tasks) + TOKENS) * padded() + TOKENS * STRIDE + 2 * widest(tasks);
@@ -286,7 +286,7 @@ struct TokenSums {
         for (int64_t i = 0; i < m; i += CHUNK) {
             const Range tokens = {i, least(m, i + CHUNK)};
             run_tasks(count, [&](int64_t index) {
-                const Range range = share(n, PANEL<T>, count, index);
+                const Range range = share(n, UNIT<T>, count, index);
                 const Parts part = parts(scratch + index * size, count);
                 if (i == 0) start(range, part);
                 add(range, tokens, part);
