@@ -50,8 +50,7 @@ LORA_INLINE void random_bits(const Dropout& dropout, uint64_t index, int64_t gro
 constexpr int64_t MASK_SPAN = 256;  // columns whose bits are drawn at once
 
 // values[0 .. count) *= keep / (1 - p), for columns column .. column + count of a row of a (rows, columns) matrix;
-// `column` is a multiple of DROPOUT_GROUP. As in torch's
-// dropout, NaN times 0 is NaN.
+// `column` is a multiple of DROPOUT_GROUP. As in torch's dropout, NaN times 0 is NaN.
 template <class T>
 LORA_INLINE void apply_dropout(const Dropout& dropout, int64_t row, int64_t column, int64_t columns, T* values,
                                int64_t count) {

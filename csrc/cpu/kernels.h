@@ -67,7 +67,6 @@ struct Kernels {
 };
 
 const Kernels& kernels_for(Dtype dtype);
-const char* capability_name();
 
 // Whether x Wᵀ and dy W of m tokens run in the kernels, with the low-rank part inside; elsewhere torch's own product
 // accumulates onto it.
