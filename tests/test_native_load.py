@@ -129,7 +129,7 @@ def test_a_failed_compile_warns_once_and_the_next_backend_runs(
     )
     (log,) = native.cache.glob("native/*-failed.log")
     (reason,) = explain(CPU).reasons["native"]
-    assert f"The log {log} ends: " in reason
+    assert f"The log {log} says: " in reason
     assert "#error this cannot be" in reason
     assert "-fPIC" in log.read_text()
     log.unlink()

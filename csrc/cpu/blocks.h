@@ -119,14 +119,8 @@ LORA_INLINE void transpose_square(Vector<T>* rows) {
         Vector<T> turned[VL];
 #pragma GCC unroll 16
         for (int i = 0; i < VL / 2; ++i) {
-            typename Types<T>::integer low[VL], high[VL];
-            for (int j = 0; j < VL; ++j) {
-                low[j] = j / 2 + (j % 2) * VL;
-                high[j] = VL / 2 + j / 2 + (j % 2) * VL;
-            }
-            typedef typename Types<T>::integers Index;
-            turned[2 * i] = __builtin_shuffle(rows[i], rows[i + VL / 2], read<Index>(low));
-            turned[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + VL / 2], read<Index>(high));
+            turned[2 * i] = interleave<0>(rows[i], rows[i + VL / 2]);
+            turned[2 * i + 1] = interleave<1>(rows[i], rows[i + VL / 2]);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < VL; ++i) rows[i] = turned[i];

@@ -213,17 +213,21 @@ struct Driver {
 // Adapters and bias come in any dtype and leave as T, rounded to E on the way; gradients go the other way.
 template <class T, class E>
 struct Conversion {
+    static constexpr int64_t WORK_PER_ELEMENT = 8;  // in multiply-adds: it is read from memory, rounded and written
+
     template <class S>
-    static void rows_of(const void* source, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
-                        T* out) {
+    static void rows_of(const void* source, int64_t row_stride, int64_t column_stride, const Range& rows,
+                        int64_t columns, T* out) {
         constexpr int VL = lanes<T>;
         constexpr bool rounds = sizeof(E) == 2 && !same<S, E>;
-        for (int64_t i = 0; i < rows; ++i) {
+        const bool one_row = column_stride == 1 && row_stride == columns;  // the rows of the range follow each other
+        const int64_t length = one_row ? columns * (rows.end - rows.begin) : columns;
+        for (int64_t i = rows.begin; i < (one_row ? rows.begin + 1 : rows.end); ++i) {
             const S* from = static_cast<const S*>(source) + i * row_stride;
             T* to = out + i * columns;
             int64_t j = 0;
             if constexpr (vectorizes<S>) {
-                for (; column_stride == 1 && j + VL <= columns; j += VL) {
+                for (; column_stride == 1 && j + VL <= length; j += VL) {
                     Vector<T> value = load(from + j);
                     if constexpr (rounds) {
                         E rounded[VL];
@@ -233,7 +237,7 @@ struct Conversion {
                     store(value, to + j);
                 }
             }
-            for (; j < columns; ++j) {
+            for (; j < length; ++j) {
                 E rounded;
                 narrow(static_cast<T>(widen(from[j * column_stride])), &rounded);
                 to[j] = widen(rounded);
@@ -242,18 +246,16 @@ struct Conversion {
     }
 
     static void adapter(const void* source, Dtype dtype, int64_t row_stride, int64_t column_stride, int64_t rows,
-                        int64_t columns, void* out) {
-        T* to = static_cast<T*>(out);
-        switch (dtype) {
-            case Dtype::fp32:
-                return rows_of<float>(source, row_stride, column_stride, rows, columns, to);
-            case Dtype::bf16:
-                return rows_of<bf16>(source, row_stride, column_stride, rows, columns, to);
-            case Dtype::fp16:
-                return rows_of<fp16>(source, row_stride, column_stride, rows, columns, to);
-            case Dtype::fp64:
-                return rows_of<double>(source, row_stride, column_stride, rows, columns, to);
-        }
+                        int64_t columns, int64_t threads, void* out) {
+        const auto convert = dtype == Dtype::fp32   ? rows_of<float>
+                             : dtype == Dtype::bf16 ? rows_of<bf16>
+                             : dtype == Dtype::fp16 ? rows_of<fp16>
+                                                    : rows_of<double>;
+        const int64_t tasks = least(useful_threads(threads, rows * columns * WORK_PER_ELEMENT), rows);
+        run_tasks(tasks, [&](int64_t index) {
+            const Range range = share(rows, 1, tasks, index);
+            convert(source, row_stride, column_stride, range, columns, static_cast<T*>(out));
+        });
     }
 
     template <class S>

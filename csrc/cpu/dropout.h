@@ -10,13 +10,6 @@ namespace LORA_CAPABILITY {
 
 constexpr int PHILOX_LANES = LORA_VECTOR_BYTES / 8;
 
-// The lanes of a and b by turns: {a0, b0, a1, b1, ...}, their lower or their upper half.
-LORA_INLINE LongVector interleave(LongVector a, LongVector b, int half) {
-    SignedLongs index;
-    for (int i = 0; i < PHILOX_LANES; ++i) index[i] = half * (PHILOX_LANES / 2) + i / 2 + (i % 2) * PHILOX_LANES;
-    return __builtin_shuffle(a, b, index);
-}
-
 // 16 random bits for each element of `groups` groups of a row from counter `index` on: out has 8 * round_up(groups,
 // PHILOX_LANES) places. Lane i of each vector is one call; only the low words of the lanes count until the end.
 LORA_INLINE void random_bits(const Dropout& dropout, uint64_t index, int64_t groups, uint16_t* out) {
@@ -42,8 +35,8 @@ LORA_INLINE void random_bits(const Dropout& dropout, uint64_t index, int64_t gro
             c3 = product0;
         }
         const LongVector first = (c0 & low) | (c1 << 32), second = (c2 & low) | (c3 << 32);
-        write(out + g * DROPOUT_GROUP, interleave(first, second, 0));
-        write(out + g * DROPOUT_GROUP + LORA_VECTOR_BYTES / 2, interleave(first, second, 1));
+        write(out + g * DROPOUT_GROUP, interleave<0>(first, second));
+        write(out + g * DROPOUT_GROUP + LORA_VECTOR_BYTES / 2, interleave<1>(first, second));
     }
 }
 

@@ -52,9 +52,7 @@ LORA_INLINE void dot_rows(int64_t k, const T* x, int64_t ldx, const E* w, int64_
 #endif
 #endif
 template <class E>
-constexpr bool in_pairs = false;
-template <>
-constexpr bool in_pairs<bf16> = LORA_PAIRS;
+constexpr bool in_pairs = LORA_PAIRS && __is_same(E, bf16);
 
 LORA_INLINE FloatVector add_pairs(FloatVector sum, const bf16* a, const bf16* b) {
 #if defined(__AVX512BF16__)

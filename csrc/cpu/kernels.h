@@ -59,7 +59,7 @@ struct Kernels {
     void (*backward)(const Backward&);
     // out (rows, columns), contiguous T: a matrix of any dtype and strides, rounded to the compute dtype.
     void (*adapter)(const void* source, Dtype dtype, int64_t row_stride, int64_t column_stride, int64_t rows,
-                    int64_t columns, void* out);
+                    int64_t columns, int64_t threads, void* out);
     // out (count) of any dtype from T, rounded once.
     void (*gradient)(const void* source, int64_t count, Dtype dtype, void* out);
     // keep (rows, columns) of bool.

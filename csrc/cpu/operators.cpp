@@ -69,7 +69,7 @@ struct Adapter {
         converted = std::make_unique<Scratch>(static_cast<size_t>(rows * columns) * size);
         data = converted->get();
         kernels.adapter(tensor.const_data_ptr(), own, vector ? 0 : tensor.stride(0), tensor.stride(vector ? 0 : 1),
-                        rows, columns, converted->get());
+                        rows, columns, thread_count(), converted->get());
     }
 };
 

@@ -1,11 +1,12 @@
 // Vectors of one instruction set: loads that widen to the accumulation type, stores that round once.
 //
-// GCC's vector extensions say everything once for every width; intrinsics only where the compiler finds no single
-// instruction (half precision, widening 16 to 32 bits, 32x32->64 products).
+// The vector extensions of GCC and Clang say everything once for every width; intrinsics only where the compiler finds
+// no single instruction (half precision, widening 16 to 32 bits, 32x32->64 products).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -196,6 +197,22 @@ LORA_INLINE auto sum_lanes(V v) {
         for (int i = 0; i < half; ++i) values[i] += values[i + half];
     }
     return values[0];
+}
+
+// The lanes of a and b by turns, {a0, b0, a1, b1, ...}: the lower HALF (0) of that, or the upper (1).
+template <int HALF, class V, int... LANE>
+LORA_INLINE V interleave(V a, V b, std::integer_sequence<int, LANE...>) {
+    constexpr int COUNT = sizeof...(LANE);
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, (HALF * COUNT / 2 + LANE / 2 + LANE % 2 * COUNT)...);
+#else  // GCC before 12
+    typedef decltype(a < b) Index;
+    return __builtin_shuffle(a, b, Index{(HALF * COUNT / 2 + LANE / 2 + LANE % 2 * COUNT)...});
+#endif
+}
+template <int HALF, class V>
+LORA_INLINE V interleave(V a, V b) {
+    return interleave<HALF>(a, b, std::make_integer_sequence<int, static_cast<int>(sizeof(V) / sizeof(a[0]))>());
 }
 
 // Products of the low 32 bits of each 64-bit lane; what is above them is ignored.

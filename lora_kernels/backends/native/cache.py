@@ -26,7 +26,7 @@ from .toolchain import BuildError
 
 __all__ = ["build", "failure", "folders", "say"]
 
-_TAIL = 4  # lines of a failed compile that its sentence holds
+_TOLD = 4  # lines of a failed compile that its sentence holds
 
 
 def say(sentence: str) -> None:
@@ -111,9 +111,11 @@ def _remember_failure(log: Path, failed: Path, error: BuildError) -> None:
 
 def _failure_sentence(recipe: Recipe, log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+    errors = [line for line in lines if "error:" in line or line.startswith("ld")]
+    told = errors[:_TOLD] or lines[-_TOLD:]  # what follows the first errors is often their echo
     return (
-        f"the native {recipe.kind} library could not be compiled by {recipe.compiler.name}. The log {log} ends: "
-        f"{' | '.join(lines[-_TAIL:])}. Mend the cause and run `lora-kernels build {recipe.kind}`, which tries again."
+        f"the native {recipe.kind} library could not be compiled by {recipe.compiler.name}. The log {log} says: "
+        f"{' | '.join(told).rstrip('.')}. Mend the cause and run `lora-kernels build {recipe.kind}`, which tries again."
     )
 
 
