@@ -1,5 +1,6 @@
 # `make` lists the targets. Variables: PYTHON (the interpreter to start from), VENV (the environment's folder),
-# TORCH (what pip is given for PyTorch), PYTEST_ARGS, BENCH_ARGS, OUT (where gpu-check writes), RESUME=1 (gpu-check).
+# TORCH (what pip is given for PyTorch), PYTEST_ARGS, BENCH_ARGS; for gpu-check and gpu-bench OUT (where they write) and
+# RESUME=1 (go on in OUT) or RESUME=folder (go on from the files of an earlier run).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +18,8 @@ export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test lint format compile-gate sanitize native-variants verify bench tables gpu-check set-up clean
+.PHONY: help demo build test lint format compile-gate sanitize native-variants verify bench tables gpu-check gpu-bench \
+  set-up clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -63,8 +65,13 @@ bench: $(STAMP) ## side by side with PEFT, addmm_, torch.compile and the frozen 
 tables: $(STAMP) ## write the README's tables from the committed results
 	$(BIN)/python bench/tables.py --write
 
-gpu-check: ## on a machine with a GPU, with its own python3 and no network: tests, verify, a short bench, into $OUT
-	$(PYTHON) scripts/gpu_check.py --out "$(OUT)" $(if $(RESUME),--resume)
+GPU = $(PYTHON) scripts/gpu_check.py --out "$(OUT)" $(if $(RESUME),--resume $(filter-out 1,$(RESUME)))
+
+gpu-check: ## on a machine with a GPU, with its own python3 and no network: tests, verify, tune, a short bench, into $OUT
+	$(GPU)
+
+gpu-bench: ## likewise: tune, then the forward grid, nine minutes a call; RESUME=1 goes on
+	$(GPU) --plan bench
 
 set-up: $(STAMP) ## only set up .venv
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from lora_kernels.benchmark.presets import preset
 from lora_kernels.benchmark.providers import PROVIDERS, Layer, Provider, Setup, make_setups
 from lora_kernels.benchmark.results import Cell
 from lora_kernels.benchmark.runner import admit, candidate, expand_peers, run_cell
-from lora_kernels.benchmark.workloads import Workload, preset
+from lora_kernels.benchmark.workloads import Workload
 
 _CELL_SECONDS = 0.5
 

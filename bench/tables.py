@@ -7,7 +7,9 @@ A table stands between two marker comments and is named after what it shows::
 
 such as ``table:amd-epyc/cpu-grid/step/float32/r=16``. DEVICE is a folder of ``bench/results``; of its files with that
 PRESET the latest is taken, joined by earlier runs of the same machine and versions. A marker ``grid:`` in the place of
-``table:`` makes one row of each shape and M, the dtypes side by side, and sums up the cells of every rank below.
+``table:`` makes one row of each shape and M, the dtypes side by side, and sums up the cells of every rank below;
+``beside:`` puts what the model of the machine predicted beside what was measured, with wins and losses; ``predicted:``
+shows a prediction alone, from a file that ``bench --predict`` wrote, and says so in its heading.
 ``--check`` exits with 1 where a table is not what the results say; ``--write`` makes it so.
 """
 
@@ -22,26 +24,36 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lora_kernels.benchmark.grid import grid  # noqa: E402  (after the path)
+from lora_kernels.benchmark.beside import beside  # noqa: E402  (after the path)
+from lora_kernels.benchmark.grid import grid  # noqa: E402
 from lora_kernels.benchmark.report import legend, markdown, table  # noqa: E402
 from lora_kernels.benchmark.results import Result, join, load  # noqa: E402
 from lora_kernels.benchmark.workloads import FIELDS  # noqa: E402
 from lora_kernels.errors import InvalidArgumentError  # noqa: E402
 
-_MARKED = re.compile(r"(<!-- (?P<kind>table|grid):(?P<name>\S+) -->\n).*?(<!-- /(?P=kind) -->)", re.DOTALL)
+_KINDS = "table|grid|beside|predicted"
+_MARKED = re.compile(rf"(<!-- (?P<kind>{_KINDS}):(?P<name>\S+) -->\n).*?(<!-- /(?P=kind) -->)", re.DOTALL)
 
 
-def newest(results: Path, device: str, preset: str) -> Result:
-    """The latest results of that preset on that device, joined.
+_MAKERS = {"table": table, "grid": grid, "beside": beside, "predicted": beside}
+
+
+def newest(results: Path, device: str, preset: str, predicted: bool = False) -> Result:
+    """The latest results of that preset on that device, joined: the measured ones, or the predicted ones.
 
     Raises:
         InvalidArgumentError: there is none.
     """
-    found = [r for r in map(load, sorted((results / device).glob("*.json"))) if r.preset == preset]
+    found = [
+        r
+        for r in map(load, sorted((results / device).glob("*.json")))
+        if (r.preset, r.predicted) == (preset, predicted)
+    ]
     if not found:
+        how = "--predict MACHINE " if predicted else ""
         raise InvalidArgumentError(
-            f"{results / device} holds no result of preset {preset!r}: run lora-kernels bench --preset {preset} "
-            f"--json {results / device / preset}.json."
+            f"{results / device} holds no {'prediction' if predicted else 'result'} of preset {preset!r}: run "
+            f"lora-kernels bench --preset {preset} {how}--json {results / device / preset}.json."
         )
     return join(found)
 
@@ -69,8 +81,8 @@ def fill(text: str, results: Path) -> str:
                 f"{match['kind']}:{match['name']} is no DEVICE/PRESET/DIRECTION[/DTYPE][/FIELD=VALUES ...]: mend the "
                 "marker."
             )
-        result = newest(results, device, preset)
-        content = (grid if match["kind"] == "grid" else table)(result, direction, conditions)
+        result = newest(results, device, preset, match["kind"] == "predicted")
+        content = _MAKERS[match["kind"]](result, direction, conditions)
         if not content.rows:
             raise InvalidArgumentError(
                 f"{match['kind']}:{match['name']} has no rows: the newest result has no such cells."

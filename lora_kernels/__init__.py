@@ -15,12 +15,16 @@ _PLACES = {
     "LoRAConfig": "config",
     "LoRAKernelsError": "errors",
     "explain": "dispatch",
+    "fuse_peft": "peft",
+    "load_adapter": "checkpoint",
     "lora_linear": "functional",
     "lora_state_dict": "model",
     "mark_only_lora_as_trainable": "model",
     "merge_lora": "model",
     "replace_linear": "model",
     "restore_linear": "model",
+    "save_adapter": "checkpoint",
+    "unfuse_peft": "peft",
     "unmerge_lora": "model",
     "use_backend": "dispatch",
 }
@@ -28,6 +32,8 @@ _PLACES = {
 __all__ = sorted([*_PLACES, "__version__"])
 
 if TYPE_CHECKING:
+    from .checkpoint import load_adapter as load_adapter
+    from .checkpoint import save_adapter as save_adapter
     from .config import LoRAConfig as LoRAConfig
     from .dispatch import explain as explain
     from .dispatch import use_backend as use_backend
@@ -40,6 +46,8 @@ if TYPE_CHECKING:
     from .model import restore_linear as restore_linear
     from .model import unmerge_lora as unmerge_lora
     from .nn import FusedLoRALinear as FusedLoRALinear
+    from .peft import fuse_peft as fuse_peft
+    from .peft import unfuse_peft as unfuse_peft
 
 
 def __getattr__(name: str) -> Any:

@@ -33,6 +33,7 @@ COMMANDS = {
     "info": Command("versions, devices, and each backend: available, or why not and what to do", "info"),
     "verify": Command("the forward product and every gradient of every backend, against float64", "verify.command"),
     "bench": Command("side by side with PEFT, addmm_, torch.compile and the frozen nn.Linear", "benchmark.cli", "run"),
+    "tune": Command("measure the Triton backend's candidates on this GPU and store the choices", "tuning.command"),
     "demo": Command("the worked example: pre-train a small model, fine-tune one layer by LoRA", "demo.command"),
     "build": Command("compile the native library for this machine into the user's cache", "backends.native.command"),
 }
@@ -83,7 +84,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lora-kernels",
         description="LoRA layers at nearly the cost of the frozen nn.Linear: look at the installation, prove the "
-        "gradients, measure the speed, see an example.",
+        "gradients, measure and tune the speed, see an example.",
         epilog="lora-kernels COMMAND --help tells a command's options.",
     )
     parser.add_argument("--version", action="version", version=f"lora-kernels {__version__}")

@@ -11,7 +11,14 @@ import torch
 
 from .errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["LoRAConfig", "check_hyperparameters", "pattern_value", "scaling_of"]
+__all__ = [
+    "LoRAConfig",
+    "as_tuple",
+    "check_hyperparameters",
+    "check_lora_bias",
+    "pattern_value",
+    "scaling_of",
+]
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 INIT_CHOICES = (True, False, "gaussian")
@@ -37,10 +44,18 @@ class LoRAConfig:
         init_lora_weights: True (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal with deviation 1/r, B zero), or
             False (both random: the adapter acts at once; for tests).
         adapter_dtype: dtype of the adapters; None is fp32 over a 16-bit base and the base's dtype otherwise.
+        lora_bias: whether the branch has a trainable bias b_B of its own, which adds ``scaling * b_B`` to the output.
+            Not with DoRA, and only where ``init_lora_weights`` is True or False.
+        modules_to_save: modules that train whole beside the adapters and are saved with them, named by how their dotted
+            names end (a classifier's new head). No layer within them is replaced.
+        layers_to_transform: only within the blocks of these numbers: ``model.layers.3.…`` is number 3. It narrows a
+            ``target_modules`` list, except for entries that are a module's whole name.
+        layers_pattern: what the list of blocks is called (``"layers"``, ``"h"``); None is a name's first number.
 
     Raises:
         InvalidArgumentError: a value outside what is said above.
-        InvalidTypeError: an ``adapter_dtype`` that is not a floating ``torch.dtype``, or names that are not strings.
+        InvalidTypeError: an ``adapter_dtype`` that is not a floating ``torch.dtype``, names that are not strings, or
+            numbers of layers that are not integers.
 
     Example:
         >>> from lora_kernels import LoRAConfig
@@ -60,6 +75,10 @@ class LoRAConfig:
     bias: str = "none"
     init_lora_weights: bool | str = True
     adapter_dtype: torch.dtype | None = None
+    lora_bias: bool = False
+    modules_to_save: list[str] | tuple[str, ...] | set[str] | None = None
+    layers_to_transform: int | list[int] | tuple[int, ...] | set[int] | None = None
+    layers_pattern: str | list[str] | tuple[str, ...] | set[str] | None = None
 
     def __post_init__(self) -> None:
         check_hyperparameters(self.r, self.lora_alpha, self.lora_dropout, self.init_lora_weights, self.adapter_dtype)
@@ -69,17 +88,49 @@ class LoRAConfig:
             check_hyperparameters(self.r, alpha, self.lora_dropout, self.init_lora_weights, self.adapter_dtype)
         if self.bias not in BIAS_CHOICES:
             raise InvalidArgumentError(f"bias={self.bias!r} was given: it must be one of {BIAS_CHOICES}.")
-        for name in ("target_modules", "exclude_modules"):
+        check_lora_bias(self.lora_bias, self.use_dora, self.init_lora_weights)
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
             _check_names(name, getattr(self, name))
-        patterns = {**self.rank_pattern, **self.alpha_pattern}
-        strings = [s for s in (self.target_modules, self.exclude_modules) if isinstance(s, str)]
-        for expression in [*patterns, *strings]:
+        if isinstance(self.modules_to_save, str):
+            raise InvalidTypeError(
+                f"modules_to_save={self.modules_to_save!r} was given: it must be a list of names of modules."
+            )
+        _check_names("modules_to_save", self.modules_to_save)
+        self._check_layers()
+        patterns = [*self.rank_pattern, *self.alpha_pattern, *(self.modules_to_save or ())]
+        patterns += [s for s in (self.target_modules, self.exclude_modules) if isinstance(s, str)]
+        for expression in [*patterns, *as_tuple(self.layers_pattern)]:
             try:
                 re.compile(expression)
             except re.error as error:
                 raise InvalidArgumentError(
                     f"{expression!r} is not a regular expression ({error}); mend it, or give a list of module names."
                 ) from error
+
+    def _check_layers(self) -> None:
+        if not all(type(index) is int and index >= 0 for index in as_tuple(self.layers_to_transform)):
+            raise InvalidTypeError(
+                f"layers_to_transform={self.layers_to_transform!r} was given: it must be a number of a layer, such as "
+                "0, or a list of such numbers."
+            )
+        used = self.layers_to_transform is not None or self.layers_pattern
+        if used and isinstance(self.target_modules, str):
+            raise InvalidArgumentError(
+                f"layers_to_transform and layers_pattern were given with target_modules={self.target_modules!r}: they "
+                "narrow a list of names only. Write the layers' numbers into the expression, or give a list."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise InvalidArgumentError(
+                f"layers_pattern={self.layers_pattern!r} was given without layers_to_transform, which says what "
+                "numbers to take of it. Give both, or leave it out."
+            )
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """``value`` if it is a collection, a tuple with it if it is one thing, and an empty one for None."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple, set, frozenset)) else (value,)
 
 
 def _check_names(argument: str, names: Any) -> None:
@@ -115,6 +166,18 @@ def check_hyperparameters(
         raise InvalidTypeError(
             f"adapter_dtype={adapter_dtype!r} was given: it must be torch.float16, torch.bfloat16, torch.float32, "
             "torch.float64, or None for fp32 over a 16-bit base and the base's dtype otherwise."
+        )
+
+
+def check_lora_bias(lora_bias: bool, use_dora: bool, init_lora_weights: bool | str) -> None:
+    """Raises for a bias of the branch that PEFT does not have either."""
+    if not isinstance(lora_bias, bool):
+        raise InvalidArgumentError(f"lora_bias={lora_bias!r} was given: it must be True or False.")
+    if lora_bias and use_dora:
+        raise InvalidArgumentError("lora_bias=True was given with use_dora=True, which has no such bias. Give one.")
+    if lora_bias and not isinstance(init_lora_weights, bool):
+        raise InvalidArgumentError(
+            f"lora_bias=True was given with init_lora_weights={init_lora_weights!r}: it goes with True or False only."
         )
 
 

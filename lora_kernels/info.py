@@ -54,7 +54,7 @@ def collect() -> dict[str, Any]:
         "backends": _backends,
         "native_library": _native_library,
         "environment": lambda: {name: os.environ.get(name) for name in VARIABLES},
-        "tuned_table": lambda: "none: choices come from device properties",
+        "tuned_table": _tuned_table,
     }
     return {name: _guarded(section) for name, section in sections.items()}
 
@@ -182,6 +182,13 @@ def _native_library() -> dict[str, Any]:
     return {"cache": str(cache.folders()[0]), **{kind: _guarded(partial(load.status, kind)) for kind in KINDS}}
 
 
+def _tuned_table() -> dict[str, Any]:
+    """Each GPU's tuned tables: their files, how many rows count, and what is passed over and why."""
+    from .backends.triton import tuned
+
+    return tuned.status()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lora-kernels info``."""
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -215,6 +222,8 @@ def _text(report: dict[str, Any]) -> str:
             lines += [line for name, backend in content.items() for line in _backend_lines(name, backend)]
         elif section == "native_library" and "error" not in content:
             lines += [line for name, library in content.items() for line in _library_lines(name, library)]
+        elif section == "tuned_table" and "error" not in content:
+            lines += _table_lines(content)
         elif isinstance(content, dict):
             lines += [f"  {key:<22}{value}" for key, value in _told(section, content)]
         elif isinstance(content, list):
@@ -262,3 +271,20 @@ def _library_lines(name: str, library: Any) -> list[str]:
         told.append(f"by {library['compiler']}; `lora-kernels build {name}` does it beforehand")
     told += [*library["reasons"], *library["passed_over"]]
     return [f"  {name:<22}{told[0]}", *(f"  {'':<22}{line}" for line in told[1:])]
+
+
+def _table_lines(tables: dict[str, Any]) -> list[str]:
+    lines = [f"  {'shipped':<22}{', '.join(tables['shipped']) or 'none'}"]
+    lines.append(f"  {'folder':<22}{tables['user_folder'] or 'none: there is no home folder'}")
+    if not tables["devices"]:
+        lines.append(f"  {'in use':<22}none: PyTorch sees no CUDA device")
+    for device in tables["devices"]:
+        told = [f"{device['name']}: {device['cells']} cells were measured, the model chooses for the others"]
+        if not device["cells"]:
+            told = [f"none for {device['name']}: a model of the device chooses. `lora-kernels tune` measures"]
+        for file in device["files"]:
+            told.append(f"{file['origin']}: {file['path']}, {file['used']} of {file['rows']} rows count")
+            told += [f"measured with {versions}" for versions in file["measured_with"]]
+            told += file["passed_over"]
+        lines += [f"  {device['device']:<22}{told[0]}", *(f"  {'':<22}{line}" for line in told[1:])]
+    return lines

@@ -13,10 +13,23 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .config import LoRAConfig
+from .config import LoRAConfig, as_tuple
 from .errors import InvalidArgumentError
+from .layer import LoRALayer
+from .replaceable import is_conv1d
 
-__all__ = ["Match", "close_names", "find_matches", "is_all_linear", "name_matches", "output_heads"]
+__all__ = [
+    "Match",
+    "close_names",
+    "find_matches",
+    "is_all_linear",
+    "is_linear",
+    "name_matches",
+    "output_heads",
+    "saved_whole",
+    "selects",
+    "trained_whole",
+]
 
 # How transformers calls the untrained head of a classifier; it has to be trained whole, not adapted.
 _CLASSIFIER_HEADS = ("score", "classifier")
@@ -31,12 +44,14 @@ class Match:
         places: every dotted name that the module has in the model; more than one where it is shared.
         module: the module.
         excluded: one of its names that ``exclude_modules`` matches, or None.
+        whole: an entry of ``modules_to_save`` that it is or belongs to, or None.
     """
 
     name: str
     places: tuple[str, ...]
     module: nn.Module
     excluded: str | None
+    whole: str | None = None
 
 
 def name_matches(selection: str | Collection[str], name: str) -> bool:
@@ -51,6 +66,52 @@ def name_matches(selection: str | Collection[str], name: str) -> bool:
     if isinstance(selection, str):
         return re.fullmatch(selection, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in selection)
+
+
+def selects(config: LoRAConfig, name: str) -> bool:
+    """Whether ``config`` gives the module called ``name`` an adapter, ``"all-linear"`` aside.
+
+    Example:
+        >>> config = LoRAConfig(target_modules=["q_proj"], layers_to_transform=[1])
+        >>> selects(config, "model.layers.1.q_proj"), selects(config, "model.layers.2.q_proj")
+        (True, False)
+    """
+    if name_matches(config.exclude_modules or (), name) or saved_whole(config, name) is not None:
+        return False
+    return _targets(config, name)
+
+
+def _targets(config: LoRAConfig, name: str) -> bool:
+    """Whether ``target_modules`` with ``layers_to_transform`` and ``layers_pattern`` matches ``name``."""
+    target = config.target_modules or ()
+    if isinstance(target, str):
+        return name_matches(target, name)
+    return name in target or (name_matches(target, name) and _in_layers(config, name))
+
+
+def _in_layers(config: LoRAConfig, name: str) -> bool:
+    """Whether the first number in ``name``, or after ``layers_pattern``, is in ``layers_to_transform``."""
+    wanted = as_tuple(config.layers_to_transform)
+    if not wanted:
+        return True
+    patterns = as_tuple(config.layers_pattern or None)
+    expressions = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns] or [
+        r".*?\.[^.]*\.(?P<index>\d+)\."
+    ]
+    found = next((match for match in (re.match(expression, name) for expression in expressions) if match), None)
+    return found is not None and int(found["index"]) in wanted
+
+
+def saved_whole(config: LoRAConfig, name: str) -> str | None:
+    """The entry of ``modules_to_save`` that ``name`` is, or is within; None if there is none."""
+    entries = as_tuple(config.modules_to_save)
+    return next((entry for entry in entries if re.match(rf"(^|.*\.){entry}($|\..*)", name)), None)
+
+
+def trained_whole(names: Collection[str], model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that ``modules_to_save`` means: those whose dotted names end with one of ``names``, as in PEFT."""
+    modules = model.named_modules(remove_duplicate=False)
+    return [(name, module) for name, module in modules if name and name.endswith(tuple(names))]
 
 
 def is_all_linear(selection: str | Collection[str] | None) -> bool:
@@ -79,8 +140,8 @@ def output_heads(model: nn.Module) -> set[nn.Module]:
 def find_matches(model: nn.Module, config: LoRAConfig) -> list[Match]:
     """Every module that the configuration names, the excluded ones included, in the model's order.
 
-    The model itself is never matched. "all-linear" names each ``nn.Linear``, subclasses included, and transformers'
-    ``Conv1D``, so that a report can say why the latter two are left alone.
+    The model itself is never matched. "all-linear" names each ``nn.Linear``, subclasses included, so that a report can
+    say why those are left alone, and transformers' ``Conv1D``.
 
     Raises:
         InvalidArgumentError: ``target_modules`` is None or empty.
@@ -95,15 +156,16 @@ def find_matches(model: nn.Module, config: LoRAConfig) -> list[Match]:
 
     def wanted(name: str, module: nn.Module) -> bool:
         if is_all_linear(target):
-            return _is_linear(module) and module not in heads
-        return name_matches(target, name)
+            return is_linear(module) and module not in heads
+        return _targets(config, name)
 
     matches = []
     for module, places in _places(model):
         name = next((place for place in places if wanted(place, module)), None)
         if name is not None:
             excluded = next((place for place in places if name_matches(config.exclude_modules or (), place)), None)
-            matches.append(Match(name, places, module, excluded))
+            whole = next((entry for place in places if (entry := saved_whole(config, place)) is not None), None)
+            matches.append(Match(name, places, module, excluded, whole))
     return matches
 
 
@@ -118,7 +180,7 @@ def unmatched_names(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 def close_names(wanted: str, model: nn.Module, count: int = 3) -> list[str]:
     """Names of the model's linear layers that resemble ``wanted``: whole names if it has a dot, else last parts."""
-    names = [name for name, module in model.named_modules(remove_duplicate=False) if name and _is_linear(module)]
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if name and is_linear(module)]
     known = dict.fromkeys(names if "." in wanted else (name.rpartition(".")[2] for name in names))
     by_lower_case = {name.lower(): name for name in known}
     close = difflib.get_close_matches(wanted.lower(), by_lower_case, count, cutoff=0.5)
@@ -127,7 +189,7 @@ def close_names(wanted: str, model: nn.Module, count: int = 3) -> list[str]:
 
 def linear_names(model: nn.Module) -> list[str]:
     """The distinct last parts of the names of the model's linear layers, in order."""
-    names = (name for name, module in model.named_modules(remove_duplicate=False) if name and _is_linear(module))
+    names = (name for name, module in model.named_modules(remove_duplicate=False) if name and is_linear(module))
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
@@ -140,6 +202,6 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
     return ((module, tuple(names)) for module, names in places.items())
 
 
-def _is_linear(module: nn.Module) -> bool:
-    kind = type(module)
-    return isinstance(module, nn.Linear) or (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers"))
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is an ``nn.Linear``, subclasses included, or transformers' ``Conv1D``, replaced or not."""
+    return isinstance(module, (nn.Linear, LoRALayer)) or is_conv1d(module)

@@ -6,14 +6,16 @@ Each function does all of its work or none: where it raises, the model is as it 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from .config import BIAS_CHOICES, LoRAConfig
+from .adapter import forget, remember, remembered
+from .config import BIAS_CHOICES, LoRAConfig, as_tuple
 from .errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, LoRAStateError
-from .matching import find_matches
-from .nn import FusedLoRALinear
+from .layer import LoRALayer
+from .matching import find_matches, trained_whole
 from .replacing import build, check_model, decide, joined, listed, make_report, nothing_to_replace
 from .report import ReplaceReport, RestoredLayer, RestoreReport
 
@@ -28,30 +30,31 @@ __all__ = [
 ]
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     """``(dotted name, layer)`` of each ``FusedLoRALinear`` in ``model``, a shared one once, by its first name.
 
     Example:
+        >>> from lora_kernels import FusedLoRALinear
         >>> [name for name, _ in lora_layers(nn.Sequential(FusedLoRALinear(4, 4, r=2), nn.ReLU()))]
         ['0']
     """
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, FusedLoRALinear))
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer))
 
 
 def replace_linear(model: nn.Module, config: LoRAConfig) -> ReplaceReport:
     """Replaces, in place, each ``nn.Linear`` that ``config`` names by a ``FusedLoRALinear`` around the same Parameters.
 
-    Names match as in PEFT. "all-linear" is every ``nn.Linear`` but the output head: what ``get_output_embeddings()`` of
-    a transformers model returns, or, where that is None, the model's child ``score`` or ``classifier``; other models
-    have no head that could be told from the rest, so all of their linear layers are meant. ``exclude_modules`` always
-    wins.
+    transformers' ``Conv1D`` (GPT-2) becomes a ``FusedLoRAConv1D`` around its weight as it is stored. Names match as in
+    PEFT. "all-linear" is every ``nn.Linear`` and ``Conv1D`` but the output head: what ``get_output_embeddings()`` of a
+    transformers model returns, or, where that is None, the model's child ``score`` or ``classifier``; other models have
+    no head that could be told from the rest, so all of their linear layers are meant. ``exclude_modules`` always wins.
 
-    The replaced layers' weights are frozen, and their biases as ``config.bias`` says; nothing outside of them is
-    (:func:`mark_only_lora_as_trainable` does that). Device, dtype, mode and forward hooks are kept. A module that is
-    used at several places is one ``FusedLoRALinear`` at all of them; Parameters that are tied stay tied, and a layer
-    whose trainable weight is also used outside of the replaced layers (a head tied to an embedding) is left alone. A
-    layer on the meta device stays there: call ``reset_lora_parameters`` after ``to_empty``. Make the optimizer
-    afterwards.
+    The replaced layers' weights are frozen, and their biases as ``config.bias`` says; the modules of
+    ``config.modules_to_save`` train whole; nothing outside of them is touched (:func:`mark_only_lora_as_trainable` does
+    that). Device, dtype, mode and forward hooks are kept. A module that is used at several places is one
+    ``FusedLoRALinear`` at all of them; Parameters that are tied stay tied, and a layer whose trainable weight is also
+    used outside of the replaced layers (a head tied to an embedding) is left alone. A layer on the meta device stays
+    there: call ``reset_lora_parameters`` after ``to_empty``. Make the optimizer afterwards.
 
     Args:
         model: any module; wrapped ones (``torch.compile``, ``DataParallel``) are looked into.
@@ -80,23 +83,19 @@ def replace_linear(model: nn.Module, config: LoRAConfig) -> ReplaceReport:
     targets, skipped = decide(model, config, matches)
     if not targets:
         raise nothing_to_replace(model, config, skipped)
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
+    with training_kept_on_failure(model):
         layers = build(targets, config)
-        _train_biases(model, list(layers.values()), config.bias)
-    except BaseException:
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
-        raise
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for match in targets:
-        _put(modules, match.places, layers[match.name])
-    _guard_loading(model)
+        train_biases(model, list(layers.values()), config.bias)
+        train_whole(model, config)
+    put_layers(model, {match.places: layers[match.name] for match in targets})
+    remember(model, config)
     return make_report(model, config, matches, layers, targets, skipped)
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freezes every parameter but those of the adapters: lora_A, lora_B and lora_magnitude_vector.
+    """Freezes every parameter but those of the adapters: lora_A, lora_B, lora_bias and lora_magnitude_vector.
+
+    Modules that :func:`replace_linear` was told to train whole, with ``modules_to_save``, go on training.
 
     Args:
         model: a module that holds ``FusedLoRALinear`` layers.
@@ -107,20 +106,23 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
         LoRAStateError: the model holds no ``FusedLoRALinear``.
 
     Example:
+        >>> from lora_kernels import FusedLoRALinear
         >>> model = nn.Sequential(FusedLoRALinear(4, 4, r=2), nn.Linear(4, 1))
         >>> mark_only_lora_as_trainable(model)
         >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         ['0.lora_A', '0.lora_B']
     """
-    _check_bias(bias)
-    layers = [layer for _, layer in _some_lora_layers(model, "mark_only_lora_as_trainable")]
+    check_bias(bias)
+    layers = [layer for _, layer in some_lora_layers(model, "mark_only_lora_as_trainable")]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in layers:
         layer.base_weight.requires_grad_(False)
         for parameter in layer.adapter.values():
             parameter.requires_grad_(True)
-    _train_biases(model, layers, bias)
+    train_biases(model, layers, bias)
+    if (adapter := remembered(model)) is not None:
+        train_whole(model, adapter.config)
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -131,18 +133,19 @@ def merge_lora(model: nn.Module) -> None:
             on the meta device, or would not be finite); the layers that were merged until then are unmerged again.
 
     Example:
+        >>> from lora_kernels import FusedLoRALinear
         >>> model = nn.Sequential(FusedLoRALinear(4, 4, r=2))
         >>> merge_lora(model)
         >>> model[0].merged
         True
     """
-    layers = _some_lora_layers(model, "merge_lora")
+    layers = some_lora_layers(model, "merge_lora")
     if merged := [name for name, layer in layers if layer.merged]:
         raise LoRAStateError(
             f"merge_lora was called on a model where {listed(merged)} is merged already. Call unmerge_lora(model) "
             "first, or merge() on the layers that are not."
         )
-    done: list[FusedLoRALinear] = []
+    done: list[LoRALayer] = []
     try:
         for name, layer in layers:
             try:
@@ -163,13 +166,14 @@ def unmerge_lora(model: nn.Module) -> None:
         LoRAStateError: the model holds no LoRA layer, or one is not merged; nothing is changed then.
 
     Example:
+        >>> from lora_kernels import FusedLoRALinear
         >>> model = nn.Sequential(FusedLoRALinear(4, 4, r=2))
         >>> merge_lora(model)
         >>> unmerge_lora(model)
         >>> model[0].merged
         False
     """
-    layers = _some_lora_layers(model, "unmerge_lora")
+    layers = some_lora_layers(model, "unmerge_lora")
     if unmerged := [name for name, layer in layers if not layer.merged]:
         raise LoRAStateError(
             f"unmerge_lora was called on a model where {listed(unmerged)} is not merged. Call merge_lora(model) first, "
@@ -193,6 +197,7 @@ def restore_linear(model: nn.Module) -> RestoreReport:
         LoRAStateError: the model holds no ``FusedLoRALinear``, or is one itself.
 
     Example:
+        >>> from lora_kernels import FusedLoRALinear
         >>> model = nn.Sequential(FusedLoRALinear(4, 4, r=2))
         >>> print(restore_linear(model))
         restored 1 layer:
@@ -201,26 +206,27 @@ def restore_linear(model: nn.Module) -> RestoreReport:
         >>> type(model[0]).__name__
         'Linear'
     """
-    layers = _some_lora_layers(model, "restore_linear")
-    if isinstance(model, FusedLoRALinear):
+    layers = some_lora_layers(model, "restore_linear")
+    if isinstance(model, LoRALayer):
         raise LoRAStateError(
             "restore_linear was called on a FusedLoRALinear itself, which has no parent to put an nn.Linear into. Call "
             "its to_linear() instead."
         )
     modules = dict(model.named_modules(remove_duplicate=False))
-    places: dict[FusedLoRALinear, list[str]] = {layer: [] for _, layer in layers}
+    places: dict[LoRALayer, list[str]] = {layer: [] for _, layer in layers}
     for name, module in modules.items():
-        if isinstance(module, FusedLoRALinear):
+        if isinstance(module, LoRALayer):
             places[module].append(name)
     restored = tuple(
         RestoredLayer(name, tuple(places[layer]), layer.merged, _untied_from(model, layer) if layer.merged else ())
         for name, layer in layers
     )
-    linears = [layer.to_linear() for _, layer in layers]
+    linears = [layer.to_plain() for _, layer in layers]
     for (_, layer), linear in zip(layers, linears, strict=True):
         _remove_hook(linear._forward_pre_hooks, _keep_off_the_fast_path)
         _put(modules, tuple(places[layer]), linear)
     _remove_hook(model._load_state_dict_pre_hooks, _check_ranks)
+    forget(model)
     return RestoreReport(restored)
 
 
@@ -239,18 +245,41 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
         LoRAStateError: the model holds no ``FusedLoRALinear``.
 
     Example:
+        >>> from lora_kernels import FusedLoRALinear
         >>> list(lora_state_dict(nn.Sequential(FusedLoRALinear(4, 4, r=2))))
         ['0.lora_A', '0.lora_B']
     """
-    _check_bias(bias)
+    check_bias(bias)
     tensors: dict[str, Tensor] = {}
-    for prefix, layer in _some_lora_layers(model, "lora_state_dict"):
+    for prefix, layer in some_lora_layers(model, "lora_state_dict"):
         tensors |= {joined(prefix, name): parameter.detach() for name, parameter in layer.adapter.items()}
         if bias == "lora_only" and layer.bias is not None:
             tensors[joined(prefix, "bias")] = layer.bias.detach()
     if bias == "all":
         tensors |= {name: parameter.detach() for name, parameter in _biases(model)}
     return tensors
+
+
+def put_layers(model: nn.Module, layers: Mapping[tuple[str, ...], nn.Module]) -> None:
+    """Puts each layer at its places, and has ``load_state_dict`` look at ranks first."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for places, layer in layers.items():
+        _put(modules, places, layer)
+    hooks = model._load_state_dict_pre_hooks.values()
+    if not any(getattr(hook, "hook", None) is _check_ranks for hook in hooks):
+        model.register_load_state_dict_pre_hook(_check_ranks)
+
+
+@contextmanager
+def training_kept_on_failure(model: nn.Module) -> Iterator[None]:
+    """Where the block raises, each parameter trains, or does not, as before it."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        raise
 
 
 def _put(modules: Mapping[str, nn.Module], places: tuple[str, ...], layer: nn.Module) -> None:
@@ -260,7 +289,7 @@ def _put(modules: Mapping[str, nn.Module], places: tuple[str, ...], layer: nn.Mo
         parent = modules[prefix]
         parent._modules[name] = layer
         guarded = any(hook is _keep_off_the_fast_path for hook in layer._forward_pre_hooks.values())
-        if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(layer, FusedLoRALinear) and not guarded:
+        if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(layer, LoRALayer) and not guarded:
             layer.register_forward_pre_hook(_keep_off_the_fast_path)
 
 
@@ -272,16 +301,10 @@ def _keep_off_the_fast_path(module: nn.Module, args: Any) -> None:
     """
 
 
-def _guard_loading(model: nn.Module) -> None:
-    hooks = model._load_state_dict_pre_hooks.values()
-    if not any(getattr(hook, "hook", None) is _check_ranks for hook in hooks):
-        model.register_load_state_dict_pre_hook(_check_ranks)
-
-
 def _check_ranks(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Raises for an adapter of another rank before anything of the state dict is loaded."""
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, FusedLoRALinear):
+        if isinstance(module, LoRALayer):
             module.check_rank(state_dict, f"{joined(prefix.removesuffix('.'), name)}." if name else prefix)
 
 
@@ -290,7 +313,7 @@ def _remove_hook(hooks: dict[int, Any], function: Any) -> None:
         del hooks[key]
 
 
-def _some_lora_layers(model: nn.Module, function: str) -> list[tuple[str, FusedLoRALinear]]:
+def some_lora_layers(model: nn.Module, function: str) -> list[tuple[str, LoRALayer]]:
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(f"a model of type {type(model).__name__} was given: it must be a torch.nn.Module.")
     layers = list(lora_layers(model))
@@ -302,29 +325,40 @@ def _some_lora_layers(model: nn.Module, function: str) -> list[tuple[str, FusedL
     return layers
 
 
-def _check_bias(bias: str) -> None:
+def check_bias(bias: str) -> None:
     if bias not in BIAS_CHOICES:
         raise InvalidArgumentError(f"bias={bias!r} was given: it must be one of {BIAS_CHOICES}.")
 
 
-def _train_biases(model: nn.Module, layers: list[FusedLoRALinear], bias: str) -> None:
+def train_biases(model: nn.Module, layers: list[LoRALayer], bias: str) -> None:
     biases = [parameter for _, parameter in _biases(model)] if bias == "all" else []
     if bias == "lora_only":
         biases = [layer.bias for layer in layers if layer.bias is not None]
     for parameter in biases:
-        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+        _train(parameter)
+
+
+def train_whole(model: nn.Module, config: LoRAConfig) -> None:
+    """Has the modules of ``modules_to_save`` train, with all that is in them."""
+    for _, module in trained_whole(as_tuple(config.modules_to_save), model):
+        for parameter in module.parameters():
+            _train(parameter)
+
+
+def _train(parameter: nn.Parameter) -> None:
+    parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
 
 
 def _biases(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias")
 
 
-def _untied_from(model: nn.Module, layer: FusedLoRALinear) -> tuple[str, ...]:
+def _untied_from(model: nn.Module, layer: LoRALayer) -> tuple[str, ...]:
     """Names of other modules' parameters that are the layer's base weight."""
     names = []
     for prefix, module in model.named_modules():
         for name, own in module.named_parameters(recurse=False):
-            parameter = module.base_weight if isinstance(module, FusedLoRALinear) and name == "weight" else own
+            parameter = module.base_weight if isinstance(module, LoRALayer) and name == "weight" else own
             if module is not layer and parameter is layer.base_weight:
                 names.append(joined(prefix, name))
     return tuple(names)

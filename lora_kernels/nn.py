@@ -1,37 +1,25 @@
-"""``FusedLoRALinear``: an ``nn.Linear`` with a low-rank adapter, run by the fused operators."""
+"""``FusedLoRALinear``: an ``nn.Linear`` with a low-rank adapter, run by the fused operators; and GPT-2's ``Conv1D``."""
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from .config import check_hyperparameters, scaling_of
-from .dispatch import COMPUTE_DTYPES, Problem
-from .errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
+from . import dora
+from .config import check_hyperparameters, check_lora_bias
+from .dispatch import COMPUTE_DTYPES
+from .errors import InvalidTypeError, LoRAStateError
 from .functional import apply
+from .layer import LoRALayer, hand_over, warn_of_rank
+from .replaceable import is_conv1d, why_not_replaceable
 
-__all__ = ["FusedLoRALinear", "why_not_replaceable"]
-
-_HOOK_TABLES = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-_NORM_ROWS = 1024  # rows of W that are held in fp32 at once while DoRA's norms are computed
+__all__ = ["FusedLoRAConv1D", "FusedLoRALinear"]
 
 
-class FusedLoRALinear(nn.Linear):
+class FusedLoRALinear(LoRALayer, nn.Linear):
     r"""A frozen linear layer with a trainable low-rank adapter, as one fused product.
 
     .. math:: y = x W^\top + b + s\,(\mathrm{drop}_p(x) A^\top) B^\top, \quad s = \alpha / r
@@ -51,10 +39,12 @@ class FusedLoRALinear(nn.Linear):
         init_lora_weights: True, ``"gaussian"`` or False; see :class:`~lora_kernels.LoRAConfig`.
         adapter_dtype: dtype of the adapters; None is fp32 over a 16-bit base and the base's dtype otherwise.
         device, dtype: of the frozen weight and bias, as for ``nn.Linear``.
+        lora_bias: whether the branch has a bias b_B of its own, which adds ``s b_B`` to y; not with ``use_dora``.
 
     Attributes:
         weight: (N, K), frozen. bias: (N,) or None, frozen.
         lora_A: (R, K), trainable. lora_B: (N, R), trainable, zero at first.
+        lora_bias: b_B (N,), trainable, zero at first; None without ``lora_bias``.
         lora_magnitude_vector: (N,), trainable; None without DoRA.
         scaling: s, a float that may be set.
 
@@ -73,10 +63,6 @@ class FusedLoRALinear(nn.Linear):
     """
 
     weight: nn.Parameter
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    lora_magnitude_vector: nn.Parameter | None
-    _base_weight: nn.Parameter | None  # the original, kept aside while merged; no registered Parameter
 
     def __init__(
         self,
@@ -92,12 +78,17 @@ class FusedLoRALinear(nn.Linear):
         adapter_dtype: torch.dtype | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        lora_bias: bool = False,
     ) -> None:
         check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
+        check_lora_bias(lora_bias, use_dora, init_lora_weights)
         if (dtype or torch.get_default_dtype()) not in COMPUTE_DTYPES:
             raise InvalidTypeError(f"dtype={dtype} was given: it must be torch.float16, bfloat16, float32 or float64.")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, adapter_dtype)
+        warn_of_rank(r, in_features, out_features, stacklevel=2)
+        self._add_adapter(
+            r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, adapter_dtype, lora_bias
+        )
 
     @classmethod
     def from_linear(
@@ -110,6 +101,7 @@ class FusedLoRALinear(nn.Linear):
         use_dora: bool = False,
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype | None = None,
+        lora_bias: bool = False,
     ) -> FusedLoRALinear:
         """A layer around ``linear``'s own Parameters: nothing is copied, and they are frozen.
 
@@ -128,21 +120,15 @@ class FusedLoRALinear(nn.Linear):
             >>> FusedLoRALinear.from_linear(linear, r=2).weight is linear.weight
             True
         """
-        check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
-        if isinstance(linear, FusedLoRALinear):
-            raise LoRAStateError(
-                "the layer given to from_linear is a FusedLoRALinear already. Set its parameters, or call "
-                "restore_linear on the model first."
+        if is_conv1d(linear):
+            raise InvalidTypeError(
+                "a transformers Conv1D was given to from_linear, which takes an nn.Linear: FusedLoRALinear stores its "
+                "weight the other way round. Call replace_linear on the model that holds it."
             )
-        if reason := why_not_replaceable(linear):
-            raise InvalidTypeError(reason)
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer.register_parameter("weight", linear._parameters["weight"])
-        layer.register_parameter("bias", linear.bias)
-        layer._add_adapter(r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, adapter_dtype)
-        layer._take_over(linear)
+        arguments = (r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, adapter_dtype, lora_bias)
+        layer = around(linear, *arguments, kind=cls)
+        assert isinstance(layer, cls)
+        warn_of_rank(r, layer.in_features, layer.out_features, stacklevel=2)
         return layer
 
     def to_linear(self) -> nn.Linear:
@@ -152,297 +138,129 @@ class FusedLoRALinear(nn.Linear):
         linear.in_features, linear.out_features = self.in_features, self.out_features
         linear.weight = self.weight
         linear.register_parameter("bias", self.bias)
-        FusedLoRALinear._take_over(linear, self)
+        hand_over(self, linear)
         return linear
 
-    def _take_over(self: nn.Linear, other: nn.Linear) -> None:
-        """Shares ``other``'s hook tables, so that handles on its hooks keep working, and copies its mode."""
-        self.training = other.training
-        for table in _HOOK_TABLES:
-            setattr(self, table, getattr(other, table))
-        self._is_full_backward_hook = other._is_full_backward_hook
-
-    def _add_adapter(
-        self,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        use_rslora: bool,
-        use_dora: bool,
-        init_lora_weights: bool | str,
-        adapter_dtype: torch.dtype | None,
-    ) -> None:
-        features = min(self.in_features, self.out_features)
-        if r > features:
-            warnings.warn(
-                f"r={r} is above min(in_features, out_features) = {features}: the adapter costs more than a full "
-                "update of the weight and can represent no more. A smaller r does the same.",
-                stacklevel=3,
-            )
-        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
-        self.use_rslora, self.use_dora, self.init_lora_weights = use_rslora, use_dora, init_lora_weights
-        self.scaling = scaling_of(r, lora_alpha, use_rslora)
-        self._lora_enabled = True
-        object.__setattr__(self, "_base_weight", None)
-        weight = self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-        if adapter_dtype is None:
-            adapter_dtype = weight.dtype if weight.dtype.itemsize > 2 else torch.float32
-        self.lora_A = nn.Parameter(torch.empty((r, self.in_features), device=weight.device, dtype=adapter_dtype))
-        self.lora_B = nn.Parameter(torch.empty((self.out_features, r), device=weight.device, dtype=adapter_dtype))
-        magnitude = torch.empty(self.out_features, device=weight.device, dtype=adapter_dtype) if use_dora else None
-        self.register_parameter("lora_magnitude_vector", None if magnitude is None else nn.Parameter(magnitude))
-        self.reset_lora_parameters()
-
-    @torch.no_grad()
-    def reset_lora_parameters(self) -> None:
-        """Draws lora_A (and lora_B where ``init_lora_weights=False``) anew, zeroes lora_B, sets DoRA's magnitudes.
-
-        Values are drawn in fp32 and rounded to the adapters' dtype, as PEFT does. On the meta device nothing happens:
-        call it after ``to_empty``.
-
-        Raises:
-            LoRAStateError: the layer is merged.
-        """
-        if self.merged:
-            raise LoRAStateError("reset_lora_parameters was called on a merged layer. Call unmerge() first.")
-        if self.lora_A.is_meta:
-            return
-        drawn = torch.empty_like(self.lora_A, dtype=torch.promote_types(self.lora_A.dtype, torch.float32))
-        if self.init_lora_weights == "gaussian":
-            nn.init.normal_(drawn, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
-        self.lora_A.copy_(drawn)
-        if self.init_lora_weights is False:
-            drawn = torch.empty_like(self.lora_B, dtype=drawn.dtype)
-            self.lora_B.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5)))
-        else:
-            self.lora_B.zero_()
-        self._reset_magnitude()
+    def to_plain(self) -> nn.Linear:
+        return self.to_linear()
 
     def forward(self, input: Tensor) -> Tensor:
         """y (..., N) in ``input``'s dtype (autocast's under autocast) for ``input`` (..., K); see the class."""
-        if self._base_weight is not None or not self._lora_enabled:
-            return F.linear(input, self.weight if self._lora_enabled else self.base_weight, self.bias)
+        if self._base is not None or not self._lora_enabled:
+            merged = self._lora_enabled
+            return F.linear(input, self.weight if merged else self.base_weight, self.bias if merged else self.base_bias)
         p = self.lora_dropout if self.training else 0.0
         if self.use_dora:
-            return self._forward_dora(input, p)
+            return _forward_dora(self, input, p)
         own: dict[str, Any] = self._parameters  # nn.Module's __getattr__ takes a microsecond a name
         try:
-            weight, lora_a, lora_b, bias = own["weight"], own["lora_A"], own["lora_B"], own["bias"]
+            weight, lora_a, lora_b, bias, lora_bias = (
+                own["weight"],
+                own["lora_A"],
+                own["lora_B"],
+                own["bias"],
+                own["lora_bias"],
+            )
         except KeyError:  # a parametrization or a sharding wrapper has put something else in their place
-            weight, lora_a, lora_b, bias = self.weight, self.lora_A, self.lora_B, self.bias
+            weight, lora_a, lora_b, bias, lora_bias = (self.weight, self.lora_A, self.lora_B, self.bias, self.lora_bias)
+        if lora_bias is not None:
+            bias = self._offset(bias, lora_bias)
         return apply(input, weight, lora_a, lora_b, bias, self.scaling, p, None)
 
-    def _forward_dora(self, x: Tensor, p: float) -> Tensor:
-        """y = g * (x Wᵀ + s h Bᵀ) + bias, g = magnitude / ‖W + s B A‖ by rows, the norm outside the graph.
 
-        With dropout, as in PEFT: x Wᵀ + bias keeps the whole x, and what the adapter changes sees the dropped one.
-        """
-        magnitude = self.lora_magnitude_vector
-        assert magnitude is not None
-        gain = magnitude / _nonzero(self._row_norms().to(magnitude.dtype))
-        dropped = F.dropout(x, p) if p > 0.0 else x
-        adapted = apply(dropped, self.weight, self.lora_A, self.lora_B, None, self.scaling, 0.0, None)
-        y = adapted * gain
-        if p > 0.0:
-            y = y + F.linear(x - dropped, self.weight, self.bias)
-        elif self.bias is not None:
-            y = y + self.bias
-        return y.to(adapted.dtype)
+class FusedLoRAConv1D(LoRALayer):
+    """transformers' ``Conv1D`` (GPT-2's linear layer, its weight stored (K, N)) with an adapter; the same product.
 
-    @torch.no_grad()
-    def _row_norms(self) -> Tensor:
-        """‖W + s B A‖ of each row, (N,), in fp32 or better, holding no more than ``_NORM_ROWS`` rows at once."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return torch.cat(
-            [
-                torch.linalg.vector_norm(self._adapted(rows, dtype), dim=1)
-                for rows in torch.arange(self.out_features, device=self.weight.device).split(_NORM_ROWS)
-            ]
-        )
+    It is made by :func:`lora_kernels.replace_linear` around the layer's own Parameters: nothing is copied or turned,
+    names and shapes in a state dict stay. ``nf`` is N and ``nx`` is K; all else is as in ``FusedLoRALinear``.
+    """
 
-    def _adapted(self, rows: Tensor | slice, dtype: torch.dtype) -> Tensor:
-        """Rows of W + s B A in ``dtype``, under autocast too."""
-        device = self.weight.device.type
-        with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # meta knows no autocast
-            low_rank = self.lora_B[rows].to(dtype) @ self.lora_A.to(dtype)
-        return torch.add(self.base_weight[rows].to(dtype), low_rank, alpha=self.scaling)
+    nf: int
+    nx: int
 
-    @torch.no_grad()
-    def _reset_magnitude(self) -> None:
-        if self.lora_magnitude_vector is not None and not self.weight.is_meta:
-            self.lora_magnitude_vector.copy_(self._row_norms())
+    def __init__(self, conv: Any) -> None:
+        super().__init__()
+        self.nf, self.nx = conv.nf, conv.nx
+        self.in_features, self.out_features = conv.nx, conv.nf
+        self._plain_class = type(conv)
 
-    @property
-    def merged(self) -> bool:
-        """Whether ``weight`` holds the merged values."""
-        return self._base_weight is not None
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
 
-    @property
-    def base_weight(self) -> nn.Parameter:
-        """The original, frozen weight (N, K), merged or not."""
-        return self.weight if self._base_weight is None else self._base_weight
-
-    @property
-    def adapter(self) -> dict[str, nn.Parameter]:
-        """The adapter's Parameters by name: lora_A, lora_B and, with DoRA, lora_magnitude_vector."""
-        return {name: p for name, p in self.named_parameters(recurse=False) if name.startswith("lora_")}
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Puts W + s B A (DoRA: its rows rescaled), computed in fp32 and rounded once, in the place of ``weight``.
-
-        The original Parameter is kept aside, so :meth:`unmerge` is exact and modules tied to it see nothing; the cost
-        is one more weight in memory. While merged the layer is its base product alone and dropout does not act;
-        ``state_dict()`` still gives the base weight and the adapters.
-
-        Raises:
-            LoRAStateError: merged already, on the meta device, or the merged values are not finite where the base's
-                are; the layer is left as it was.
-        """
-        if self.merged:
-            raise LoRAStateError("merge was called on a layer that is merged already. Call unmerge() first.")
-        if self.weight.is_meta:
-            raise LoRAStateError("merge was called on a layer on the meta device. Load its weights first.")
-        merged = self._adapted(slice(None), torch.promote_types(self.weight.dtype, torch.float32))
-        if self.lora_magnitude_vector is not None:
-            merged *= (self.lora_magnitude_vector.to(merged.dtype) / _nonzero(self._row_norms())).unsqueeze(1)
-        merged = merged.to(self.weight.dtype)
-        if not bool(torch.isfinite(merged).all()) and bool(torch.isfinite(self.weight).all()):
-            raise LoRAStateError(
-                f"merging gives weights that are not finite in {self.weight.dtype}: lora_A or lora_B holds NaN or inf, "
-                "or the sum overflows. Nothing was changed; look at the adapters, or merge in a wider dtype."
-            )
-        object.__setattr__(self, "_base_weight", self.weight)
-        self.weight = nn.Parameter(merged, requires_grad=False)
-
-    def unmerge(self) -> None:
-        """Puts the original weight back, exactly.
-
-        Raises:
-            LoRAStateError: the layer is not merged.
-        """
-        if self._base_weight is None:
-            raise LoRAStateError("unmerge was called on a layer that is not merged. Call merge() first.")
-        self.weight = self._base_weight
-        object.__setattr__(self, "_base_weight", None)
-
-    def enable_lora(self, enabled: bool = True) -> _RestoreEnabled:
-        """Switches the adapter on or off (then: base output only, merged or not). In a ``with``, for its block only.
-
-        Example:
-            >>> layer = FusedLoRALinear(4, 4, r=2)
-            >>> with layer.enable_lora(False):
-            ...     base = layer(torch.ones(4))
-        """
-        restore = _RestoreEnabled(self, self._lora_enabled)
-        self._lora_enabled = enabled
-        return restore
-
-    @property
-    def problem(self) -> Problem:
-        """What :func:`lora_kernels.explain` is asked about."""
-        weight = self.weight
-        return Problem(weight.device.type, weight.dtype, self.in_features, self.out_features, self.r, self.lora_dropout)
+    def to_plain(self) -> nn.Module:
+        kind: Any = self._plain_class
+        conv = kind.__new__(kind)
+        nn.Module.__init__(conv)
+        conv.nf, conv.nx, conv.weight, conv.bias = self.nf, self.nx, self.weight, self.bias
+        hand_over(self, conv)
+        restored: nn.Module = conv
+        return restored
 
     def extra_repr(self) -> str:
-        parts = [super().extra_repr(), f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"]
-        flags = {"use_rslora": self.use_rslora, "use_dora": self.use_dora, "merged": self.merged}
-        flags["disabled"] = not self._lora_enabled
-        return ", ".join(parts + [f"{name}=True" for name, value in flags.items() if value])
+        return f"nf={self.nf}, nx={self.nx}{super().extra_repr()}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLoRALinear:
-        super()._apply(fn, recurse)
-        if self._base_weight is not None:
-            aside = nn.Module()
-            aside.weight = self._base_weight
-            object.__setattr__(self, "_base_weight", aside._apply(fn).weight)
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._base_weight is not None:
-            destination[prefix + "weight"] = self._base_weight if keep_vars else self._base_weight.detach()
-
-    def check_rank(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
-        """Raises ``InvalidArgumentError`` if the adapter under ``prefix`` in ``state_dict`` has another rank."""
-        if (own := state_dict.get(prefix + "lora_A")) is not None and own.shape[0] != self.r:
-            raise InvalidArgumentError(
-                f"the state dict's {prefix}lora_A has rank {own.shape[0]}, and the layer has r={self.r}. Make the "
-                f"layer with r={own.shape[0]}, or leave the lora_ keys out and load with strict=False."
-            )
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.check_rank(state_dict, prefix)
-        merged = self.merged
-        if merged:
-            self.unmerge()
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "weight" in state_dict and prefix + "lora_magnitude_vector" not in state_dict:
-            self._reset_magnitude()
-        if merged:
-            self.merge()
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., N) for x (..., K)."""
+        if self._base is not None or not self._lora_enabled:
+            weight = self.weight if self._lora_enabled else self.base_weight
+            offset = self.bias if self._lora_enabled else self.base_bias
+            assert offset is not None
+            return torch.addmm(offset, x.reshape(-1, self.nx), weight).view(*x.shape[:-1], self.nf)
+        p = self.lora_dropout if self.training else 0.0
+        if self.use_dora:
+            return _forward_dora(self, x, p)
+        bias: Tensor | None = self.bias if self.lora_bias is None else self._offset(self.bias, self.lora_bias)
+        return apply(x, self.weight.t(), self.lora_A, self.lora_B, bias, self.scaling, p, None)
 
 
-def _nonzero(norms: Tensor) -> Tensor:
-    """``norms`` with 1 for 0: a row of zeros has no direction to scale, and stays zero where 0 / 0 would be NaN."""
-    return norms.masked_fill(norms == 0, 1.0)
+def around(
+    module: nn.Module,
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float,
+    use_rslora: bool,
+    use_dora: bool,
+    init_lora_weights: bool | str,
+    adapter_dtype: torch.dtype | None,
+    lora_bias: bool,
+    draw: bool = True,
+    kind: type[FusedLoRALinear] = FusedLoRALinear,
+) -> LoRALayer:
+    """The LoRA layer for ``module``, an ``nn.Linear`` or ``Conv1D``, around its own Parameters.
 
-
-class _RestoreEnabled:
-    """What ``enable_lora`` returns: leaving its ``with`` block puts the former state back."""
-
-    def __init__(self, layer: FusedLoRALinear, former: bool) -> None:
-        self._layer, self._former = layer, former
-
-    def __enter__(self) -> FusedLoRALinear:
-        return self._layer
-
-    def __exit__(self, *exception: object) -> None:
-        self._layer._lora_enabled = self._former
-
-
-def why_not_replaceable(module: nn.Module) -> str | None:
-    """A sentence that says why ``module`` cannot become a ``FusedLoRALinear``, or None if it can."""
-    kind = type(module).__name__
-    if parametrize.is_parametrized(module):
-        return f"{kind} has parametrized weights: call torch.nn.utils.parametrize.remove_parametrizations first."
-    if type(module) is not nn.Linear:
-        return (
-            f"{kind} is not a plain torch.nn.Linear, and its own behaviour would be lost. Replace it with an nn.Linear "
-            "first, or exclude it."
+    ``draw=False`` leaves the adapter's values unset; an ``nn.Linear`` becomes a ``kind``. Errors as for
+    ``FusedLoRALinear.from_linear``.
+    """
+    check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
+    check_lora_bias(lora_bias, use_dora, init_lora_weights)
+    if isinstance(module, LoRALayer):
+        raise LoRAStateError(
+            "the layer given to from_linear is a FusedLoRALinear already. Set its parameters, or call "
+            "restore_linear on the model first."
         )
-    if "forward" in vars(module):
-        return (
-            f"{kind} has a forward of its own on the instance (accelerate's offloading does that), and it would be "
-            "lost. Remove it first, with accelerate.hooks.remove_hook_from_module for example."
-        )
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return f"{kind} computes its weight by a hook (weight_norm, spectral_norm, pruning): remove that first."
-    if not weight.dtype.is_floating_point or weight.dtype not in COMPUTE_DTYPES or _is_quantized(weight):
-        return (
-            f"{kind} has a quantized weight ({type(weight.data).__name__}, {weight.dtype}): only fp16, bf16, fp32 and "
-            "fp64 weights are supported. Dequantize it first."
-        )
-    if type(weight.data).__name__ == "DTensor":
-        return f"{kind} has a sharded weight (DTensor): replace it first, then call parallelize_module or fully_shard."
-    if weight.dim() != 2 or weight.shape != (module.out_features, module.in_features):
-        return (
-            f"{kind} has a weight of shape {tuple(weight.shape)} where ({module.out_features}, {module.in_features}) "
-            "is expected: it is sharded, packed or not initialised. Materialise it first."
-        )
-    return None
-
-
-def _is_quantized(weight: Tensor) -> bool:
-    """Tensor subclasses that are not plain storage (torchao and others) hold something else than their dtype says."""
-    inner = weight.data
-    return (
-        weight.is_quantized
-        or (type(inner) not in (Tensor, nn.Parameter) and hasattr(inner, "dequantize_weight"))
-        or (type(inner).__module__.startswith(("torchao", "bitsandbytes")))
+    if reason := why_not_replaceable(module):
+        raise InvalidTypeError(reason)
+    layer: LoRALayer
+    if is_conv1d(module):
+        layer = FusedLoRAConv1D(module)
+    else:
+        assert isinstance(module, nn.Linear)
+        layer = kind.__new__(kind)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = module.in_features, module.out_features
+    layer.register_parameter("weight", module._parameters["weight"])
+    layer.register_parameter("bias", module._parameters["bias"])
+    layer._add_adapter(
+        r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, adapter_dtype, lora_bias, draw
     )
+    hand_over(module, layer)
+    return layer
+
+
+def _forward_dora(layer: LoRALayer, x: Tensor, p: float) -> Tensor:
+    """See :mod:`lora_kernels.dora`; the norm is taken outside of the graph."""
+    magnitude = layer.lora_magnitude_vector
+    assert magnitude is not None
+    gains = dora.gain(magnitude, layer._row_norms())
+    weight = layer.matrix(layer.weight)
+    return dora.forward(x, weight, layer.lora_A, layer.lora_B, layer.bias, layer.scaling, gains, p)

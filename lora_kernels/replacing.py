@@ -17,8 +17,10 @@ from torch.nn.parameter import is_lazy
 
 from .config import LoRAConfig, pattern_value
 from .errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, LoRAStateError
-from .matching import Match, close_names, is_all_linear, linear_names, unmatched_names
-from .nn import FusedLoRALinear, why_not_replaceable
+from .layer import LoRALayer
+from .matching import Match, close_names, is_all_linear, linear_names, trained_whole, unmatched_names
+from .nn import around
+from .replaceable import is_conv1d, why_not_replaceable
 from .report import ReplacedLayer, ReplaceReport, SkippedLayer
 
 __all__ = ["build", "check_model", "decide", "joined", "listed", "make_report", "nothing_to_replace"]
@@ -46,8 +48,10 @@ def check_model(model: nn.Module, config: LoRAConfig) -> None:
         )
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(f"a model of type {type(model).__name__} was given: it must be a torch.nn.Module.")
-    if isinstance(model, FusedLoRALinear):
+    if isinstance(model, LoRALayer):
         raise LoRAStateError("the model given to replace_linear is a FusedLoRALinear already. Train it as it is.")
+    if is_conv1d(model):
+        raise InvalidTypeError("the model given to replace_linear is itself a Conv1D. Give the model that holds it.")
     if isinstance(model, nn.Linear):
         raise InvalidTypeError(
             "the model given to replace_linear is itself an nn.Linear, which cannot be replaced in place. Use "
@@ -67,7 +71,8 @@ def check_model(model: nn.Module, config: LoRAConfig) -> None:
 
 def decide(model: nn.Module, config: LoRAConfig, matches: list[Match]) -> tuple[list[Match], list[SkippedLayer]]:
     """The matches to replace, and those to leave alone, with the reasons."""
-    replaced = [match.name for match in matches if isinstance(match.module, FusedLoRALinear) and not match.excluded]
+    adapted = (match for match in matches if isinstance(match.module, LoRALayer))
+    replaced = [match.name for match in adapted if not match.excluded and not match.whole]
     if replaced:
         raise LoRAStateError(
             f"{listed(replaced)} is a FusedLoRALinear already, and no layer takes a second adapter. Name it in "
@@ -86,6 +91,8 @@ def _why_left_alone(match: Match, modules: Mapping[str, nn.Module]) -> str | Non
     if match.excluded is not None:
         also = "it" if match.excluded == match.name else f"{match.excluded!r}, another name of it"
         return f"exclude_modules matches {also}."
+    if match.whole is not None:
+        return f"modules_to_save names it ({match.whole!r}), so it trains whole."
     for place in match.places:
         ancestors = (modules[place[: dot.start()]] for dot in re.finditer(r"\.", place))
         if any(hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names") for module in ancestors):
@@ -120,7 +127,8 @@ def nothing_to_replace(model: nn.Module, config: LoRAConfig, skipped: list[Skipp
     kind, target = type(model).__name__, config.target_modules
     if skipped:
         reasons = dict.fromkeys(layer.reason for layer in skipped)
-        error = InvalidArgumentError if all("exclude_modules" in reason for reason in reasons) else InvalidTypeError
+        by_choice = all("exclude_modules" in reason or "modules_to_save" in reason for reason in reasons)
+        error = InvalidArgumentError if by_choice else InvalidTypeError
         return error(
             f"target_modules={target!r} matches {listed([layer.name for layer in skipped])} in {kind}, and nothing of "
             f"it can be replaced: {' '.join(reasons)}"
@@ -147,25 +155,29 @@ def _close_sentence(model: nn.Module, config: LoRAConfig) -> str:
     return f"Close names are {listed(list(close))}. " if close else ""
 
 
-def build(targets: list[Match], config: LoRAConfig) -> dict[str, FusedLoRALinear]:
-    """The layers for ``targets`` by name, with one warning for all ranks that are too high."""
-    layers = {}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"r=\d+ is above min")
-        for match in targets:
-            assert isinstance(match.module, nn.Linear)
-            layers[match.name] = FusedLoRALinear.from_linear(
-                match.module,
-                r=pattern_value(config.rank_pattern, match.name, config.r),
-                lora_alpha=pattern_value(config.alpha_pattern, match.name, config.lora_alpha),
-                lora_dropout=config.lora_dropout,
-                use_rslora=config.use_rslora,
-                use_dora=config.use_dora,
-                init_lora_weights=config.init_lora_weights,
-                adapter_dtype=config.adapter_dtype,
-            )
+def build(targets: list[Match], config: LoRAConfig, draw: bool = True) -> dict[str, LoRALayer]:
+    """The layers for ``targets`` by name, with one warning for all ranks that are too high.
+
+    ``draw=False`` is for adapters that exist: it leaves their values unset and torch's generator as it is, and does not
+    warn.
+    """
+    layers = {
+        match.name: around(
+            match.module,
+            r=pattern_value(config.rank_pattern, match.name, config.r),
+            lora_alpha=pattern_value(config.alpha_pattern, match.name, config.lora_alpha),
+            lora_dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            init_lora_weights=config.init_lora_weights,
+            adapter_dtype=config.adapter_dtype,
+            lora_bias=config.lora_bias,
+            draw=draw,
+        )
+        for match in targets
+    }
     high = [name for name, layer in layers.items() if layer.r > min(layer.in_features, layer.out_features)]
-    if high:
+    if high and draw:
         warnings.warn(
             f"the rank is above min(in_features, out_features) of {listed(high)}: the adapter costs more than a full "
             "update of the weight and can represent no more. A smaller r, or a rank_pattern for these, does the same.",
@@ -178,7 +190,7 @@ def make_report(
     model: nn.Module,
     config: LoRAConfig,
     matches: list[Match],
-    layers: dict[str, FusedLoRALinear],
+    layers: dict[str, LoRALayer],
     targets: list[Match],
     skipped: list[SkippedLayer],
 ) -> ReplaceReport:
@@ -196,7 +208,7 @@ def make_report(
         skipped=tuple(skipped),
         notes=tuple(_notes(model, config, matches, list(layers))),
         adapter_parameters=sum(
-            p.numel() for m in model.modules() if isinstance(m, FusedLoRALinear) for p in m.adapter.values()
+            p.numel() for m in model.modules() if isinstance(m, LoRALayer) for p in m.adapter.values()
         ),
         trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         total=sum(parameter.numel() for parameter in parameters),
@@ -209,6 +221,9 @@ def _notes(model: nn.Module, config: LoRAConfig, matches: list[Match], replaced:
         yield f"target_modules names {entry!r}, which matches nothing{f' (close: {listed(close)})' if close else ''}."
     if config.exclude_modules and not any(match.excluded for match in matches):
         yield f"exclude_modules={config.exclude_modules!r} excludes nothing that target_modules matches."
+    for entry in config.modules_to_save or ():
+        if not trained_whole([entry], model):
+            yield f"modules_to_save names {entry!r}, which matches nothing."
     for pattern, field in ((config.rank_pattern, "rank_pattern"), (config.alpha_pattern, "alpha_pattern")):
         for key in pattern:
             if not any(pattern_value({key: True}, name, False) for name in replaced):

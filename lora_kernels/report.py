@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["ReplaceReport", "ReplacedLayer", "RestoreReport", "RestoredLayer", "SkippedLayer"]
+__all__ = ["LoadReport", "ReplaceReport", "ReplacedLayer", "RestoreReport", "RestoredLayer", "SkippedLayer"]
 
 _NAMES_SHOWN = 4  # of the layers that were left alone for one and the same reason
 
@@ -148,6 +148,36 @@ class RestoreReport:
         lines = [f"restored {_count(len(self.layers), 'layer')}:", *(f"  {layer}" for layer in self.layers)]
         lines.append(f"adapters merged: {len(self.kept)}; adapters dropped: {len(self.dropped)}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What :func:`lora_kernels.load_adapter` did. ``len`` and iteration go over the loaded layers.
+
+    Attributes:
+        layers: the layers whose adapters were loaded.
+        others: names of what was loaded into the model besides: biases, modules that were saved whole.
+        notes: sentences about what is not as one might expect.
+    """
+
+    layers: tuple[ReplacedLayer, ...]
+    others: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[ReplacedLayer]:
+        return iter(self.layers)
+
+    def __str__(self) -> str:
+        lines = [
+            f"loaded an adapter into {_count(len(self.layers), 'layer')}:",
+            *(f"  {layer}" for layer in self.layers),
+        ]
+        if self.others:
+            lines.append(f"loaded {_count(len(self.others), 'other tensor')}: {', '.join(self.others)}")
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
 def _count(number: int, noun: str) -> str:

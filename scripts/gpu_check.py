@@ -1,12 +1,17 @@
-"""Everything that wants a GPU, in one command that needs no network and installs nothing: ``make gpu-check``.
+"""Everything that wants a GPU, in one command that needs no network and installs nothing.
+
+``make gpu-check`` is nine minutes of all, the order by worth: correctness, then tuning, then a short benchmark.
+``make gpu-bench`` is the forward grid, nine minutes a call, with what compiled rivals make of it after that.
 
 Runs its stages one after the other with the interpreter it was started with, the checkout on PYTHONPATH. Each stage
 has its own time limit, so a hang costs one stage; each result is on disk before the next stage starts, so a run that is
-cut off keeps what it had, and ``--resume`` skips the stages that passed. Files, eight at most:
+cut off keeps what it had. ``--resume`` skips the stages that passed and goes on with those that were not done;
+``--resume FOLDER`` first takes over the files of an earlier run, also of one on a machine that is gone: its tuned table
+is put where the package looks for it. Files, eight at most (what is small is in the summary):
 
-    info.json  build.json  tests.xml  verify.json  bench.json  compile.json      one result for each stage
-    log.txt                                                                      what the stages printed
-    summary.json                                                                 what became of each stage
+    gpu-check  tests.xml  verify.json  tune.json  tuned.json  bench.json  compile.json
+    gpu-bench  tune-grid.json  tuned.json  forward.json  compiled.json
+    both       summary.json (what became of each stage; info, build, overhead)  log.txt (what the stages printed)
 
 Exit status: 0 if every stage passed, 1 otherwise.
 """
@@ -17,117 +22,38 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts.gpu_stages import PLANS, TUNED, Stage, Unfinished  # noqa: E402  (after the path)
+
 TOTAL_SECONDS = 530.0
 PATIENCE_SECONDS = 8.0  # between the request to stop and the kill: pytest writes its report in this time
-NO_GPU = re.compile(r"\b(no|needs?|requires?|wants?|without)\b.*\b(cuda|gpu)\b", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One command, its time limit, and where its result is.
-
-    Attributes:
-        name: what the summary calls it.
-        command: arguments; ``{result}`` stands for the result's path.
-        limit_s: seconds after which it is stopped.
-        result: file name in the output folder.
-        result_is_stdout: whether the command prints its result, rather than writing the file itself.
-        judge: reads the result; returns a short account, raises ``ValueError`` if the result is not a pass.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    limit_s: float
-    result: str
-    result_is_stdout: bool
-    judge: Callable[[Path], str]
+MARGIN_SECONDS = 15.0  # a benchmark begins no cell in the last seconds of its stage
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a stage; ``status`` is passed, failed, timed out, or not run."""
+    """What became of a stage; ``status`` is passed, failed, timed out, unfinished, or not run."""
 
     name: str
     status: str
     seconds: float
     note: str
-
-
-def judge_json(path: Path) -> str:
-    """Passes any JSON document; the command's exit status has judged its content."""
-    json.loads(path.read_text())
-    return path.name
-
-
-def judge_info(path: Path) -> str:
-    """Names the GPU; fails where none is visible, for then nothing below would run on one."""
-    seen = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    ).stdout.strip()
-    judge_json(path)
-    if not seen:
-        raise ValueError("no CUDA device is visible to torch: run this on a machine that has one")
-    return seen
-
-
-def judge_tests(path: Path) -> str:
-    """Counts the tests; a test that was skipped for want of a GPU did not do what this run is for."""
-    suites = ElementTree.parse(path).getroot()
-    cases = list(suites.iter("testcase"))
-    bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skips = [(case.get("name", "?"), skip.get("message", "")) for case in cases for skip in case.iter("skipped")]
-    no_gpu = [name for name, why in skips if NO_GPU.search(why)]
-    account = f"{len(cases) - len(bad) - len(skips)} passed, {len(bad)} failed, {len(skips)} skipped"
-    if not cases:
-        raise ValueError("no test ran")
-    if bad:
-        raise ValueError(f"{account}; first: {bad[0].get('classname')}::{bad[0].get('name')}")
-    if no_gpu:
-        raise ValueError(f"{account}; {len(no_gpu)} for want of a GPU, first: {no_gpu[0]}")
-    return account
-
-
-def stages(pytest_args: Sequence[str] = ()) -> list[Stage]:
-    """The six stages, in order; their limits add up to less than nine minutes."""
-    package = (sys.executable, "-m", "lora_kernels")
-    tests = (sys.executable, "-m", "pytest", "tests", "-q", "-rs", "--junit-xml={result}", *workers(), *pytest_args)
-    bench = (*package, "bench", "--preset", "gpu-quick", "--json", "{result}")
-    report = (sys.executable, "-m", "lora_kernels.backends.triton.compile_report", "--check", "--json", "{result}")
-    return [
-        Stage("info", (*package, "info", "--json"), 20, "info.json", True, judge_info),
-        Stage("build", (*package, "build", "all", "--json"), 90, "build.json", True, judge_json),
-        Stage("tests", tests, 170, "tests.xml", False, judge_tests),
-        Stage("verify", (*package, "verify", "--json"), 120, "verify.json", True, judge_json),
-        Stage("bench", bench, 85, "bench.json", False, judge_json),
-        Stage("compile", report, 40, "compile.json", False, judge_json),
-    ]
-
-
-def workers() -> tuple[str, ...]:
-    """Several test processes where pytest-xdist is there: most of the time compiles kernels, one core each."""
-    count = min(len(os.sched_getaffinity(0)) - 1, 12)
-    return ("-n", str(count)) if count > 1 and find_spec("xdist") else ()
+    result: Any = None
 
 
 def environment() -> dict[str, str]:
@@ -150,10 +76,42 @@ def stop(process: subprocess.Popen[bytes], patience_s: float) -> None:
 def run_stage(stage: Stage, out: Path, limit_s: float, patience_s: float = PATIENCE_SECONDS) -> Outcome:
     """Runs one stage under its limit; what it left of its result is kept, and judged."""
     final, partial = out / stage.result, out / f"{stage.result}.part"
+    if not stage.goes_on:
+        partial.unlink(missing_ok=True)
+    elif final.is_file():
+        final.replace(partial)
     final.unlink(missing_ok=True)
-    command = [part.replace("{result}", str(partial)) for part in stage.command]
+    places = {"{result}": partial, "{out}": out, "{limit}": int(max(limit_s - MARGIN_SECONDS, 1))}
+    command = list(stage.command)
+    for name, value in places.items():
+        command = [part.replace(name, str(value)) for part in command]
     began = time.monotonic()
-    with (out / "log.txt").open("ab") as log:
+    status, note = _run_command(stage, command, partial, out / "log.txt", limit_s, patience_s)
+    content = None
+    try:
+        if not partial.is_file() or partial.stat().st_size == 0:
+            raise ValueError("it left no result")
+        partial.replace(final)
+        account = stage.judge(final)
+    except Unfinished as unfinished:
+        status, account = "unfinished" if status == "passed" else status, str(unfinished)
+    except (ValueError, OSError, ElementTree.ParseError, subprocess.TimeoutExpired) as problem:
+        partial.unlink(missing_ok=True)
+        status = "failed" if status == "passed" else status
+        account = str(problem)
+    if stage.in_summary and final.is_file():
+        with suppress(ValueError):
+            content = json.loads(final.read_text())
+        final.unlink()
+    told = "; ".join(filter(None, [note, account]))
+    return Outcome(stage.name, status, time.monotonic() - began, told, content)
+
+
+def _run_command(
+    stage: Stage, command: list[str], partial: Path, log_file: Path, limit_s: float, patience_s: float
+) -> tuple[str, str]:
+    """Runs it, and ends all that is left of it; the status and a note."""
+    with log_file.open("ab") as log:
         log.write(f"\n===== {stage.name}: {shlex.join(command)}\n".encode())
         log.flush()
         stdout = partial.open("wb") if stage.result_is_stdout else log
@@ -168,23 +126,13 @@ def run_stage(stage: Stage, out: Path, limit_s: float, patience_s: float = PATIE
         )
         try:
             code = process.wait(limit_s)
-            status, note = ("passed", "") if code == 0 else ("failed", f"exit status {code}")
+            return ("passed", "") if code == 0 else ("failed", f"exit status {code}")
         except subprocess.TimeoutExpired:
-            status, note = "timed out", f"stopped after {limit_s:.0f} s"
+            return "timed out", f"stopped after {limit_s:.0f} s"
         finally:
             stop(process, patience_s)
             if stage.result_is_stdout:
                 stdout.close()
-    try:
-        if not partial.is_file() or partial.stat().st_size == 0:
-            raise ValueError("it left no result")
-        partial.replace(final)
-        account = stage.judge(final)
-    except (ValueError, OSError, ElementTree.ParseError, subprocess.TimeoutExpired) as problem:
-        partial.unlink(missing_ok=True)
-        status = "failed" if status == "passed" else status
-        account = str(problem)
-    return Outcome(stage.name, status, time.monotonic() - began, "; ".join(filter(None, [note, account])))
 
 
 def render(outcomes: Sequence[Outcome]) -> str:
@@ -211,27 +159,82 @@ def write_summary(outcomes: Sequence[Outcome], source: str, out: Path) -> None:
     partial.replace(out / "summary.json")
 
 
-def passed_before(source: str, out: Path) -> dict[str, Outcome]:
-    """The stages that an earlier run of the same code in this folder brought to a pass."""
+def ran_before(source: str, out: Path) -> dict[str, Outcome]:
+    """What became of the stages of an earlier run of the same code in this folder."""
     try:
         document = json.loads((out / "summary.json").read_text())
-        rows = document["stages"] if document["source"] == source else []
-        return {row["name"]: Outcome(**row) for row in rows if row["status"] == "passed"}
+        return {row["name"]: Outcome(**row) for row in document["stages"]} if document["source"] == source else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def run(planned: Sequence[Stage], out: Path, resume: bool = False, total_s: float = TOTAL_SECONDS) -> int:
+def take_over(folder: Path, planned: Sequence[Stage], out: Path) -> None:
+    """Copies what these stages can go on from out of an earlier run's folder; its files count, not those of ``out``.
+
+    A run that was killed leaves the result of its stage unfinished, under its name with ``.part``.
+    """
+    for name in ("summary.json", TUNED, *results_of(planned)):
+        if (folder / name).is_file() and (folder / name).resolve() != (out / name).resolve():
+            (out / name).unlink(missing_ok=True)
+            shutil.copyfile(folder / name, out / name)
+
+
+def results_of(planned: Sequence[Stage]) -> list[str]:
+    """The names of the stages' results, finished or not."""
+    return [name for stage in planned for name in (stage.result, f"{stage.result}.part")]
+
+
+def set_aside(out: Path, names: Sequence[str], keep: bool) -> None:
+    """Clears the folder of what is not this code's; with ``keep`` into ``before``, for it was measured once."""
+    there = [out / name for name in names if (out / name).is_file()]
+    if keep and there:
+        (out / "before").mkdir(exist_ok=True)
+    for path in there:
+        path.replace(out / "before" / path.name) if keep else path.unlink()
+
+
+def restore_table(out: Path) -> None:
+    """Puts the tuned table of an earlier run, whose machine may be gone, where the package looks for it."""
+    if not (out / TUNED).is_file():
+        return
+    code = (
+        "import sys; from pathlib import Path; from lora_kernels.backends.triton import tuned_table as t;"
+        "table = t.read(Path(sys.argv[1])); folder = t.user_folder();"
+        "t.merge_into(folder / (t.slug(table.device.name) + '.json'), table.device, table.rows)"
+    )
+    command = [sys.executable, "-c", code, str(out / TUNED)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        print(f"{TUNED} was not restored: {done.stderr.strip()}", flush=True)
+
+
+def run(
+    planned: Sequence[Stage],
+    out: Path,
+    resume: bool = False,
+    total_s: float = TOTAL_SECONDS,
+    earlier: Path | None = None,
+) -> int:
     """Runs the stages, all of them whatever fails, and returns the exit status."""
-    out.mkdir(parents=True, exist_ok=True)
-    source = source_id()
-    before = passed_before(source, out) if resume else {}
-    if not before:
-        (out / "log.txt").unlink(missing_ok=True)
-    outcomes = [before.get(stage.name, Outcome(stage.name, "not run", 0.0, "")) for stage in planned]
     deadline = time.monotonic() + total_s
+    out = out.resolve()  # the stages run in the checkout, wherever this was called
+    out.mkdir(parents=True, exist_ok=True)
+    if earlier is not None:
+        take_over(earlier, planned, out)
+    source = source_id()
+    known = ran_before(source, out) if resume else {}
+    if not known:
+        set_aside(out, ["log.txt", "summary.json", *results_of(planned)], keep=resume and earlier is None)
+    if resume:
+        restore_table(out)
+    else:
+        (out / TUNED).unlink(missing_ok=True)
+    before = {name: outcome for name, outcome in known.items() if outcome.status == "passed"}
+    outcomes = [known.get(stage.name, Outcome(stage.name, "not run", 0.0, "")) for stage in planned]
+    others = [outcome for name, outcome in known.items() if name not in {stage.name for stage in planned}]
     for position, stage in enumerate(planned):
-        if stage.name in before and (out / stage.result).is_file():
+        there = stage.in_summary or (out / stage.result).is_file()
+        if stage.name in before and there and not stage.every_time:
             print(f"{stage.name}: passed before, skipped", flush=True)
             continue
         limit_s = min(stage.limit_s, deadline - time.monotonic())
@@ -240,9 +243,9 @@ def run(planned: Sequence[Stage], out: Path, resume: bool = False, total_s: floa
         else:
             print(f"{stage.name}: running, at most {limit_s:.0f} s", flush=True)
             outcomes[position] = run_stage(stage, out, limit_s)
-        write_summary(outcomes, source, out)
-    write_summary(outcomes, source, out)
-    print(f"\n{render(outcomes)}\nresults: {out.resolve()}")
+        write_summary([*outcomes, *others], source, out)
+    write_summary([*outcomes, *others], source, out)
+    print(f"\n{render(outcomes)}\nresults: {out}")
     return 0 if all(o.status == "passed" for o in outcomes) else 1
 
 
@@ -250,10 +253,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default: out)")
-    parser.add_argument("--resume", action="store_true", help="skip the stages that passed in this folder")
+    parser.add_argument("--plan", choices=tuple(PLANS), default="check", help="which stages (default: check)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="FOLDER",
+        help="skip the stages that passed in --out, and go on with the others; with FOLDER: take its files over first",
+    )
     parser.add_argument("--pytest-args", default="", help="further arguments for pytest, as one string")
     args = parser.parse_args(argv)
-    return run(stages(shlex.split(args.pytest_args)), args.out, args.resume)
+    earlier = args.resume if args.resume is not None and args.resume != Path() else None
+    if earlier is not None and not earlier.is_dir():
+        parser.error(f"--resume {earlier}: there is no such folder")
+    planned = PLANS[args.plan](shlex.split(args.pytest_args))
+    return run(planned, args.out, args.resume is not None, earlier=earlier)
 
 
 if __name__ == "__main__":

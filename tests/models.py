@@ -90,3 +90,32 @@ def formula(layer: FusedLoRALinear, dtype: torch.dtype) -> Tensor:
     if layer.lora_magnitude_vector is None:
         return adapted
     return adapted * (layer.lora_magnitude_vector.detach().to(dtype) / adapted.norm(dim=1)).unsqueeze(1)
+
+
+@torch.no_grad()
+def disturb(model: nn.Module) -> nn.Module:
+    """Moves all that trains, as training would."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def layer_state(layer: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
+
+
+def same_state(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(same_bits(left[name], right[name]) for name in left)
+
+
+def layer_refused(layer: FusedLoRALinear, function: Callable[[], Any], error: type[Exception], *words: str) -> None:
+    """``function()`` raises one sentence with all the words, and leaves the layer as it was."""
+    before, weight, merged = layer_state(layer), layer.weight, layer.merged
+    with pytest.raises(error) as caught:
+        function()
+    assert isinstance(caught.value, LoRAKernelsError)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert layer.weight is weight
+    assert layer.merged == merged
+    assert same_state(layer_state(layer), before)

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from lora_kernels.benchmark import memory, results, roofline, runner, timing
+from lora_kernels.benchmark.presets import PRESETS, preset
 from lora_kernels.benchmark.providers import FLOOR, PROVIDERS, Layer, Provider, Setup, make_setups
-from lora_kernels.benchmark.workloads import DIRECTIONS, PRESETS, Workload, preset
+from lora_kernels.benchmark.workloads import DIRECTIONS, Workload
 from lora_kernels.cli import main
 from made_results import STEP
 
@@ -161,10 +162,10 @@ def test_the_peak_of_a_step_holds_at_least_its_results() -> None:
     ("provider", "p", "units"), [("peft16", 0.0, 16), ("peft16", 0.1, 21), ("addmm", 0.0, 8), ("addmm", 0.1, 13)]
 )
 def test_the_traffic_is_that_of_the_headroom_model(provider: str, p: float, units: int) -> None:
-    """In a square layer, everything but the base products moves ``units`` times the bytes of x."""
+    """In a square layer, everything but the base products moves ``units`` times the bytes of x, and the adapters."""
     workload = Workload("step", 8192, 4096, 4096, 16, "bfloat16", p=p)
     work = roofline.kernels(provider, workload) or []
-    assert sum(k.bytes for k in work if k.name != "base") == units * 8192 * 4096 * 2
+    assert round(sum(k.bytes for k in work if k.name != "base") / (8192 * 4096 * 2)) == units
 
 
 @pytest.mark.parametrize("name", ["peft", "peft16", "compile", "addmm", "lora_first", "triton", "native"])
@@ -224,7 +225,7 @@ def test_a_bad_argument_is_one_sentence(arguments: list[str], capsys: pytest.Cap
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_gpu_preset_without_a_gpu_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--preset", "kernels"]) == 2
+    assert main(["bench", "--preset", "gpu-forward"]) == 2
     assert "no CUDA device is visible" in capsys.readouterr().err
 
 

@@ -14,8 +14,9 @@ import pytest
 from lora_kernels import LoRAKernelsError
 from lora_kernels.benchmark import report, results, runner
 from lora_kernels.benchmark.grid import grid
+from lora_kernels.benchmark.presets import preset
 from lora_kernels.benchmark.providers import FLOOR, PROVIDERS
-from lora_kernels.benchmark.workloads import Workload, preset
+from lora_kernels.benchmark.workloads import Workload
 from made_results import STEP, made_cell, result_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,6 +180,48 @@ def test_a_table_without_a_result_is_an_error(name: str, tables: ModuleType, tmp
     result_of(made_cell(auto=1.25)).save(tmp_path / "box" / "a.json")
     (tmp_path / "README.md").write_text(f"<!-- table:{name} -->\n<!-- /table -->\n", encoding="utf-8")
     assert tables.main(["--check", "--file", str(tmp_path / "README.md"), "--results", str(tmp_path)]) == 1
+
+
+def foreseen(cell: results.Cell, **ratios: float) -> results.Cell:
+    """``cell`` with what the model says of its providers."""
+    for name, ratio in {FLOOR: 1.0, **ratios}.items():
+        predicted = {"ratio": ratio, "us": 2000.0 * ratio}
+        cell.providers[name] = replace(cell.providers.get(name, results.Entry("predicted")), predicted=predicted)
+    return cell
+
+
+def test_predicted_stands_beside_measured_with_wins_and_losses(tables: ModuleType, tmp_path: Path) -> None:
+    cells = [
+        foreseen(made_cell(replace(STEP, r=r), peft=1.5, auto=auto), peft=1.4, auto=1.05)
+        for r, auto in ((4, 1.2), (5, 1.505), (6, 1.8))
+    ]
+    result_of(*cells).save(tmp_path / "box" / "a.json")
+    text = tables.fill("<!-- beside:box/smoke/step -->\n<!-- /beside -->\n", tmp_path)
+    assert "measured (predicted)" in text
+    assert [line.split("|")[-2].strip() for line in text.splitlines() if line.startswith("| 48")] == [
+        "+25 %",
+        "=",
+        "−20 %",
+    ]
+    assert "| 1.50 (1.40) | **1.20 (1.05)** |" in text
+    assert "| 1 (2) |" in text
+    assert "1 wins, 1 losses, 1 within 2 %" in text
+
+
+def test_a_prediction_is_a_table_of_its_own_and_never_a_measured_one(tables: ModuleType, tmp_path: Path) -> None:
+    cell = results.Cell(STEP, {})
+    predicted = replace(
+        result_of(foreseen(cell, peft=1.4, auto=1.05)),
+        predicted=True,
+        titles={FLOOR: "f", "peft": "P", "auto": "o"},
+        ours=["auto"],
+    )
+    predicted.save(tmp_path / "box" / "p.json")
+    text = tables.fill("<!-- predicted:box/smoke/step -->\n<!-- /predicted -->\n", tmp_path)
+    assert "**Predicted, not yet measured.**" in text
+    assert "| 2 | 1.40 | **1.05** | +33 % |" in text
+    with pytest.raises(LoRAKernelsError, match="no result"):
+        tables.fill("<!-- table:box/smoke/step -->\n<!-- /table -->\n", tmp_path)
 
 
 def test_a_grid_that_ran_in_parts_is_joined() -> None:

@@ -36,6 +36,17 @@ REFUSED = {
     "alpha pattern value": ({"alpha_pattern": {"q": -1.0}}, InvalidArgumentError, ["lora_alpha=-1.0"]),
     "targets a number": ({"target_modules": 3}, InvalidTypeError, ["target_modules=3", "list of names"]),
     "targets of numbers": ({"target_modules": ["q", 3]}, InvalidTypeError, ["target_modules=['q', 3]", "names"]),
+    "bias of B with DoRA": ({"lora_bias": True, "use_dora": True}, InvalidArgumentError, ["use_dora=True"]),
+    "bias of B no bool": ({"lora_bias": "all"}, InvalidArgumentError, ["lora_bias='all'"]),
+    "saved a name": ({"modules_to_save": "head"}, InvalidTypeError, ["modules_to_save='head'", "list"]),
+    "saved not a regex": ({"modules_to_save": ["("]}, InvalidArgumentError, ["'('", "regular expression"]),
+    "layers a name": ({"layers_to_transform": ["1"]}, InvalidTypeError, ["layers_to_transform=['1']", "number"]),
+    "layers of a regex": (
+        {"target_modules": ".*", "layers_to_transform": 1},
+        InvalidArgumentError,
+        ["target_modules='.*'", "list"],
+    ),
+    "pattern without layers": ({"layers_pattern": "h"}, InvalidArgumentError, ["'h'", "layers_to_transform"]),
     "excludes a number": ({"exclude_modules": 3}, InvalidTypeError, ["exclude_modules=3", "names"]),
 }
 

@@ -124,7 +124,7 @@ def test_doras_gradients_by_finite_differences(p: float, monkeypatch: pytest.Mon
 def test_dora_norms_are_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = acting(8, 37, use_dora=True, dtype=torch.float64)
     whole = layer._row_norms()
-    monkeypatch.setattr("lora_kernels.nn._NORM_ROWS", 5)
+    monkeypatch.setattr("lora_kernels.dora._NORM_ROWS", 5)
     exact = formula(acting_without_magnitude(layer), torch.float64).norm(dim=1)
     check("norms", layer._row_norms(), exact, whole, torch.float64)
 

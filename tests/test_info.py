@@ -14,7 +14,9 @@ import torch
 
 from lora_kernels import dispatch, info
 from lora_kernels.backends.native import load
+from lora_kernels.backends.triton import tuned
 from lora_kernels.cli import main
+from made_tables import DEVICE, FEW, VERSIONS, row, write
 from stand_in import StandIn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +34,7 @@ def test_it_tells_every_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["devices"][0]["torch_threads"] == torch.get_num_threads()
     assert tuple(report["backends"]) == dispatch.ORDER
     assert report["backends"]["eager"]["devices"]["cpu"]["dtypes"] == list(info.DTYPES)
-    assert report["tuned_table"] == "none: choices come from device properties"
+    assert set(report["tuned_table"]) == {"devices", "shipped", "user_folder"}
     assert not [section for section in report.values() if "error" in section]
 
 
@@ -81,7 +83,7 @@ def test_it_works_without_torch_triton_numpy_and_rich(options: list[str], tmp_pa
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("no torch here") == 4, done.stdout  # CUDA's version, threads, backends, library
+    assert done.stdout.count("no torch here") == 5, done.stdout  # CUDA's version, threads, backends, library, table
 
 
 def test_require_fails_where_torch_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,3 +149,66 @@ def test_a_library_that_is_passed_over_is_named(native: StandIn, capsys: pytest.
     assert report["state"] == "would be compiled at first use"
     assert f"{library.parent} is passed over: {library.name} is truncated" in text
     assert main(["info", "--require", "native"]) == 0
+
+
+class Tables:
+    """An H200 under Triton 3.6 with a folder of shipped tables and one of the user's."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.shipped, self.user = tmp_path / "shipped", tmp_path / "cache" / "tuned"
+        monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(tuned, "SHIPPED", self.shipped)
+        monkeypatch.setattr(tuned, "identify", lambda device: DEVICE)
+        monkeypatch.setattr(tuned, "running_versions", lambda: VERSIONS)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    def told(self) -> tuple[dict[str, Any], str]:
+        """The section's report, and its text."""
+        report = info.collect()["tuned_table"]
+        return report, "\n".join(info._table_lines(report))
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tables:
+    return Tables(tmp_path, monkeypatch)
+
+
+def test_without_a_gpu_no_table_is_in_use(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["info"]) == 0
+    assert "in use                none: PyTorch sees no CUDA device" in capsys.readouterr().out
+
+
+def test_without_a_table_the_model_chooses(tables: Tables) -> None:
+    report, text = tables.told()
+    assert (report["devices"][0]["cells"], report["devices"][0]["files"]) == (0, [])
+    assert "cuda:0                none for NVIDIA H200: a model of the device chooses. `lora-kernels tune`" in text
+
+
+def test_the_tables_in_use_are_named_with_rows_and_versions(tables: Tables) -> None:
+    shipped = write(tables.shipped, row(), row(FEW, "few_tokens"))
+    user = write(tables.user, row(kind="lora_first"))
+    report, text = tables.told()
+    assert report["shipped"] == ["nvidia-h200"]
+    assert [(file["origin"], file["used"]) for file in report["devices"][0]["files"]] == [("shipped", 2), ("user", 1)]
+    assert "NVIDIA H200: 2 cells were measured, the model chooses for the others" in text
+    assert f"shipped: {shipped}, 2 of 2 rows count" in text
+    assert f"user: {user}, 1 of 1 rows count" in text
+    assert "measured with torch 2.11.0+cu130, triton 3.6.0, lora_kernels" in text
+
+
+def test_rows_that_do_not_count_are_told_with_the_reason(tables: Tables) -> None:
+    path = write(tables.shipped, row(triton="3.5.1"), row(FEW, "few_tokens", triton="3.5.0"), row(kind="lora_first"))
+    path.write_text(path.read_text().replace('"lora_first", "shrink"', '"teleport", "shrink"'))
+    assert "0 of 3 rows count" in tables.told()[1]
+    assert "2 rows are passed over, for Triton 3.5 ran when they were measured, and 3.6 runs here:" in tables.told()[1]
+    assert "1 row is passed over, for this version of lora_kernels does not know them: a plan is" in tables.told()[1]
+
+
+def test_a_table_that_cannot_be_read_is_told_without_a_warning(
+    tables: Tables, recwarn: pytest.WarningsRecorder
+) -> None:
+    path = write(tables.user, row())
+    path.write_text("{")
+    assert f"A tuned table is passed over: {path} is no tuned table" in tables.told()[1]
+    assert not recwarn.list

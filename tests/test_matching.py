@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_kernels import LoRAConfig
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.matching import close_names, find_matches, name_matches, output_heads
+from lora_kernels.matching import close_names, find_matches, name_matches, output_heads, selects
 
 SELECTIONS = [
     ["q_proj"],
@@ -113,6 +113,38 @@ def test_a_shared_module_is_one_match_with_all_of_its_places() -> None:
 def test_no_targets_is_a_sentence(target: object) -> None:
     with pytest.raises(InvalidArgumentError, match="all-linear"):
         find_matches(Model(), LoRAConfig(target_modules=target))
+
+
+LAYERS = [
+    {"layers_to_transform": 1},
+    {"layers_to_transform": [0, 1]},
+    {"layers_to_transform": [], "layers_pattern": "layers"},
+    {"layers_to_transform": [1], "layers_pattern": "layers"},
+    {"layers_to_transform": [0], "layers_pattern": ["blocks", r"lay\w+"]},
+    {"layers_to_transform": [3], "layers_pattern": "experts"},
+]
+
+
+@pytest.mark.parametrize("modules_to_save", [None, ["head"], ["q_proj"], [r"layers\.0"]], ids=str)
+@pytest.mark.parametrize("layers", LAYERS, ids=str)
+def test_layers_are_picked_as_in_peft(layers: dict[str, object], modules_to_save: list[str] | None) -> None:
+    peft = pytest.importorskip("peft")
+    utilities = pytest.importorskip("peft.tuners.tuners_utils")
+    arguments = {"target_modules": ["q_proj", "up", "model.layers.0.q_proj"], "modules_to_save": modules_to_save}
+    theirs, ours = peft.LoraConfig(**arguments, **layers), LoRAConfig(**arguments, **layers)
+    names = [
+        f"{start}layers.{i}.{end}" for start in ("", "model.", "a.b.") for i in (0, 1, 11) for end in ("q_proj", "k")
+    ]
+    names += [
+        "head",
+        "head.q_proj",
+        "model.layers.0.experts.3.up",
+        "model.blocks.0.q_proj",
+        "h.1.up",
+        "a.layers.0.layers.1.q_proj",
+    ]
+    chosen = {name for name in names if selects(ours, name)}
+    assert chosen == {name for name in names if utilities.check_target_module_exists(theirs, name)}
 
 
 def test_close_names() -> None:

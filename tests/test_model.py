@@ -13,7 +13,7 @@ from torch import nn
 
 import lora_kernels
 from lora_kernels import FusedLoRALinear, LoRAConfig, replace_linear, restore_linear, use_backend
-from lora_kernels.errors import InvalidTypeError, LoRAStateError
+from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 from lora_kernels.model import lora_layers
 from models import TOKENS, UP, Net, kinds, refused, replacing, tied
 from numerics import check, same_bits
@@ -127,6 +127,24 @@ def test_which_biases_train(bias: str, expected: set[str]) -> None:
             lora_kernels.mark_only_lora_as_trainable(model, bias=bias)
         trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert trains == expected | {"blocks.0.up.lora_A", "blocks.0.up.lora_B"}
+
+
+def test_modules_to_save_train_whole_and_are_not_replaced() -> None:
+    model = Net().requires_grad_(False)
+    config = LoRAConfig(r=2, target_modules=["up", "head"], modules_to_save=["head", "nowhere"])
+    report = replace_linear(model, config)
+    assert {layer.name: layer.reason for layer in report.skipped} == {
+        "head": "modules_to_save names it ('head'), so it trains whole."
+    }
+    assert report.notes == ("modules_to_save names 'nowhere', which matches nothing.",)
+    expected = {"head.weight"} | {f"blocks.{i}.up.lora_{x}" for i in (0, 1) for x in "AB"}
+    for _ in range(2):
+        assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == expected
+        lora_kernels.mark_only_lora_as_trainable(model)
+    restore_linear(model)
+    refused(
+        Net(), replacing(target_modules=["head"], modules_to_save=["head"]), InvalidArgumentError, "modules_to_save"
+    )
 
 
 def test_mark_freezes_everything_else_merged_or_not() -> None:

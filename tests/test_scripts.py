@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 
 from lora_kernels import cli
-from lora_kernels.benchmark.workloads import PRESETS
+from lora_kernels.benchmark.presets import PRESETS
+from lora_kernels.tuning.cells import PRESETS as tuning_presets
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import gpu_check  # noqa: E402
 import torch_build  # noqa: E402
-from gpu_check import Stage, judge_json, judge_tests  # noqa: E402
+
+from scripts import gpu_stages  # noqa: E402
+from scripts.gpu_stages import Stage, judge_json, judge_tests  # noqa: E402
 
 
 def stage(name: str, code: str, limit_s: float = 30, **changes: object) -> Stage:
@@ -118,25 +121,128 @@ def test_tests_that_did_not_do_their_work_are_a_failure(tmp_path: Path, body: st
         judge_tests(path)
 
 
-def test_the_stages_fit_nine_minutes_and_eight_files() -> None:
-    planned = gpu_check.stages()
-    assert [s.name for s in planned] == ["info", "build", "tests", "verify", "bench", "compile"]
-    assert sum(s.limit_s for s in planned) <= gpu_check.TOTAL_SECONDS <= 540
-    assert len({s.result for s in planned} | {"log.txt", "summary.json"}) <= 8
+@pytest.mark.parametrize("plan", gpu_stages.PLANS)
+def test_the_stages_fit_nine_minutes_and_eight_files(plan: str) -> None:
+    planned = gpu_stages.PLANS[plan]()
+    files = {s.result for s in planned if not s.in_summary} | {"log.txt", "summary.json", gpu_stages.TUNED}
+    assert len(files) <= 8
+    assert len({s.name for s in planned}) == len(planned)
+    assert gpu_check.TOTAL_SECONDS <= 540
 
 
-def test_the_stages_are_commands_that_exist() -> None:
-    for planned in gpu_check.stages():
-        module, *arguments = planned.command[2:]
+def test_every_stage_of_the_check_but_the_last_has_its_time() -> None:
+    planned = gpu_stages.stages()
+    assert [s.name for s in planned] == ["info", "build", "tests", "verify", "tune", "bench", "overhead", "compile"]
+    assert sum(s.limit_s for s in planned[:-1]) <= gpu_check.TOTAL_SECONDS
+
+
+def test_tests_that_are_left_out_exist() -> None:
+    assert [name for name in gpu_stages.NOT_HERE if not (ROOT / "tests" / f"test_{name}.py").is_file()] == []
+
+
+def test_what_knows_of_a_gpu_is_tested_first() -> None:
+    files = gpu_stages.files_of_tests()
+    knows = [bool(gpu_stages.KNOWS_A_GPU.search((ROOT / file).read_text())) for file in files]
+    assert knows == sorted(knows, reverse=True)
+    assert {"tests/test_triton_kernels.py", "tests/test_benchmark_cuda.py", "tests/test_gradients.py"} <= set(files)
+    assert "tests/test_packaging.py" not in files
+
+
+@pytest.mark.parametrize("plan", gpu_stages.PLANS)
+def test_the_stages_are_commands_that_exist(plan: str) -> None:
+    for planned in gpu_stages.PLANS[plan]():
+        filled = [part.replace("{limit}", "9") for part in planned.command]
+        module, *arguments = filled[2:]
         if module == "lora_kernels":
             args = cli._parser(arguments).parse_args(arguments)
-            assert "preset" not in args or args.preset in PRESETS
+            known = tuning_presets if planned.name.startswith("tune") else PRESETS
+            assert "preset" not in args or args.preset in known
         else:
-            helped = subprocess.run(
-                [*planned.command[:3], "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-            )
+            helped = subprocess.run([*filled[:3], "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
             options = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
             assert all(option in helped.stdout.replace("--junitxml", "--junit-xml") for option in options)
+
+
+GOES_ON = """
+import json, pathlib, sys
+file = pathlib.Path('{result}')
+found = json.loads(file.read_text()) if file.exists() else {'cells': [], 'planned': 2}
+found['cells'].append({'providers': {}})
+file.write_text(json.dumps(found))
+"""
+
+
+def bench_stage() -> Stage:
+    changes = {"result_is_stdout": False, "judge": gpu_stages.judge_bench, "goes_on": True}
+    return stage("bench", GOES_ON.strip().replace("\n", ";"), **changes)
+
+
+def test_what_is_not_done_goes_on_and_is_then_left_alone(tmp_path: Path) -> None:
+    statuses = []
+    for resume in (False, True, True):
+        gpu_check.run([bench_stage()], tmp_path, resume=resume)
+        statuses.append((summary(tmp_path)["bench"]["status"], summary(tmp_path)["bench"]["note"]))
+    assert statuses[0] == ("unfinished", "1 of 2 cells, 0 entries failed")
+    assert statuses[1:] == [("passed", "2 of 2 cells, 0 entries failed")] * 2
+
+
+def test_an_earlier_run_s_folder_is_gone_on_from_and_stays_as_it_was(tmp_path: Path) -> None:
+    gpu_check.run([bench_stage()], tmp_path / "first")
+    (tmp_path / "first" / "bystander.json").write_text("{}")
+    before = (tmp_path / "first" / "bench.json").read_text()
+    assert gpu_check.run([bench_stage()], tmp_path / "second", resume=True, earlier=tmp_path / "first") == 0
+    assert len(json.loads((tmp_path / "second" / "bench.json").read_text())["cells"]) == 2
+    assert (tmp_path / "first" / "bench.json").read_text() == before
+    assert not (tmp_path / "second" / "bystander.json").exists()
+
+
+def test_what_a_killed_run_left_is_gone_on_from(tmp_path: Path) -> None:
+    gpu_check.run([bench_stage(), stage("other", "pass", result_is_stdout=False)], tmp_path / "first")
+    (tmp_path / "first" / "bench.json").rename(tmp_path / "first" / "bench.json.part")
+    (tmp_path / "first" / "other.json.part").write_text("{}")
+    planned = [bench_stage(), stage("other", "pass", result_is_stdout=False)]
+    gpu_check.run(planned, tmp_path / "second", resume=True, earlier=tmp_path / "first")
+    found = summary(tmp_path / "second")
+    assert (found["bench"]["note"], found["other"]["status"]) == ("2 of 2 cells, 0 entries failed", "failed")
+
+
+def test_what_was_measured_of_other_code_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_check.run([bench_stage()], tmp_path)
+    monkeypatch.setattr(gpu_check, "source_id", lambda: "other code")
+    gpu_check.run([bench_stage()], tmp_path, resume=True)
+    assert len(json.loads((tmp_path / "bench.json").read_text())["cells"]) == 1
+    assert (tmp_path / "before" / "bench.json").is_file()
+
+
+def test_small_results_lie_in_the_summary(tmp_path: Path) -> None:
+    planned = [stage("small", "print('[1, 2]')", in_summary=True)]
+    assert gpu_check.run(planned, tmp_path) == 0
+    assert summary(tmp_path)["small"]["result"] == [1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "summary.json"]
+    assert gpu_check.run(planned, tmp_path, resume=True) == 0
+    assert "small" in summary(tmp_path)
+
+
+def test_what_the_machine_may_have_lost_is_made_again(tmp_path: Path) -> None:
+    counter = tmp_path / "runs"
+    code = f"open({str(counter)!r}, 'a').write('x'); print('{{}}')"
+    for resume in (False, True):
+        gpu_check.run([stage("made", code, every_time=True)], tmp_path / "out", resume=resume)
+    assert counter.read_text() == "xx"
+
+
+def test_a_command_is_told_when_to_stop(tmp_path: Path) -> None:
+    gpu_check.run([stage("told", "print([{limit}])", limit_s=30)], tmp_path)
+    assert json.loads((tmp_path / "told.json").read_text()) == [30 - int(gpu_check.MARGIN_SECONDS)]
+
+
+def test_a_tuned_table_is_put_where_the_package_looks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "cache"))
+    text = '{"format": 1, "device": {"name": "NVIDIA H200", "capability": 90, "multiprocessors": 132}, "rows": []}'
+    (tmp_path / gpu_stages.TUNED).write_text(text)
+    gpu_check.restore_table(tmp_path)
+    (found,) = (tmp_path / "cache" / "tuned").glob("*.json")
+    assert json.loads(found.read_text())["device"]["name"] == "NVIDIA H200"
 
 
 def test_stages_see_the_checkout_and_no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

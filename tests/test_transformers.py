@@ -11,9 +11,8 @@ from torch import nn
 
 import lora_kernels
 from lora_kernels import LoRAConfig, replace_linear, restore_linear, use_backend
-from lora_kernels.errors import InvalidTypeError
 from lora_kernels.model import lora_layers
-from models import Net, refused, replacing
+from models import Net
 
 # transformers
 
@@ -67,14 +66,6 @@ def test_a_llama_runs_trains_merges_and_is_restored(llama: nn.Module) -> None:
     restore_linear(model)
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, base)
-
-
-def test_gpt2s_conv1d_is_named_and_refused() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=2)
-    model = transformers.GPT2LMHeadModel(config)
-    for target in (["c_attn"], "all-linear"):
-        refused(model, replacing(target_modules=target), InvalidTypeError, "transformer.h.0.attn.c_attn", "Conv1D")
 
 
 def test_the_parts_of_a_peft_layer_are_left_alone() -> None:

@@ -23,7 +23,7 @@ MACHINES = [
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile(arch: int, tmp_path: Path) -> None:
-    """bf16 under fp32 adapters with dropout, and few tokens: no spills, in shared memory, the meant instruction."""
+    """bf16 under fp32 adapters with dropout, and few tokens: no spills, in shared memory, the meant instructions."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     file = tmp_path / "report.json"
     module = "lora_kernels.backends.triton.compile_report"
@@ -31,9 +31,8 @@ def test_kernels_compile(arch: int, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     records = [Record(**record) for record in json.loads(file.read_text())]
-    assert {record.kernel for record in records} == {
-        f"{name}_kernel" for name in ("forward", "shrink", "few_tokens", "dh_db", "reduce", "dx", "da", "mask")
-    }
+    names = ["forward", "expand", "shrink", "few_tokens", "sum_parts", "dh_db", "reduce", "dx", "da", "mask"]
+    assert {record.kernel for record in records} == {f"{name}_kernel" for name in names + ["persistent"] * (arch >= 90)}
 
 
 def test_the_interpreter_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +41,8 @@ def test_the_interpreter_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None
         compile_report.report()
 
 
-GOOD = Record("dx_kernel", 90, "bf16", False, 250, 0, 0, 100_000, 232_448, "wgmma", 1.0, {"BLOCK_M": 128})
+BLOCKS = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "PDL": True, "num_warps": 8}
+GOOD = Record("persistent_kernel", 90, "bf16", False, 250, 0, 0, 100_000, 232_448, "wgmma", 1.0, BLOCKS, 6, 6, 1)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,9 @@ GOOD = Record("dx_kernel", 90, "bf16", False, 250, 0, 0, 100_000, 232_448, "wgmm
         ({"instruction": "mma.sync"}, "uses mma.sync where wgmma is meant"),
         ({"instruction": ""}, "uses no tensor core where wgmma is meant"),
         ({"arch": 100}, "uses wgmma where tcgen05 is meant"),
+        ({"products": 3}, "has 3 HGMMA where a K step takes 4"),
+        ({"tma_loads": 0}, "has no UTMALDG"),
+        ({"waits": 0}, "has no ACQBULK"),
     ],
 )
 def test_the_gate_can_fail(change: dict[str, object], sentence: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from cases import CUDA, HALF, Case, Inputs, make
 from lora_kernels import reference
 from numerics import check_all, same_bits
+from test_triton_plans import by_plan, plans_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RANKS = [Case(m=m, k=48, n=40, r=r, dtype=torch.bfloat16, p=0.1) for r in (1, 2, 8, 16, 17, 64, 300) for m in (5, 35)]
@@ -161,12 +162,13 @@ def test_an_infinite_h_stays_infinite(launch: ModuleType, triton_device: str, m:
 
 @pytest.mark.parametrize("m", [16, 64])
 def test_one_rounding(launch: ModuleType, triton_device: str, m: int) -> None:
-    """y in bf16: its error is below that of base, branch and sum each rounded, as in PEFT, and below that
-    of one rounding of y where h was rounded before."""
+    """y in bf16 by a fused plan: its error is below that of base, branch and sum each rounded, as in PEFT, and below
+    that of one rounding of y where h was rounded before."""
     case = Case(m=m, k=128, n=96, r=16, dtype=torch.bfloat16)
     i = make(case, triton_device)
     exact, h = (expected(case, i, torch.float64)[name] for name in ("y", "h"))
-    y = run(launch, case, i)["y"]
+    plan = next(plan for plan in plans_of(case, triton_device) if plan.kind in ("few_tokens", "fused"))
+    y = by_plan(plan, case, i)["y"]
     base = torch.nn.functional.linear(i.x.detach(), i.weight, i.bias.detach())
     peft = base + (i.x.detach() @ i.lora_a.detach().t() @ i.lora_b.detach().t()) * case.scaling
     lost = case.scaling * ((h.to(case.dtype).double() - h) @ i.lora_b.detach().double().t())
@@ -186,32 +188,28 @@ def test_rows_beyond_32_bit_addresses(launch: ModuleType, triton_device: str, m:
     check(launch, case, replace(i, x=far))
 
 
-def count_launches(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that ``launch.py`` launches from now on, by name."""
+def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that are launched from now on, by name."""
+    from lora_kernels.backends.triton.prepared import Launch
+
     launched: list[str] = []
+    call = Launch.__call__
 
-    class Counted:
-        def __init__(self, name: str) -> None:
-            self.name, self.kernel = name, getattr(launch, name)
+    def counted(self: Launch, *arguments: Any) -> None:
+        launched.append(self.kernel.__name__)
+        call(self, *arguments)
 
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-            launched.append(self.name)
-            return self.kernel[grid]
-
-    for name in [name for name in vars(launch) if name.endswith("_kernel")]:
-        monkeypatch.setattr(launch, name, Counted(name))
+    monkeypatch.setattr(Launch, "__call__", counted)
     return launched
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize(("m", "forward"), [(1, 1), (16, 1), (17, 2), (40, 2)])
-def test_launches(
-    launch: ModuleType, triton_device: str, m: int, forward: int, p: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_launches(triton_device: str, m: int, forward: int, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_kernels import lora_linear
 
     i = make(Case(m=m), triton_device)
-    launched = count_launches(launch, monkeypatch)
+    launched = count_launches(monkeypatch)
     y = lora_linear(i.x, i.weight, i.lora_a, i.lora_b, i.bias, 0.5, p, training=True, backend="triton")
     assert len(launched) == forward
     launched.clear()
@@ -219,11 +217,11 @@ def test_launches(
     assert launched == ["dh_db_kernel", "reduce_kernel", "dx_kernel", "da_kernel"]
 
 
-def test_frozen_b_takes_dh_alone(launch: ModuleType, triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_b_takes_dh_alone(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_kernels import lora_linear
 
     i = make(Case(), triton_device)
-    launched = count_launches(launch, monkeypatch)
+    launched = count_launches(monkeypatch)
     y = lora_linear(i.x, i.weight, i.lora_a, i.lora_b.detach(), i.bias, 0.5, backend="triton")
     launched.clear()
     y.backward(i.dy)

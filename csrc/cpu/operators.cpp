@@ -12,7 +12,7 @@ void parallel(int64_t tasks, void (*body)(void*, int64_t), void* context) {
         void (*body)(void*, int64_t);
         void* context;
     } call = {body, context};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(
         0, tasks, 1,
         [](int64_t begin, int64_t end, void* opaque) {
             const Call& to_run = *static_cast<Call*>(opaque);
@@ -27,7 +27,15 @@ int64_t thread_count() { return torch::stable::get_num_threads(); }
 
 // The library's product, accumulated onto out (m, n): out += left (m, k) right (k, n).
 void accumulate_product(const Tensor& out, const Tensor& left, const Tensor& right) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0));
+}
+
+// Whether W is multiplied by the kernels. One whose rows do not lie in one piece (Conv1D stores it as (K, N)) they
+// would have to copy: that pays where the library's product is slow, in 16 bits, and else the library's takes any
+// strides.
+bool multiplies(const Tensor& weight, Dtype compute, int64_t m, int64_t n, int64_t k) {
+    const bool in_place = k <= 1 || weight.stride(1) == 1;
+    return own_product(compute, m, n, k) && (in_place || compute == Dtype::bf16 || compute == Dtype::fp16);
 }
 
 Tensor transposed(const Tensor& matrix) {
@@ -35,8 +43,7 @@ Tensor transposed(const Tensor& matrix) {
     const auto strides = matrix.strides();
     const int64_t turned_sizes[2] = {sizes[1], sizes[0]}, turned_strides[2] = {strides[1], strides[0]};
     AtenTensorHandle handle;  // an offset would be added to the tensor's own
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch__reinterpret_tensor(matrix.get(), 2, turned_sizes, turned_strides, 0, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(matrix.get(), 2, turned_sizes, turned_strides, 0, &handle));
     return Tensor(handle);
 }
 
@@ -102,7 +109,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
                                    const std::optional<Tensor>& state) {
     const Dtype compute = dtype_of(x, "x");
     const Sizes sizes(lora_a, lora_b);
-    const Matrix tokens(x, "x"), base(weight, "weight");
+    const Matrix tokens(x, "x");
     const int64_t m = tokens.rows, n = sizes.n, k = sizes.k, r = sizes.r;
     Sizes::expect(x, "x", {m, k}, compute);
     Sizes::expect(weight, "weight", {n, k}, compute);
@@ -112,15 +119,17 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
     std::optional<Adapter> offset;
     if (bias.has_value()) offset.emplace(*bias, "bias", kernels, compute);
     Tensor y = empty({m, n}, x.scalar_type()), h = empty({m, r}, scalar_type_of(hidden_of(compute)));
-    const bool own = own_product(compute, m, n, k);
+    const bool own = multiplies(weight, compute, m, n, k);
+    std::optional<Matrix> base;
+    if (own) base.emplace(weight, "weight");
     Forward call = {m,
                     n,
                     k,
                     r,
                     tokens.data,
-                    base.data,
+                    base ? base->data : nullptr,
                     tokens.stride,
-                    base.stride,
+                    base ? base->stride : 0,
                     a.data,
                     b.data,
                     offset ? offset->data : nullptr,
@@ -134,7 +143,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
     const Scratch scratch(kernels.forward_scratch(call));
     call.scratch = scratch.get();
     kernels.forward(call);
-    if (!own && m > 0 && n > 0 && k > 0) accumulate_product(y, tokens.tensor, transposed(base.tensor));
+    if (!own && m > 0 && n > 0 && k > 0) accumulate_product(y, tokens.tensor, transposed(weight));
     return {y, h};
 }
 
@@ -184,16 +193,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const std:
     if (bias.has_value()) sizes.expect_bias(*bias);
     std::optional<Matrix> tokens, base;
     if (x.has_value()) tokens.emplace(*x, "x");
-    if (weight.has_value()) base.emplace(*weight, "weight");
+    const bool own = weight.has_value() ? multiplies(*weight, compute, m, n, k) : own_product(compute, m, n, k);
+    if (own && weight.has_value()) base.emplace(*weight, "weight");
     const Kernels& kernels = kernels_for(compute);
     const Adapter a(lora_a, "lora_a", kernels, compute), b(lora_b, "lora_b", kernels, compute);
-    Tensor dx = base ? empty({m, k}, dy.scalar_type()) : empty({0}, dy.scalar_type());
+    Tensor dx = weight.has_value() ? empty({m, k}, dy.scalar_type()) : empty({0}, dy.scalar_type());
     const AdapterGradient da(x.has_value(), lora_a, compute, "lora_a");
     const AdapterGradient db(h.has_value(), lora_b, compute, "lora_b");
     const AdapterGradient dbias(bias.has_value(), bias.has_value() ? *bias : dy, compute, "bias");
     std::optional<Tensor> hidden;
     if (h.has_value()) hidden = torch::stable::contiguous(*h);
-    const bool own = own_product(compute, m, n, k);
     Backward call = {m,
                      n,
                      k,
@@ -210,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const std:
                      scaling,
                      dropout_of(state, p),
                      own,
-                     base ? dx.mutable_data_ptr() : nullptr,
+                     weight.has_value() ? dx.mutable_data_ptr() : nullptr,
                      da.data,
                      db.data,
                      dbias.data,
@@ -222,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const std:
     da.finish(kernels);
     db.finish(kernels);
     dbias.finish(kernels);
-    if (base && !own && m > 0 && n > 0 && k > 0) accumulate_product(dx, outer.tensor, base->tensor);
+    if (weight.has_value() && !own && m > 0 && n > 0 && k > 0) accumulate_product(dx, outer.tensor, *weight);
     return {dx, da.result, db.result, dbias.result};
 }
 

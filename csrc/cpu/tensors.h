@@ -58,7 +58,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
     const int64_t dims = static_cast<int64_t>(sizes.size());
     if (dims == 2) strides[0] = sizes.begin()[1] > 1 ? sizes.begin()[1] : 1;
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
         dims, sizes.begin(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
         aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);

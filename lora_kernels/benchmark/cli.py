@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..console import Progress, check_writable, progress_bars, progress_lines, stdout_console
 from ..errors import InvalidArgumentError
-from .workloads import DIRECTIONS, DTYPES, FIELDS, PRESETS, preset
+from .presets import PRESETS, preset
+from .workloads import DIRECTIONS, DTYPES, FIELDS
 
 if TYPE_CHECKING:
-    from .results import Result
+    from .preset import Preset
+    from .providers import Provider
+    from .results import Cell, Result
 
 __all__ = ["add_arguments", "run"]
+
+MACHINES_KNOWN = ("h100", "h200")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,54 +49,137 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random data (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there, cell by cell")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot of the ratio over M there")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the cells that --json's file holds of the same run, and go on"
+    )
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="begin no cell after that; --resume goes on")
+    parser.add_argument(
+        "--predict",
+        metavar="MACHINE",
+        choices=tuple(MACHINES_KNOWN),
+        help="run nothing: write and print what the model predicts on that machine (h100, h200)",
+    )
+    parser.add_argument("--show", type=Path, metavar="FILE", help="run nothing: tables and plot of what FILE holds")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="run nothing else: where a call of the layer spends its host time, over the preset's overhead cells",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the benchmark and prints its tables; returns 1 if a provider of this package failed its gate, else 0.
 
     Raises:
-        InvalidArgumentError: an unknown preset, peer or dtype, a file that cannot be written, no CUDA device.
+        InvalidArgumentError: an unknown preset, peer or dtype, a file that cannot be written or resumed, no GPU.
         MissingExtraError: --plot without matplotlib.
     """
-    import torch
-
     from .runner import expand_peers, run_preset
 
-    chosen = preset(args.preset)
-    if args.dtype:
-        chosen = chosen.only({"dtype": tuple(args.dtype.split(","))})
-    if args.only:
-        chosen = chosen.only(dict(_condition(text) for text in args.only))
+    shown = None if args.show is None else _load(args.show)
+    chosen = _narrowed(preset(args.preset if shown is None else shown.preset), args)
     peers = args.peers.split(",") if args.peers else None
-    expand_peers(peers or ())
+    providers = expand_peers(chosen.peers if peers is None else peers)
     if args.plot:
         from .plot import check_plottable
 
         check_plottable(chosen)
-    for option, path in (("--json", args.json), ("--plot", args.plot)):
+    for option, path in (("--json", args.json), ("--plot", args.plot), ("--profile", args.profile)):
         if path is not None:
             check_writable(option, path)
-    device = args.device or chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InvalidArgumentError(
-            f"preset {chosen.name!r} was to run on cuda, and no CUDA device is visible. Choose another preset, such as "
-            "quick or cpu-grid, or pass --device cpu."
-        )
+    if shown is not None:
+        wanted = set(chosen.workloads)
+        result = replace(shown, cells=[cell for cell in shown.cells if cell.workload in wanted])
+        _print(result)
+        _plot(args.plot, result)
+        return 0
+    if args.resume and args.json is None:
+        raise InvalidArgumentError("--resume goes on where --json's file ends: name the file with --json.")
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    if args.predict:
+        return _predict(args, chosen, providers, date)
+    device = _device(args.device, chosen)
+    if args.profile:
+        return _profile(args, chosen, providers, device, date)
 
     def keep(result: Result) -> None:
         if args.json:
             result.save(args.json)
 
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    earlier = _earlier(args, chosen.name, device, [p.name for p in providers])
+    limit = math.inf if args.limit is None else args.limit
     with _progress() as progress:
-        result = run_preset(chosen, date, device, peers, args.budget, args.seed, progress, keep)
+        result = run_preset(chosen, date, device, peers, args.budget, args.seed, progress, keep, earlier, limit)
     _print(result)
-    if args.plot:
+    if len(result.cells) < len(chosen.workloads):
+        print(f"{len(result.cells)} of {len(chosen.workloads)} cells are done; the same call with --resume goes on.")
+    _plot(args.plot, result)
+    ours = (cell.providers[name] for cell in result.cells for name in result.ours if name in cell.providers)
+    return 1 if any(entry.status == "failed" for entry in ours) else 0
+
+
+def _narrowed(chosen: Preset, args: argparse.Namespace) -> Preset:
+    """With the cells that --dtype and --only leave."""
+    if args.dtype:
+        chosen = chosen.only({"dtype": tuple(args.dtype.split(","))})
+    return chosen.only(dict(_condition(text) for text in args.only)) if args.only else chosen
+
+
+def _load(path: Path) -> Result:
+    from .results import load
+
+    if not path.is_file():
+        raise InvalidArgumentError(f"--show {path}: there is no such file; give one that bench --json wrote.")
+    return load(path)
+
+
+def _device(named: str | None, chosen: Preset) -> str:
+    import torch
+
+    device: str = named or chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgumentError(
+            f"preset {chosen.name!r} was to run on cuda, and no CUDA device is visible. Choose another preset, such as "
+            "quick or cpu-grid, or pass --device cpu; --predict tells what the model holds of it."
+        )
+    return device
+
+
+def _earlier(args: argparse.Namespace, name: str, device: str, peers: Sequence[str]) -> list[Cell]:
+    if not args.resume:
+        return []
+    from .results import continued, environment
+
+    return continued(args.json, name, environment(device), args.seed, peers)
+
+
+def _predict(args: argparse.Namespace, chosen: Preset, providers: Sequence[Provider], date: str) -> int:
+    from .prediction import predict_preset
+    from .roofline import MACHINES
+
+    result = predict_preset(chosen, MACHINES[args.predict], providers, date)
+    if args.json:
+        result.save(args.json)
+    _print(result)
+    _plot(args.plot, result)
+    return 0
+
+
+def _profile(args: argparse.Namespace, chosen: Preset, providers: Sequence[Provider], device: str, date: str) -> int:
+    from .profile import profile_preset
+
+    found = profile_preset(chosen, providers, device, args.seed, date)
+    args.profile.write_text(found.to_json(), encoding="utf-8")
+    print(found)
+    return 0
+
+
+def _plot(path: Path | None, result: Result) -> None:
+    if path is not None:
         from .plot import plot
 
-        plot(result, args.plot)
-    ours = (cell.providers[name] for cell in result.cells for name in result.ours if cell.providers)
-    return 1 if any(entry.status == "failed" for entry in ours) else 0
+        plot(result, path)
 
 
 def _condition(text: str) -> tuple[str, tuple[str, ...]]:
@@ -108,12 +198,13 @@ def _progress() -> Iterator[Progress]:
 
 
 def _print(result: Result) -> None:
+    from .beside import beside
     from .report import legend, markdown, reasons, rich_table, table
 
     console = stdout_console() if _rich() else None
     for direction in DIRECTIONS:
         if any(cell.workload.direction == direction for cell in result.cells):
-            content = table(result, direction)
+            content = (beside if result.predicted else table)(result, direction)
             if console is None:
                 print(markdown(content), end="\n\n")
             else:

@@ -1,15 +1,11 @@
-"""Who is measured: the floor, the rivals and this package's backends, as layers around one frozen ``nn.Linear``.
-
-Every layer reads the same weight: with a copy each, caches would favour whoever comes after the floor. Adapters start
-from the same values, which the compute dtype represents exactly, so that no rival is charged for rounding them.
-"""
+"""Who is measured: the floor, the rivals and this package's backends, as layers around one frozen ``nn.Linear``."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,103 +13,11 @@ from torch import Tensor, nn
 
 from .. import dispatch
 from ..nn import FusedLoRALinear
+from . import lorafusion
+from .setups import FLOOR, Layer, Provider, Setup, make_setups
 from .workloads import Workload
 
 __all__ = ["FLOOR", "PROVIDERS", "Layer", "Provider", "Setup", "make_setups"]
-
-FLOOR = "linear"
-_ALPHA_OVER_R = 2.0
-
-
-@dataclass(frozen=True)
-class Setup:
-    """One cell's tensors. On CUDA a cell has several of them, taken in turn, so that no run finds its own in the cache.
-
-    Attributes:
-        linear: the frozen layer, weight (N, K).
-        lora_a, lora_b: the adapters' values, (R, K) and (N, R), in the compute dtype.
-        x, dy: input (M, K) and output gradient (M, N).
-        scaling: s.
-    """
-
-    workload: Workload
-    linear: nn.Linear
-    lora_a: Tensor
-    lora_b: Tensor
-    x: Tensor
-    dy: Tensor
-    scaling: float
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.linear.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.linear.weight.device
-
-    @property
-    def adapter_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.workload.adapters)
-        return dtype
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer ready to be called: y = call(x); ``trainable``: A, B and the bias if it trains; the floor has none."""
-
-    call: Callable[[Tensor], Tensor]
-    trainable: tuple[Tensor, ...] = ()
-    module: nn.Module | None = None
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One column of a table.
-
-    Attributes:
-        name, title: for the command line and JSON, and for people.
-        ours: whether it is this package, and so judged by this package's own tolerance policy.
-        why_not: a sentence that says why it cannot run this cell here, or None.
-        build: makes its layer.
-        backend: for ours, the backend's name; None is the automatic choice.
-    """
-
-    name: str
-    title: str
-    build: Callable[[Setup], Layer]
-    why_not: Callable[[Setup], str | None] = lambda setup: None
-    ours: bool = False
-    backend: str | None = None
-
-
-def make_setups(workload: Workload, device: str, count: int = 1, seed: int = 0) -> list[Setup]:
-    """``count`` random sets for a cell; base and adapter terms are of one size, so that an error in either shows."""
-    generator = torch.Generator(device).manual_seed(seed)
-    dtype: torch.dtype = getattr(torch, workload.dtype)
-    m, k, n, r = workload.tokens, workload.in_features, workload.out_features, workload.r
-
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).mul_(scale).to(dtype)
-
-    weight, bias = draw(n, k, scale=k**-0.5), draw(n) if workload.bias else None
-    lora_a, lora_b = draw(r, k, scale=k**-0.5), draw(n, r, scale=r**-0.5 / _ALPHA_OVER_R)
-    x, dy = draw(m, k), draw(m, n)
-
-    def rolled(tensor: Tensor, i: int) -> Tensor:
-        """The same kind of data in other memory, without another turn of the generator."""
-        return tensor if i == 0 else tensor.flatten().roll(i).view_as(tensor)
-
-    setups = []
-    for i in range(count):
-        linear = nn.Linear(k, n, bias=False, device="meta", dtype=dtype)
-        linear.weight = nn.Parameter(rolled(weight, i), requires_grad=False)
-        if bias is not None:
-            linear.bias = nn.Parameter(rolled(bias, i), requires_grad=False)
-        own_x = rolled(x, i).detach().requires_grad_(workload.records)
-        setups.append(Setup(workload, linear, lora_a, lora_b, own_x, rolled(dy, i), _ALPHA_OVER_R))
-    return setups
 
 
 def _build_linear(setup: Setup) -> Layer:
@@ -167,7 +71,8 @@ def _build_peft(same_dtype: bool) -> Callable[[Setup], Layer]:
 
         w = setup.workload
         config = LoraConfig(r=w.r, lora_alpha=int(setup.scaling * w.r), lora_dropout=w.p)
-        module = Linear(setup.linear, "default", config, r=w.r, lora_alpha=int(setup.scaling * w.r))
+        with setup.device:  # or the adapters are drawn on the CPU, which takes longer than everything else
+            module = Linear(setup.linear, "default", config, r=w.r, lora_alpha=int(setup.scaling * w.r))
         adapters = module.lora_A["default"], module.lora_B["default"]
         for adapter in adapters:
             adapter.to(setup.dtype if same_dtype else setup.adapter_dtype)
@@ -178,16 +83,37 @@ def _build_peft(same_dtype: bool) -> Callable[[Setup], Layer]:
     return build
 
 
-def _build_compiled(setup: Setup) -> Layer:
-    """PEFT's layer under torch.compile, static shapes; the caller's warm-up pays for the compilation."""
-    import torch._functorch.config as functorch_config
+_compiled: dict[str, Workload | None] = {"layer": None}
 
-    torch._dynamo.reset()
+
+def _build_compiled(setup: Setup) -> Layer:
+    """PEFT's layer under torch.compile, compiled once for all M (and once for M = 1); the first call pays for it.
+
+    All input sets and all cells of one layer share what was compiled; another layer begins anew, or PyTorch's limit on
+    recompilations would soon be met, and the rest would run eagerly without a word. Here it is an error.
+    """
+    import torch._functorch.config as functorch_config
+    from torch._dynamo import config as dynamo_config
+
+    family = replace(setup.workload, tokens=0)
+    if _compiled["layer"] != family:
+        torch._dynamo.reset()
+        _compiled["layer"] = family
     layer = _build_peft(same_dtype=False)(setup)
-    compiled: Callable[[Tensor], Tensor] = torch.compile(layer.call, dynamic=False)
-    # Donated buffers would forbid the repeated backward through one graph that "backward" times.
-    context = functorch_config.patch(donated_buffer=False)
-    return Layer(compiled, layer.trainable, layer.module, lambda: context)
+    compiled: Callable[[Tensor], Tensor] = torch.compile(layer.call)
+
+    def call(x: Tensor) -> Tensor:
+        if not hasattr(x, "_dynamo_weak_dynamic_indices"):
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+        return compiled(x)
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        # Donated buffers would forbid the repeated backward through one graph that "backward" times.
+        with functorch_config.patch(donated_buffer=False), dynamo_config.patch(fail_on_recompile_limit_hit=True):
+            yield
+
+    return Layer(call, layer.trainable, layer.module, context)
 
 
 def _build_composition(lora_first: bool) -> Callable[[Setup], Layer]:
@@ -278,6 +204,7 @@ PROVIDERS = {
         Provider("compile", "PEFT compiled", _build_compiled, _why_not_peft),
         Provider("addmm", "addmm_", _build_composition(lora_first=False)),
         Provider("lora_first", "LoRA first", _build_composition(lora_first=True)),
+        Provider("lorafusion", "LoRAFusion", lorafusion.build, lorafusion.why_not),
         Provider("auto", "lora_kernels", _build_ours(None), ours=True),
         *(
             Provider(name, f"ours, {name}", _build_ours(name), _why_not_ours(name), True, name)

@@ -11,7 +11,7 @@ from .workloads import DIRECTIONS
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-__all__ = ["SHORT", "Table", "caption", "legend", "markdown", "reasons", "rich_table", "table"]
+__all__ = ["SHORT", "SLOWER", "Table", "caption", "legend", "markdown", "reasons", "rich_table", "table"]
 
 SLOWER = 1.02  # a rival is said to be ahead where it is quicker by more than timers can be trusted for
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -19,6 +19,7 @@ _LEGEND = {
     "peft16": "PEFT16: adapters of the base's 16-bit dtype; the others have fp32 adapters.",
     "addmm": "addmm_: the base product, then the low-rank term by addmm_ in place.",
     "lora_first": "LoRA first: the low-rank term, then the base product onto it.",
+    "lorafusion": "LoRAFusion: its split into kernels, rebuilt from its description.",
 }
 
 
@@ -63,8 +64,10 @@ def table(result: Result, direction: str, conditions: dict[str, tuple[str, ...]]
     notes = []
     if any(n in result.ours for n in columns):
         notes.append(f"A rival is ahead of lora_kernels in {len(losses)} of {len(cells)} cells.")
-    if left_out := len(chosen) - len(cells):
-        notes.append(f"Left out, for one call of the frozen layer takes too long there: {left_out} cells.")
+    if left_out := [c.left_out for c in chosen if c.left_out]:
+        slow = all(sentence.startswith("One call") for sentence in left_out)
+        why = "for one call of the frozen layer takes too long there" if slow else "for the device broke down there"
+        notes.append(f"Left out, {why}: {len(left_out)} cells.")
     return Table(
         caption(result, direction, dtypes.pop() if len(dtypes) == 1 else None),
         header,

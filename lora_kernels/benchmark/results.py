@@ -16,9 +16,22 @@ from typing import Any
 import torch
 
 from ..errors import InvalidArgumentError
+from .device import gpu_state, source_id
 from .workloads import Workload
 
-__all__ = ["SCHEMA", "Cell", "Entry", "Result", "compare", "device_name", "environment", "join", "load", "slug"]
+__all__ = [
+    "SCHEMA",
+    "Cell",
+    "Entry",
+    "Result",
+    "compare",
+    "continued",
+    "device_name",
+    "environment",
+    "join",
+    "load",
+    "slug",
+]
 
 SCHEMA = 1
 _ALLOCATOR_VARIABLES = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF")
@@ -50,11 +63,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Cell:
-    """A workload and what each provider gave; ``left_out``: a sentence that says why nothing was run, or None."""
+    """A workload and what each provider gave.
+
+    Attributes:
+        left_out: a sentence that says why nothing was run, or None.
+        state: seconds that the cell took; on a GPU its clock, power and temperature before and after the timing.
+    """
 
     workload: Workload
     providers: dict[str, Entry]
     left_out: str | None = None
+    state: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,8 @@ class Result:
         titles: every provider's name for people.
         ours: the providers that are this package.
         machine: the machine model that predictions rest on.
+        predicted: nothing was run: the cells hold the model's predictions alone.
+        planned: how many cells the run is to have in the end.
     """
 
     preset: str
@@ -78,12 +99,16 @@ class Result:
     machine: dict[str, Any]
     cells: list[Cell]
     schema: int = SCHEMA
+    predicted: bool = False
+    planned: int = 0
 
     def save(self, path: str | Path) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        partial.write_text(json.dumps(_rounded(asdict(self)), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        document = _rounded(asdict(self))
+        text = _lines(document) if self.predicted else json.dumps(document, indent=1, ensure_ascii=False)
+        partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(path)
 
 
@@ -100,7 +125,12 @@ def load(path: str | Path) -> Result:
                 f"{path} has schema {raw['schema']}, and this version reads {SCHEMA}: run the benchmark again."
             )
         cells = [
-            Cell(Workload(**c["workload"]), {n: Entry(**e) for n, e in c["providers"].items()}, c.get("left_out"))
+            Cell(
+                Workload(**c["workload"]),
+                {n: Entry(**e) for n, e in c["providers"].items()},
+                c.get("left_out"),
+                c.get("state", {}),
+            )
             for c in raw["cells"]
         ]
         return Result(**{**raw, "cells": cells})
@@ -120,6 +150,29 @@ def join(results: Sequence[Result]) -> Result:
     parts = [result for result in by_date if (result.preset, _place(result)) == (last.preset, _place(last))]
     cells = {cell.workload: cell for part in parts for cell in part.cells}
     return replace(last, cells=list(cells.values()))
+
+
+def continued(path: str | Path, preset: str, now: dict[str, Any], seed: int, titles: Sequence[str]) -> list[Cell]:
+    """The cells that ``path`` holds of the same run: preset, seed, providers, device, threads, versions, source.
+
+    None where there is no file yet. ``now`` is the environment of the run that goes on.
+
+    Raises:
+        InvalidArgumentError: the file is of another run, or no result.
+    """
+    if not Path(path).exists():
+        return []
+    found = load(path)
+    names = ("device", "threads", "versions", "source")
+    theirs = (found.preset, found.seed, list(found.titles), *(found.environment.get(name) for name in names))
+    ours = (preset, seed, list(titles), *(now.get(name) for name in names))
+    other = [n for n, a, b in zip(("preset", "seed", "peers", *names), theirs, ours, strict=True) if a != b]
+    if other:
+        raise InvalidArgumentError(
+            f"{path} holds another run ({', '.join(other)} differ) and cannot be resumed: name another file, or leave "
+            "--resume out to begin it anew."
+        )
+    return found.cells
 
 
 def _place(result: Result) -> tuple[Any, ...]:
@@ -152,6 +205,9 @@ def environment(device: str) -> dict[str, Any]:
         "versions": {name: _version(name) for name in ("torch", "triton", "peft", "lora-kernels")},
         "cuda": torch.version.cuda,
         "git": _git(),
+        "source": source_id(),
+        "gpu": gpu_state() if device == "cuda" else {},
+        "tuned": _tuned(device),
         "allocator": {
             "libc": " ".join(platform.libc_ver()),
             "variables": {k: v for k, v in os.environ.items() if k.startswith(_ALLOCATOR_VARIABLES)},
@@ -204,6 +260,26 @@ def _git() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return described.stdout.strip() or None
+
+
+def _tuned(device: str) -> list[dict[str, Any]]:
+    """The tuned tables that the Triton backend reads on this machine's GPUs."""
+    if device != "cuda":
+        return []
+    from ..backends.triton import tuned
+
+    devices: list[dict[str, Any]] = tuned.status()["devices"]
+    return devices
+
+
+def _lines(document: dict[str, Any]) -> str:
+    """A prediction's JSON, a line for each cell, without what is empty because nothing was run."""
+    cells = document.pop("cells")
+    for cell in cells:
+        cell["providers"] = {n: {k: v for k, v in e.items() if v} for n, e in cell["providers"].items()}
+    lines = ",\n".join(json.dumps({k: v for k, v in cell.items() if v}, ensure_ascii=False) for cell in cells)
+    head = json.dumps(document, indent=1, ensure_ascii=False).removesuffix("\n}")
+    return f'{head},\n "cells": [\n{lines}\n ]\n}}'
 
 
 def _rounded(value: Any) -> Any:

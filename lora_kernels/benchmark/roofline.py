@@ -3,41 +3,67 @@
 Each tensor moves once per kernel that touches it. A kernel takes the longer of its flops over the rate and its bytes
 over the bandwidth, plus a launch. So the terms that hide behind the large product (the accumulator that it reads, the
 additional K step) cost nothing where it is bound by arithmetic, and show where it is bound by memory.
+
+On a GPU there is one model for all: the large product, the share of the bandwidth and the launch are those by which the
+Triton backend ranks its plans (``backends/triton/model.py``), and our forward takes what the best of its plans does.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from ..backends.triton import plans
+from ..backends.triton.configs import Machine as Gpu
+from ..backends.triton.configs import gemm_configs, machine_of, persistent_configs, shrink_config
+from ..backends.triton.model import ASSUMED, Model
 from .workloads import Workload
 
-__all__ = ["MACHINES", "Cost", "Kernel", "Machine", "cost", "kernels", "measure_machine"]
+__all__ = ["MACHINES", "Cost", "Kernel", "Machine", "cost", "gpu_machine", "kernels", "measure_machine"]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch: bytes moved and flops done."""
+    """One launch: bytes moved and flops done.
+
+    Attributes:
+        product: (M, K, N) of the library's large product, which a GPU's model knows in tiles and waves.
+        accumulates: whether that product adds onto what is there.
+    """
 
     name: str
     bytes: float
     flops: float = 0.0
+    product: tuple[int, int, int] | None = None
+    accumulates: bool = False
 
 
 @dataclass(frozen=True)
 class Machine:
-    """bandwidth: bytes/s. rates: flop/s of a large product by dtype. launch: seconds that a launch costs by itself."""
+    """What predictions rest on.
+
+    Attributes:
+        bandwidth: bytes/s.
+        rates: flop/s of a large product by dtype.
+        launch: seconds that a launch costs by itself.
+        gpu: the same device as the Triton backend's model knows it; None for a CPU.
+    """
 
     name: str
     bandwidth: float
     rates: dict[str, float] = field(default_factory=dict)
     launch: float = 2e-6
+    gpu: Gpu | None = None
 
     def seconds(self, kernel: Kernel, dtype: str) -> float:
+        if self.gpu is not None and kernel.product is not None:
+            m, k, n = kernel.product
+            cell = plans.Cell("forward", m, k, n, 1, dtype, False)
+            return Model(self.gpu, cell).library(kernel.accumulates)
         return max(kernel.bytes / self.bandwidth, kernel.flops / self.rates[dtype]) + self.launch
 
     def to_json(self) -> dict[str, Any]:
@@ -52,9 +78,22 @@ class Cost:
     seconds: float
 
 
+def gpu_machine(name: str, gpu: Gpu) -> Machine:
+    """``gpu`` under the assumptions of the Triton backend's model."""
+    dtypes = ("bfloat16", "float16", "float32")
+    rates = {d: Model(gpu, plans.Cell("forward", 1, 1, 1, 1, d, False)).rate for d in dtypes}
+    return Machine(name, ASSUMED.memory * gpu.bandwidth, rates, ASSUMED.launch, gpu)
+
+
+def _hopper(bandwidth: float) -> Gpu:
+    """SXM: 132 multiprocessors at up to 1.98 GHz, 227 KiB of shared memory a block; NVIDIA's data sheets."""
+    return Gpu(capability=90, sm_count=132, shared_memory=232448, clock=1.98e9, bandwidth=bandwidth)
+
+
+# Bandwidths by the data sheets: 4.8 TB/s of HBM3e, 3.35 TB/s of HBM3.
 MACHINES = {
-    "h200": Machine("NVIDIA H200 (assumed)", 4.3e12, {"bfloat16": 760e12, "float16": 760e12, "float32": 50e12}),
-    "h100": Machine("NVIDIA H100 (assumed)", 3.0e12, {"bfloat16": 740e12, "float16": 740e12, "float32": 50e12}),
+    "h200": gpu_machine("NVIDIA H200 (assumed)", _hopper(4.8e12)),
+    "h100": gpu_machine("NVIDIA H100 (assumed)", _hopper(3.35e12)),
 }
 
 
@@ -63,8 +102,42 @@ def cost(provider: str, workload: Workload, machine: Machine) -> Cost | None:
     work = kernels(provider, workload)
     if work is None:
         return None
-    seconds = sum(machine.seconds(k, workload.dtype) for k in work)
-    return Cost(sum(k.bytes for k in work), sum(k.flops for k in work), len(work), seconds)
+    bytes_, flops = sum(k.bytes for k in work), sum(k.flops for k in work)
+    if machine.gpu is None or provider not in _PLANNED or not workload.has_forward:
+        return Cost(bytes_, flops, len(work), sum(machine.seconds(k, workload.dtype) for k in work))
+    launches, seconds = _PLANNED[provider](machine, workload)
+    backward = work[len(kernels(provider, replace(workload, direction="forward")) or ()) :]
+    seconds += sum(machine.seconds(k, workload.dtype) for k in backward)
+    return Cost(bytes_, flops, launches + len(backward), seconds)
+
+
+def _ours(machine: Machine, workload: Workload) -> tuple[int, float]:
+    """Launches and seconds of our forward: the plan that the Triton backend takes where nobody has tuned."""
+    assert machine.gpu is not None
+    cell = _cell(workload, dropout=workload.p > 0)
+    plan = plans.candidates(machine.gpu, cell)[0]
+    return _LAUNCHES[plan.kind] + (getattr(plan, "splits", 1) > 1), plans.predicted_seconds(machine.gpu, cell, plan)
+
+
+def _split_kernels(machine: Machine, workload: Workload) -> tuple[int, float]:
+    """LoRAFusion's forward: a kernel that drops, h, and the product that begins with the low-rank term."""
+    assert machine.gpu is not None
+    cell = _cell(workload, dropout=False)
+    sizes = (cell.tokens, cell.n, cell.r, cell.itemsize, cell.tf32)
+    shrink = shrink_config(machine.gpu, cell.tokens, cell.r, cell.itemsize, cell.tf32)
+    fused = [plans.Fused(shrink, g, "persistent") for g in persistent_configs(machine.gpu, *sizes)]
+    fused += [plans.Fused(shrink, g) for g in gemm_configs(machine.gpu, *sizes)]
+    seconds = min(plans.predicted_seconds(machine.gpu, cell, plan) for plan in fused)
+    drop = _drop(_Sizes.of(workload, same_dtype=True))
+    return 2 + len(drop), seconds + sum(machine.seconds(k, workload.dtype) for k in drop)
+
+
+_LAUNCHES = {"few_tokens": 1, "fused": 2, "lora_first": 3, "base_first": 3}
+_PLANNED = {"triton": _ours, "lorafusion": _split_kernels}
+
+
+def _cell(w: Workload, dropout: bool) -> plans.Cell:
+    return plans.Cell("forward", w.tokens, w.in_features, w.out_features, w.r, w.dtype, dropout)
 
 
 def kernels(provider: str, workload: Workload) -> list[Kernel] | None:
@@ -76,6 +149,7 @@ def kernels(provider: str, workload: Workload) -> list[Kernel] | None:
         "compile": _peft_compiled,
         "addmm": _base_first,
         "lora_first": _lora_first,
+        "lorafusion": _lorafusion,
         "triton": _split,
         "native": _split,
     }
@@ -114,21 +188,29 @@ class _Sizes:
     def y(self) -> int:
         return self.m * self.n
 
-    def base(self, extra_bytes: float = 0.0, extra_flops: float = 0.0) -> Kernel:
-        """x Wᵀ or dy W: the same bytes and flops."""
+    def base(self, extra_bytes: float = 0.0, extra_flops: float = 0.0, backward: bool = False) -> Kernel:
+        """x Wᵀ, or dy W: the same bytes and flops."""
         moved = (self.x + self.y + self.n * self.k) * self.c
-        return Kernel("base", moved + extra_bytes, 2 * self.m * self.n * self.k + extra_flops)
+        product = (self.m, self.n, self.k) if backward else (self.m, self.k, self.n)
+        flops = 2 * self.m * self.n * self.k + extra_flops
+        return Kernel("base", moved + extra_bytes, flops, product, extra_bytes > 0)
 
-    def skinny(self, name: str, elements: int, size: int, more: float = 0.0) -> Kernel:
-        """A product with R on one side: it reads or writes ``elements`` of x or y, and little else."""
-        return Kernel(name, elements * size + more, 2 * elements * self.r)
+    def skinny(self, name: str, elements: int, size: int) -> Kernel:
+        """A product with R on one side: it moves ``elements`` of x or y, an adapter, and h (or dh)."""
+        wide = elements // self.m if self.m else 0
+        return Kernel(name, (elements + self.r * (wide + self.m)) * size, 2 * elements * self.r)
+
+    def cast_adapters(self) -> list[Kernel]:
+        """A and B in the compute dtype, where they have another."""
+        sizes = {"cast A": self.r * self.k, "cast B": self.n * self.r}
+        return [Kernel(name, size * (self.a + self.c)) for name, size in sizes.items() if self.a != self.c]
 
 
 _Both = tuple[list[Kernel], list[Kernel]]
 
 
 def _linear(s: _Sizes) -> _Both:
-    return [s.base()], [s.base()]
+    return [s.base()], [s.base(backward=True)]
 
 
 def _peft(s: _Sizes) -> _Both:
@@ -140,7 +222,12 @@ def _peft(s: _Sizes) -> _Both:
     forward += [Kernel("add", s.y * (s.c + 2 * s.a))]
     forward += [Kernel("cast y", s.y * (s.a + s.c))] * mixed
     backward = [Kernel("cast dy", s.y * (s.c + s.a)), Kernel("cast dy back", s.y * (s.a + s.c))] if mixed else []
-    backward += [s.base(), Kernel("scale", s.y * 2 * s.a), s.skinny("dh", s.y, s.a), s.skinny("db", s.y, s.a)]
+    backward += [
+        s.base(backward=True),
+        Kernel("scale", s.y * 2 * s.a),
+        s.skinny("dh", s.y, s.a),
+        s.skinny("db", s.y, s.a),
+    ]
     backward += [s.skinny("dx low rank", s.x, s.a), s.skinny("da", s.x, s.a)]
     backward += [Kernel("dropout", s.x * (2 * s.a + 1))] * dropout
     backward += [Kernel("cast dx", s.x * (s.a + s.c))] * mixed
@@ -153,24 +240,30 @@ def _peft_compiled(s: _Sizes) -> _Both:
     forward = [s.base()]
     forward += [Kernel("cast and drop x", s.x * (s.c + s.a + (s.p > 0)))] * prepare
     forward += [s.skinny("h", s.x, s.a), s.skinny("expand", s.y, s.a), Kernel("scale, add", s.y * (2 * s.c + s.a))]
-    backward = [s.base(), Kernel("scale", s.y * (s.c + s.a)), s.skinny("dh", s.y, s.a), s.skinny("db", s.y, s.a)]
+    backward = [
+        s.base(backward=True),
+        Kernel("scale", s.y * (s.c + s.a)),
+        s.skinny("dh", s.y, s.a),
+        s.skinny("db", s.y, s.a),
+    ]
     backward += [s.skinny("dx low rank", s.x, s.a), s.skinny("da", s.x, s.a)]
     return forward, [*backward, Kernel("add dx", s.x * (2 * s.c + s.a + (s.p > 0)))]
 
 
 def _base_first(s: _Sizes) -> _Both:
-    drop = [Kernel("dropout", s.x * (2 * s.c + 1))] * (s.p > 0)
-    forward = [*drop, s.skinny("h", s.x, s.c), s.base(), s.skinny("addmm_", 2 * s.y, s.c)]
-    backward = [s.skinny("dh", s.y, s.c), s.skinny("db", s.y, s.c), *drop]
-    return forward, [*backward, s.base(), s.skinny("addmm_ dx", 2 * s.x, s.c), s.skinny("da", s.x, s.c)]
+    drop, cast = _drop(s), s.cast_adapters()
+    forward = [*cast, *drop, s.skinny("h", s.x, s.c), s.base(), s.skinny("addmm_", 2 * s.y, s.c)]
+    backward = [*cast, s.skinny("dh", s.y, s.c), s.skinny("db", s.y, s.c), *drop]
+    return forward, [*backward, s.base(backward=True), s.skinny("addmm_ dx", 2 * s.x, s.c), s.skinny("da", s.x, s.c)]
 
 
 def _lora_first(s: _Sizes) -> _Both:
     """The low-rank term is written, and the large product reads it as its accumulator (beta = 1)."""
-    drop = [Kernel("dropout", s.x * (2 * s.c + 1))] * (s.p > 0)
-    forward = [*drop, s.skinny("h", s.x, s.c), s.skinny("expand", s.y, s.c), s.base(extra_bytes=s.y * s.c)]
-    backward = [s.skinny("dh", s.y, s.c), s.skinny("db", s.y, s.c), s.skinny("dx low rank", s.x, s.c), *drop]
-    return forward, [*backward, s.base(extra_bytes=s.x * s.c), s.skinny("da", s.x, s.c)]
+    drop, cast = _drop(s), s.cast_adapters()
+    expand = s.skinny("expand", s.y, s.c)
+    forward = [*cast, *drop, s.skinny("h", s.x, s.c), expand, s.base(extra_bytes=s.y * s.c)]
+    backward = [*cast, s.skinny("dh", s.y, s.c), s.skinny("db", s.y, s.c), s.skinny("dx low rank", s.x, s.c), *drop]
+    return forward, [*backward, s.base(extra_bytes=s.x * s.c, backward=True), s.skinny("da", s.x, s.c)]
 
 
 def _split(s: _Sizes) -> _Both:
@@ -180,12 +273,30 @@ def _split(s: _Sizes) -> _Both:
     else:
         forward = [s.skinny("h", s.x, s.c), s.base(extra_flops=2 * s.y * s.r)]
     dh_db = Kernel("dh, db", s.y * s.c, 4 * s.y * s.r)
-    return forward, [dh_db, s.base(extra_flops=2 * s.x * s.r), s.skinny("da", s.x, s.c)]
+    return forward, [dh_db, s.base(extra_flops=2 * s.x * s.r, backward=True), s.skinny("da", s.x, s.c)]
+
+
+def _lorafusion(s: _Sizes) -> _Both:
+    """Dropout as a kernel that writes x and the mask, h by the library, and the low-rank term within the product."""
+    forward = [*_drop(s), s.skinny("h", s.x, s.c), s.base(extra_flops=2 * s.y * s.r)]
+    backward = [Kernel("zero", (s.y // s.m + s.m) * s.r * 4), Kernel("dh, db", s.y * s.c, 4 * s.y * s.r)]
+    mask = [Kernel("mask", s.x)] * (s.p > 0)
+    return forward, [*backward, s.base(extra_flops=2 * s.x * s.r, backward=True), *mask, s.skinny("da", s.x, s.c)]
+
+
+def _drop(s: _Sizes) -> list[Kernel]:
+    """Reads x, writes it dropped, and a byte of mask an element; nothing where p is 0."""
+    return [Kernel("dropout", s.x * (2 * s.c + 1))] * (s.p > 0)
 
 
 def measure_machine(device: str, dtypes: tuple[str, ...]) -> Machine:
-    """A quick look at what this machine gives: a large copy, a large product in each dtype, a tiny call."""
+    """A quick look at what this machine gives: a large copy, a large product in each dtype, a tiny call.
+
+    On a GPU it also brings the clock up, for a third of a second, before anything is timed.
+    """
     on_gpu = device == "cuda"
+    if on_gpu:
+        _busy(0.3)
     elements = 2**28 if on_gpu else 2**24
     source = torch.rand(elements, device=device)
     target = torch.empty_like(source)
@@ -198,7 +309,16 @@ def measure_machine(device: str, dtypes: tuple[str, ...]) -> Machine:
         rates[dtype] = 2 * m * n * k / _best(partial(torch.mm, a, b.t()), on_gpu)
     tiny, weight = torch.ones(1, 8), torch.ones(8, 8)
     launch = 2e-6 if on_gpu else _best(lambda: [torch.mm(tiny, weight) for _ in range(100)], False) / 100
-    return Machine("measured", bandwidth, rates, launch)
+    return Machine("measured", bandwidth, rates, launch, machine_of(torch.device("cuda")) if on_gpu else None)
+
+
+def _busy(seconds: float) -> None:
+    ones = torch.randn(4096, 4096, device="cuda").to(torch.bfloat16)
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        for _ in range(20):
+            torch.mm(ones, ones)
+        torch.cuda.synchronize()
 
 
 def _best(run: Any, on_gpu: bool, repeats: int = 4) -> float:

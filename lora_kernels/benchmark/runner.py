@@ -12,20 +12,24 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..backends.eager import MANY_TOKENS
+from ..backends.triton import plans
+from ..backends.triton.configs import machine_of, next_power_of_2
 from ..console import Progress
 from ..errors import InvalidArgumentError
 from . import gate, memory, roofline
+from .device import DeviceLostError, first_line, gpu_state, must_live, release_memory
+from .prediction import predict
+from .preset import Preset
 from .providers import FLOOR, PROVIDERS, Layer, Provider, Setup, make_setups
 from .results import Cell, Entry, Result, environment
 from .timing import Candidate, Timing, first_call, measure
-from .workloads import Preset, Workload
+from .workloads import Workload
 
 __all__ = ["admit", "candidate", "expand_peers", "run_cell", "run_preset"]
 
 _MICRO = 1e6
-_CACHE_TURNS = 2  # the input sets together are this many times the L2 cache
-_MAX_SETS = 32
+_CACHE_TURNS = 3  # the input sets together are this many times the L2 cache
+_MAX_SETS = 16
 
 
 def expand_peers(names: Iterable[str]) -> tuple[Provider, ...]:
@@ -53,14 +57,24 @@ def run_preset(
     seed: int = 0,
     progress: Progress = lambda label, done, total: None,
     keep: Callable[[Result], None] = lambda result: None,
+    earlier: Sequence[Cell] = (),
+    limit: float = math.inf,
 ) -> Result:
-    """Runs every cell of ``preset`` on ``device``; ``date`` goes into the result as it is.
+    """Runs the cells of ``preset`` on ``device``; ``date`` goes into the result as it is.
 
-    The budget, in seconds, is shared out evenly among the cells that are left; each has its minimum of rounds anyway.
-    ``keep`` is given what there is after each cell, so that a run that is cut off loses one cell only.
+    The budget, in seconds, is for the whole preset and shared out evenly among the cells that are left; each has its
+    minimum of rounds anyway. ``keep`` is given what there is after each cell, so that a run that is cut off loses one
+    cell only.
+
+    Args:
+        earlier: cells of this preset that an earlier part of the run has measured; they are kept and not run again.
+        limit: seconds after which no further cell is begun.
     """
     providers = expand_peers(preset.peers if peers is None else peers)
-    deadline = time.perf_counter() + (preset.budget if budget is None else budget)
+    began = time.perf_counter()
+    there = {cell.workload: cell for cell in earlier}
+    left = [w for w in preset.workloads if w not in there]
+    seconds = (preset.budget if budget is None else budget) * len(left) / max(len(preset.workloads), 1)
     machine = roofline.measure_machine(device, tuple(dict.fromkeys(w.dtype for w in preset.workloads)))
     result = Result(
         preset=preset.name,
@@ -71,13 +85,23 @@ def run_preset(
         ours=[p.name for p in providers if p.ours],
         environment=environment(device),
         machine=machine.to_json(),
-        cells=[],
+        cells=[there[w] for w in preset.workloads if w in there],
+        planned=len(preset.workloads),
     )
-    for i, workload in enumerate(preset.workloads):
-        progress(f"bench {preset.name}", i, len(preset.workloads))
-        share = max(deadline - time.perf_counter(), 0.0) / (len(preset.workloads) - i)
+    keep(result)
+    for i, workload in enumerate(left):
+        progress(f"bench {preset.name}", len(result.cells), len(preset.workloads))
+        passed = time.perf_counter() - began
+        if passed >= limit:
+            return result
+        share = max(seconds - passed, 0.0) / (len(left) - i)
         rules = (preset.min_rounds, preset.max_call)
-        result.cells.append(run_cell(workload, providers, device, share, *rules, seed, machine))
+        try:
+            result.cells.append(run_cell(workload, providers, device, share, *rules, seed, machine))
+        except DeviceLostError as error:
+            result.cells.append(Cell(workload, {}, left_out=str(error)))  # or a resumed run would break here again
+            keep(result)
+            raise
         keep(result)
     progress(f"bench {preset.name}", len(preset.workloads), len(preset.workloads))
     return result
@@ -94,7 +118,8 @@ def run_cell(
     machine: roofline.Machine | None = None,
 ) -> Cell:
     """One cell within about ``budget`` seconds, building and gating included; see ``Preset`` for the rules."""
-    deadline = time.perf_counter() + budget
+    began = time.perf_counter()
+    release_memory(device)
     setups = make_setups(workload, device, _sets(workload, device), seed)
     if max_call < math.inf:
         floor = candidate(FLOOR, [PROVIDERS[FLOOR].build(setups[0])], setups[:1])
@@ -106,15 +131,24 @@ def run_cell(
     for provider in providers:
         entries[provider.name], layers[provider.name] = admit(provider, setups)
     layers = {name: built for name, built in layers.items() if built}
+    before = gpu_state() if device == "cuda" else {}
     if workload.direction == "memory":
         status, numbers = "measured", {name: _memory(built[0], setups[0]) for name, built in layers.items()}
     else:
-        left = max(deadline - time.perf_counter(), 0.0)
-        status, numbers = "timed", _time(layers, setups, left, min_rounds)
+        candidates = [candidate(name, built, setups) for name, built in layers.items()]
+        if device == "cuda":  # where memory may run out, and a capture is no time to compile
+            broken = {c.name: failed for c in candidates if (failed := _runs_on_every_set(c, setups))}
+            entries |= broken
+            candidates = [c for c in candidates if c.name not in broken]
+        left = max(budget - (time.perf_counter() - began), 0.0)
+        status, numbers = "timed", _time(candidates, setups, left, min_rounds)
     for name, values in numbers.items():
-        predicted = _predict(PROVIDERS[name], setups[0], machine)
-        entries[name] = Entry(status, None, values, entries[name].errors, predicted)
-    return Cell(workload, entries)
+        predicted = predict(PROVIDERS[name], workload, machine, _automatic(setups[0]))
+        entries[name] = Entry(status, values.pop("note", "") or None, values, entries[name].errors, predicted)
+    state: dict[str, Any] = {"seconds": time.perf_counter() - began}
+    if device == "cuda":
+        state |= {"before": before, "after": gpu_state(), "sets": len(setups), "plan": _plan(setups[0])}
+    return Cell(workload, entries, state=state)
 
 
 def admit(provider: Provider, setups: list[Setup]) -> tuple[Entry, list[Layer]]:
@@ -128,21 +162,40 @@ def admit(provider: Provider, setups: list[Setup]) -> tuple[Entry, list[Layer]]:
         layers = [provider.build(s) for s in setups]
         verdict = gate.check(provider, layers[0], setup)
     except Exception as error:  # noqa: BLE001 (whatever a provider raises, the others are still to be measured)
-        return Entry("failed", f"It raised {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"), []
+        return _raised(provider.name, error, setup), []
     if verdict.failure:
         return Entry("failed", verdict.failure, errors=verdict.errors), []
     return Entry("checked", errors=verdict.errors), layers
+
+
+def _raised(name: str, error: Exception, setup: Setup) -> Entry:
+    must_live(setup.device.type, f"{setup.workload}, {PROVIDERS[name].title if name in PROVIDERS else name}", error)
+    return Entry("failed", f"It raised {type(error).__name__}: {first_line(error)}")
 
 
 def _automatic(setup: Setup) -> str:
     return dispatch.select(setup.device.type, setup.dtype)
 
 
+def _runs_on_every_set(work: Candidate, setups: list[Setup]) -> Entry | None:
+    """Runs it once on each set, which compiles what is to be compiled; what became of it, if it raised."""
+    try:
+        with work.context():
+            if work.prepare is not None:
+                work.prepare()
+            for i in range(len(setups)):
+                work.run(i)
+        if setups[0].device.type == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:  # noqa: BLE001 (as above)
+        return _raised(work.name, error, setups[0])
+    return None
+
+
 def _time(
-    layers: dict[str, list[Layer]], setups: list[Setup], budget: float, min_rounds: int
+    candidates: list[Candidate], setups: list[Setup], budget: float, min_rounds: int
 ) -> dict[str, dict[str, Any]]:
     host = setups[0].workload.direction.startswith("overhead")
-    candidates = [candidate(name, built, setups) for name, built in layers.items()]
     timings = measure(candidates, FLOOR, budget, min_rounds, setups[0].device.type, len(setups), host)
     return {name: _numbers(timing) for name, timing in timings.items()}
 
@@ -191,22 +244,15 @@ def _memory(layer: Layer, setup: Setup) -> dict[str, Any]:
     return {**asdict(memory.bytes_kept(layer, setup)), "peak": memory.peak_of_step(layer, setup)}
 
 
-def _predict(provider: Provider, setup: Setup, machine: roofline.Machine | None) -> dict[str, float]:
-    if machine is None:
-        return {}
-    name = (provider.backend or _automatic(setup)) if provider.ours else provider.name
-    if name == "eager":
-        name = "addmm" if setup.workload.tokens < MANY_TOKENS else "lora_first"
-    floor, own = (roofline.cost(n, setup.workload, machine) for n in (FLOOR, name))
-    if floor is None or own is None:
-        return {}
-    return {
-        "bytes": own.bytes,
-        "flops": own.flops,
-        "launches": own.launches,
-        "us": own.seconds * _MICRO,
-        "ratio": own.seconds / floor.seconds,
-    }
+def _plan(setup: Setup) -> str | None:
+    """How the Triton backend's forward runs this cell, in its own words; None where another backend is chosen."""
+    w, device = setup.workload, setup.device
+    if _automatic(setup) != "triton":
+        return None
+    dtype = "tf32" if setup.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else w.dtype
+    tokens = next_power_of_2(w.tokens)
+    cell = plans.Cell("forward", tokens, w.in_features, w.out_features, w.r, dtype, w.p > 0)
+    return str(plans.plan_for(device, machine_of(device), cell))
 
 
 def _sets(workload: Workload, device: str) -> int:
@@ -215,5 +261,6 @@ def _sets(workload: Workload, device: str) -> int:
         return 1
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     m, k, n = workload.tokens, workload.in_features, workload.out_features
-    one = (m * k + m * n + n * k) * (2 if workload.dtype != "float32" else 4)
+    elements = m * k + n * k + (m * n if workload.has_backward else 0)  # y lies where the last y lay
+    one = elements * (2 if workload.dtype != "float32" else 4)
     return max(1, min(_MAX_SETS, -(-_CACHE_TURNS * cache // one)))

@@ -2,7 +2,10 @@
 
 Whatever slows the machine for a while slows all candidates of a round alike; a median of such ratios holds where a
 ratio of medians does not. Times come from the host clock (CPU; host overhead on any device), from CUDA events, or from
-replays of a CUDA graph where launches would dominate.
+replays of a CUDA graph where launches would dominate: below ``_GRAPH_BELOW_SECONDS`` of the floor. A graph holds all
+the calls of a sample, through all input sets in turn: what a replay costs by itself (its start, two fills where torch's
+generator draws) is spread over a millisecond of work. Where events are taken, the host is ahead of the device: it
+enqueues while a kernel sleeps, and a call takes the device longer than the host.
 """
 
 from __future__ import annotations
@@ -13,9 +16,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+
+from .capture import capture
+from .device import first_line
 
 __all__ = ["Candidate", "Timing", "first_call", "measure", "rounds_in_order"]
 
@@ -23,8 +30,10 @@ _INNER_SECONDS = 1.5e-3
 _MAX_INNER = 2000
 _MAX_ROUNDS = 300
 _GRAPH_BELOW_SECONDS = 500e-6
+_MAX_IN_GRAPH = 400  # calls: a rival launches up to ten kernels in each
 _HOST_CALLS_UNSYNCHRONISED = 50
 _HEAD_START_CYCLES = 400_000  # about 0.2 ms in which the host enqueues ahead, or the first launch would be timed
+_HEAD_START_CYCLES_A_CALL = 4_000  # of a graph: launching one may take longer the more nodes it has
 
 
 @dataclass
@@ -44,7 +53,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call, and ratios and differences to the floor's time of the same round; 20th to 80th percentile."""
+    """Seconds per call, and ratios and differences to the floor's time of the same round; 20th to 80th percentile.
+
+    Attributes:
+        rounds, inner: samples, and calls in each.
+        clock: "host", "events" or "graph".
+        note: a sentence, where the clock is not the one that was wanted.
+    """
 
     median: float
     p20: float
@@ -56,6 +71,7 @@ class Timing:
     rounds: int
     inner: int
     clock: str
+    note: str = ""
 
 
 def measure(
@@ -78,9 +94,13 @@ def measure(
     """
     timers = {c.name: _Timer(c, device, sets, host) for c in candidates}
     once = {name: timer.calibrate() for name, timer in timers.items()}
-    if device == "cuda" and not host and once[floor] < _GRAPH_BELOW_SECONDS:
-        once = {name: timer.capture() or once[name] for name, timer in timers.items()}
     inner = _inner(once[floor], sets, host and device == "cuda")
+    if device == "cuda" and not host:
+        if once[floor] < _GRAPH_BELOW_SECONDS:
+            inner = min(inner, max(_MAX_IN_GRAPH // sets, 1) * sets)
+            once |= _captured(timers, floor, inner)
+        for timer in timers.values():  # the clock has come down meanwhile: an untimed round brings it up
+            timer.sample(inner)
     estimate = max(sum(once.values()) * inner, 1e-9)
     count = max(min_rounds, min(_MAX_ROUNDS, int(budget / estimate)))
     samples: dict[str, list[float]] = {name: [] for name in timers}
@@ -90,7 +110,20 @@ def measure(
             break
         for name in order:
             samples[name].append(timers[name].sample(inner))
-    return {name: _summary(samples[name], samples[floor], inner, timers[name].clock) for name in timers}
+    return {name: _summary(samples[name], samples[floor], inner, t.clock, t.note) for name, t in timers.items()}
+
+
+def _captured(timers: dict[str, _Timer], floor: str, inner: int) -> dict[str, float]:
+    """Seconds per call of the candidates that run as graphs from now on; none, if the floor does not."""
+    order = [floor, *(name for name in timers if name != floor)]
+    once: dict[str, float] = {}
+    for name in order:
+        seconds = timers[name].capture(inner)
+        if seconds is not None:
+            once[name] = seconds
+        elif name == floor:
+            break
+    return once
 
 
 def first_call(candidate: Candidate, device: str) -> float:
@@ -121,40 +154,40 @@ class _Timer:
     def __init__(self, candidate: Candidate, device: str, sets: int, host: bool) -> None:
         self._candidate, self._sets = candidate, sets
         self._cuda, self._host = device == "cuda", host
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._prepared: torch.cuda.CUDAGraph | None = None
-        self.clock = "host" if host or not self._cuda else "events"
+        self._graph: Any = None
+        self._prepared: Any = None
+        self.clock, self.note = "host" if host or not self._cuda else "events", ""
         self._next = 0
 
     def calibrate(self) -> float:
-        """Prepares, warms up and returns a first estimate of the seconds per call."""
+        """Prepares, runs every input set once, and returns a first estimate of the seconds per call."""
         if self._candidate.prepare is not None:
             with self._candidate.context():
                 self._candidate.prepare()
-        self.sample(1)
+        self.sample(self._sets)  # compiles, loads, warms up
         first = self.sample(1)
         return first if first > 0.05 else min(first, self.sample(3))
 
-    def capture(self) -> float | None:
-        """Puts a turn through all input sets into a CUDA graph; None, and events remain, where that fails."""
-        prepared, graph = None, torch.cuda.CUDAGraph()
+    def capture(self, inner: int) -> float | None:
+        """Puts ``inner`` calls into a CUDA graph; None, and events remain, where that fails."""
+        prepare, prepared = self._candidate.prepare, None
         try:
             with self._candidate.context():
-                if self._candidate.prepare is not None:
-                    prepared = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(prepared):
-                        self._candidate.prepare()
+                if prepare is not None:
+                    prepared = capture(prepare)
                     prepared.replay()
-                with torch.cuda.graph(graph, pool=None if prepared is None else prepared.pool()):
-                    for i in range(self._sets):
-                        self._candidate.run(i)
-        except RuntimeError:
+                graph = capture(partial(self._calls, inner), None if prepared is None else prepared.pool())
+        except RuntimeError as error:
             torch.cuda.synchronize()
+            self.note = (
+                f"Timed by events, with what launching costs, because no CUDA graph could be taken: {first_line(error)}"
+            )
             self.calibrate()
             return None
         self._prepared = prepared  # its memory holds what the timed graph reads
         self._graph, self.clock = graph, "graph"
-        return self.sample(self._sets)
+        self.sample(inner)  # the first replay uploads the graph
+        return self.sample(inner)
 
     def sample(self, inner: int) -> float:
         """Seconds per call over ``inner`` calls in a row."""
@@ -176,16 +209,12 @@ class _Timer:
         event: Callable[..., Any] = torch.cuda.Event
         begin, end = event(enable_timing=True), event(enable_timing=True)
         sleep: Callable[[int], None] = torch.cuda._sleep
-        sleep(_HEAD_START_CYCLES)
+        sleep(_HEAD_START_CYCLES + (0 if self._graph is None else inner * _HEAD_START_CYCLES_A_CALL))
+        begin.record()
         if self._graph is None:
-            begin.record()
             self._calls(inner)
         else:
-            turns = math.ceil(inner / self._sets)
-            inner = turns * self._sets
-            begin.record()
-            for _ in range(turns):
-                self._graph.replay()
+            self._graph.replay()
         end.record()
         end.synchronize()
         return float(begin.elapsed_time(end)) * 1e-3 / inner
@@ -198,12 +227,12 @@ class _Timer:
         self._next = position
 
 
-def _summary(samples: list[float], floor: list[float], inner: int, clock: str) -> Timing:
+def _summary(samples: list[float], floor: list[float], inner: int, clock: str, note: str = "") -> Timing:
     ratios = [own / base for own, base in zip(samples, floor, strict=True)]
     p20, median, p80 = _quantiles(samples)
     ratio_p20, ratio, ratio_p80 = _quantiles(ratios)
     difference = statistics.median(own - base for own, base in zip(samples, floor, strict=True))
-    return Timing(median, p20, p80, ratio, ratio_p20, ratio_p80, difference, len(samples), inner, clock)
+    return Timing(median, p20, p80, ratio, ratio_p20, ratio_p80, difference, len(samples), inner, clock, note)
 
 
 def _quantiles(values: list[float]) -> tuple[float, float, float]:

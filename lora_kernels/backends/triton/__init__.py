@@ -21,7 +21,7 @@ _MINIMUM_CAPABILITY = (8, 0)
 
 
 class TritonBackend:
-    """One read of x, one rounding of y, the dropout mask never in memory; see ``kernels``."""
+    """One read of x for h, the dropout mask never in memory, forward by the plan that suits the size; see ``plans``."""
 
     name = "triton"
 
@@ -61,7 +61,10 @@ class TritonBackend:
         if problem.device_type == "cpu":
             return "Triton's interpreter (TRITON_INTERPRET=1): the kernels' logic on the CPU, for tests, very slow."
         dropped = " Dropout's mask is drawn again in backward from a 16-byte seed." if problem.dropout_p else ""
-        return f"Fused: x is read once for h, and y takes base, bias and low-rank term in one rounding.{dropped}"
+        return (
+            "Fused: x is read once for h. The plan for the size (measured, or predicted where nobody has tuned) adds "
+            f"the low-rank term within its own product, or before or after the library's.{dropped}"
+        )
 
     def register(self, device_type: str) -> None:
         from . import launch

@@ -2,10 +2,11 @@
 
 ``python -m lora_kernels.backends.triton.compile_report [--check] [--json FILE] [--quick] [--arch 80 90 100]``
 
-The launch code itself runs, on meta tensors and for a described machine, with each kernel replaced by a recorder: so
-the block sizes, argument types and alignments are those of a real call. Each distinct call is then compiled for its
-target. ``--check`` exits 1, a sentence each, where registers spill, where shared memory exceeds the device's, or where
-the tensor-core instruction that is meant does not appear. Registers and stack are what Triton's ``cuobjdump`` says.
+The launch code itself runs, on meta tensors and for a described machine, with every launch replaced by a note of it: so
+the block sizes, argument types and alignments are those of a real call. Forward runs by the best predicted plan of each
+kind. Each distinct call is then compiled for its target. ``--check`` exits 1, a sentence each, where registers spill,
+where shared memory exceeds the device's, or where an instruction that is meant does not appear: the tensor cores' (on
+Hopper in every K step), TMA's loads, the waits of dependent launch. All is read from the machine code.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -30,15 +31,16 @@ import torch
 from torch import Tensor
 
 from ... import env
-from .configs import Machine
+from .configs import FEW_TOKENS, Machine
+from .plans import BaseFirst, Cell, FewTokens, Fused, Plan, candidates
 
 __all__ = ["ARCHITECTURES", "CASES", "Case", "Record", "faults", "main", "report"]
 
-# Multiprocessors and shared memory (bytes that one program may use) of A100, H100 / H200 and B200.
+# A100, H200 and B200 by their data sheets; shared memory is what one program may use.
 ARCHITECTURES = {
-    80: Machine(capability=80, sm_count=108, shared_memory=166912),
-    90: Machine(capability=90, sm_count=132, shared_memory=232448),
-    100: Machine(capability=100, sm_count=148, shared_memory=232448),
+    80: Machine(capability=80, sm_count=108, shared_memory=166912, clock=1.41e9, bandwidth=2.0e12),
+    90: Machine(capability=90, sm_count=132, shared_memory=232448, clock=1.98e9, bandwidth=4.8e12),
+    100: Machine(capability=100, sm_count=148, shared_memory=232448, clock=1.96e9, bandwidth=8.0e12),
 }
 _TYPE_NAMES = {
     torch.float32: "fp32",
@@ -48,8 +50,8 @@ _TYPE_NAMES = {
     torch.bool: "i1",
 }
 _INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma.sync": "mma.sync"}
-_GEMMS = ("forward_kernel", "dx_kernel")
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_SHOWN = ("PARTS", "FLATTEN", "PDL")
+_GEMMS = ("forward_kernel", "persistent_kernel", "dx_kernel")
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ CASES = (
     Case(_FP32, tf32=True, r=64, p=0.1),
     Case(_FP32, p=0.1),
 )
-QUICK = (Case(_BF16, r=64, p=0.1, adapter_dtype=_FP32), Case(_BF16, m=8))
+QUICK = (CASES[4], CASES[8])  # rank 64 with dropout, and few tokens
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Record:
-    """What the compiler made of one job. ``stack`` and ``local`` are bytes a thread: spilled registers live there."""
+    """What the compiler made of one job. ``stack`` and ``local`` are bytes a thread: spilled registers live there.
+
+    ``products``, ``tma_loads`` and ``waits`` count HGMMA, UTMALDG and ACQBULK in the machine code, on sm_90 for GEMMs.
+    """
 
     kernel: str
     arch: int
@@ -122,6 +127,9 @@ class Record:
     instruction: str
     seconds: float
     blocks: dict[str, int] = field(default_factory=dict)
+    products: int = 0
+    tma_loads: int = 0
+    waits: int = 0
 
 
 def report(cases: tuple[Case, ...] = CASES, architectures: tuple[int, ...] = tuple(ARCHITECTURES)) -> list[Record]:
@@ -152,12 +160,13 @@ def faults(records: list[Record]) -> list[str]:
             sentences.append(f"{where} takes {r.shared} bytes of shared memory and the device has {r.shared_limit}.")
         if (wanted := _wanted_instruction(r)) and r.instruction not in wanted:
             sentences.append(f"{where} uses {r.instruction or 'no tensor core'} where {' or '.join(wanted)} is meant.")
+        sentences += [f"{where} {lack}" for lack in _hopper_faults(r)]
     return sentences
 
 
 def _wanted_instruction(record: Record) -> tuple[str, ...]:
     """The instructions that will do; none where products are IEEE fp32 or there are none."""
-    if record.exact or record.kernel in ("reduce_kernel", "mask_kernel"):
+    if record.exact or record.kernel in ("reduce_kernel", "mask_kernel", "sum_parts_kernel"):
         return ()
     # TF32 takes both operands in one order only, which dx's W is not in: there Triton keeps to mma.sync.
     tf32 = record.case.startswith("tf32")
@@ -166,8 +175,38 @@ def _wanted_instruction(record: Record) -> tuple[str, ...]:
     return tuple(_INSTRUCTIONS)
 
 
+def _hopper_faults(record: Record) -> Iterator[str]:
+    """What a GEMM for sm_90 lacks: one product for each 16 elements of a K step, TMA's loads, the wait for h."""
+    if record.arch != 90 or record.kernel not in _GEMMS or record.instruction != "wgmma":
+        return
+    blocks = record.blocks
+    tall = max(1, blocks["BLOCK_M"] // (16 * blocks["num_warps"]))
+    depth = blocks["BLOCK_N" if record.kernel == "dx_kernel" else "BLOCK_K"]
+    wanted = depth // (8 if record.case.startswith("tf32") else 16) * tall
+    if record.products < wanted:
+        yield f"has {record.products} HGMMA where a K step takes {wanted}."
+    if record.kernel == "persistent_kernel" and not record.tma_loads:
+        yield "has no UTMALDG: its operands do not come by TMA."
+    if blocks.get("PDL") and not record.waits:
+        yield "has no ACQBULK: it does not wait for the kernel before."
+
+
+def plans_of(machine: Machine, cell: Cell) -> list[Plan]:
+    """The best predicted plan of each kind and variant; of few tokens, with and without a split of K.
+
+    ``BaseFirst`` only for few tokens: its kernels are ``LoraFirst``'s but for one load.
+    """
+    found: dict[tuple[object, ...], Plan] = {}
+    for plan in candidates(machine, cell):
+        if isinstance(plan, BaseFirst) and cell.tokens > FEW_TOKENS:
+            continue
+        variant = plan.variant if isinstance(plan, Fused) else isinstance(plan, FewTokens) and plan.splits > 1
+        found.setdefault((plan.kind, variant), plan)
+    return list(found.values())
+
+
 def _jobs_of(case: Case, arch: int) -> Iterator[Job]:
-    """The kernel calls of one layer's forward and backward, from the launch code itself."""
+    """The kernel calls of one layer's forward, by each kind of plan, and backward, from the launch code itself."""
     from . import launch
 
     m, k, n, r = case.m, 4096, 4096, case.r
@@ -179,9 +218,12 @@ def _jobs_of(case: Case, arch: int) -> Iterator[Job]:
     x, dy, weight = (meta(*shape, dtype=case.dtype) for shape in ((m, k), (m, n), (n, k)))
     lora_a, lora_b, bias = (meta(*shape, dtype=adapter) for shape in ((r, k), (n, r), (n,)))
     state = meta(2, dtype=torch.int64) if case.p else None
+    dtype = "tf32" if case.tf32 else str(case.dtype).removeprefix("torch.")
+    cell = Cell("forward", m, k, n, r, dtype, state is not None)
     calls: list[Job] = []
     with _recording(launch, case, arch, calls):
-        _, h = launch.forward(x, weight, lora_a, lora_b, bias, 2.5, case.p, state)
+        for plan in plans_of(ARCHITECTURES[arch], cell):
+            _, h = launch.run_plan(plan, x, weight, lora_a, lora_b, bias, 2.5, case.p, state)
         dh, _ = launch.dh_db(dy, lora_b, h, 2.5)
         launch.dh(dy, lora_b, 2.5)
         launch.dx(dy, weight, dh, lora_a, case.p, state)
@@ -193,57 +235,59 @@ def _jobs_of(case: Case, arch: int) -> Iterator[Job]:
 
 @contextlib.contextmanager
 def _recording(launch: Any, case: Case, arch: int, calls: list[Job]) -> Iterator[None]:
-    """Within it ``launch`` sees the machine ``arch`` and, in the place of each kernel, what notes its calls."""
-    names = [name for name in vars(launch) if name.endswith("_kernel")]
-    kept = {name: getattr(launch, name) for name in [*names, "machine_of"]}
+    """Within it ``launch`` sees the machine ``arch``, and launches are noted in the place of being done."""
+    from .prepared import Launch, ScratchLaunch
+
+    def note(self: Launch, stream: int | None, *arguments: Any) -> None:
+        calls.append(_job(self, arguments, case, arch))
+
+    kept = [(launch, "machine_of"), (Launch, "__call__"), (ScratchLaunch, "__call__")]
+    values = [getattr(owner, name) for owner, name in kept]
     precision = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
-    launch.machine_of = lambda device: ARCHITECTURES[arch]
-    for name in names:
-        setattr(launch, name, _Recorder(kept[name], case, arch, calls))
+    launch.forget()
+    for (owner, name), value in zip(kept, (lambda device: ARCHITECTURES[arch], note, note), strict=True):
+        setattr(owner, name, value)
     try:
         yield
     finally:
         torch.backends.cuda.matmul.fp32_precision = precision
-        for name, value in kept.items():
-            setattr(launch, name, value)
+        for (owner, name), value in zip(kept, values, strict=True):
+            setattr(owner, name, value)
+        launch.forget()
 
 
-@dataclass(frozen=True)
-class _Recorder:
-    kernel: Any
-    case: Case
-    arch: int
-    calls: list[Job]
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return self._record
-
-    def _record(self, *args: Any, **named: Any) -> None:
-        """Types the arguments as Triton's launcher does: 1 and None are constants, multiples of 16 aligned."""
-        options = {name: named.pop(name) for name in _OPTIONS if name in named}
-        values = dict(zip(self.kernel.arg_names, args, strict=False)) | named
-        parameters = {parameter.name: parameter for parameter in self.kernel.params}
-        signature: dict[str, str] = {}
-        constants: dict[str, Any] = {}
-        aligned = []
-        for name in self.kernel.arg_names:
-            value, specialised = values[name], not parameters[name].do_not_specialize
-            one = specialised and isinstance(value, int) and value == 1
-            if parameters[name].is_constexpr or value is None or one:
-                signature[name], constants[name] = "constexpr", value
-            elif isinstance(value, Tensor):
-                signature[name] = f"*{_TYPE_NAMES[value.dtype]}"
+def _job(launch: Any, arguments: tuple[Any, ...], case: Case, arch: int) -> Job:
+    """Types the arguments as Triton's launcher does: 1 and None are constants, multiples of 16 aligned."""
+    kernel = launch.kernel
+    values = dict(zip(kernel.arg_names, (*arguments, *launch.static), strict=True))
+    parameters = {parameter.name: parameter for parameter in kernel.params}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned = []
+    for name, value in values.items():
+        specialised = not parameters[name].do_not_specialize
+        one = specialised and isinstance(value, int) and value == 1
+        if parameters[name].is_constexpr or value is None or one:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = f"*{_TYPE_NAMES[value.dtype]}"
+            aligned.append(name)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and specialised:
                 aligned.append(name)
-            elif isinstance(value, float):
-                signature[name] = "fp32"
-            else:
-                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if value % 16 == 0 and specialised:
-                    aligned.append(name)
-        exact = self.case.dtype == torch.float32 and not self.case.tf32
-        kernel = self.kernel.__name__
-        self.calls.append(Job(kernel, self.arch, str(self.case), exact, signature, constants, tuple(aligned), options))
+    exact = case.dtype == torch.float32 and not case.tf32
+    options = {"enable_fp_fusion": True, **launch.options}
+    return Job(kernel.__name__, arch, str(case), exact, signature, constants, tuple(aligned), options)
+
+
+def _kernel(name: str) -> Any:
+    from .kernels import backward, few_tokens, forward, persistent, philox
+
+    return next(getattr(m, name) for m in (backward, few_tokens, forward, persistent, philox) if name in m.__all__)
 
 
 def _compile(job: Job) -> Record:
@@ -251,9 +295,7 @@ def _compile(job: Job) -> Record:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from . import launch
-
-    kernel = getattr(launch, job.kernel)
+    kernel = _kernel(job.kernel)
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in job.aligned}
     source = ASTSource(fn=kernel, signature=job.signature, constexprs=job.constants, attrs=attributes)
     start = time.perf_counter()
@@ -261,6 +303,7 @@ def _compile(job: Job) -> Record:
     seconds = time.perf_counter() - start
     usage = _resource_usage(compiled.asm["cubin"])
     instruction = next((name for name, text in _INSTRUCTIONS.items() if text in compiled.asm["ptx"]), "")
+    code = _dump(compiled.asm["cubin"], "-sass") if job.arch == 90 and job.kernel in _GEMMS else ""
     return Record(
         kernel=job.kernel,
         arch=job.arch,
@@ -274,23 +317,30 @@ def _compile(job: Job) -> Record:
         instruction=instruction,
         seconds=round(seconds, 2),
         blocks={
-            **{name: value for name, value in job.constants.items() if name.startswith("BLOCK")},
+            **{name: value for name, value in job.constants.items() if name in _SHOWN or name.startswith("BLOCK")},
             **{name: value for name, value in job.options.items() if name != "enable_fp_fusion"},
         },
+        products=code.count("HGMMA"),
+        tma_loads=code.count("UTMALDG"),
+        waits=code.count("ACQBULK"),
     )
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
     """REG, STACK, LOCAL and SHARED of the one kernel in ``cubin``."""
+    dumped = _dump(cubin, "--dump-resource-usage")
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", dumped)}
+
+
+def _dump(cubin: bytes, what: str) -> str:
+    """What Triton's ``cuobjdump`` says."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", done.stdout)}
+        return subprocess.run([str(tool), what, file.name], check=True, capture_output=True, text=True).stdout
 
 
 def _table(records: list[Record]) -> str:

@@ -16,18 +16,25 @@ __all__ = [
     "INTERPRETER",
     "DaConfig",
     "DhDbConfig",
+    "ExpandConfig",
     "FewTokensConfig",
     "GemmConfig",
     "Machine",
     "ShrinkConfig",
     "da_config",
     "dh_db_config",
+    "expand_config",
     "few_tokens_config",
     "gemm_config",
+    "gemm_configs",
     "machine_of",
     "next_power_of_2",
+    "persistent_configs",
     "shrink_config",
 ]
+
+# What is taken for a device that does not tell: about an A100's.
+_CLOCK, _BANDWIDTH = 1.4e9, 2.0e12
 
 # Up to this many tokens (one tensor-core tile) and this rank, forward is one launch.
 FEW_TOKENS = 16
@@ -36,12 +43,15 @@ _FEW_TOKENS_RANK = 128
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the choice rests on. ``shared_memory`` is the most bytes that one program may use."""
+    """What the choice rests on. ``shared_memory`` is the most bytes that one program may use, ``clock`` the
+    multiprocessors' in 1/s, ``bandwidth`` the memory's by its data sheet in bytes/s."""
 
     capability: int
     sm_count: int
     shared_memory: int
     interpreter: bool = False
+    clock: float = _CLOCK
+    bandwidth: float = _BANDWIDTH
 
 
 # The interpreter pays per block and per element: small blocks, so that small tensors still meet every loop and edge.
@@ -63,11 +73,24 @@ class GemmConfig:
 
 @dataclass(frozen=True, slots=True)
 class ShrinkConfig:
+    """``splits`` programs share the sum over K of each block of h; who reads h adds their parts, in order."""
+
     block_m: int
     block_k: int
     block_r: int
     num_warps: int
     num_stages: int
+    splits: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandConfig:
+    """``expand_kernel``: tiles of y."""
+
+    block_m: int
+    block_n: int
+    block_r: int
+    num_warps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +133,16 @@ def machine_of(device: torch.device) -> Machine:
 
     properties = torch.cuda.get_device_properties(device)
     index = torch.cuda.current_device() if device.index is None else device.index
+    found = driver.active.utils.get_device_properties(index)
+    kilohertz, memory_kilohertz, bus_bits = (
+        found.get(name, 0) for name in ("sm_clock_rate", "mem_clock_rate", "mem_bus_width")
+    )
     return Machine(
         capability=10 * properties.major + properties.minor,
         sm_count=properties.multi_processor_count,
-        shared_memory=driver.active.utils.get_device_properties(index)["max_shared_mem"],
+        shared_memory=found["max_shared_mem"],
+        clock=1e3 * kilohertz or _CLOCK,
+        bandwidth=2e3 * memory_kilohertz * bus_bits / 8 or _BANDWIDTH,  # two transfers a cycle
     )
 
 
@@ -149,19 +178,30 @@ def _tiles(itemsize: int, tf32: bool) -> tuple[tuple[int, int, int, int, int, fl
     return _TILES_TF32 if tf32 else _TILES_IEEE
 
 
+# Tiles of the persistent variant, for 16-bit products on Hopper and later: rows, columns, sum, warps, stages.
+_TILES_PERSISTENT = (
+    (128, 256, 64, 8, 3),
+    (128, 128, 64, 8, 4),
+    (128, 128, 64, 4, 4),
+    (64, 256, 64, 8, 4),
+    (64, 128, 64, 4, 4),
+)
+
+
 @lru_cache(maxsize=4096)
-def gemm_config(
-    machine: Machine, rows_power: int, columns: int, r: int, itemsize: int, tf32: bool, dropout: bool
-) -> GemmConfig:
-    """The tile that finishes (rows_power, columns) in the least time: waves of tiles times a tile's work."""
+def gemm_configs(
+    machine: Machine, rows_power: int, columns: int, r: int, itemsize: int, tf32: bool, dropout: bool = False
+) -> tuple[GemmConfig, ...]:
+    """The tiles that fit, the one that finishes (rows_power, columns) in the least time first: waves of tiles times a
+    tile's work."""
     if machine.interpreter:
-        return GemmConfig(32, 32, 32, 16, 2, 4, 1)
+        return (GemmConfig(32, 32, 32, 16, 2, 4, 1),)
     # What the compiler's report (compile_report.py) allows without spills: a rank that is no multiple of 16 takes
     # narrow steps, and the widest tile is Hopper's; on sm_100 its two accumulators would overflow tensor memory.
     block_r = 16 if r % 16 or machine.capability < 90 or dropout else min(next_power_of_2(r), 32)
     wide = 90 <= machine.capability < 100 and not (dropout and r % 16)
     largest = 128 * 256 if wide else 128 * 128
-    best: tuple[float, GemmConfig] | None = None
+    fitting: list[tuple[float, GemmConfig]] = []
     for rows, width, depth, warps, stages, efficiency in _tiles(itemsize, tf32):
         while stages > 1 and stages * (rows + width) * depth * itemsize > machine.shared_memory - 4096:
             stages -= 1
@@ -169,10 +209,42 @@ def gemm_config(
             continue
         tiles = -(-rows_power // rows) * -(-columns // width)
         cost = -(-tiles // machine.sm_count) * rows * width / efficiency
-        if best is None or cost < best[0]:
-            best = cost, GemmConfig(rows, width, depth, block_r, 8, warps, stages)
-    assert best is not None, f"no tile fits {machine}"
-    return best[1]
+        fitting.append((cost, GemmConfig(rows, width, depth, block_r, 8, warps, stages)))
+    assert fitting, f"no tile fits {machine}"
+    return tuple(config for _, config in sorted(fitting, key=lambda found: found[0]))
+
+
+def gemm_config(
+    machine: Machine, rows_power: int, columns: int, r: int, itemsize: int, tf32: bool, dropout: bool
+) -> GemmConfig:
+    """The first of ``gemm_configs``."""
+    return gemm_configs(machine, rows_power, columns, r, itemsize, tf32, dropout)[0]
+
+
+@lru_cache(maxsize=4096)
+def persistent_configs(
+    machine: Machine, rows_power: int, columns: int, r: int, itemsize: int, tf32: bool
+) -> tuple[GemmConfig, ...]:
+    """The persistent variant's tiles; none where there is no TMA, or for fp32."""
+    if machine.interpreter:
+        return (GemmConfig(32, 32, 32, 16, 2, 4, 1),)
+    if machine.capability < 90 or itemsize != 2:
+        return ()
+    return tuple(
+        GemmConfig(rows, width, depth, 16, 8, warps, stages)  # wider steps of R leave the widest tile no registers
+        for rows, width, depth, warps, stages in _TILES_PERSISTENT
+        if stages * (rows + width) * depth * itemsize <= machine.shared_memory - 4096
+        and rows * width <= (128 * 256 if machine.capability < 100 else 128 * 128)
+    )
+
+
+@lru_cache(maxsize=4096)
+def expand_config(machine: Machine, r: int, itemsize: int, tf32: bool) -> ExpandConfig:
+    """Tiles of y wide enough for whole lines of memory, with little of h and B a tile."""
+    if machine.interpreter:
+        return ExpandConfig(32, 32, 16, 4)
+    block_r = 16 if r % 16 or itemsize == 4 else min(next_power_of_2(r), 32)
+    return ExpandConfig(64, 128 if itemsize == 2 or tf32 else 64, block_r, 4)
 
 
 @lru_cache(maxsize=4096)
@@ -193,17 +265,23 @@ def shrink_config(machine: Machine, rows_power: int, r: int, itemsize: int, tf32
 
 
 @lru_cache(maxsize=4096)
-def few_tokens_config(machine: Machine, columns: int, r: int, itemsize: int, tf32: bool) -> FewTokensConfig | None:
-    """None where the rank is so large that every program reading all of A would cost more than a second launch."""
+def few_tokens_config(
+    machine: Machine, columns: int, r: int, itemsize: int, tf32: bool, block_n: int | None = None
+) -> FewTokensConfig | None:
+    """``block_n``: the strip's width; by default as wide as still gives every multiprocessor a strip. None where the
+    rank is so large that every program reading all of A would cost more than a second launch."""
     if r > _FEW_TOKENS_RANK:
         return None
     block_r = max(next_power_of_2(r), 16)
     if machine.interpreter:
         return FewTokensConfig(FEW_TOKENS, 32, 32, block_r, 4, 1)
-    block_n = 64
-    while block_n > 16 and -(-columns // block_n) < machine.sm_count:
-        block_n //= 2
+    if block_n is None:
+        block_n = 64
+        while block_n > 16 and -(-columns // block_n) < machine.sm_count:
+            block_n //= 2
     block_k = (256 if block_r <= 32 else 128) if itemsize == 2 else 64
+    if machine.capability < 90 and block_n == 64:
+        block_k = min(block_k, 128)  # W's wider strips take the registers
     if itemsize == 4 and not tf32:
         block_n, block_k = min(block_n, 32), 32
     stages = 4

@@ -1,4 +1,4 @@
-"""Device code, and nothing else: grids are in ``launch.py``, block sizes in ``configs.py``.
+"""Device code, and nothing else: grids are in ``launch.py`` and ``forward_plans.py``, blocks in ``configs.py``.
 
 What holds in all kernels. The compute dtype is x's (dy's). ``lora_a``, ``lora_b`` and ``bias`` may have another dtype
 and are rounded to the compute dtype in registers. h and dh are fp32 and contiguous. Products accumulate in fp32, each

@@ -160,11 +160,11 @@ def reduce_kernel(
     db_parts_ptr,
     dh_ptr,
     db_ptr,
+    scaling,
     dh_size,
     db_size,
     dh_count,
     db_count,
-    scaling,
     BLOCK: tl.constexpr,
 ):
     """dh = scaling Σ_j dh_parts[j] and db = scaling Σ_i db_parts[i], each in the order of j and i.

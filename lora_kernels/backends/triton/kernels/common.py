@@ -1,9 +1,20 @@
-"""Device helpers: the two forms of a product, and the order in which programs walk the output's tiles."""
+"""Device helpers: the forms of a product, the order in which programs walk the output's tiles, dependent launch."""
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["dot", "dot_hidden", "rounded", "tile_of_program"]
+__all__ = [
+    "add_low_rank",
+    "dot",
+    "dot_hidden",
+    "launch_dependents",
+    "load_hidden",
+    "rounded",
+    "tile_at",
+    "tile_of_program",
+    "wait_for_previous",
+]
 
 # Triton's interpreter (3.6 to 3.9) gets two things wrong that compiled code gets right: its product of bf16 is garbage,
 # so operands are widened first, and its cast of fp32 to bf16 cuts off instead of rounding to nearest even.
@@ -46,14 +57,107 @@ def dot_hidden(hidden, b, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def load_hidden(h_ptr, offs_m, offs_r, mask, M, R: tl.constexpr, PARTS: tl.constexpr):
+    """Σ_i h[i, m, r] of h (PARTS, M, R) fp32, in the order of i: (BLOCK_M, BLOCK_R)."""
+    h_ptrs = h_ptr + offs_m[:, None] * R + offs_r[None, :]
+    h = tl.load(h_ptrs, mask=mask, other=0.0)  # (BLOCK_M, BLOCK_R)
+    part = tl.full((), R, tl.int64) * M
+    for i in tl.static_range(1, PARTS):
+        h += tl.load(h_ptrs + i * part, mask=mask, other=0.0)  # (BLOCK_M, BLOCK_R)
+    return h
+
+
+@triton.jit
+def _low_rank_step(
+    acc, r, h_ptr, h_sum_ptr, lora_b_ptr, scaling, tile_n, offs_m, offs_n, mask_m, mask_n,
+    M, R: tl.constexpr, stride_bn: tl.constexpr, stride_br: tl.constexpr, dtype: tl.constexpr,
+    BLOCK_R: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``add_low_rank`` for ranks ``r`` to ``r + BLOCK_R``."""
+    offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
+    mask_r = offs_r < R
+    mask_h = mask_m[:, None] & mask_r[None, :]
+    h = load_hidden(h_ptr, offs_m, offs_r, mask_h, M, R, PARTS)
+    b_ptrs = lora_b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
+    b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
+    if PARTS > 1:
+        if tile_n == 0:
+            tl.store(h_sum_ptr + offs_m[:, None] * R + offs_r[None, :], h, mask=mask_h)
+    acc = dot_hidden(h * scaling, rounded(b, dtype), acc, SPLIT, PRECISION)
+    return acc
+
+
+@triton.jit
+def add_low_rank(
+    acc,
+    h_ptr,
+    h_sum_ptr,
+    lora_b_ptr,
+    scaling,
+    tile_n,
+    offs_m,
+    offs_n,
+    mask_m,
+    mask_n,
+    M,
+    R: tl.constexpr,
+    stride_bn: tl.constexpr,
+    stride_br: tl.constexpr,
+    dtype: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """``acc + scaling h Bᵀ`` for a tile of y. Where h comes in PARTS, the first tile column writes their sum.
+
+    With UNROLL there is no loop over R, so that the loops around can become one.
+    """
+    if UNROLL:
+        for r in tl.static_range(0, R, BLOCK_R):
+            acc = _low_rank_step(
+                acc, r, h_ptr, h_sum_ptr, lora_b_ptr, scaling, tile_n, offs_m, offs_n, mask_m, mask_n,
+                M, R, stride_bn, stride_br, dtype, BLOCK_R, PARTS, SPLIT, PRECISION,
+            )  # fmt: skip
+    else:
+        for r in tl.range(0, R, BLOCK_R, num_stages=1):
+            acc = _low_rank_step(
+                acc, r, h_ptr, h_sum_ptr, lora_b_ptr, scaling, tile_n, offs_m, offs_n, mask_m, mask_n,
+                M, R, stride_bn, stride_br, dtype, BLOCK_R, PARTS, SPLIT, PRECISION,
+            )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def launch_dependents(PDL: tl.constexpr):
+    """With PDL: the kernel launched next may start as soon as every program of this one has come here."""
+    if PDL and not INTERPRET:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """With PDL: wait until the kernel before has ended and what it wrote can be read; only then may anything that it
+    writes be read, and anything that it or its predecessors read be written."""
+    if PDL and not INTERPRET:
+        gdc_wait()
+
+
+@triton.jit
 def tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """(tile row, tile column) of this program: GROUP_M tile rows are walked column by column, so that L2 keeps both
+    """``tile_at`` for one program a tile."""
+    return tile_at(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+
+
+@triton.jit
+def tile_at(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """(tile row, tile column) of a tile's number: GROUP_M tile rows are walked column by column, so that L2 keeps both
     operands' panels."""
-    pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    group = pid // (GROUP_M * tiles_n)
+    group = tile // (GROUP_M * tiles_n)
     first_m = group * GROUP_M
     rows = tl.minimum(tiles_m - first_m, GROUP_M)
-    within = pid % (GROUP_M * tiles_n)
+    within = tile % (GROUP_M * tiles_n)
     return first_m + within % rows, within // rows

@@ -1,0 +1,304 @@
+"""Forward by each plan: which kernels, on which grids, with what memory between them.
+
+A run is made ready once for each plan and call (sizes, strides, dtypes, alignments); see ``prepared``. In all of them
+whatever a kernel reads stays referenced until its launch: with ``pdl`` a kernel starts while the one before still
+writes, and memory that were freed in between could be handed to it for other things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ...errors import InvalidArgumentError
+from ...reference import dropout_threshold
+from .configs import ExpandConfig, Machine, ShrinkConfig, next_power_of_2
+from .kernels.few_tokens import few_tokens_kernel, sum_parts_kernel
+from .kernels.forward import expand_kernel, forward_kernel, shrink_kernel
+from .kernels.persistent import persistent_kernel
+from .plan_kinds import BaseFirst, Cell, FewTokens, Fused, LoraFirst, Plan
+from .prepared import Launch, ScratchLaunch
+
+__all__ = ["Call", "Run", "blocks", "ready", "shrink_launch"]
+
+# run(stream, x, weight, lora_a, lora_b, bias, scaling, state) -> y, h
+Run: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+
+_SUM_BLOCK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a run is made ready for. ``aligned``: x's and weight's storages start on 16-byte boundaries."""
+
+    machine: Machine
+    device: torch.device
+    dtype: torch.dtype
+    m: int
+    k: int
+    n: int
+    r: int
+    stride_x: tuple[int, ...]
+    stride_w: tuple[int, ...]
+    stride_a: tuple[int, ...]
+    stride_b: tuple[int, ...]
+    stride_bias: int
+    p: float
+    dropout: bool
+    precision: str
+    aligned: bool
+
+    @staticmethod
+    def of(
+        machine: Machine,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        p: float,
+        state: Tensor | None,
+        precision: str,
+    ) -> Call:
+        return Call(
+            machine=machine,
+            device=x.device,
+            dtype=x.dtype,
+            m=x.shape[0],
+            k=x.shape[1],
+            n=weight.shape[0],
+            r=lora_a.shape[0],
+            stride_x=x.stride(),
+            stride_w=weight.stride(),
+            stride_a=lora_a.stride(),
+            stride_b=lora_b.stride(),
+            stride_bias=0 if bias is None else bias.stride(0),
+            p=p,
+            dropout=state is not None,
+            precision=precision,
+            aligned=x.device.type == "meta" or (x.data_ptr() | weight.data_ptr()) % 16 == 0,
+        )
+
+    @property
+    def cell(self) -> Cell:
+        dtype = "tf32" if self.precision == "tf32" else str(self.dtype).removeprefix("torch.")
+        return Cell("forward", next_power_of_2(self.m), self.k, self.n, self.r, dtype, self.dropout)
+
+    @property
+    def split(self) -> bool:
+        """Whether h enters its product as two 16-bit parts."""
+        return self.dtype.itemsize == 2
+
+    @property
+    def by_descriptor(self) -> bool:
+        """Whether TMA can read x and weight: contiguous rows, all on 16-byte boundaries, and no size of zero."""
+        rows = (self.stride_x[0] * self.dtype.itemsize, self.stride_w[0] * self.dtype.itemsize)
+        contiguous = self.stride_x[1] == 1 == self.stride_w[1]
+        on_boundaries = self.aligned and all(row > 0 and row % 16 == 0 for row in rows)
+        return contiguous and on_boundaries and self.k > 0 and max(self.m, self.n, self.k) < 2**31
+
+
+def ready(plan: Plan, call: Call) -> Run:
+    """The run of ``plan`` for ``call``; nothing is compiled before its first use.
+
+    Raises:
+        InvalidArgumentError: the plan does not cover so many tokens or so large a rank.
+    """
+    if isinstance(plan, FewTokens):
+        return _few_tokens(plan, call)
+    if isinstance(plan, Fused):
+        return _fused(plan, call)
+    return _lora_first(plan, call) if isinstance(plan, LoraFirst) else _base_first(plan, call)
+
+
+def blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def shrink_launch(
+    config: ShrinkConfig,
+    m: int,
+    k: int,
+    r: int,
+    stride_x: tuple[int, ...],
+    stride_a: tuple[int, ...],
+    p: float,
+    precision: str,
+    pdl: bool = False,
+) -> Launch:
+    """``launch(stream, x, a, h, state, scale)``."""
+    tile = (config.block_m, config.block_k, config.block_r, config.splits, k % config.block_k == 0)
+    return Launch(
+        shrink_kernel,
+        (blocks(m, config.block_m), blocks(r, config.block_r), config.splits),
+        (m, k, r, dropout_threshold(p), *stride_x, *stride_a, *tile, precision, pdl),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Hidden:
+    """The shrink of a forward plan and the memory of h: as it is, or in parts and their sum."""
+
+    launch: Launch
+    shape: tuple[int, ...]
+    sum_shape: tuple[int, int]
+    device: torch.device
+    scale: float
+    parts: int
+
+    @staticmethod
+    def of(config: ShrinkConfig, c: Call, pdl: bool = False) -> _Hidden:
+        launch = shrink_launch(config, c.m, c.k, c.r, c.stride_x, c.stride_a, c.p, c.precision, pdl)
+        shape = (c.m, c.r) if config.splits == 1 else (config.splits, c.m, c.r)
+        return _Hidden(launch, shape, (c.m, c.r), c.device, 1.0 / (1.0 - c.p), config.splits)
+
+    def __call__(self, stream: int | None, x: Tensor, lora_a: Tensor, state: Tensor | None) -> tuple[Tensor, Any]:
+        """h, and where it comes in parts the memory that their sum is to be written to."""
+        h = torch.empty(self.shape, dtype=torch.float32, device=self.device)
+        self.launch(stream, x, lora_a, h, state, self.scale)
+        if self.parts == 1:
+            return h, None
+        return h, torch.empty(self.sum_shape, dtype=torch.float32, device=self.device)
+
+
+def _fused(plan: Fused, c: Call) -> Run:
+    g, hidden, shape = plan.gemm, _Hidden.of(plan.shrink, c, plan.pdl), (c.m, c.n)
+    tiles = blocks(c.m, g.block_rows) * blocks(c.n, g.block_columns)
+    tile = (g.block_rows, g.block_columns, g.block_sum, g.block_r, g.group_m, plan.shrink.splits)
+    options: dict[str, Any] = {"num_warps": g.num_warps, "num_stages": g.num_stages}
+    if plan.pdl and not c.machine.interpreter:
+        options["launch_pdl"] = True
+    static: tuple[Any, ...] = (c.m, c.n, c.k, c.r)
+    if plan.variant != "pointer" and c.by_descriptor:
+        static += (c.stride_x[0], c.stride_w[0], *c.stride_b, c.stride_bias, *tile)
+        static += (c.split, c.precision, plan.variant == "flattened", plan.pdl)
+        grid = (min(tiles, c.machine.sm_count), 1, 1)
+        product: Launch = ScratchLaunch(persistent_kernel, grid, static, **options)
+    else:
+        static += (*c.stride_x, *c.stride_w, *c.stride_b, c.stride_bias, *tile)
+        static += (c.k % g.block_sum == 0, c.split, c.precision, plan.pdl)
+        product = Launch(forward_kernel, (tiles, 1, 1), static, **options)
+
+    def run(
+        stream: int | None,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        h, h_sum = hidden(stream, x, lora_a, state)
+        y = torch.empty(shape, dtype=c.dtype, device=c.device)
+        product(stream, x, weight, lora_b, bias, h, h_sum, y, scaling)
+        return y, h if h_sum is None else h_sum
+
+    return run
+
+
+def _expand(config: ExpandConfig, c: Call, parts: int, add: bool, pdl: bool) -> Launch:
+    """``launch(stream, lora_b, bias, h, h_sum, y, scaling)``."""
+    options = {"launch_pdl": True} if pdl and not c.machine.interpreter else {}
+    tile = (config.block_m, config.block_n, config.block_r, parts, add)
+    return Launch(
+        expand_kernel,
+        (blocks(c.m, config.block_m) * blocks(c.n, config.block_n), 1, 1),
+        (c.m, c.n, c.r, *c.stride_b, c.stride_bias, *tile, c.split, c.precision, pdl),
+        num_warps=config.num_warps,
+        num_stages=1,
+        **options,
+    )
+
+
+def _lora_first(plan: LoraFirst, c: Call) -> Run:
+    hidden = _Hidden.of(plan.shrink, c, plan.pdl)
+    expand = _expand(plan.expand, c, plan.shrink.splits, False, plan.pdl)
+    shape = (c.m, c.n)
+
+    def run(
+        stream: int | None,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        h, h_sum = hidden(stream, x, lora_a, state)
+        y = torch.empty(shape, dtype=c.dtype, device=c.device)
+        expand(stream, lora_b, bias, h, h_sum, y, scaling)
+        y.addmm_(x, weight.t())
+        return y, h if h_sum is None else h_sum
+
+    return run
+
+
+def _base_first(plan: BaseFirst, c: Call) -> Run:
+    hidden, expand = _Hidden.of(plan.shrink, c), _expand(plan.expand, c, plan.shrink.splits, True, False)
+
+    def run(
+        stream: int | None,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        h, h_sum = hidden(stream, x, lora_a, state)
+        y = torch.mm(x, weight.t())
+        expand(stream, lora_b, bias, h, h_sum, y, scaling)
+        return y, h if h_sum is None else h_sum
+
+    return run
+
+
+def _few_tokens(plan: FewTokens, c: Call) -> Run:
+    config, parts = plan.config, plan.splits
+    if c.m > config.block_m or c.r > config.block_r:
+        raise InvalidArgumentError(
+            f"the plan {plan} is for at most {config.block_m} tokens of rank {config.block_r}; got {c.m} of rank {c.r}."
+        )
+    static: tuple[Any, ...] = (c.m, c.n, c.k, c.r, 1.0 / (1.0 - c.p), dropout_threshold(c.p))
+    static += (*c.stride_x, *c.stride_w, *c.stride_a, *c.stride_b, c.stride_bias)
+    static += (config.block_m, config.block_n, config.block_k, config.block_r, parts)
+    static += (c.k % config.block_k == 0, c.split, c.precision, plan.pdl)
+    grid = (blocks(c.n, config.block_n), parts, 1)
+    product = Launch(few_tokens_kernel, grid, static, num_warps=config.num_warps, num_stages=config.num_stages)
+    grid = (blocks(c.m * c.n, _SUM_BLOCK) + blocks(c.m * c.r, _SUM_BLOCK), 1, 1)
+    static = (c.m, c.n, c.r, c.stride_bias, _SUM_BLOCK, parts, plan.pdl)
+    options = {"launch_pdl": True} if plan.pdl and not c.machine.interpreter else {}
+    total = Launch(sum_parts_kernel, grid, static, num_warps=4, num_stages=1, **options)
+    shape, hidden_shape = (c.m, c.n), (c.m, c.r)
+
+    def run(
+        stream: int | None,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        y = torch.empty(shape, dtype=c.dtype, device=c.device)
+        h = torch.empty(hidden_shape, dtype=torch.float32, device=c.device)
+        if parts == 1:
+            product(stream, x, weight, lora_a, lora_b, bias, state, h, y, scaling)
+            return y, h
+        y_parts = torch.empty((parts, *shape), dtype=torch.float32, device=c.device)
+        h_parts = torch.empty((parts, *hidden_shape), dtype=torch.float32, device=c.device)
+        product(stream, x, weight, lora_a, lora_b, bias, state, h_parts, y_parts, scaling)
+        total(stream, y_parts, h_parts, bias, y, h)
+        return y, h
+
+    return run

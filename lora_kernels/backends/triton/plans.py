@@ -1,0 +1,157 @@
+"""Which plans there are for a cell, and which one is taken: the measured one on a tuned device, else the model's.
+
+The plain compositions are always among the candidates, so what is chosen is never predicted to lose to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from .configs import (
+    FEW_TOKENS,
+    ExpandConfig,
+    FewTokensConfig,
+    Machine,
+    ShrinkConfig,
+    expand_config,
+    few_tokens_config,
+    gemm_configs,
+    persistent_configs,
+    shrink_config,
+)
+from .model import predicted_seconds
+from .plan_kinds import (
+    VARIANTS,
+    BaseFirst,
+    Cell,
+    FewTokens,
+    Fused,
+    LoraFirst,
+    Plan,
+    plan_from_json,
+    plan_to_json,
+)
+
+__all__ = [
+    "BaseFirst",
+    "Cell",
+    "FewTokens",
+    "Fused",
+    "LoraFirst",
+    "Plan",
+    "candidates",
+    "fits",
+    "plan_for",
+    "plan_from_json",
+    "plan_to_json",
+    "predicted_seconds",
+]
+
+_SPLITS = (1, 2, 4, 8, 16)
+_FLATTENED_RANK = 64
+_SHRINKS = 2  # of the ways to compute h, so many of the best predicted enter the plans
+
+
+@lru_cache(maxsize=4096)
+def plan_for(device: torch.device, machine: Machine, cell: Cell) -> Plan:
+    """The plan measured on ``device`` for ``cell`` if there is one that fits, else the best predicted one."""
+    from .tuned import lookup
+
+    found = lookup(device, cell)
+    return found if found is not None and fits(machine, cell, found) else candidates(machine, cell)[0]
+
+
+@lru_cache(maxsize=1024)
+def candidates(machine: Machine, cell: Cell) -> tuple[Plan, ...]:
+    """Every plan that fits the machine, best predicted first; the compositions are always among them.
+
+    The interpreter's come in a fixed order, the fused ones first: there, they are what is to be seen.
+    """
+    plans = [plan for plan in _all(machine, cell) if fits(machine, cell, plan)]
+    if not machine.interpreter:
+        plans.sort(key=lambda plan: predicted_seconds(machine, cell, plan))
+    return tuple(plans)
+
+
+def fits(machine: Machine, cell: Cell, plan: Plan) -> bool:
+    """Whether the machine has what ``plan`` needs, and the plan covers the cell."""
+    if isinstance(plan, FewTokens):
+        c = plan.config
+        covers = cell.tokens <= c.block_m and cell.r <= c.block_r
+        stage = (c.block_m + c.block_n + 2 * c.block_r) * c.block_k * cell.itemsize
+        return covers and c.num_stages * stage <= machine.shared_memory and _early(machine, plan.pdl)
+    if isinstance(plan, BaseFirst):
+        return True
+    if isinstance(plan, LoraFirst):
+        return _early(machine, plan.pdl)
+    g = plan.gemm
+    if not _variant_runs(machine, cell, plan.variant):
+        return False
+    stage = (g.block_rows + g.block_columns) * g.block_sum * cell.itemsize
+    return g.num_stages * stage <= machine.shared_memory and _early(machine, plan.pdl)
+
+
+def _variant_runs(machine: Machine, cell: Cell, variant: str) -> bool:
+    """TMA came with 9.0. For 10.0 Triton 3.7 fails on the flattened loop: it cannot place the accumulator; and
+    it takes the low-rank step without a loop. The interpreter knows no flattening."""
+    if variant == "pointer" or machine.interpreter:
+        return variant != "flattened"
+    if machine.capability < 90 or cell.itemsize != 2:
+        return False
+    return variant == "persistent" or (machine.capability < 100 and cell.r <= _FLATTENED_RANK)
+
+
+def _early(machine: Machine, pdl: bool) -> bool:
+    """Programmatic dependent launch came with compute capability 9.0."""
+    return not pdl or machine.capability >= 90
+
+
+def _all(machine: Machine, cell: Cell) -> Iterator[Plan]:
+    sizes = (cell.n, cell.r, cell.itemsize, cell.tf32)
+    early = (False,) if machine.capability < 90 else (False, True)
+    if cell.tokens <= FEW_TOKENS:
+        for config, splits in _few_tokens(machine, cell):
+            yield from (FewTokens(config, splits, pdl) for pdl in (early if splits > 1 else (False,)))
+    shrinks = _shrinks(machine, cell)
+    for variant, gemms in zip(VARIANTS, (gemm_configs, persistent_configs, persistent_configs), strict=True):
+        for gemm in gemms(machine, cell.tokens, *sizes):
+            for shrink in shrinks:
+                yield from (Fused(shrink, gemm, variant, pdl) for pdl in early)
+    expand = expand_config(machine, cell.r, cell.itemsize, cell.tf32)
+    for shrink in shrinks:
+        yield from (LoraFirst(shrink, expand, pdl) for pdl in early)
+        yield BaseFirst(shrink, expand)
+
+
+def _few_tokens(machine: Machine, cell: Cell) -> Iterator[tuple[FewTokensConfig, int]]:
+    """Strips of y and parts of K; about as many programs as the machine holds."""
+    sizes = (cell.n, cell.r, cell.itemsize, cell.tf32)
+    configs = dict.fromkeys(few_tokens_config(machine, *sizes, block_n) for block_n in (16, 32, 64))
+    for config in filter(None, configs):
+        for splits in (1, 3) if machine.interpreter else _SPLITS:
+            programs = -(-cell.n // config.block_n) * splits
+            busy = programs <= 4 * machine.sm_count and cell.k >= 2 * splits * config.block_k
+            if splits == 1 or machine.interpreter or busy:
+                yield config, splits
+
+
+def _shrinks(machine: Machine, cell: Cell) -> list[ShrinkConfig]:
+    """Ways to compute h: without a split of K, and split so that more of the machine is busy."""
+    base = shrink_config(machine, cell.tokens, cell.r, cell.itemsize, cell.tf32)
+    if machine.interpreter:
+        return [base, replace(base, splits=3)]
+    ways = [base]
+    most = 16 if machine.capability >= 90 else 8  # who reads h holds all of its parts in registers
+    for block_m in sorted({base.block_m, *(b for b in (2 * base.block_m, 4 * base.block_m) if b <= 64)}):
+        programs = -(-cell.tokens // block_m) * -(-cell.r // base.block_r)
+        ways += [
+            replace(base, block_m=block_m, splits=splits)
+            for splits in _SPLITS[1:]
+            if splits <= most and programs * splits <= 4 * machine.sm_count and cell.k >= 2 * splits * base.block_k
+        ]
+    ways.sort(key=lambda way: predicted_seconds(machine, cell, BaseFirst(way, ExpandConfig(64, 128, 16, 4))))
+    return ways[:_SHRINKS]

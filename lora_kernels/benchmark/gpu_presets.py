@@ -1,0 +1,122 @@
+"""The grids for a GPU: the shapes of the published tables, and M from 1 to 16384.
+
+=============== ===== ======= ======================================================================================
+preset          cells seconds what for
+=============== ===== ======= ======================================================================================
+gpu-quick          34      80 what says the most in a minute and a half: part of ``make gpu-check``
+gpu-forward       480     900 the forward grid: 12 M, 5 shapes, r 8 to 128, p 0 and 0.1
+gpu-compile       480    1500 the same grid with PEFT under ``torch.compile``
+gpu-overhead        8      20 host time of a call at M = 1
+gpu-step          480    1100 forward and backward together; gpu-backward (480, 1100): backward alone
+=============== ===== ======= ======================================================================================
+
+All of them are meant to be run in parts: ``bench --preset gpu-forward --json FILE --resume --limit 330`` starts no cell
+after 330 seconds, and the next such call goes on after it. The cells of the targets come first (r = 16 at M = 8192;
+few tokens of 4096→4096), then the rest of r = 16, then the other ranks, so that a run that is cut off answers the most;
+``gpu-compile`` goes layer by layer, r = 16 first, because a layer's cells share what was compiled for it.
+
+Where the seconds go (estimates; a run writes down what each cell took): a cell builds up to 16 sets of 6 layers (about
+0.15 s), checks each provider in float64 (0.1 s), calibrates and captures graphs (0.2 s), and times at least 7 rounds of
+6 providers, each sample 1.5 to 10 ms (0.15 to 0.4 s): 0.6 to 0.9 s, and what its share of the budget (1.9 s of 900)
+leaves goes into more rounds. The first cell of a shape, rank and bucket of M compiles Triton kernels, about 1.5 s each
+and 70 in the grid; after ``lora-kernels tune`` on the same machine they are in Triton's cache. ``gpu-compile`` compiles
+each layer (shape, rank, p) once with a symbolic M and once for M = 1 (with dropout once more, for the check without
+it), 3 to 6 s each and 120 in the grid: 30 of them, 150 s, for r = 16, whose 120 cells are there in one call of nine
+minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .preset import Preset, grid
+from .workloads import Workload
+
+__all__ = ["GPU_PRESETS"]
+
+SHAPES = ((4096, 4096), (8192, 8192), (4096, 14336), (14336, 4096), (4096, 1024))
+TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 2048, 4096, 8192, 16384)
+RANKS = (16, 64, 8, 128)
+_RIVALS = ("peft", "peft16", "addmm", "lorafusion")
+
+
+def _cells(
+    direction: str,
+    tokens: tuple[int, ...],
+    shapes: tuple[tuple[int, int], ...] = SHAPES,
+    ranks: tuple[int, ...] = (16,),
+    dropouts: tuple[float, ...] = (0.0, 0.1),
+) -> Iterator[Workload]:
+    return grid((direction,), tokens, shapes, ranks, ("bfloat16",), dropouts)
+
+
+def _targets(direction: str) -> Iterator[Workload]:
+    """What the targets speak of: many tokens of every shape, few of the square one."""
+    yield from _cells(direction, (8192,))
+    yield from _cells(direction, (1, 2, 4, 8, 16), SHAPES[:1], dropouts=(0.0,))
+
+
+def _whole_grid(direction: str) -> tuple[Workload, ...]:
+    cells = [*_targets(direction), *(w for r in RANKS for w in _cells(direction, TOKENS, ranks=(r,)))]
+    return tuple(dict.fromkeys(cells))
+
+
+def _preset(name: str, describe: str, workloads: tuple[Workload, ...], peers: tuple[str, ...], **more: Any) -> Preset:
+    return Preset(name, describe, workloads, peers, device="cuda", **more)
+
+
+GPU_PRESETS = (
+    _preset(
+        "gpu-quick",
+        "the cells that say the most, in a minute and a half",
+        (
+            *_targets("forward"),
+            *_cells("overhead", (1,), SHAPES[:1], dropouts=(0.0,)),
+            *_cells("forward", (256, 2048), dropouts=(0.0,)),
+            *_cells("overhead-grad", (1,), SHAPES[:1], dropouts=(0.0,)),
+            *_cells("step", (8192,), dropouts=(0.1,)),
+            *_cells("memory", (8192,), SHAPES[:1]),
+        ),
+        (*_RIVALS, "auto"),
+        budget=80.0,
+    ),
+    _preset(
+        "gpu-forward",
+        "the forward grid for a GPU, a quarter of an hour, in parts (--resume, --limit)",
+        _whole_grid("forward"),
+        (*_RIVALS, "auto"),
+        budget=900.0,
+    ),
+    _preset(
+        "gpu-compile",
+        "the forward grid with PEFT under torch.compile, apart because of what compiling takes",
+        tuple(w for r in RANKS for w in _cells("forward", (8192, *(m for m in TOKENS if m != 8192)), ranks=(r,))),
+        ("compile", "auto"),
+        budget=1500.0,
+    ),
+    _preset(
+        "gpu-overhead",
+        "host time of a call of the layer at one token, over F.linear, on a GPU",
+        (
+            *_cells("overhead", (1,), (SHAPES[0], SHAPES[4])),
+            *_cells("overhead-grad", (1,), (SHAPES[0], SHAPES[4])),
+        ),
+        ("peft", "peft16", "addmm", "auto"),
+        budget=20.0,
+    ),
+    _preset(
+        "gpu-step",
+        "the grid for a GPU, forward and backward together, in parts",
+        _whole_grid("step"),
+        (*_RIVALS, "auto"),
+        budget=1100.0,
+    ),
+    _preset(
+        "gpu-backward",
+        "the grid for a GPU, backward alone, in parts",
+        _whole_grid("backward"),
+        (*_RIVALS, "auto"),
+        budget=1100.0,
+    ),
+)

@@ -1,0 +1,126 @@
+"""The presets by name: what runs on any machine is here, what is for a GPU in ``gpu_presets``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..errors import InvalidArgumentError
+from .gpu_presets import GPU_PRESETS
+from .preset import Preset, grid
+from .workloads import Workload
+
+__all__ = ["PRESETS", "preset"]
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        InvalidArgumentError: there is none.
+    """
+    if name not in PRESETS:
+        raise InvalidArgumentError(f"preset {name!r} is not known: name one of {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+_SQUARE = tuple((n, n) for n in (1024, 2048, 4096))
+_CPU_SHAPES = (*_SQUARE, (2048, 8192), (8192, 2048))
+_RIVALS = ("peft", "peft16", "addmm")
+
+
+def _cpu_grid() -> Iterator[Workload]:
+    """Dtype by dtype, so that a run that is cut off has whole tables: the grid, dropout, the worked example's layer."""
+    for dtype in ("float32", "bfloat16"):
+        yield from grid(("forward", "step"), (1, 16, 512, 2048), _CPU_SHAPES, (8, 16, 64), (dtype,))
+        yield from grid(("forward", "step"), (1, 16, 512, 2048), ((2048, 2048),), (16,), (dtype,), (0.1,))
+        yield from grid(("step",), (256,), ((32, 32),), (2,), (dtype,), bias=True, train_bias=True)
+
+
+PRESETS = {
+    p.name: p
+    for p in (
+        *GPU_PRESETS,
+        Preset(
+            "quick",
+            "a look at this machine in under a minute",
+            (
+                *grid(("forward", "step"), (1, 16, 512), ((1024, 1024), (2048, 2048)), (16,)),
+                *grid(("forward", "step"), (512,), ((1024, 1024),), (16,), dropouts=(0.1,)),
+                *grid(("overhead", "overhead-grad"), (1,), ((64, 64),), (16,)),
+                *grid(("memory",), (512,), ((1024, 1024),), (16,), dropouts=(0.0, 0.1)),
+            ),
+            (*_RIVALS, "ours"),
+            budget=45.0,
+            min_rounds=5,
+        ),
+        Preset(
+            "cpu-grid",
+            "the CPU grid that bench/targets.py judges, a quarter of an hour for each dtype",
+            tuple(_cpu_grid()),
+            ("peft", "addmm", "auto"),
+            device="cpu",
+            budget=1800.0,
+            max_call=3.0,  # PyTorch's 16-bit dy W takes minutes on some CPUs
+        ),
+        Preset(
+            "cpu-compile",
+            "PEFT under torch.compile on the CPU, r = 16; apart from the grid because each cell compiles anew",
+            tuple(grid(("forward", "step"), (1, 16, 512, 2048), _CPU_SHAPES, (16,), ("float32", "bfloat16"))),
+            ("peft", "addmm", "compile", "auto"),
+            device="cpu",
+            budget=1800.0,
+        ),
+        Preset(
+            "eager-order",
+            "the two orders of the plain composition: base product first or LoRA first",
+            tuple(grid(("forward", "dx"), (1, 16, 512, 2048), _SQUARE, (16,), ("float32", "bfloat16"))),
+            ("addmm", "lora_first"),
+            budget=420.0,
+            min_rounds=5,
+        ),
+        Preset(
+            "overhead",
+            "host time of the module at one token, over F.linear",
+            (
+                *grid(("overhead", "overhead-grad"), (1,), ((64, 64), (1024, 1024)), (16,), ("float32", "bfloat16")),
+                *grid(("overhead", "overhead-grad"), (1,), ((64, 64),), (16,), dropouts=(0.1,)),
+            ),
+            (*_RIVALS, "ours"),
+            budget=30.0,
+        ),
+        Preset(
+            "memory",
+            "bytes kept for backward, and the peak of a step",
+            (
+                *grid(("memory",), (2048,), ((4096, 4096),), (16,), ("float32", "bfloat16"), (0.0, 0.1)),
+                *grid(("memory",), (2048,), ((2048, 8192),), (16,), ("bfloat16",), (0.0, 0.1)),
+            ),
+            (*_RIVALS, "ours"),
+            budget=60.0,
+        ),
+        Preset(
+            "demo",
+            "the worked example's layer: 32→32, r = 2, at batch 256",
+            (
+                *grid(("forward",), (256,), ((32, 32),), (2,), bias=True),
+                *grid(("step",), (256,), ((32, 32),), (2,), bias=True, train_bias=True),
+            ),
+            (*_RIVALS, "ours"),
+            budget=10.0,
+        ),
+        Preset(
+            "smoke",
+            "every path in a few seconds: for tests, its numbers mean nothing",
+            (
+                *grid(("forward", "backward", "dx", "step"), (3, 96), ((64, 48),), (4,), bias=True),
+                *grid(("step",), (96,), ((64, 48),), (4,), ("bfloat16",), (0.0, 0.1)),
+                *grid(("step",), (96,), ((64, 48),), (4,), bias=True, train_bias=True),
+                *grid(("overhead", "overhead-grad"), (1,), ((64, 48),), (4,)),
+                *grid(("memory",), (96,), ((64, 48),), (4,), dropouts=(0.0, 0.1)),
+            ),
+            (*_RIVALS, "lora_first", "ours"),
+            budget=3.0,
+            min_rounds=3,
+        ),
+    )
+}

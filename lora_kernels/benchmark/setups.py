@@ -1,0 +1,114 @@
+"""What a provider is built around and gives back: a cell's tensors, a layer, a provider.
+
+Every layer reads the same weight: with a copy each, caches would favour whoever comes after the floor. Adapters start
+from the same values, which the compute dtype represents exactly, so that no rival is charged for rounding them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .workloads import Workload
+
+__all__ = ["FLOOR", "Layer", "Provider", "Setup", "make_setups"]
+
+FLOOR = "linear"
+_ALPHA_OVER_R = 2.0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One cell's tensors. On CUDA a cell has several of them, taken in turn, so that no run finds its own in the cache.
+
+    Attributes:
+        linear: the frozen layer, weight (N, K).
+        lora_a, lora_b: the adapters' values, (R, K) and (N, R), in the compute dtype.
+        x, dy: input (M, K) and output gradient (M, N); dy is empty where no gradient is due.
+        scaling: s.
+    """
+
+    workload: Workload
+    linear: nn.Linear
+    lora_a: Tensor
+    lora_b: Tensor
+    x: Tensor
+    dy: Tensor
+    scaling: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.linear.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.linear.weight.device
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.workload.adapters)
+        return dtype
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer ready to be called: y = call(x); ``trainable``: A, B and the bias if it trains; the floor has none."""
+
+    call: Callable[[Tensor], Tensor]
+    trainable: tuple[Tensor, ...] = ()
+    module: nn.Module | None = None
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One column of a table.
+
+    Attributes:
+        name, title: for the command line and JSON, and for people.
+        ours: whether it is this package, and so judged by this package's own tolerance policy.
+        why_not: a sentence that says why it cannot run this cell here, or None.
+        build: makes its layer.
+        backend: for ours, the backend's name; None is the automatic choice.
+    """
+
+    name: str
+    title: str
+    build: Callable[[Setup], Layer]
+    why_not: Callable[[Setup], str | None] = lambda setup: None
+    ours: bool = False
+    backend: str | None = None
+
+
+def make_setups(workload: Workload, device: str, count: int = 1, seed: int = 0) -> list[Setup]:
+    """``count`` random sets for a cell; base and adapter terms are of one size, so that an error in either shows."""
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype: torch.dtype = getattr(torch, workload.dtype)
+    m, k, n, r = workload.tokens, workload.in_features, workload.out_features, workload.r
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).mul_(scale).to(dtype)
+
+    weight, bias = draw(n, k, scale=k**-0.5), draw(n) if workload.bias else None
+    lora_a, lora_b = draw(r, k, scale=k**-0.5), draw(n, r, scale=r**-0.5 / _ALPHA_OVER_R)
+    x = draw(m, k)
+    dy = draw(m, n) if workload.has_backward else x.new_empty(0)
+
+    def rolled(tensor: Tensor, i: int) -> Tensor:
+        """The same kind of data in other memory, without another turn of the generator."""
+        return tensor if i == 0 else tensor.flatten().roll(i).view_as(tensor)
+
+    setups = []
+    for i in range(count):
+        linear = nn.Linear(k, n, bias=False, device="meta", dtype=dtype)
+        linear.weight = nn.Parameter(rolled(weight, i), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(rolled(bias, i), requires_grad=False)
+        own_x = rolled(x, i).detach().requires_grad_(workload.records)
+        setups.append(Setup(workload, linear, lora_a, lora_b, own_x, rolled(dy, i), _ALPHA_OVER_R))
+    return setups

@@ -1,0 +1,152 @@
+"""``load_adapter``: an adapter that PEFT or ``save_adapter`` wrote, onto a plain model or one that is replaced already.
+
+:mod:`.plan` checks everything against the model; only then is anything changed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..adapter import remember, unwrapped
+from ..config import pattern_value, scaling_of
+from ..errors import InvalidTypeError
+from ..layer import LoRALayer
+from ..matching import Match
+from ..model import put_layers, train_biases, train_whole, training_kept_on_failure
+from ..replacing import build, check_model, decide
+from ..report import LoadReport, ReplacedLayer
+from . import files, peft_config
+from .plan import Plan, make_plan
+
+__all__ = ["load_adapter"]
+
+
+def load_adapter(model: nn.Module, folder: files.PathLike) -> LoadReport:
+    """Puts the adapter in ``folder`` onto ``model``, in place: the layers that it names are replaced and loaded.
+
+    Layers that are ``FusedLoRALinear`` already are loaded into, with their Parameters and dtypes kept, if rank and kind
+    fit. The others become one, as in :func:`lora_kernels.replace_linear`, with adapters in the dtype of the file; they
+    train, like the biases and whole modules that the configuration names. Biases and modules that were saved with the
+    adapter are loaded into the model. A module whose weight is tied and that was saved with another value has a weight
+    of its own afterwards, as in PEFT. torch's random generator is not touched.
+
+    Args:
+        model: the model that the adapter was made for: a plain one, or one whose layers are replaced.
+        folder: it holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        A report to print: which layers were loaded, and what else.
+
+    Raises:
+        InvalidArgumentError: a file is missing, truncated or not of its kind; no LoRA, or a kind that is not computed
+            here; tensors or names that do not fit the model.
+        InvalidTypeError: a layer that cannot be replaced; a dtype that is not floating.
+        LoRAStateError: a layer is merged, on the meta device, or has an adapter that the file does not have.
+        MissingExtraError: safetensors is not installed.
+        In all cases the model is as it was.
+
+    Example:
+        >>> import tempfile
+        >>> from lora_kernels import LoRAConfig, load_adapter, replace_linear, save_adapter
+        >>> trained, plain = nn.Sequential(nn.Linear(8, 4)), nn.Sequential(nn.Linear(8, 4))
+        >>> report = replace_linear(trained, LoRAConfig(r=2, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(trained, folder)
+        ...     len(load_adapter(plain, folder))
+        1
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidTypeError(f"a model of type {type(model).__name__} was given: it must be a torch.nn.Module.")
+    fields, tensors = files.read_pair(folder)
+    where = str(Path(folder) / files.CONFIG)
+    adapter = peft_config.parse(fields, where)
+    inner = unwrapped(model)
+    plan = make_plan(inner, adapter.config, tensors, str(Path(folder) / files.WEIGHTS))
+    layers = _carry_out(plan, inner, _targets(model, inner, plan))
+    remember(inner, plan.config, adapter.kept)
+    return _report(layers, plan)
+
+
+def _carry_out(plan: Plan, inner: nn.Module, targets: list[Match]) -> dict[str, nn.Module]:
+    """Makes all that is new, which may fail; then changes the model. Returns the loaded layers."""
+    with training_kept_on_failure(inner):
+        made = build(targets, plan.config, draw=False)
+        for name, layer in made.items():
+            for own, tensor in plan.adapters[name].items():
+                setattr(layer, own, nn.Parameter(tensor.to(layer.weight.device)))
+        values = [(slot, _like(slot, tensor)) for slot, tensor in _values(inner, plan)]
+        untied = [(owner, name, _parameter(owner, name, tensor)) for owner, name, tensor in plan.untied]
+        layers = {name: made.get(name) or module for name, module in plan.modules.items()}
+        loras = [layer for layer in layers.values() if isinstance(layer, LoRALayer)]
+        train_biases(inner, loras, plan.config.bias)
+        train_whole(inner, plan.config)
+        for _, _, parameter in untied:
+            parameter.requires_grad_(parameter.is_floating_point())
+    put_layers(inner, {match.places: made[match.name] for match in targets})
+    for owner, name, parameter in untied:
+        setattr(owner, name, parameter)
+    with torch.no_grad():
+        for slot, value in values:
+            slot.copy_(value)
+    for name, module in plan.modules.items():
+        if isinstance(module, LoRALayer):
+            _set(module, name, plan)
+    return layers
+
+
+def _targets(model: nn.Module, inner: nn.Module, plan: Plan) -> list[Match]:
+    """The layers to replace; raises if one of them cannot be."""
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in inner.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(name)
+    plain = {name: module for name, module in plan.modules.items() if not isinstance(module, LoRALayer)}
+    if not plain:
+        return []
+    check_model(model, plan.config)
+    matches = [Match(name, tuple(places[module]), module, None) for name, module in plain.items()]
+    targets, skipped = decide(inner, plan.config, matches)
+    if skipped:
+        raise InvalidTypeError(f"the adapter cannot be loaded: {skipped[0].name}: {skipped[0].reason}")
+    return targets
+
+
+def _values(model: nn.Module, plan: Plan) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each existing tensor that is written to, with what is written."""
+    existing = [
+        (module.adapter[own], tensor)
+        for name, module in plan.modules.items()
+        if isinstance(module, LoRALayer)
+        for own, tensor in plan.adapters[name].items()
+    ]
+    return existing + plan.others
+
+
+def _parameter(owner: nn.Module, name: str, tensor: torch.Tensor) -> nn.Parameter:
+    parameter = owner._parameters[name]
+    assert parameter is not None
+    return nn.Parameter(_like(parameter, tensor).clone(), requires_grad=False)
+
+
+def _like(slot: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(device=slot.device, dtype=slot.dtype)
+
+
+def _set(layer: LoRALayer, name: str, plan: Plan) -> None:
+    """The settings of an adapter that a layer with one is loaded with."""
+    config = plan.config
+    layer.lora_alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    layer.use_rslora, layer.lora_dropout = config.use_rslora, config.lora_dropout
+    layer.scaling = scaling_of(layer.r, layer.lora_alpha, layer.use_rslora)
+
+
+def _report(layers: dict[str, nn.Module], plan: Plan) -> LoadReport:
+    loaded = []
+    for name, layer in layers.items():
+        assert isinstance(layer, LoRALayer)
+        count = sum(parameter.numel() for parameter in layer.adapter.values())
+        sizes = layer.in_features, layer.out_features, layer.r
+        loaded.append(ReplacedLayer(name, (name,), *sizes, layer.lora_alpha, layer.scaling, count))
+    return LoadReport(tuple(loaded), tuple(plan.other_names), tuple(plan.notes))

@@ -1,0 +1,235 @@
+"""The fields of PEFT's ``adapter_config.json``: which are ``LoRAConfig``'s, which are kept, which are refused.
+
+:func:`parse` reads them, :func:`compose` writes those of the layers as they are.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..adapter import Adapter, plain_name
+from ..config import INIT_CHOICES, LoRAConfig, pattern_value, scaling_of
+from ..errors import InvalidArgumentError, LoRAKernelsError, LoRAStateError
+from ..layer import LoRALayer
+from ..matching import is_all_linear, name_matches, selects
+from ..nn import FusedLoRAConv1D
+
+__all__ = ["compose", "parse"]
+
+_HELD: dict[str, Any] = {  # fields that LoRAConfig has, with PEFT's defaults
+    "r": 8,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "target_modules": None,
+    "exclude_modules": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_rslora": False,
+    "use_dora": False,
+    "bias": "none",
+    "lora_bias": False,
+    "modules_to_save": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+}
+_KEPT = {  # fields without effect on what a loaded adapter computes
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+_REFUSED = {  # fields that ask for another computation where they are set
+    "alora_invocation_tokens": "the adapter acts on the last tokens of a prompt alone (aLoRA)",
+    "arrow_config": "tokens are routed between several adapters (Arrow)",
+    "ensure_weight_tying": "adapters of tied layers share their tensors",
+    "kasa_config": "a trained diagonal stands between A and B (KaSA)",
+    "layer_replication": "the model is deepened with copies of its layers",
+    "megatron_config": "the layers are Megatron's parallel ones",
+    "monteclora_config": "A is sampled while training (MonteCLoRA)",
+    "target_parameters": "adapters act on bare parameters, such as a mixture's stacked experts",
+    "trainable_token_indices": "single rows of an embedding are trained",
+    "use_bdlora": "A or B is block-diagonal (BD-LoRA)",
+    "use_qalora": "the input is pooled in groups (QA-LoRA)",
+    "velora_config": "training keeps a compressed input (VeLoRA)",
+}
+_OTHER_METHODS = {
+    "ADALORA": "AdaLoRA, which prunes ranks through a diagonal between A and B",
+    "ADAPTION_PROMPT": "an adaption prompt, which adds tokens in attention",
+    "IA3": "(IA)3, which scales activations",
+    "LN_TUNING": "layer-norm tuning",
+    "LOHA": "LoHa, whose update is a Hadamard product",
+    "LOKR": "LoKr, whose update is a Kronecker product",
+    "MULTITASK_PROMPT_TUNING": "multitask prompt tuning, which adds tokens to the input",
+    "OFT": "OFT, which turns weights by an orthogonal matrix",
+    "BOFT": "BOFT, which turns weights by an orthogonal matrix",
+    "PREFIX_TUNING": "prefix tuning, which adds keys and values in attention",
+    "PROMPT_TUNING": "prompt tuning, which adds tokens to the input",
+    "P_TUNING": "P-tuning, which adds tokens to the input",
+    "VERA": "VeRA, which shares random A and B between layers",
+    "XLORA": "X-LoRA, a mixture of adapters",
+}
+_REWRITING = ("pissa", "olora", "corda", "lora_ga", "loftq")  # initialisations that change the base weights
+
+
+def parse(fields: Mapping[str, Any], where: str) -> Adapter:
+    """What ``fields`` ask for. One warning names the fields that this version does not know; they are kept.
+
+    Raises:
+        InvalidArgumentError: no LoRA, a kind of it that is not computed here, or a value that is not allowed.
+    """
+    _check_method(fields, where)
+    unknown = sorted(set(fields) - set(_HELD) - _KEPT - set(_REFUSED))
+    if unknown:
+        warnings.warn(
+            f"{where} has fields that this version of lora_kernels does not know: {', '.join(unknown)}. They are kept "
+            "and written back on saving, and have no effect; a newer PEFT may compute something else with them.",
+            stacklevel=3,
+        )
+    initial = fields.get("init_lora_weights", True)
+    given = {name: fields.get(name, default) for name, default in _HELD.items()}
+    given |= {name: given[name] or {} for name in ("rank_pattern", "alpha_pattern")}
+    given["init_lora_weights"] = initial if initial in INIT_CHOICES else True
+    try:
+        config = LoRAConfig(**given)
+    except (LoRAKernelsError, TypeError, AttributeError) as error:
+        raise InvalidArgumentError(f"{where} cannot be used: {error}") from error
+    kept = {name: value for name, value in fields.items() if name not in _HELD and name != "runtime_config"}
+    if initial in INIT_CHOICES:
+        kept.pop("init_lora_weights", None)
+    return Adapter(config, kept)
+
+
+def _check_method(fields: Mapping[str, Any], where: str) -> None:
+    method = fields.get("peft_type")
+    if method != "LORA":
+        what = _OTHER_METHODS.get(str(method), "another method")
+        raise InvalidArgumentError(
+            f"{where} has peft_type={method!r}: that is {what}, not LoRA, and lora_kernels computes LoRA only. Load it "
+            "with peft.PeftModel.from_pretrained."
+            if method is not None
+            else f"{where} has no peft_type, so it is not known to be LoRA. PEFT and save_adapter write 'LORA'."
+        )
+    for name, what in _REFUSED.items():
+        if fields.get(name):
+            raise InvalidArgumentError(
+                f"{where} sets {name}: {what}, which lora_kernels does not compute. Load it with "
+                "peft.PeftModel.from_pretrained."
+            )
+    initial = fields.get("init_lora_weights")
+    if isinstance(initial, str) and initial.lower().startswith(_REWRITING):
+        raise InvalidArgumentError(
+            f"{where} has init_lora_weights={initial!r}, which changes the base weights when the adapter is made: it "
+            "does not fit the plain model. Save it from PEFT as an adapter of the plain one, with save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...), or save the changed base and set the field to true."
+        )
+
+
+def compose(
+    model: nn.Module,
+    layers: Mapping[str, LoRALayer],
+    adapter: Adapter,
+    bias: str,
+    modules_to_save: list[str] | None,
+    task_type: str | None,
+) -> dict[str, Any]:
+    """The fields that make PEFT build exactly ``layers``; ``adapter``'s rule is kept where it still says just that.
+
+    Raises:
+        LoRAStateError: the layers differ in what the file holds once for all of them.
+    """
+    kept, config = dict(adapter.kept), replace(adapter.config, modules_to_save=modules_to_save)
+    rslora = all(layer.use_rslora for layer in layers.values())
+    fields = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": kept.get("base_model_name_or_path") or vars(model).get("name_or_path") or None,
+        "inference_mode": True,
+        "init_lora_weights": kept.get("init_lora_weights", config.init_lora_weights),
+        "lora_dropout": _common("lora_dropout", {name: layer.lora_dropout for name, layer in layers.items()}),
+        "use_dora": _common("use_dora", {name: layer.use_dora for name, layer in layers.items()}),
+        "lora_bias": _common("lora_bias", {name: layer.lora_bias is not None for name, layer in layers.items()}),
+        "use_rslora": rslora,
+        "fan_in_fan_out": any(isinstance(layer, FusedLoRAConv1D) for layer in layers.values()),
+        "bias": bias,
+        "modules_to_save": modules_to_save,
+        **_which(model, list(layers), config),
+        **_sizes(layers, config, rslora),
+    }
+    if fields["task_type"] is None:
+        fields["auto_mapping"] = {
+            "base_model_class": type(model).__name__,
+            "parent_library": type(model).__module__,
+        }
+    return {**kept, **fields}
+
+
+def _common(name: str, values: Mapping[str, Any]) -> Any:
+    (first, value), *_ = values.items()
+    for other, its in values.items():
+        if its != value:
+            raise LoRAStateError(
+                f"the layers {first!r} and {other!r} differ in {name} ({value!r} and {its!r}), and PEFT's file has one "
+                "value for all. Make them alike before saving."
+            )
+    return value
+
+
+def _which(model: nn.Module, names: list[str], config: LoRAConfig) -> dict[str, Any]:
+    """How the layers are named: by the rule that chose them, if it chooses them and no others, else one by one."""
+    every = [plain_name(name) for name, _ in model.named_modules() if name]
+    if not is_all_linear(config.target_modules) and [name for name in every if selects(config, name)] == names:
+        return {
+            "target_modules": _listed(config.target_modules),
+            "exclude_modules": _listed(config.exclude_modules),
+            "layers_to_transform": _listed(config.layers_to_transform),
+            "layers_pattern": _listed(config.layers_pattern),
+        }
+    alone = [name for name in every if name_matches(names, name)] == names
+    target = names if alone else "|".join(re.escape(name) for name in names)
+    return {"target_modules": target, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, set, frozenset)) else value
+
+
+def _sizes(layers: Mapping[str, LoRALayer], config: LoRAConfig, rslora: bool) -> dict[str, Any]:
+    """Ranks and alphas: the configuration's where they are the layers', else the commonest and the exceptions."""
+    actual: dict[str, tuple[str, dict[str, float]]] = {
+        "r": ("rank_pattern", {name: layer.r for name, layer in layers.items()}),
+        "lora_alpha": ("alpha_pattern", {name: _alpha(layer, rslora) for name, layer in layers.items()}),
+    }
+    fields: dict[str, Any] = {}
+    for field, (pattern, values) in actual.items():
+        default, exceptions = getattr(config, field), dict(getattr(config, pattern))
+        if not all(pattern_value(exceptions, name, default) == value for name, value in values.items()):
+            default = Counter(values.values()).most_common(1)[0][0]
+            exceptions = {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
+        fields |= {field: default, pattern: exceptions}
+    return fields
+
+
+def _alpha(layer: LoRALayer, rslora: bool) -> float:
+    """The alpha that gives the layer's scaling, whichever way that came about."""
+    if rslora == layer.use_rslora and layer.scaling == scaling_of(layer.r, layer.lora_alpha, rslora):
+        return layer.lora_alpha
+    return layer.scaling / scaling_of(layer.r, 1, rslora)

@@ -1,0 +1,277 @@
+"""What loading an adapter would change, found out and checked before anything is changed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..adapter import plain_name
+from ..config import ADAPTER_DTYPES, LoRAConfig, as_tuple, pattern_value
+from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
+from ..layer import LoRALayer
+from ..matching import close_names, is_all_linear, is_linear, selects, trained_whole
+from ..replaceable import is_conv1d, why_not_replaceable
+from ..replacing import listed
+from .saving import NAMES, PREFIX
+
+__all__ = ["Plan", "make_plan"]
+
+_ADAPTER_KEY = re.compile(
+    r"(?P<path>.+)\.(?:(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias)|(?P<dora>lora_magnitude_vector)(\.weight)?)"
+)
+_IN_WRAPPERS = re.compile(r"\.(original_module|modules_to_save)\.")  # PEFT's copies of what modules_to_save names
+
+
+@dataclass
+class Plan:
+    """What is to be done.
+
+    Attributes:
+        config: the adapter's configuration.
+        modules: the modules with an adapter in the file, by name.
+        adapters: their tensors, by name and by our names of the Parameters.
+        others: other tensors of the model, each with the file's value.
+        untied: modules, names of their Parameters and values, where one of their own is needed.
+        other_names: the names of ``others`` and ``untied``.
+        notes: sentences for the report.
+    """
+
+    config: LoRAConfig
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    others: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    untied: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
+    other_names: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def make_plan(model: nn.Module, config: LoRAConfig, tensors: Mapping[str, Tensor], where: str) -> Plan:
+    """The plan for loading ``tensors`` from the file ``where``, or the error that says why they do not fit."""
+    plan = Plan(config)
+    modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        found = _ADAPTER_KEY.fullmatch(name)
+        of_layer = found is not None and (_slot(modules, name) is None or is_linear(modules[found["path"]]))
+        if found is not None and of_layer:  # else it is a Parameter of the model's own with such a name
+            part = NAMES[found["part"] or found["dora"]]
+            plan.adapters.setdefault(found["path"], {})[part] = tensor
+        else:
+            rest[name] = tensor
+    if not plan.adapters:
+        raise InvalidArgumentError(
+            f"{where} holds no tensors of a LoRA layer (names that end with lora_A.weight). It is of another method, "
+            "or was saved without its adapter."
+        )
+    _check_parts(modules, rest, where)
+    _find_modules(plan, model, modules, where)
+    _check_rule(plan, model, where)
+    for name, module in plan.modules.items():
+        _check_layer(plan, name, module, where)
+    _check_others_adapted(plan, model)
+    _plan_rest(plan, model, modules, rest, where)
+    return plan
+
+
+def _check_parts(modules: Mapping[str, nn.Module], rest: Mapping[str, Tensor], where: str) -> None:
+    for name in rest:
+        if re.search(r"\.lora_\w+(\.\w+)?$", name) and _slot(modules, name) is None:
+            raise InvalidArgumentError(
+                f"{where} holds {name!r}, a part of an adapter that lora_kernels does not compute: it knows lora_A, "
+                "lora_B, its bias and lora_magnitude_vector of linear layers, and no embeddings or variants. Load it "
+                "with peft.PeftModel.from_pretrained."
+            )
+
+
+def _find_modules(plan: Plan, model: nn.Module, modules: Mapping[str, nn.Module], where: str) -> None:
+    missing = [name for name in plan.adapters if name not in modules]
+    if missing:
+        close = close_names(missing[0], model)
+        hint = f" Close to the first is {listed(close)}." if close else ""
+        raise InvalidArgumentError(
+            f"{where} has adapters for {listed(missing)}, and {type(model).__name__} has no such module: the "
+            f"adapter is of another model, or of another part of this one.{hint}"
+        )
+    for name in plan.adapters:
+        if not is_linear(modules[name]):
+            raise InvalidTypeError(
+                f"{where} has an adapter for {name!r}, which is {type(modules[name]).__name__}: only nn.Linear and "
+                "transformers' Conv1D are adapted here. Load it with peft.PeftModel.from_pretrained."
+            )
+    plan.modules = {name: module for name, module in modules.items() if name in plan.adapters}
+    first = {module: name for name, module in reversed(plan.modules.items())}
+    for name, module in plan.modules.items():
+        if first[module] != name:
+            raise InvalidArgumentError(
+                f"{where} has adapters for {first[module]!r} and for {name!r}, which are one shared layer here: the "
+                "adapter is of a model where they are two."
+            )
+
+
+def _check_rule(plan: Plan, model: nn.Module, where: str) -> None:
+    """Raises unless the configuration names the modules that the file has adapters for."""
+    if is_all_linear(plan.config.target_modules):
+        return  # which head that leaves out is not the file's to say
+    named = {module: plain_name(name) for name, module in model.named_modules() if name}
+    wanted = {module: name for module, name in named.items() if selects(plan.config, name)}
+    adapted = set(plan.modules.values())
+    for module, name in wanted.items():
+        if module not in adapted:
+            raise InvalidArgumentError(
+                f"target_modules means {name!r}, and {where} holds no adapter for it: the file is not whole, or the "
+                "adapter is of a smaller model."
+            )
+    for name, module in plan.modules.items():
+        if module not in wanted:
+            raise InvalidArgumentError(
+                f"{where} has an adapter for {name!r}, which its configuration does not name (target_modules, "
+                "exclude_modules, layers_to_transform). The two files do not belong together; save the adapter again."
+            )
+
+
+def _check_layer(plan: Plan, name: str, module: nn.Module, where: str) -> None:
+    """Raises unless the tensors for ``name`` are those that the configuration and the module ask for."""
+    config, tensors = plan.config, plan.adapters[name]
+    if not isinstance(module, LoRALayer) and (reason := why_not_replaceable(module)):
+        raise InvalidTypeError(f"the adapter cannot be loaded: {name}: {reason}")
+    weight = module.base_weight if isinstance(module, LoRALayer) else module._parameters["weight"]
+    assert weight is not None
+    if weight.is_meta:
+        raise LoRAStateError(f"{name}.weight is on the meta device. Load the model's weights first, then its adapter.")
+    rank = pattern_value(config.rank_pattern, name, config.r)
+    turned = is_conv1d(module) or not isinstance(module, nn.Linear)
+    n, k = reversed(weight.shape) if turned else weight.shape
+    expected: dict[str, tuple[int, ...]] = {"lora_A": (rank, k), "lora_B": (n, rank)}
+    expected |= {"lora_bias": (n,)} if config.lora_bias else {}
+    expected |= {"lora_magnitude_vector": (n,)} if config.use_dora else {}
+    if expected.keys() != tensors.keys():
+        theirs = {ours: theirs for theirs, ours in NAMES.items()}
+        lacking = [f"no {theirs[own]}" for own in expected if own not in tensors]
+        lacking += [f"a {theirs[own]} that the configuration does not have" for own in tensors if own not in expected]
+        raise InvalidArgumentError(f"{where} has {' and '.join(lacking)} for {name!r}. Save the adapter again.")
+    for own, shape in expected.items():
+        if tuple(tensors[own].shape) != tuple(shape):
+            raise InvalidArgumentError(
+                f"{where} has {own} {tuple(tensors[own].shape)} for {name!r}, where {tuple(shape)} is expected: the "
+                f"layer is {k} -> {n} and the configuration gives it r={rank}. The adapter is of another model."
+            )
+        if tensors[own].dtype not in ADAPTER_DTYPES:
+            raise InvalidTypeError(
+                f"{where} has {own} in {tensors[own].dtype} for {name!r}: it must be torch.float16, bfloat16, float32 "
+                "or float64. Convert it first."
+            )
+    if isinstance(module, LoRALayer):
+        _check_fits(name, module, rank, tensors)
+
+
+def _check_fits(name: str, layer: LoRALayer, rank: int, tensors: Mapping[str, Tensor]) -> None:
+    if layer.merged:
+        raise LoRAStateError(f"the layer {name!r} is merged. Call unmerge_lora(model) before load_adapter.")
+    if (layer.r, set(layer.adapter)) != (rank, set(tensors)):
+        raise InvalidArgumentError(
+            f"the layer {name!r} has r={layer.r} and {', '.join(layer.adapter)}, and the adapter has r={rank} and "
+            f"{', '.join(tensors)}. Call restore_linear(model) first; load_adapter then makes the layers."
+        )
+    for own, parameter in layer.adapter.items():
+        if parameter.is_meta or type(parameter.data).__name__ == "DTensor":
+            raise LoRAStateError(
+                f"{name}.{own} is on the meta device or sharded (DTensor), so nothing can be loaded into it. Load the "
+                "adapter onto the plain model first, then distribute it."
+            )
+
+
+def _check_others_adapted(plan: Plan, model: nn.Module) -> None:
+    adapted = set(plan.modules.values())
+    others = [name for name, m in model.named_modules() if isinstance(m, LoRALayer) and m not in adapted]
+    if others:
+        raise LoRAStateError(
+            f"{listed(others)} has an adapter, and the file has none for it: it would go on acting beside the loaded "
+            "one. Call restore_linear(model) first, after merge_lora(model) to keep what it has learned."
+        )
+
+
+def _slot(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str] | None:
+    """The module and the name in it of the Parameter or buffer called ``name``; a LoRA layer's base by PEFT's name."""
+    path, _, own = name.rpartition(".")
+    module = modules.get(path) or modules.get(path.removesuffix(".base_layer"))
+    if module is None or not isinstance(module._parameters.get(own, module._buffers.get(own)), Tensor):
+        return None
+    return module, own
+
+
+def _plan_rest(
+    plan: Plan, model: nn.Module, modules: Mapping[str, nn.Module], rest: Mapping[str, Tensor], where: str
+) -> None:
+    """Plans what is no adapter: biases, modules that were saved whole, embeddings."""
+    whole = dict(trained_whole(as_tuple(plan.config.modules_to_save), model))
+    due = {plain_name(f"{name}.{key}") for name, module in whole.items() for key in module.state_dict()}
+    if lacking := sorted(due - set(rest)):
+        raise InvalidArgumentError(
+            f"{where} has no {listed(lacking)}, which modules_to_save names. The file is not whole; save it again."
+        )
+    found: dict[str, tuple[nn.Module, str, Tensor]] = {}
+    for name, tensor in rest.items():
+        slot = _slot(modules, name)
+        if slot is None and _IN_WRAPPERS.search(name):
+            continue  # PEFT's second copy of a module that is saved whole
+        if slot is None:
+            raise InvalidArgumentError(
+                f"{where} holds {name!r}, and {type(model).__name__} has no such parameter. The adapter is of another "
+                "model, or of a kind that lora_kernels does not compute."
+            )
+        _check_value(name, _value(*slot), tensor, where)
+        found[name] = (*slot, tensor)
+    plan.other_names = list(found)
+    inside = {part for module in whole.values() for part in module.modules()}
+    _plan_tied(plan, model, found, inside)
+
+
+def _value(module: nn.Module, own: str) -> Tensor:
+    value = module._parameters.get(own, module._buffers.get(own))
+    assert value is not None
+    return value
+
+
+def _check_value(name: str, value: Tensor, tensor: Tensor, where: str) -> None:
+    if is_lazy(value) or value.is_meta or type(value.data).__name__ == "DTensor":
+        raise LoRAStateError(
+            f"{name} has no values here yet, or is sharded (DTensor), and {where} has some for it. Load the model's "
+            "weights first, then its adapter, and distribute the model last."
+        )
+    if value.shape != tensor.shape:
+        raise InvalidArgumentError(
+            f"{where} has {name} {tuple(tensor.shape)}, and the model's is {tuple(value.shape)}. The adapter is of "
+            "another model, or the model's head or vocabulary has to be resized first."
+        )
+    if value.is_floating_point() != tensor.is_floating_point():
+        raise InvalidTypeError(f"{where} has {name} in {tensor.dtype}, and the model's is in {value.dtype}.")
+
+
+def _plan_tied(
+    plan: Plan, model: nn.Module, found: Mapping[str, tuple[nn.Module, str, Tensor]], inside: set[nn.Module]
+) -> None:
+    """Writes in place, except where that would give a tied Parameter two values: there the saved one is set apart."""
+    owners: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(parameter, []).append((module, own))
+    saved = {(module, own): tensor for module, own, tensor in found.values()}
+    done: set[tuple[nn.Module, str]] = set()
+    for name, (module, own, tensor) in found.items():
+        value = _value(module, own)
+        if (module, own) in done:
+            continue
+        done.add((module, own))
+        values = [saved.get(owner) for owner in owners.get(value, [])]
+        alike = all(other is not None and torch.equal(other, tensor) for other in values)
+        if module in inside and not alike:
+            plan.untied.append((module, own, tensor))
+            plan.notes.append(f"{name} was tied to another parameter and has a value of its own now.")
+        else:
+            plan.others.append((value, tensor))

@@ -1,0 +1,197 @@
+"""``save_adapter``: the tensors of a model's LoRA layers under PEFT's names."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor, nn
+
+from ..adapter import Adapter, plain_name, remembered, unwrapped
+from ..config import LoRAConfig, as_tuple
+from ..errors import InvalidArgumentError, LoRAStateError
+from ..layer import LoRALayer
+from ..matching import trained_whole
+from ..model import check_bias, some_lora_layers
+from . import files, peft_config
+
+__all__ = ["PREFIX", "save_adapter"]
+
+PREFIX = "base_model.model."
+_HEADS = {  # modules that PEFT always saves whole for a task
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+NAMES = {  # ours by PEFT's
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_B.bias": "lora_bias",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+}
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: files.PathLike,
+    *,
+    bias: str | None = None,
+    modules_to_save: list[str] | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Writes the adapter as PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    ``PeftModel.from_pretrained(plain_model, folder)`` and :func:`lora_kernels.load_adapter` read them. Tensors keep
+    their dtype; those of a layer that stands at several places are written once, under its first name. Merged layers
+    are saved as they were before merging. Fields that :func:`load_adapter` found and did not know are written back.
+
+    Both files are put in place together: a reader, also after this process was killed, finds the former adapter or this
+    one, never a mixture (PEFT, which reads the two apart, only if it does not read between the two renames). Other
+    files of the folder are left alone.
+
+    Args:
+        model: a module that holds ``FusedLoRALinear`` layers; wrapped ones are looked into.
+        folder: where to write; it is made if it is not there.
+        bias: which biases are saved too: ``"none"``, ``"lora_only"`` (those of the LoRA layers) or ``"all"``. None: as
+            ``LoRAConfig.bias`` said when the layers were replaced.
+        modules_to_save: ends of the names of modules that are saved whole. None: as ``LoRAConfig.modules_to_save``.
+        task_type: PEFT's name of the task, such as ``"CAUSAL_LM"``, for its ``AutoPeftModel`` classes. None: the one
+            that the adapter was loaded with. With a task, PEFT's heads for it are saved whole (``"classifier"``, ...).
+
+    Raises:
+        InvalidArgumentError: another ``bias``.
+        LoRAStateError: the model holds no LoRA layer or is one itself; a parameter is sharded or on the meta device; a
+            module that is saved whole holds a LoRA layer, or shares a weight with one that is not saved; the layers
+            differ where PEFT's file has one value for all; or the files cannot be written: what was there stays.
+        MissingExtraError: safetensors is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from lora_kernels import FusedLoRALinear, load_adapter, save_adapter
+        >>> model, plain = nn.Sequential(FusedLoRALinear(4, 4, r=2)), nn.Sequential(nn.Linear(4, 4))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(model, folder)
+        ...     print(load_adapter(plain, folder))
+        loaded an adapter into 1 layer:
+          0 (4 -> 4), r=2, alpha=16, 16 parameters
+    """
+    some_lora_layers(model, "save_adapter")
+    if isinstance(inner := unwrapped(model), LoRALayer):
+        raise LoRAStateError(
+            "save_adapter was called on a LoRA layer itself, whose tensors have no names in PEFT's files. Call it on "
+            "the model that holds the layer."
+        )
+    layers = {plain_name(name): module for name, module in inner.named_modules() if isinstance(module, LoRALayer)}
+    adapter = remembered(inner) or Adapter(LoRAConfig())
+    bias, whole, task_type = _settings(adapter, bias, modules_to_save, task_type)
+    tensors = _adapters(layers) | _biases(inner, layers, bias) | _whole(inner, whole)
+    fields = peft_config.compose(inner, layers, adapter, bias, whole or None, task_type)
+    _warn_of_places(inner, layers)
+    files.write_pair(folder, fields, _apart({name: _plain(name, tensor) for name, tensor in tensors.items()}))
+
+
+def _settings(
+    adapter: Adapter, bias: str | None, modules_to_save: list[str] | None, task_type: str | None
+) -> tuple[str, list[str], str | None]:
+    """The arguments, or what the model remembers of them."""
+    if bias is not None:
+        check_bias(bias)
+    if isinstance(modules_to_save, str):
+        raise InvalidArgumentError(f"modules_to_save={modules_to_save!r} was given: it must be a list of names.")
+    if modules_to_save is None:
+        modules_to_save = list(as_tuple(adapter.config.modules_to_save))
+    task_type = task_type or adapter.kept.get("task_type")
+    whole = list(dict.fromkeys([*modules_to_save, *_HEADS.get(str(task_type), ())]))
+    return bias or adapter.config.bias, whole, task_type
+
+
+def _adapters(layers: dict[str, LoRALayer]) -> dict[str, Tensor]:
+    return {
+        f"{PREFIX}{name}.{theirs}": layer.adapter[ours]
+        for name, layer in layers.items()
+        for theirs, ours in NAMES.items()
+        if ours in layer.adapter
+    }
+
+
+def _biases(model: nn.Module, layers: dict[str, LoRALayer], bias: str) -> dict[str, Tensor]:
+    """Biases of the base model; a LoRA layer's is in PEFT's ``base_layer``."""
+    found = {
+        f"{PREFIX}{name}.base_layer.bias": layer.base_bias
+        for name, layer in layers.items()
+        if bias != "none" and layer.base_bias is not None
+    }
+    if bias == "all":
+        state = model.state_dict()
+        names = {plain_name(name): tensor for name, tensor in state.items() if name.rpartition(".")[2] == "bias"}
+        layers_own = {f"{name}.bias" for name in layers}
+        found |= {f"{PREFIX}{name}": tensor for name, tensor in names.items() if name not in layers_own}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _whole(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """The whole state of the modules that ``names`` mean."""
+    modules = trained_whole(names, model)
+    saved = {parameter for _, module in modules for parameter in module.parameters()}
+    inside = {part for _, module in modules for part in module.modules()}
+    for name, module in modules:
+        if any(isinstance(part, LoRALayer) for part in module.modules()):
+            raise LoRAStateError(
+                f"modules_to_save means {name!r}, which holds LoRA layers: a module is saved whole or as an adapter. "
+                "Leave it out, or leave its layers out of target_modules."
+            )
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter in saved and module not in inside:
+                raise LoRAStateError(
+                    f"modules_to_save means a module that shares its weight with {name}.{own}, which is not saved and "
+                    "has been trained with it. Name that module in modules_to_save too."
+                )
+    return {
+        f"{PREFIX}{plain_name(f'{name}.{key}')}": tensor
+        for name, module in modules
+        for key, tensor in module.state_dict().items()
+    }
+
+
+def _plain(name: str, tensor: Tensor) -> Tensor:
+    """``tensor`` detached; raises where its values are not, or not all, here."""
+    tensor = tensor.detach()
+    if type(tensor).__name__ == "DTensor":
+        raise LoRAStateError(
+            f"{name} is sharded (DTensor), and save_adapter writes whole tensors. Gather it first, for example with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(..., full_state_dict=True), into a model of "
+            "one process."
+        )
+    if tensor.is_meta:
+        raise LoRAStateError(f"{name} is on the meta device and has no values. Load the model's weights first.")
+    if ".lora_" in name and tensor.numel() == 0:
+        raise LoRAStateError(
+            f"{name} is empty: a sharding wrapper (FSDP, DeepSpeed ZeRO-3) holds its values. Save within its context "
+            "that gathers the parameters."
+        )
+    return tensor.contiguous()
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with copies of those that share memory, which safetensors does not take."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return apart
+
+
+def _warn_of_places(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LoRALayer):
+            places.setdefault(module, []).append(name)
+    shared = [names for names in places.values() if len(names) > 1]
+    if shared:
+        warnings.warn(
+            f"the layer {shared[0][0]!r} also stands at {', '.join(map(repr, shared[0][1:]))}. It is saved once, and "
+            "load_adapter puts it back at all places; PEFT adapts the first place alone.",
+            stacklevel=3,
+        )

@@ -1,0 +1,316 @@
+"""``LoRALayer``: all that a linear layer with an adapter has and does besides its forward pass.
+
+``nn.py`` has the two layers themselves, which differ in how their weight is stored: (N, K) or (K, N).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import dora
+from .config import scaling_of
+from .dispatch import Problem
+from .errors import InvalidArgumentError, LoRAStateError
+
+__all__ = ["LoRALayer", "hand_over", "warn_of_rank"]
+
+Layer = TypeVar("Layer", bound="LoRALayer")
+
+_HOOK_TABLES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+class LoRALayer(nn.Module):
+    """The adapter of a linear layer: its Parameters, merging, switching it off, saving and loading.
+
+    A subclass has ``weight`` and ``bias``, and says in :meth:`matrix` how the stored weight is (N, K).
+    """
+
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    bias: Any  # a Parameter or None, which nn.Linear's own annotation does not say
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_bias: nn.Parameter | None
+    lora_magnitude_vector: nn.Parameter | None
+    _base: nn.Module | None  # what merging has replaced, the original weight and maybe bias; no registered module
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """``weight`` as it is stored, as (N, K), and the other way round: it is its own inverse. No copy."""
+        return weight
+
+    def to_plain(self) -> nn.Module:
+        """A module of the kind that was replaced, around this layer's current weight and bias."""
+        raise NotImplementedError
+
+    def _add_adapter(
+        self,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        use_rslora: bool,
+        use_dora: bool,
+        init_lora_weights: bool | str,
+        adapter_dtype: torch.dtype | None,
+        lora_bias: bool,
+        draw: bool = True,
+    ) -> None:
+        """Freezes the base and adds the adapter's Parameters; ``draw=False`` leaves them unset."""
+        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
+        self.use_rslora, self.use_dora, self.init_lora_weights = use_rslora, use_dora, init_lora_weights
+        self.scaling = scaling_of(r, lora_alpha, use_rslora)
+        self._lora_enabled = True
+        object.__setattr__(self, "_base", None)
+        weight = self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        if adapter_dtype is None:
+            adapter_dtype = weight.dtype if weight.dtype.itemsize > 2 else torch.float32
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=weight.device, dtype=adapter_dtype))
+
+        self.lora_A = parameter(r, self.in_features)
+        self.lora_B = parameter(self.out_features, r)
+        self.register_parameter("lora_bias", parameter(self.out_features) if lora_bias else None)
+        self.register_parameter("lora_magnitude_vector", parameter(self.out_features) if use_dora else None)
+        if draw:
+            self.reset_lora_parameters()
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """Draws lora_A (and lora_B where ``init_lora_weights=False``) anew, zeroes lora_B, sets DoRA's magnitudes.
+
+        Values are drawn in fp32 and rounded to the adapters' dtype, as PEFT does. On the meta device nothing happens:
+        call it after ``to_empty``.
+
+        Raises:
+            LoRAStateError: the layer is merged.
+        """
+        if self.merged:
+            raise LoRAStateError("reset_lora_parameters was called on a merged layer. Call unmerge() first.")
+        if self.lora_A.is_meta:
+            return
+        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+        drawn = torch.empty_like(self.lora_A, dtype=wide)
+        if self.init_lora_weights == "gaussian":
+            nn.init.normal_(drawn, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
+        self.lora_A.copy_(drawn)
+        acts = self.init_lora_weights is False
+        if acts:
+            self.lora_B.copy_(nn.init.kaiming_uniform_(torch.empty_like(self.lora_B, dtype=wide), a=math.sqrt(5)))
+        else:
+            self.lora_B.zero_()
+        if self.lora_bias is not None:
+            bound = self.r**-0.5 if acts else 0.0
+            self.lora_bias.copy_(nn.init.uniform_(torch.empty_like(self.lora_bias, dtype=wide), -bound, bound))
+        self._reset_magnitude()
+
+    def _offset(self, bias: Tensor | None, lora_bias: Tensor) -> Tensor:
+        """bias + s b_B, (N,), in the wider of their dtypes."""
+        return lora_bias * self.scaling if bias is None else torch.add(bias, lora_bias, alpha=self.scaling)
+
+    @torch.no_grad()
+    def _row_norms(self) -> Tensor:
+        """‖W + s B A‖ of each row, (N,), in fp32 or better."""
+        return dora.row_norms(self.matrix(self.base_weight), self.lora_A, self.lora_B, self.scaling)
+
+    @torch.no_grad()
+    def _reset_magnitude(self) -> None:
+        if self.lora_magnitude_vector is not None and not self.weight.is_meta:
+            self.lora_magnitude_vector.copy_(self._row_norms())
+
+    @property
+    def merged(self) -> bool:
+        """Whether ``weight`` holds the merged values."""
+        return self._base is not None
+
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """The original, frozen weight as it is stored, merged or not."""
+        base: nn.Parameter = self.weight if self._base is None else self._base.weight  # type: ignore[assignment]
+        return base
+
+    @property
+    def base_bias(self) -> nn.Parameter | None:
+        """The original bias (N,) or None, merged or not."""
+        aside = {} if self._base is None else self._base._parameters
+        return aside.get("bias", self.bias)
+
+    @property
+    def adapter(self) -> dict[str, nn.Parameter]:
+        """The adapter's Parameters by name: lora_A, lora_B, and lora_bias and lora_magnitude_vector where they are."""
+        return {name: p for name, p in self.named_parameters(recurse=False) if name.startswith("lora_")}
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Puts W + s B A (DoRA: its rows rescaled), computed in fp32 and rounded once, in the place of ``weight``.
+
+        With ``lora_bias``, bias + s b_B in the place of ``bias`` as well; a layer without one then has one while it is
+        merged. The original Parameters are kept aside, so :meth:`unmerge` is exact and modules tied to them see
+        nothing; the cost is one more weight in memory. While merged the layer is its base product alone and dropout
+        does not act; ``state_dict()`` still gives the base weight and the adapters.
+
+        Raises:
+            LoRAStateError: merged already, on the meta device, or the merged values are not finite where the base's
+                are; the layer is left as it was.
+        """
+        if self.merged:
+            raise LoRAStateError("merge was called on a layer that is merged already. Call unmerge() first.")
+        if self.weight.is_meta:
+            raise LoRAStateError("merge was called on a layer on the meta device. Load its weights first.")
+        weight, bias = self._merged_weight(), self._merged_bias()
+        _check_finite("weight", weight, self.weight)
+        if bias is not None:
+            _check_finite("bias", bias, self.bias)
+        aside = nn.Module()
+        aside.register_parameter("weight", self.weight)
+        if bias is not self.bias:
+            aside.register_parameter("bias", self.bias)
+        object.__setattr__(self, "_base", aside)
+        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), bias
+
+    def _merged_weight(self) -> Tensor:
+        """The merged weight as it is stored, in its dtype."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        whole, base = slice(None), self.matrix(self.weight)
+        merged = dora.adapted_rows(base, self.lora_A, self.lora_B, self.scaling, whole, dtype)
+        if self.lora_magnitude_vector is not None:
+            merged *= dora.gain(self.lora_magnitude_vector.to(dtype), self._row_norms()).unsqueeze(1)
+        return self.matrix(merged.to(self.weight.dtype)).contiguous()
+
+    def _merged_bias(self) -> nn.Parameter | None:
+        """The bias itself, or with ``lora_bias`` a frozen one with s b_B added in fp32."""
+        bias: nn.Parameter | None = self.bias
+        if self.lora_bias is None:
+            return bias
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        offset = self._offset(None if bias is None else bias.to(wide), self.lora_bias.to(wide))
+        return nn.Parameter(offset.to(self.weight.dtype if bias is None else bias.dtype), requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Puts the original weight and bias back, exactly.
+
+        Raises:
+            LoRAStateError: the layer is not merged.
+        """
+        if self._base is None:
+            raise LoRAStateError("unmerge was called on a layer that is not merged. Call merge() first.")
+        weight, bias = self.base_weight, self.base_bias
+        object.__setattr__(self, "_base", None)
+        self.weight, self.bias = weight, bias
+
+    def enable_lora(self: Layer, enabled: bool = True) -> _RestoreEnabled[Layer]:
+        """Switches the adapter on or off (then: base output only, merged or not). In a ``with``, for its block only.
+
+        Example:
+            >>> from lora_kernels import FusedLoRALinear
+            >>> layer = FusedLoRALinear(4, 4, r=2)
+            >>> with layer.enable_lora(False):
+            ...     base = layer(torch.ones(4))
+        """
+        restore = _RestoreEnabled(self, self._lora_enabled)
+        self._lora_enabled = enabled
+        return restore
+
+    @property
+    def problem(self) -> Problem:
+        """What :func:`lora_kernels.explain` is asked about."""
+        weight = self.weight
+        return Problem(weight.device.type, weight.dtype, self.in_features, self.out_features, self.r, self.lora_dropout)
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr(), f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"]
+        flags = {"use_rslora": self.use_rslora, "use_dora": self.use_dora, "lora_bias": self.lora_bias is not None}
+        flags |= {"merged": self.merged, "disabled": not self._lora_enabled}
+        return ", ".join(parts + [f"{name}=True" for name, value in flags.items() if value])
+
+    def _apply(self: Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
+        super()._apply(fn, recurse)
+        if self._base is not None:
+            self._base._apply(fn)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._base is not None:
+            for name in self._base._parameters:
+                destination.pop(prefix + name, None)  # a bias that is there only while merged
+            self._base._save_to_state_dict(destination, prefix, keep_vars)
+
+    def check_rank(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
+        """Raises ``InvalidArgumentError`` if the adapter under ``prefix`` in ``state_dict`` has another rank."""
+        if (own := state_dict.get(prefix + "lora_A")) is not None and own.shape[0] != self.r:
+            raise InvalidArgumentError(
+                f"the state dict's {prefix}lora_A has rank {own.shape[0]}, and the layer has r={self.r}. Make the "
+                f"layer with r={own.shape[0]}, or leave the lora_ keys out and load with strict=False."
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.check_rank(state_dict, prefix)
+        merged = self.merged
+        if merged:
+            self.unmerge()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "weight" in state_dict and prefix + "lora_magnitude_vector" not in state_dict:
+            self._reset_magnitude()
+        if merged:
+            self.merge()
+
+
+def hand_over(former: nn.Module, latter: nn.Module) -> None:
+    """Shares ``former``'s hook tables with ``latter``, so that handles on hooks keep working, and copies its mode."""
+    latter.training = former.training
+    for table in _HOOK_TABLES:
+        setattr(latter, table, getattr(former, table))
+    latter._is_full_backward_hook = former._is_full_backward_hook
+
+
+def warn_of_rank(r: int, in_features: int, out_features: int, stacklevel: int) -> None:
+    """Warns of a rank that is above both sizes; ``stacklevel`` as if the caller warned itself."""
+    features = min(in_features, out_features)
+    if r > features:
+        warnings.warn(
+            f"r={r} is above min(in_features, out_features) = {features}: the adapter costs more than a full update of "
+            "the weight and can represent no more. A smaller r does the same.",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _check_finite(name: str, merged: Tensor, base: Tensor | None) -> None:
+    """Raises for merged values that are not finite where the base's are."""
+    if bool(torch.isfinite(merged).all()) or (base is not None and not bool(torch.isfinite(base).all())):
+        return
+    raise LoRAStateError(
+        f"merging gives a {name} that is not finite in {merged.dtype}: lora_A or lora_B holds NaN or inf, or the sum "
+        "overflows. Nothing was changed; look at the adapters, or merge in a wider dtype."
+    )
+
+
+class _RestoreEnabled(Generic[Layer]):
+    """What ``enable_lora`` returns: leaving its ``with`` block puts the former state back."""
+
+    def __init__(self, layer: Layer, former: bool) -> None:
+        self._layer, self._former = layer, former
+
+    def __enter__(self) -> Layer:
+        return self._layer
+
+    def __exit__(self, *exception: object) -> None:
+        self._layer._lora_enabled = self._former

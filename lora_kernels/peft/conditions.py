@@ -1,0 +1,111 @@
+"""When the fused operators may run PEFT's ``lora.Linear``, and the reason why not otherwise.
+
+All of it is asked on each call, for adapters, hooks, dtypes and modes come and go. A reason names what PEFT itself must
+do; it is composed only where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers.pytorch_utils import Conv1D
+
+from ..dispatch import COMPUTE_DTYPES
+
+__all__ = ["is_transposed", "own_parameter", "why_adapter", "why_base", "why_call", "why_weight"]
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_KNOWN_ARGUMENTS = {"adapter_names", "alora_offsets"}  # what PEFT's hooks add to a call
+
+
+def is_transposed(base: nn.Module) -> bool:
+    """Whether ``base`` holds its weight as (K, N): transformers' ``Conv1D``."""
+    return type(base).forward is Conv1D.forward
+
+
+def own_parameter(module: nn.Module, name: str) -> Any:
+    """``module``'s parameter, without the microsecond of ``nn.Module``'s lookup where it lies in its usual place."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name, None)
+
+
+def why_call(x: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> str | None:
+    """Why this call's input, arguments or surroundings are PEFT's own matter; None if they are not."""
+    if arguments or (keywords and not _KNOWN_ARGUMENTS.issuperset(keywords)):
+        return "the call has arguments that only the base layer knows"
+    if type(x) not in _PLAIN_TENSORS or x.dtype not in COMPUTE_DTYPES or x.dim() < 1:
+        return "the input is not a plain floating tensor"
+    if torch.compiler.is_compiling():
+        return "torch.export is recording" if torch.compiler.is_exporting() else None
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func or vmap is active"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace is recording"
+    if torch_module._has_any_global_hook():
+        return "hooks on all modules are registered"
+    return None
+
+
+def why_base(base: nn.Module) -> str | None:
+    """Why the layer around ``base`` is PEFT's own for good: it is no linear layer with a plain weight."""
+    kind = type(base)
+    if kind.forward is not nn.Linear.forward and kind.forward is not Conv1D.forward:
+        return f"its base layer is a {kind.__name__}, which computes in a way of its own"
+    return why_weight(own_parameter(base, "weight"))
+
+
+def why_weight(weight: Any) -> str | None:
+    """Why a base weight cannot be read as it is."""
+    if type(weight) not in _PLAIN_TENSORS:
+        return f"its weight is a {type(getattr(weight, 'data', weight)).__name__} (sharded or quantized)"
+    if weight.dtype not in COMPUTE_DTYPES or weight.dim() != 2:
+        return f"its weight is {weight.dtype} of {weight.dim()} dimensions (quantized or packed)"
+    return None
+
+
+def why_adapter(layer: Any, adapter: str) -> str | None:
+    """Why ``adapter`` of ``layer``, or the base layer at present, is PEFT's own matter; None if it is not."""
+    if adapter in layer.lora_variant:
+        return f"{type(layer.lora_variant[adapter]).__name__} is a variant of LoRA"
+    modules = layer._modules
+    lora_a, lora_b = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
+    dropout = modules["lora_dropout"]._modules[adapter]
+    if type(lora_a).forward is not nn.Linear.forward or type(lora_b).forward is not nn.Linear.forward:
+        return "lora_A or lora_B is wrapped"
+    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or not 0.0 <= dropout.p < 1.0):
+        return "its dropout is not an nn.Dropout with p in [0, 1)"
+    if _hooked(modules["base_layer"]) or _hooked(lora_a) or _hooked(lora_b) or _hooked(dropout):
+        return "a module within it has hooks"
+    a, b = own_parameter(lora_a, "weight"), own_parameter(lora_b, "weight")
+    if type(a) not in _PLAIN_TENSORS or type(b) not in _PLAIN_TENSORS or own_parameter(lora_a, "bias") is not None:
+        return "lora_A or lora_B is not a plain matrix"
+    if a.dtype not in COMPUTE_DTYPES or b.dtype not in COMPUTE_DTYPES:
+        return f"its adapter is stored as {a.dtype}"
+    return None
+
+
+def why_dtypes(layer: Any, x: Tensor, weight: Tensor, adapters: Sequence[str]) -> str | None:
+    """Why x, the base weight and the adapters cannot be multiplied, as PEFT will say better."""
+    device = x.device.type
+    if weight.dtype is not x.dtype and (device == "meta" or not torch.is_autocast_enabled(device)):
+        return f"the input is {x.dtype}, the base weight {weight.dtype}, and autocast is off"
+    if not layer.cast_input_dtype_enabled:
+        lora_a = layer._modules["lora_A"]._modules
+        if any(own_parameter(lora_a[adapter], "weight").dtype is not x.dtype for adapter in adapters):
+            return "PEFT's casting of the input is switched off"
+    return None
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether a call of ``module`` does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )

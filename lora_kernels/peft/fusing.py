@@ -1,0 +1,244 @@
+"""``fuse_peft`` and ``unfuse_peft``: which layers of a live PEFT model change their class, and what is said of it."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..console import MissingExtraError
+from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
+from ..report import SkippedLayer
+from .report import FusedLayer, FuseReport, UnfuseReport, counter, drop_counter, total
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+__all__ = ["fuse_peft", "unfuse_peft", "with_fused_layers"]
+
+_CREATION = "_create_new_module"
+
+
+def fuse_peft(model: nn.Module) -> FuseReport:
+    """Puts PEFT's ``lora.Linear`` layers in ``model``, in place, onto the fused operators.
+
+    Each becomes an instance of a subclass of its class; its Parameters, names, hooks and the optimizer's references to
+    them are the same objects. So ``state_dict``, ``save_pretrained``, ``add_adapter`` (also onto layers that had none),
+    ``set_adapter``, ``delete_adapter``, ``disable_adapter``, merging and ``merge_and_unload``, hot-swapping and mixed
+    batches work as before. Any dtypes mix; 32-bit adapters over a 16-bit base need no cast of x.
+
+    PEFT's own forward runs, call by call, what the operators do not: DoRA and other variants, dropout on several active
+    adapters at once, modules with hooks inside of the layer, ``torch.func``, ``torch.jit.trace``, ``torch.export``.
+    Layers over a quantized, sharded or unusual base stay PEFT's own, as do its embeddings and convolutions.
+
+    Numerics: A and B are rounded to the compute dtype at the product, sums run in fp32, and y is rounded once, where
+    PEFT rounds the base product and again the sum. Dropout draws from PyTorch's generator, but other numbers than PEFT.
+
+    Args:
+        model: a ``PeftModel``, or any module that holds PEFT's LoRA layers.
+
+    Returns:
+        A report to print: what was fused, what was not and why. Its ``calls``, like
+        :func:`lora_kernels.peft.calls`, tell at any later time how many calls were fused.
+
+    Raises:
+        InvalidTypeError: ``model`` is no module.
+        InvalidArgumentError: it holds no LoRA layer of PEFT's.
+        LoRAStateError: an adapter is merged into a layer that would be fused.
+        MissingExtraError: PEFT is not installed, or older than 0.16.
+
+    Example:
+        >>> import torch, lora_kernels
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1))
+        >>> model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
+        >>> print(lora_kernels.fuse_peft(model))
+        fused 1 layer:
+          base_model.model.0 (16 -> 32), default r=2
+        calls: 0 fused, 0 by PEFT's own forward, 0 base alone
+    """
+    _check_module(model, "fuse_peft")
+    layer_module = _layer_module("fuse_peft")
+    ours, lora_layers = layer_module.FusedLoraLinear, _lora_layers(model)
+    if not lora_layers:
+        raise InvalidArgumentError(f"fuse_peft was given {type(model).__name__}, {_what_it_holds(model)}")
+    already = [(name, layer) for name, layer in lora_layers if isinstance(layer, ours)]
+    reasons = {name: layer_module.why_not_fusable(layer) for name, layer in lora_layers if not isinstance(layer, ours)}
+    chosen = [(name, layer) for name, layer in lora_layers if name in reasons and reasons[name] is None]
+    _refuse_merged(chosen)
+    for _, layer in chosen:
+        layer_module.become_fused(layer)
+    _fuse_what_comes(model, layer_module)
+    if not chosen and not already:
+        warnings.warn(
+            f"fuse_peft found no layer to fuse in {type(model).__name__}: PEFT's own forward runs all of it. Print the "
+            "report for the reasons.",
+            stacklevel=2,
+        )
+    return FuseReport(
+        layers=tuple(_fused_layer(name, layer) for name, layer in chosen),
+        already=tuple(name for name, _ in already),
+        skipped=tuple(SkippedLayer(name, f"{reason}.") for name, reason in reasons.items() if reason is not None),
+        notes=tuple(_notes([*already, *chosen])),
+        _counters=tuple(counter(layer) for _, layer in [*already, *chosen]),
+    )
+
+
+def unfuse_peft(model: nn.Module) -> UnfuseReport:
+    """Makes the fused layers PEFT's ``lora.Linear`` again; their tensors are not touched. Merged layers stay merged.
+
+    Raises:
+        InvalidTypeError: ``model`` is no module.
+        LoRAStateError: no layer of it is fused.
+
+    Example:
+        >>> import torch, lora_kernels
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+        >>> report = lora_kernels.fuse_peft(model)
+        >>> print(lora_kernels.unfuse_peft(model))
+        unfused 1 layer: base_model.model.0
+        calls: 0 fused, 0 by PEFT's own forward, 0 base alone
+    """
+    _check_module(model, "unfuse_peft")
+    layer_module = _layer_module("unfuse_peft")
+    layers = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, layer_module.FusedLoraLinear)
+    ]
+    if not layers:
+        raise LoRAStateError(
+            f"unfuse_peft was called on {type(model).__name__}, none of whose layers is fused: there is nothing "
+            "to undo."
+        )
+    counters = []
+    for _, layer in layers:
+        layer.__class__ = layer_module.Linear
+        counters.append(drop_counter(layer))
+    for tuner in _tuners(model):
+        if isinstance(vars(tuner).get(_CREATION), partial):
+            del vars(tuner)[_CREATION]
+        for config in tuner.peft_config.values():
+            _forget_registration(config, layer_module.build_layer)
+    return UnfuseReport(tuple(name for name, _ in layers), total(iter(counters)))
+
+
+def with_fused_layers(config: LoraConfig) -> LoraConfig:
+    """Registers fused layers in ``config`` by PEFT's own hook, so that PEFT builds them itself; returns ``config``.
+
+    For what makes its model itself from a config (trainers, ``inject_adapter_in_model``). It is
+    ``LoraConfig._register_custom_module`` for ``nn.Linear`` and transformers' ``Conv1D``; a class of your own that is
+    registered before for one of them stays, and classes that derive from ``nn.Linear`` are registered before this. What
+    cannot be fused is built by PEFT as ever. It is no part of the saved adapter: a config that PEFT reads from a file
+    knows nothing of it.
+
+    Raises:
+        InvalidTypeError: ``config`` is not a ``peft.LoraConfig``.
+        MissingExtraError: PEFT is not installed, or older than 0.16.
+
+    Example:
+        >>> import torch
+        >>> from lora_kernels.peft import with_fused_layers
+        >>> from peft import LoraConfig, get_peft_model
+        >>> config = with_fused_layers(LoraConfig(r=2, target_modules=["0"]))
+        >>> type(get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config).base_model.model[0]).__name__
+        'FusedLoraLinear'
+    """
+    layer_module = _layer_module("with_fused_layers")
+    if not isinstance(config, import_module("peft").LoraConfig):
+        raise InvalidTypeError(
+            f"with_fused_layers was given a {type(config).__name__}: it must be a peft.LoraConfig, for only LoRA "
+            "layers can be fused."
+        )
+    kinds = (nn.Linear, import_module("transformers.pytorch_utils").Conv1D)
+    config._register_custom_module(dict.fromkeys(kinds, layer_module.build_layer) | (config._custom_modules or {}))
+    return config
+
+
+def _layer_module(function: str) -> Any:
+    """``layer.py``, which imports PEFT."""
+    try:
+        peft_layers = import_module("peft.tuners.lora.layer")
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{function} works on PEFT's layers, and peft cannot be imported ({error}). Run: pip install 'peft>=0.16'."
+        ) from error
+    if not hasattr(peft_layers, "LoraVariant"):
+        version = import_module("peft").__version__
+        raise MissingExtraError(
+            f"{function} needs peft 0.16 or later, and {version} is installed: older ones do not tell plain LoRA from "
+            "its variants. Run: pip install -U peft."
+        )
+    return import_module(f"{__package__}.layer")
+
+
+def _check_module(model: Any, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise InvalidTypeError(
+            f"{function} was given a {type(model).__name__}: it must be a torch.nn.Module that holds PEFT's "
+            "LoRA layers."
+        )
+
+
+def _refuse_merged(layers: list[tuple[str, Any]]) -> None:
+    merged = [(name, layer.merged_adapters) for name, layer in layers if layer.merged_adapters]
+    if merged:
+        adapters = sorted({adapter for _, adapters in merged for adapter in adapters})
+        more = f" and {len(merged) - 1} more" if len(merged) > 1 else ""
+        raise LoRAStateError(
+            f"fuse_peft was called while {', '.join(map(repr, adapters))} is merged into {merged[0][0]!r}{more}: "
+            "merged layers run their base alone, and there is nothing to fuse. Call model.unmerge_adapter() first."
+        )
+
+
+def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    kind = import_module("peft.tuners.lora.layer").LoraLayer
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+
+
+def _tuners(model: nn.Module) -> list[Any]:
+    kinds = import_module("peft.tuners.lora").LoraModel, import_module("peft.tuners.mixed").MixedModel
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def _what_it_holds(model: nn.Module) -> str:
+    kinds = sorted({config.peft_type.value for config in getattr(model, "peft_config", {}).values()})
+    if kinds:
+        return f"whose adapters are {' and '.join(kinds)}, without any LoRA layer: only LoRA can be fused."
+    return (
+        "which holds no LoRA layer of PEFT's. Make one with peft.get_peft_model(model, LoraConfig(...)) first; for a "
+        "model without PEFT there is lora_kernels.replace_linear."
+    )
+
+
+def _fuse_what_comes(model: nn.Module, layer_module: Any) -> None:
+    """Layers that a later ``add_adapter`` makes are fused too."""
+    for tuner in _tuners(model):
+        vars(tuner)[_CREATION] = partial(layer_module.create_fused, type(tuner))
+
+
+def _forget_registration(config: Any, build_layer: Any) -> None:
+    registered = getattr(config, "_custom_modules", None)
+    if registered:
+        config._custom_modules = {k: v for k, v in registered.items() if v is not build_layer} or None
+
+
+def _fused_layer(name: str, layer: Any) -> FusedLayer:
+    ranks = {adapter: module.weight.shape[0] for adapter, module in layer.lora_A.items()}
+    return FusedLayer(name, layer.in_features, layer.out_features, ranks)
+
+
+def _notes(layers: list[tuple[str, Any]]) -> list[str]:
+    why_adapter = import_module(f"{__package__}.conditions").why_adapter
+    affected: dict[tuple[str, str], list[str]] = {}
+    for name, layer in layers:
+        for adapter in layer.lora_A:
+            if (reason := why_adapter(layer, adapter)) is not None:
+                affected.setdefault((adapter, reason), []).append(name)
+    return [
+        f"PEFT's own forward will run adapter {adapter!r} in {len(names)} of the fused layers ({names[0]}"
+        f"{', ...' if len(names) > 1 else ''}): {reason}."
+        for (adapter, reason), names in affected.items()
+    ]

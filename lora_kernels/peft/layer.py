@@ -1,0 +1,196 @@
+"""``FusedLoraLinear``: PEFT's ``lora.Linear`` with its forward on the fused operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear, dispatch_default
+from torch import Tensor, nn
+
+from ..dispatch import Problem
+from ..functional import apply
+from .conditions import is_transposed, own_parameter, why_adapter, why_base, why_call, why_dtypes
+from .report import BASE, FUSED, counter
+
+__all__ = ["FusedLoraLinear", "become_fused", "build_layer", "create_fused", "why_not_fusable"]
+
+_BASE_ROWS = "__base__"  # PEFT's name, in adapter_names, for rows without an adapter
+
+
+class FusedLoraLinear(Linear):
+    r"""PEFT's ``lora.Linear`` whose forward is one fused product for all active adapters.
+
+    .. math:: y = x W^\top + b + \sum_i s_i\,(\mathrm{drop}_i(x) A_i^\top) B_i^\top
+
+    Everything but ``forward`` is PEFT's: names, Parameters, saving, merging, adding and switching adapters. Adapters,
+    scalings and ranks are read on each call. The ranks of several active adapters are concatenated into one pass; a
+    mixed batch (``adapter_names``) takes one base product and one low-rank product for all adapters in it, or one fused
+    product for the rows of each. What the operators cannot take goes through PEFT's own forward, call by call, and is
+    counted with its reason: see :func:`lora_kernels.peft.calls`.
+
+    Instances come from :func:`~lora_kernels.fuse_peft`, or from :func:`~lora_kernels.peft.with_fused_layers`.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y (..., N) for x (..., K), in the base layer's output dtype; arguments as PEFT's forward."""
+        rows = kwargs.get("adapter_names")
+        if rows is not None:
+            self._check_forward_args(x, *args, **kwargs)
+        adapters = self._acting_adapters(rows)
+        if not adapters:
+            return self._by_peft(BASE, x, args, kwargs)
+        reason = self._why_own(x, adapters, rows, args, kwargs)
+        if reason is not None:
+            return self._by_peft(reason, x, args, kwargs)
+        if not torch.compiler.is_compiling():
+            counter(self)[FUSED] += 1
+        return self._fused(x, adapters) if rows is None else self._fused_rows(x, rows, adapters)
+
+    def _acting_adapters(self, rows: Sequence[str] | None) -> list[str]:
+        """The adapters that this call adds to the base: none where they are disabled or merged."""
+        if self._disable_adapters or (self.merged_adapters and rows is None):
+            return []
+        there = self._modules["lora_A"]._modules
+        if rows is not None:
+            return [name for name in dict.fromkeys(rows) if name in there and name != _BASE_ROWS]
+        active = self._active_adapter
+        return [name for name in ([active] if isinstance(active, str) else active) if name in there]
+
+    def _why_own(self, x: Any, adapters: list[str], rows: Any, args: Any, kwargs: Any) -> str | None:
+        base = self._modules["base_layer"]
+        reason = why_call(x, args, kwargs) or why_base(base)
+        for adapter in adapters:
+            reason = reason or why_adapter(self, adapter)
+        reason = reason or why_dtypes(self, x, own_parameter(base, "weight"), adapters)
+        if reason is None and rows is None and len(adapters) > 1 and any(self._p(name) > 0.0 for name in adapters):
+            return "dropout acts on several active adapters, each with a mask of its own"
+        return reason
+
+    def _by_peft(self, path: str, x: Any, args: Any, kwargs: Any) -> Tensor:
+        if not torch.compiler.is_compiling():
+            counter(self)[path] += 1
+        y: Tensor = Linear.forward(self, x, *args, **kwargs)
+        return y
+
+    def _fused(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
+        base = self._modules["base_layer"]
+        weight, bias = own_parameter(base, "weight"), own_parameter(base, "bias")
+        if is_transposed(base):
+            weight = weight.t()
+        lora_a, lora_b, scaling = self._factors(adapters)
+        for name in adapters:
+            lora_bias = own_parameter(self._modules["lora_B"]._modules[name], "bias")
+            if lora_bias is not None:
+                term = lora_bias * self.scaling[name]
+                bias = term if bias is None else bias + term
+        return apply(x, weight, lora_a, lora_b, bias, scaling, self._p(adapters[0]), None)
+
+    def _fused_rows(self, x: Tensor, rows: Sequence[str], adapters: list[str]) -> Tensor:
+        """A mixed batch: the i-th entry of x's first dimension takes the adapter ``rows[i]``, or none."""
+        if len(adapters) == 1 and all(name == adapters[0] for name in rows):
+            return self._fused(x, adapters)
+        b_modules = self._modules["lora_B"]._modules
+        ranks = [own_parameter(b_modules[name], "weight").shape[1] for name in adapters]
+        plain = all(self._p(name) == 0.0 and own_parameter(b_modules[name], "bias") is None for name in adapters)
+        if plain and 2 * sum(ranks) * (self.in_features + self.out_features) <= self.in_features * self.out_features:
+            return self._rows_in_one_pass(x, rows, adapters, ranks)
+        return self._rows_by_group(x, rows, adapters)
+
+    def _rows_in_one_pass(self, x: Tensor, rows: Sequence[str], adapters: list[str], ranks: list[int]) -> Tensor:
+        """x and W are read once for all rows; h is zero where a rank is not of the row's adapter.
+
+        It costs M (K + N) times the sum of all ranks, so it is for ranks that are small beside the base product.
+        """
+        y = self.base_layer(x)
+        lora_a, lora_b, scaling = self._factors(adapters)
+        number = {name: i for i, name in enumerate(adapters)}
+        of_row = torch.tensor([number.get(name, -1) for name in rows], device=x.device)
+        of_rank = torch.tensor([i for i, r in enumerate(ranks) for _ in range(r)], device=x.device)
+        own = (of_row.unsqueeze(1) == of_rank).to(y.dtype)  # (rows, R)
+        h = F.linear(x.to(y.dtype), lora_a.to(y.dtype))  # (rows, ..., R)
+        h = (h * own.view(len(rows), *[1] * (x.dim() - 2), -1)).flatten(0, -2)
+        add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
+        return add(y.flatten(0, -2), h, lora_b.to(y.dtype).t(), alpha=scaling).view_as(y)
+
+    def _rows_by_group(self, x: Tensor, rows: Sequence[str], adapters: list[str]) -> Tensor:
+        """One fused product for the rows of each adapter."""
+        groups: dict[str, list[int]] = {}
+        for row, name in enumerate(rows):
+            groups.setdefault(name if name in adapters else _BASE_ROWS, []).append(row)
+        parts = []
+        for name, group in groups.items():
+            part = x[group]
+            parts.append(self.base_layer(part) if name == _BASE_ROWS else self._fused(part, [name]))
+        order = [row for group in groups.values() for row in group]
+        places = sorted(range(len(order)), key=order.__getitem__)
+        return torch.cat(parts)[places]
+
+    def _factors(self, adapters: Sequence[str]) -> tuple[Tensor, Tensor, float]:
+        """A (R, K), B (N, R) and s, R being the sum of the ranks; scalings that differ, or are tensors, go into B."""
+        a_modules, b_modules = self._modules["lora_A"]._modules, self._modules["lora_B"]._modules
+        scaling = self.scaling[adapters[0]]
+        if len(adapters) == 1 and not isinstance(scaling, Tensor):
+            name = adapters[0]
+            return own_parameter(a_modules[name], "weight"), own_parameter(b_modules[name], "weight"), scaling
+        bs = [own_parameter(b_modules[name], "weight") for name in adapters]
+        scalings = [self.scaling[name] for name in adapters]
+        if any(isinstance(s, Tensor) or s != scaling for s in scalings):
+            bs = [b.to(torch.promote_types(b.dtype, torch.float32)) * s for b, s in zip(bs, scalings, strict=True)]
+            scaling = 1.0
+        return torch.cat([own_parameter(a_modules[name], "weight") for name in adapters]), torch.cat(bs, 1), scaling
+
+    def _p(self, adapter: str) -> float:
+        """The dropout probability that acts now: PEFT's module knows it, and its mode."""
+        dropout = self._modules["lora_dropout"]._modules[adapter]
+        return dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+
+    @property
+    def problem(self) -> Problem:
+        """What :func:`lora_kernels.explain` is asked about."""
+        adapters = self._acting_adapters(None)
+        r = sum(own_parameter(self.lora_A[name], "weight").shape[0] for name in adapters) or None
+        weight, p = self.weight, max((self._p(name) for name in adapters), default=0.0)
+        return Problem(weight.device.type, weight.dtype, self.in_features, self.out_features, r, p)
+
+    def __repr__(self) -> str:
+        text: str = super().__repr__()
+        return text.replace(f"lora.{type(self).__name__}", "lora.Linear[fused]", 1)
+
+
+def why_not_fusable(module: Any) -> str | None:
+    """Why one of PEFT's LoRA layers stays PEFT's own for good, or None if it can become a ``FusedLoraLinear``."""
+    kind = type(module)
+    if kind is not Linear:
+        return f"it is a {kind.__module__.rpartition('.')[2]}.{kind.__name__}; only lora.Linear itself is fused"
+    if "forward" in vars(module):
+        return "it has a forward of its own on the instance (accelerate's offloading and X-LoRA do that)"
+    return why_base(module.base_layer)
+
+
+def become_fused(module: Any) -> None:
+    """Makes ``module``, a ``lora.Linear``, a ``FusedLoraLinear``; nothing else of it changes."""
+    module.__class__ = FusedLoraLinear
+    counter(module)
+
+
+def build_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> FusedLoraLinear | None:
+    """What PEFT calls, for a config of ``with_fused_layers``, to put a layer around ``target``.
+
+    None where no fused layer is possible: PEFT then asks its own dispatchers.
+    """
+    if kwargs.get("parameter_name") is not None or why_base(target) is not None:
+        return None
+    layer: FusedLoraLinear = dispatch_default(target, adapter_name, config=config, **kwargs)
+    become_fused(layer)
+    return layer
+
+
+def create_fused(tuner: Any, config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
+    """``tuner._create_new_module`` for the class ``tuner``, its ``lora.Linear`` layers fused."""
+    layer = tuner._create_new_module(config, adapter_name, target, **kwargs)
+    if why_not_fusable(layer) is None:
+        become_fused(layer)
+    return layer

@@ -1,0 +1,13 @@
+"""``lora-kernels tune``: measures the plans of ``backends.triton`` on this device, and stores the choices.
+
+===========  ==========================================================================
+``cells``    what to tune, as data: presets, and lists from the command line
+``search``   one cell: which plans are tried, successive halving, the decision
+``session``  many cells under a budget, each on disk as soon as it is done
+``bench``    the device: random inputs, compiling, the agreement check, the clock
+``report``   the table at the end, the plan of a dry run, JSON
+``command``  the command line
+===========  ==========================================================================
+
+All but ``bench`` runs without a GPU, and is tested so. Imports go one way: command → session → search → cells.
+"""

@@ -1,0 +1,166 @@
+"""What to tune, as data: presets for the published shapes, lists of values, and the layers of a transformers config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from ..backends.triton.configs import next_power_of_2
+from ..backends.triton.plan_kinds import DTYPES, Cell
+from ..errors import InvalidArgumentError
+
+__all__ = ["PRESETS", "Preset", "cells_of", "numbers", "preset", "shapes", "shapes_of_model"]
+
+_SQUARE, _LARGE, _KEYS = (4096, 4096), (8192, 8192), (4096, 1024)
+_SHAPES = (_SQUARE, (4096, 14336), (14336, 4096), _LARGE, _KEYS)
+_FEW = (1, 16, 2, 4, 8)
+_TOKENS = (8192, 1, 16, 2048, 4096, 16384, 1024, 512, 256, 128, 64, 32, 8, 4, 2)
+_RANKS = (16, 8, 64, 128)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every combination of the values, the ones named first in each list first."""
+
+    shapes: Sequence[tuple[int, int]]
+    tokens: Sequence[int]
+    ranks: Sequence[int] = (16,)
+    dtypes: Sequence[str] = ("bfloat16",)
+    dropouts: Sequence[bool] = (False,)
+
+    def cells(self) -> list[Cell]:
+        """By the sum of the values' places in their lists: what every list names first, then one step from it, ..."""
+        lists: tuple[Sequence[Any], ...] = (self.dtypes, self.ranks, self.dropouts, self.tokens, self.shapes)
+        cells = []
+        for places in sorted(product(*(range(len(values)) for values in lists)), key=sum):
+            dtype, r, dropout, tokens, (k, n) = (values[i] for values, i in zip(lists, places, strict=True))
+            cells.append(Cell("forward", next_power_of_2(tokens), k, n, r, dtype, dropout))
+        return cells
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Grids, the most valuable first."""
+
+    name: str
+    describe: str
+    grids: tuple[Grid, ...]
+
+    def cells(self) -> list[Cell]:
+        return list(dict.fromkeys(cell for grid in self.grids for cell in grid.cells()))
+
+
+_PUBLISHED = (
+    Grid(_SHAPES, (8192,), dropouts=(False, True)),
+    Grid((_SQUARE,), _FEW),
+)
+
+PRESETS = {
+    p.name: p
+    for p in (
+        Preset("published", "the shapes with a published target, r = 16, bf16: 15 cells", _PUBLISHED),
+        Preset(
+            "quick",
+            "those, then r = 16 at 1, 16, 64, 512 and 2048 tokens: what make gpu-check tunes",
+            (*_PUBLISHED, Grid(_SHAPES, (1, 512, 16, 2048, 64))),
+        ),
+        Preset(
+            "grid",
+            "those, then M from 1 to 16384, r of 8, 16, 64 and 128, dropout on and off",
+            (*_PUBLISHED, Grid(_SHAPES, _TOKENS, _RANKS, dropouts=(False, True))),
+        ),
+    )
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        InvalidArgumentError: there is none.
+    """
+    if name not in PRESETS:
+        raise InvalidArgumentError(f"preset {name!r} is not known: name one of {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def cells_of(
+    shapes: Sequence[tuple[int, int]],
+    tokens: Sequence[int],
+    ranks: Sequence[int],
+    dtypes: Sequence[str],
+    dropouts: Sequence[float],
+) -> list[Cell]:
+    """Every combination; of each list the first values come first. Tokens enter as their bucket, the next power of 2.
+
+    Raises:
+        InvalidArgumentError: a dtype that is not known, or a dropout that is no probability below 1.
+    """
+    if unknown := [dtype for dtype in dtypes if dtype not in DTYPES]:
+        raise InvalidArgumentError(f"dtype {unknown[0]!r} is not known: name some of {', '.join(DTYPES)}.")
+    if wrong := [p for p in dropouts if not 0.0 <= p < 1.0]:
+        raise InvalidArgumentError(f"dropout {wrong[0]:g} was given: it must be at least 0 and below 1.")
+    dropped = list(dict.fromkeys(p > 0.0 for p in dropouts))
+    return list(dict.fromkeys(Grid(shapes, tokens, ranks, dtypes, dropped).cells()))
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """The positive integers of a list such as ``1,16,8192``.
+
+    Raises:
+        InvalidArgumentError: it is no such list.
+    """
+    found = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if min(found) < 1 or max(found) > 2**31 - 1:
+        raise InvalidArgumentError(f"{option} {text} was given: it must be positive integers, such as 1,16,8192.")
+    return list(dict.fromkeys(found))
+
+
+def shapes(text: str) -> list[tuple[int, int]]:
+    """in_features x out_features of a list such as ``4096x4096,4096x14336``.
+
+    Raises:
+        InvalidArgumentError: it is no such list.
+    """
+    found = []
+    for part in text.split(","):
+        sides = part.strip().split("x")
+        if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+            raise InvalidArgumentError(
+                f"--shapes {text} was given: it must be in_features x out_features, such as 4096x4096,4096x14336."
+            )
+        found.append((int(sides[0]), int(sides[1])))
+    return list(dict.fromkeys(found))
+
+
+def shapes_of_model(path: Path) -> list[tuple[int, int]]:
+    """The linear layers of a decoder, from transformers' ``config.json``: attention's four and the MLP's three.
+
+    Raises:
+        InvalidArgumentError: the file cannot be read, or lacks the sizes that such a config has.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config = config.get("text_config", config)
+        hidden, inner, heads = (_size(config, n) for n in ("hidden_size", "intermediate_size", "num_attention_heads"))
+        key_heads = config.get("num_key_value_heads") or heads
+        head = config.get("head_dim") or hidden // heads
+        queries, keys = int(heads * head), int(key_heads * head)
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        raise InvalidArgumentError(
+            f"--from-config {path} cannot be used ({type(error).__name__}: {error}): name the config.json of a "
+            "transformers decoder, or give --shapes."
+        ) from error
+    layers = ((hidden, queries), (hidden, inner), (inner, hidden), (hidden, keys), (queries, hidden))
+    return list(dict.fromkeys(layers))
+
+
+def _size(config: Mapping[str, Any], name: str) -> int:
+    value = config[name]
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} is {value!r}")
+    return value

@@ -1,0 +1,198 @@
+"""The stages of ``gpu_check.py``, as data: commands, time limits, results, and how a result is judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+__all__ = [
+    "NOT_HERE",
+    "PLANS",
+    "TUNED",
+    "Stage",
+    "Unfinished",
+    "bench_stages",
+    "files_of_tests",
+    "judge_bench",
+    "judge_json",
+    "judge_tests",
+    "stages",
+]
+
+TUNED = "tuned.json"
+# Tests of what a GPU changes nothing about; all others run.
+NOT_HERE = (
+    *("benchmark", "benchmark_gpu", "benchmark_profile", "benchmark_results", "benchmark_targets", "scripts"),
+    *("cli", "cuda_kernels", "cuda_report", "demo", "doctests", "examples", "import", "info", "packaging", "readme"),
+    *("native_build", "native_compat", "native_cpu", "native_load", "transformers", "triton_compile"),
+)
+KNOWS_A_GPU = re.compile(r"\bmark\.gpu\b|\btriton_device\b|\bBACKENDS\b")
+NO_GPU = re.compile(r"\b(no|needs?|requires?|wants?|without)\b.*\b(cuda|gpu)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command, its time limit, and where its result is.
+
+    Attributes:
+        name: what the summary calls it.
+        command: arguments; ``{result}`` stands for the result's path, ``{out}`` for the output folder, ``{limit}`` for
+            the seconds after which it should begin nothing more.
+        limit_s: seconds after which it is stopped.
+        result: file name in the output folder.
+        result_is_stdout: whether the command prints its result, rather than writing the file itself.
+        judge: reads the result; returns a short account, raises ``Unfinished`` if there is more to do, and
+            ``ValueError`` if the result is not a pass.
+        in_summary: the result is JSON, small, and moves into the summary.
+        goes_on: the command takes up the result of an earlier run.
+        every_time: run it even if it passed before: what it makes may be gone with the machine.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+    result: str
+    result_is_stdout: bool
+    judge: Callable[[Path], str]
+    in_summary: bool = False
+    goes_on: bool = False
+    every_time: bool = False
+
+
+class Unfinished(ValueError):
+    """The result is sound as far as it goes: run the stage again."""
+
+
+def judge_json(path: Path) -> str:
+    """Passes any JSON document; the command's exit status has judged its content."""
+    json.loads(path.read_text())
+    return path.name
+
+
+def judge_info(path: Path) -> str:
+    """Names the GPU; fails where none is visible, for then nothing below would run on one."""
+    seen = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    ).stdout.strip()
+    judge_json(path)
+    if not seen:
+        raise ValueError("no CUDA device is visible to torch: run this on a machine that has one")
+    return seen
+
+
+def judge_tests(path: Path) -> str:
+    """Counts the tests; a test that was skipped for want of a GPU did not do what this run is for."""
+    suites = ElementTree.parse(path).getroot()
+    cases = list(suites.iter("testcase"))
+    bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skips = [(case.get("name", "?"), skip.get("message", "")) for case in cases for skip in case.iter("skipped")]
+    no_gpu = [name for name, why in skips if NO_GPU.search(why)]
+    account = f"{len(cases) - len(bad) - len(skips)} passed, {len(bad)} failed, {len(skips)} skipped"
+    if not cases:
+        raise ValueError("no test ran")
+    if bad:
+        raise ValueError(f"{account}; first: {bad[0].get('classname')}::{bad[0].get('name')}")
+    if no_gpu:
+        raise ValueError(f"{account}; {len(no_gpu)} for want of a GPU, first: {no_gpu[0]}")
+    return account
+
+
+def judge_bench(path: Path) -> str:
+    """Counts the cells, and tells what failed its check against float64."""
+    result = json.loads(path.read_text())
+    cells, planned = result["cells"], result.get("planned", 0)
+    failed = sum(entry["status"] == "failed" for cell in cells for entry in cell["providers"].values())
+    account = f"{len(cells)} of {planned or len(cells)} cells, {failed} entries failed"
+    if len(cells) < planned:
+        raise Unfinished(account)
+    return account
+
+
+def judge_tune(path: Path) -> str:
+    """Counts the cells that were tuned."""
+    cells = json.loads(path.read_text())["cells"]
+    if not cells:
+        raise ValueError("no cell was tuned")
+    return f"{len(cells)} cells"
+
+
+PACKAGE = (sys.executable, "-m", "lora_kernels")
+
+
+def stages(pytest_args: Sequence[str] = ()) -> list[Stage]:
+    """``gpu-check``: by worth; all but the last have their time for certain."""
+    pytest = (sys.executable, "-m", "pytest", "-q", "-rs", "--junit-xml={result}")
+    tests = (*pytest, *workers(), *pytest_args, *files_of_tests())
+    report = (sys.executable, "-m", "lora_kernels.backends.triton.compile_report", "--check", "--json", "{result}")
+    return [
+        _info(),
+        Stage("build", (*PACKAGE, "build", "all", "--json"), 70, "build.json", True, judge_json, True, every_time=True),
+        Stage("tests", tests, 130, "tests.xml", False, judge_tests),
+        Stage("verify", (*PACKAGE, "verify", "--json"), 90, "verify.json", True, judge_json),
+        _tune("tune", "quick", 115),
+        _bench("bench", "gpu-quick", 90),
+        _overhead(),
+        Stage("compile", report, 60, "compile.json", False, judge_json),
+    ]
+
+
+def bench_stages(pytest_args: Sequence[str] = ()) -> list[Stage]:
+    """``gpu-bench``: the table first, then as much of the grids as there is time for; the next call goes on."""
+    return [
+        _info(),
+        _tune("tune-grid", "grid", 170),
+        _bench("forward", "gpu-forward", 520),
+        _overhead(),
+        _bench("compiled", "gpu-compile", 520),
+    ]
+
+
+PLANS = {"check": stages, "bench": bench_stages}
+
+
+def _info() -> Stage:
+    return Stage("info", (*PACKAGE, "info", "--json"), 20, "info.json", True, judge_info, True, every_time=True)
+
+
+def _tune(name: str, preset: str, limit_s: float) -> Stage:
+    command = (*PACKAGE, "tune", "--preset", preset, "--budget", "{limit}", "--table", f"{{out}}/{TUNED}")
+    return Stage(name, (*command, "--json", "{result}"), limit_s, f"{name}.json", False, judge_tune)
+
+
+def _bench(name: str, preset: str, limit_s: float) -> Stage:
+    command = (*PACKAGE, "bench", "--preset", preset, "--json", "{result}", "--resume", "--limit", "{limit}")
+    return Stage(name, command, limit_s, f"{name}.json", False, judge_bench, goes_on=True)
+
+
+def _overhead() -> Stage:
+    command = (*PACKAGE, "bench", "--preset", "gpu-overhead", "--profile", "{result}")
+    return Stage("overhead", command, 15, "overhead.json", False, judge_json, True)
+
+
+def files_of_tests() -> list[str]:
+    """The files of tests that run; first those that know of a GPU, for the time may not do for all."""
+    folder = Path(__file__).resolve().parents[1] / "tests"
+    chosen = [p for p in sorted(folder.glob("test_*.py")) if p.stem.removeprefix("test_") not in NOT_HERE]
+    chosen.sort(key=lambda path: not KNOWS_A_GPU.search(path.read_text(encoding="utf-8")))
+    return [f"tests/{path.name}" for path in chosen]
+
+
+def workers() -> tuple[str, ...]:
+    """Several test processes where pytest-xdist is there: most of the time compiles kernels, one core each."""
+    count = min(len(os.sched_getaffinity(0)) - 1, 12)
+    return ("-n", str(count)) if count > 1 and find_spec("xdist") else ()

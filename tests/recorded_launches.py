@@ -1,0 +1,82 @@
+"""Runs forward three times by each plan for a described GPU, with a driver that records in the place of launching.
+
+Run as a program, without ``TRITON_INTERPRET``; prints JSON. Triton compiles, binds and launches as ever, but for the
+last step: so what the first call (bound by Triton) and the third (ready-made) hand to the device can be compared.
+"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from cases import Case, make
+from lora_kernels.backends.triton import launch
+from lora_kernels.backends.triton.compile_report import ARCHITECTURES, plans_of
+from lora_kernels.backends.triton.configs import FEW_TOKENS
+from lora_kernels.backends.triton.plans import Cell, FewTokens
+
+CASES = [Case(m=m, k=256, n=128, r=16, dtype=torch.bfloat16, p=0.1) for m in (8, 128)]
+launched: list[dict[str, Any]] = []
+
+
+class Recorder:
+    """In the place of Triton's launcher: what one compiled kernel is called with."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.fixed = {"kernel": metadata.name, "pdl": metadata.launch_pdl, "scratch": metadata.global_scratch_size}
+
+    def __call__(self, *arguments: Any) -> None:
+        """Grid, stream, function and the kernel's own arguments; tensors as their shapes, dtypes and alignments."""
+        grid, stream, function, own = arguments[:3], arguments[3], arguments[4], arguments[9:]
+        told = [_told(value) for value in own]
+        launched.append({**self.fixed, "grid": grid, "stream": stream, "function": function, "arguments": told})
+
+
+def _told(value: Any) -> Any:
+    return [str(value.dtype), list(value.shape), value.data_ptr() % 16] if isinstance(value, Tensor) else value
+
+
+class Driver:
+    launcher_cls = Recorder
+    utils = SimpleNamespace(
+        load_binary=lambda *arguments: (1, 2, 100, 0, 1024),
+        get_device_properties=lambda device: {"max_shared_mem": ARCHITECTURES[90].shared_memory},
+    )
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 77
+
+
+def main() -> None:
+    driver.set_active(Driver())
+    launch.machine_of = lambda device: ARCHITECTURES[90]
+    results = []
+    for case in CASES:
+        i = make(case)
+        tensors = [t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.bias)]
+        cell = Cell("forward", case.m, case.k, case.n, case.r, "bfloat16", True)
+        few = case.m <= FEW_TOKENS
+        for plan in (plan for plan in plans_of(ARCHITECTURES[90], cell) if few == isinstance(plan, FewTokens)):
+            calls = []
+            for _ in range(3):
+                launched.clear()
+                launch.run_plan(plan, *tensors, case.scaling, case.p, torch.tensor([1, 2]))
+                calls.append(list(launched))
+            results.append({"plan": str(plan), "first": calls[0], "third": calls[2]})
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

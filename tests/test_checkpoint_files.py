@@ -1,0 +1,167 @@
+"""The pair of files: a failed or killed save leaves the former adapter or the latter, whole, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels import LoRAConfig, load_adapter, replace_linear, save_adapter
+from lora_kernels.checkpoint.files import CONFIG, WEIGHTS, read_pair
+from lora_kernels.errors import LoRAStateError
+from models import Net, refused
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+FORMER = {"r": 2, "lora_alpha": 4}
+LATTER = {"r": 3, "lora_alpha": 9, "use_rslora": True}
+
+
+def adapted(**arguments: Any) -> nn.Module:
+    model = Net()
+    replace_linear(model, LoRAConfig(target_modules=["up"], init_lora_weights=False, **arguments))
+    return model
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()} if folder.exists() else {}
+
+
+class Steps:
+    """Counts the calls that change a folder, and acts at one of them."""
+
+    CALLS = ("replace", "fsync", "link", "unlink")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, action: Callable[[], Any]) -> None:
+        self.count, self.at, self.action = 0, at, action
+        for name in self.CALLS:
+            monkeypatch.setattr(os, name, self._counted(getattr(os, name)))
+
+    def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            if self.count == self.at:
+                self.action()
+            return call(*args, **kwargs)
+
+        return counted
+
+
+def steps_of(function: Callable[[], Any]) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        steps = Steps(patch, 0, lambda: None)
+        function()
+        return steps.count
+
+
+def killed_at(step: int, function: Callable[[], Any]) -> None:
+    """Runs ``function`` in a process that is gone, without any clean-up, at its ``step``."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # a child that hangs is no child that was killed at its step
+        with pytest.MonkeyPatch.context() as patch:
+            Steps(patch, step, lambda: os._exit(9))
+            function()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def state_of(folder: Path) -> tuple[Any, ...]:
+    fields, tensors = read_pair(folder)
+    return fields["r"], fields["lora_alpha"], fields["use_rslora"], {tuple(tensor.shape) for tensor in tensors.values()}
+
+
+STATES = {
+    "former": (2, 4, False, {(2, 8), (12, 2)}),
+    "latter": (3, 9, True, {(3, 8), (12, 3)}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("by_peft", [True, False])
+def test_a_killed_save_leaves_one_whole_adapter_and_the_next_save_tidies_up(by_peft: bool, tmp_path: Path) -> None:
+    former, latter = adapted(**FORMER), adapted(**LATTER)
+    (tmp_path / "README.md").write_text("mine")
+    save_adapter(former, tmp_path)
+    seen = []
+    for step in range(1, steps_of(lambda: save_adapter(latter, tmp_path)) + 1):
+        save_adapter(former, tmp_path)
+        assert set(contents(tmp_path)) == {CONFIG, WEIGHTS, "README.md"}
+        if by_peft:  # whose weights do not say what configuration is theirs
+            safetensors.save_file(read_pair(tmp_path)[1], tmp_path / WEIGHTS, metadata={"format": "pt"})
+        killed_at(step, lambda: save_adapter(latter, tmp_path))
+        found = state_of(tmp_path)
+        assert found in STATES.values()
+        seen.append(found == STATES["latter"])
+        assert len(load_adapter(Net(), tmp_path)) == 2
+    assert seen == sorted(seen)
+    assert set(seen) == {False, True}
+
+
+def sentence_of(model: nn.Module, folder: Path) -> str | None:
+    try:
+        save_adapter(model, folder)
+    except LoRAStateError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_save_that_fails_at_any_step_leaves_the_folder_as_it_was(first: bool, tmp_path: Path) -> None:
+    latter, failed = adapted(**LATTER), []
+    for step in range(1, steps_of(lambda: save_adapter(latter, tmp_path / "other")) + 4):
+        folder = tmp_path / str(step)
+        if not first:
+            save_adapter(adapted(**FORMER), folder)
+        before = contents(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            Steps(patch, step, full_disk)
+            sentence = sentence_of(latter, folder)
+        if sentence is None:  # it went another way, or only tidying up was to come
+            assert state_of(folder) == STATES["latter"]
+        else:
+            assert "No space left" in sentence
+            assert contents(folder) == before
+            failed.append(step)
+    assert len(failed) == 7  # three files and folders are synced, two renamed, and the folder synced after each
+
+
+def full_disk() -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_configuration_changed_by_hand_counts(tmp_path: Path) -> None:
+    save_adapter(adapted(**FORMER), tmp_path)
+    text = (tmp_path / CONFIG).read_text()
+    (tmp_path / CONFIG).write_text(text.replace('"lora_alpha": 4', '"lora_alpha": 6'))
+    model = Net()
+    load_adapter(model, tmp_path)
+    assert model.blocks[0]["up"].scaling == 3.0
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    refused(adapted(), lambda model: save_adapter(model, tmp_path / "file"), LoRAStateError, "File exists", "as it was")
+
+
+def test_safetensors_that_is_missing_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
+    refused(
+        adapted(), lambda model: save_adapter(model, tmp_path), ImportError, 'pip install "lora-kernels[safetensors]"'
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_weights_are_those_of_the_model(tmp_path: Path) -> None:
+    model = adapted(**FORMER)
+    save_adapter(model, tmp_path)
+    _, tensors = read_pair(tmp_path)
+    layer = model.blocks[1]["up"]
+    assert torch.equal(tensors["base_model.model.blocks.1.up.lora_A.weight"], layer.lora_A)
+    assert torch.equal(tensors["base_model.model.blocks.1.up.lora_B.weight"], layer.lora_B)

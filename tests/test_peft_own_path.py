@@ -1,0 +1,159 @@
+"""What the operators do not take runs by PEFT's own forward, bit for bit, and is counted with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from numerics import same_bits
+
+peft = pytest.importorskip("peft")
+from lora_kernels import explain  # noqa: E402
+from lora_kernels.peft import calls  # noqa: E402
+from peft_models import TWO, fused, lora_layers, make  # noqa: E402
+
+X = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
+
+
+def _hook(part: Callable[[Any], nn.Module]) -> Callable[[Any], None]:
+    def prepare(model: Any) -> None:
+        for layer in lora_layers(model):
+            part(layer).register_forward_hook(lambda module, args, y: 1.5 * y)
+
+    return prepare
+
+
+def _both_active(model: Any) -> None:
+    model.base_model.set_adapter(["a0", "a1"])
+
+
+def _no_casting(model: Any) -> None:
+    for layer in lora_layers(model):
+        layer.cast_input_dtype_enabled = False
+
+
+class _Doubling(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2.0 * super().forward(input)
+
+
+def _wrap(model: Any) -> None:
+    for layer in lora_layers(model):
+        layer.lora_A["a0"].__class__ = _Doubling
+
+
+def _by_vmap(model: Any, x: Tensor) -> Tensor:
+    return torch.vmap(model)(x)
+
+
+def _by_trace(model: Any, x: Tensor) -> Tensor:
+    return torch.jit.trace(model.base_model.model.lin0, x, check_trace=False)(x)
+
+
+def _by_export(model: Any, x: Tensor) -> Tensor:
+    program = torch.export.export(model.base_model.model.lin0, (x,))
+    assert not [node for node in program.graph.nodes if "lora_kernels" in str(node.target)]
+    return program.module()(x)
+
+
+def _with_global_hook(model: Any, x: Tensor) -> Tensor:
+    handle = torch_module.register_module_forward_hook(lambda module, args, y: 1.5 * y)
+    try:
+        return model(x)
+    finally:
+        handle.remove()
+
+
+def _under_autocast(model: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(x)
+
+
+@dataclass(frozen=True)
+class OwnPath:
+    """A use of PEFT's that stays its own; ``reason``: words of what is counted, "" where nothing can be."""
+
+    name: str
+    reason: str
+    adapters: tuple[dict[str, Any], ...] = ({},)
+    prepare: Callable[[Any], None] = lambda model: None
+    call: Callable[[Any, Tensor], Tensor] = lambda model, x: model(x)
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        return self.name
+
+
+DROPPING = ({"lora_dropout": 0.5}, {"r": 3, "lora_dropout": 0.2})
+OWN_PATHS = [
+    OwnPath("dora", "DoraLinearVariant", ({"use_dora": True},)),
+    OwnPath("dora beside lora", "DoraLinearVariant", ({}, {"use_dora": True}), _both_active),
+    OwnPath("two dropouts", "dropout acts on several", DROPPING, _both_active),
+    OwnPath("dropout of 1", "p in [0, 1)", ({"lora_dropout": 1.0},)),
+    OwnPath("hook on lora_A", "hooks", prepare=_hook(lambda layer: layer.lora_A["a0"])),
+    OwnPath("hook on lora_B", "hooks", prepare=_hook(lambda layer: layer.lora_B["a0"])),
+    OwnPath("hook on the base", "hooks", prepare=_hook(lambda layer: layer.base_layer)),
+    OwnPath("hook on dropout", "hooks", prepare=_hook(lambda layer: layer.lora_dropout["a0"])),
+    OwnPath("hook on all modules", "hooks on all modules", call=_with_global_hook),
+    OwnPath("wrapped lora_A", "wrapped", prepare=_wrap),
+    OwnPath("no casting", "casting", prepare=_no_casting, call=_under_autocast, dtype=torch.bfloat16),
+    OwnPath("vmap", "vmap", call=_by_vmap),
+    OwnPath("jit.trace", "jit.trace", call=_by_trace),
+    OwnPath("export", "", call=_by_export),
+]
+
+
+@pytest.mark.parametrize("own", OWN_PATHS, ids=str)
+def test_the_bits_are_pefts_and_the_reason_is_counted(own: OwnPath) -> None:
+    stock = make(*own.adapters, dtype=own.dtype)
+    own.prepare(stock)
+    model = fused(stock)
+    outputs = []
+    for m in (model, stock):
+        torch.manual_seed(0)
+        outputs.append(own.call(m, X.to(own.dtype)).detach())
+    assert same_bits(*outputs)
+    counted = calls(model)
+    assert counted.fused == 0
+    assert all(own.reason in reason for reason in counted.own)
+    assert bool(counted.own) == bool(own.reason)
+
+
+def test_a_reason_that_goes_away_leaves_the_fast_path() -> None:
+    model = fused(make(*DROPPING))
+    _both_active(model)
+    model(X)
+    model.eval()(X)
+    assert (calls(model).fused, sum(calls(model).own.values())) == (2, 2)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_explain_takes_a_fused_layer(p: float) -> None:
+    model = fused(make({"lora_dropout": p}, *TWO[1:]))
+    explanation = explain(lora_layers(model)[0])
+    assert (explanation.problem.r, explanation.problem.dropout_p) == (4, p)
+    assert repr(lora_layers(model)[0]).startswith("lora.Linear[fused](")
+
+
+def test_importing_the_functions_loads_no_peft() -> None:
+    from test_import import loaded_by
+
+    assert "peft" not in loaded_by("import lora_kernels.peft; lora_kernels.peft.fuse_peft")["loaded"]
+
+
+def test_a_data_parallel_replica_finds_its_tensors() -> None:
+    """Replicas hold plain tensors where the module has Parameters."""
+    model = fused(make())
+    layer = lora_layers(model)[0]
+    expected = layer(X).detach()
+    for part in (layer.base_layer, layer.lora_A["a0"], layer.lora_B["a0"]):
+        for name, parameter in list(part._parameters.items()):
+            del part._parameters[name]
+            setattr(part, name, None if parameter is None else parameter.detach())
+    assert same_bits(layer(X).detach(), expected)

@@ -1,0 +1,125 @@
+"""Which plans there are for a cell, which is predicted best, and how plans are written down and read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from lora_kernels.backends.triton import plans, tuned
+from lora_kernels.backends.triton.compile_report import ARCHITECTURES
+from lora_kernels.backends.triton.configs import INTERPRETER, ExpandConfig, Machine, ShrinkConfig
+from lora_kernels.backends.triton.plans import BaseFirst, Cell, FewTokens, Fused, LoraFirst
+from lora_kernels.errors import InvalidArgumentError
+
+A100, H200 = ARCHITECTURES[80], ARCHITECTURES[90]
+SMALL = Machine(capability=86, sm_count=84, shared_memory=101376)
+MACHINES = [*ARCHITECTURES.values(), SMALL, INTERPRETER]
+SQUARE = Cell("forward", 8192, 4096, 4096, 16, "bfloat16", False)
+CELLS = [
+    replace(SQUARE, tokens=tokens, n=n, r=r, dtype=dtype, dropout=r > 16)
+    for tokens, dtype in [(1, "bfloat16"), (16, "float32"), (64, "tf32"), (512, "float16"), (8192, "bfloat16")]
+    for n in (40, 1024, 14336)
+    for r in (1, 16, 130)
+]
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: f"sm{machine.capability}")
+def test_candidates(machine: Machine) -> None:
+    """They fit, the compositions are among them, the best predicted come first, and JSON keeps them as they are."""
+    for cell in CELLS:
+        found = plans.candidates(machine, cell)
+        assert {LoraFirst, BaseFirst, Fused} <= {type(plan) for plan in found}
+        assert len(set(found)) == len(found)
+        seconds = [plans.predicted_seconds(machine, cell, plan) for plan in found]
+        assert machine.interpreter or seconds == sorted(seconds)
+        for plan in found:
+            assert plans.fits(machine, cell, plan)
+            assert plans.plan_from_json(json.loads(json.dumps(plans.plan_to_json(plan)))) == plan
+
+
+@pytest.mark.parametrize(
+    ("machine", "changes", "kind"),
+    [
+        (H200, {"tokens": 1}, "few_tokens"),
+        (A100, {"tokens": 16}, "few_tokens"),
+        (H200, {"tokens": 1, "r": 300}, "lora_first"),
+        (H200, {}, "lora_first"),
+        (A100, {}, "lora_first"),
+        (H200, {"dtype": "float32"}, "lora_first"),
+        (H200, {"tokens": 64}, "lora_first"),
+        (INTERPRETER, {}, "fused"),
+        (INTERPRETER, {"tokens": 16}, "few_tokens"),
+    ],
+)
+def test_what_an_untuned_machine_takes(machine: Machine, changes: dict[str, Any], kind: str) -> None:
+    """A product that is assumed slower than the library's is not taken where its arithmetic counts."""
+    assert plans.candidates(machine, replace(SQUARE, **changes))[0].kind == kind
+
+
+def test_a_narrow_strip_is_split() -> None:
+    """N / BLOCK_N programs do not fill the machine: K is split, more at a smaller N."""
+    few = [plans.candidates(H200, replace(SQUARE, tokens=1, n=n))[0] for n in (256, 1024, 14336)]
+    assert all(isinstance(plan, FewTokens) for plan in few)
+    programs = [-(-n // plan.config.block_n) * plan.splits for n, plan in zip((256, 1024, 14336), few, strict=True)]
+    assert few[0].splits > 1
+    assert few[2].splits == 1
+    assert min(programs) > H200.sm_count // 4
+
+
+def test_few_rows_of_h_are_split() -> None:
+    """And many are not: there the machine is full."""
+    for tokens, split in ((32, True), (512, True), (8192, False)):
+        best = next(p for p in plans.candidates(H200, replace(SQUARE, tokens=tokens)) if isinstance(p, LoraFirst))
+        assert (best.shrink.splits > 1) == split
+
+
+def test_a_faster_product_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice follows the assumptions: with a product as quick as the library's, the fused plan wins."""
+    from lora_kernels.backends.triton import model
+
+    monkeypatch.setattr(model, "ASSUMED", replace(model.ASSUMED, persistent=1.0, low_rank_step=0.2e-6))
+    assert isinstance(plans.candidates.__wrapped__(H200, SQUARE)[0], Fused)
+
+
+@pytest.mark.parametrize(
+    ("plan", "cell"),
+    [
+        (replace(plans.candidates(H200, SQUARE)[-1]), None),
+        (next(p for p in plans.candidates(H200, SQUARE) if isinstance(p, Fused) and p.variant == "flattened"), A100),
+        (next(p for p in plans.candidates(H200, replace(SQUARE, tokens=1))), replace(SQUARE, tokens=32)),
+    ],
+    ids=["of this machine", "of a newer machine", "of fewer tokens"],
+)
+def test_a_table_s_plan_is_taken_where_it_fits(plan: plans.Plan, cell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = cell if isinstance(cell, Machine) else H200
+    cell = cell if isinstance(cell, Cell) else SQUARE
+    monkeypatch.setattr(tuned, "lookup", lambda device, cell: plan)
+    chosen = plans.plan_for.__wrapped__(torch.device("cuda", 0), machine, cell)
+    assert chosen == (plan if plans.fits(machine, cell, plan) else plans.candidates(machine, cell)[0])
+    assert (chosen == plan) == (machine is H200 and cell == SQUARE)
+
+
+GOOD = plans.plan_to_json(LoraFirst(ShrinkConfig(64, 128, 16, 4, 4), ExpandConfig(64, 128, 16, 4), True))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"kind": "magic"}, "one of few_tokens, fused, lora_first, base_first; got"),
+        ({"pdl": 1}, "pdl of LoraFirst is 1 and must be true or false"),
+        ({"pdl": None, "splits": 3}, "LoraFirst has the fields shrink, expand, pdl; got"),
+        ({"shrink": 5}, "ShrinkConfig has the fields block_m, .*; got 5"),
+        ({"expand": {**GOOD["expand"], "block_m": 48}}, "block_m of ExpandConfig is 48 and must be .* a power of 2"),
+        ({"shrink": {**GOOD["shrink"], "splits": 0}}, "splits of ShrinkConfig is 0 and must be a positive integer"),
+    ],
+)
+def test_nonsense_is_no_plan(change: dict[str, Any], sentence: str) -> None:
+    assert plans.plan_from_json(GOOD).kind == "lora_first"
+    with pytest.raises(InvalidArgumentError, match=sentence):
+        plans.plan_from_json({**GOOD, **change})
+    with pytest.raises(InvalidArgumentError, match="a plan is an object"):
+        plans.plan_from_json([])  # type: ignore[arg-type]

@@ -1,0 +1,102 @@
+"""Forward's plans on a GPU: what the interpreter cannot show (dependent launch, captured graphs, prepared launches)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import CUDA, Case, make
+from lora_kernels.backends.triton.plans import BaseFirst, FewTokens, Fused, Plan
+from numerics import same_bits
+from test_triton_plans import by_plan, judge, plans_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not CUDA, reason="it needs a GPU and torch sees no CUDA device"),
+]
+
+CASES = [
+    Case(m=16, k=4096, n=1000, r=16, dtype=torch.bfloat16, adapter_dtype=torch.float32, p=0.1),
+    Case(m=1000, k=1000, n=1400, r=40, dtype=torch.bfloat16, adapter_dtype=torch.float32, p=0.1),
+]
+
+
+def sample(case: Case) -> list[Plan]:
+    """The best predicted plan of each kind, variant, launch and split."""
+    found: dict[Any, Plan] = {}
+    for plan in plans_of(case, "cuda"):
+        splits = plan.splits if isinstance(plan, FewTokens) else plan.shrink.splits
+        kind = (
+            plan.kind,
+            plan.variant if isinstance(plan, Fused) else "",
+            not isinstance(plan, BaseFirst) and plan.pdl,
+        )
+        found.setdefault((*kind, splits > 1), plan)
+    return list(found.values())
+
+
+PLANS = [(case, plan) for case in CASES for plan in (sample(case) if CUDA else ())]
+EARLY = [(case, plan) for case, plan in PLANS if not isinstance(plan, BaseFirst) and plan.pdl]
+
+
+@pytest.mark.parametrize(("case", "plan"), PLANS, ids=str)
+def test_against_float64(case: Case, plan: Plan) -> None:
+    judge(plan, case, make(case, "cuda"))
+
+
+@pytest.mark.parametrize(("case", "plan"), EARLY, ids=str)
+def test_an_early_start_changes_no_bit(case: Case, plan: Any) -> None:
+    """Many calls in a row, each with memory that the one before has just given back: none reads what is not there."""
+    inputs = [make(case, "cuda", seed) for seed in range(4)]
+    in_order = [by_plan(replace(plan, pdl=False), case, i) for i in inputs]
+    for _ in range(25):
+        early = [by_plan(plan, case, i) for i in inputs]
+        for left, right in zip(early, in_order, strict=True):
+            assert all(same_bits(left[name], right[name]) for name in left)
+        del early
+
+
+@pytest.mark.parametrize(("case", "plan"), PLANS, ids=str)
+def test_a_captured_graph_replays_the_same_bits(case: Case, plan: Plan) -> None:
+    """Twice, the second time on other numbers."""
+    i, other = make(case, "cuda"), make(case, "cuda", seed=1)
+    i = replace(i, x=i.x.detach().clone())
+    wanted = [by_plan(plan, case, i)["y"], by_plan(plan, case, replace(i, x=other.x))["y"]]
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        y = by_plan(plan, case, i)["y"]
+    replayed: list[Tensor] = []
+    for x in (None, other.x.detach()):
+        if x is not None:
+            i.x.copy_(x)
+        graph.replay()
+        torch.cuda.synchronize()
+        replayed.append(y.clone())
+    assert all(same_bits(left, right) for left, right in zip(replayed, wanted, strict=True))
+
+
+@pytest.mark.parametrize(("case", "plan"), PLANS, ids=str)
+def test_a_second_call_does_without_triton_s_own_launch(
+    case: Case, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And on another stream, while the first one is busy."""
+    from triton.runtime.jit import JITFunction
+
+    i = make(case, "cuda")
+    first = by_plan(plan, case, i)
+
+    def refused(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("bound anew")
+
+    monkeypatch.setattr(JITFunction, "run", refused)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        second = by_plan(plan, case, i)
+    torch.cuda.synchronize()
+    assert all(same_bits(first[name], second[name]) for name in first)

@@ -1,0 +1,47 @@
+"""A ready-made launch hands the device what Triton's own would: real kernels, compiled for a GPU that is not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(FOLDER), str(FOLDER.parent), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, str(FOLDER / "recorded_launches.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def test_ready_made_launches_are_triton_s(results: list[dict[str, Any]]) -> None:
+    """Grid, stream, function, and each argument in its place."""
+    assert {result["plan"].split()[0] for result in results} == {"few_tokens", "fused", "lora_first"}
+    for result in results:
+        assert result["first"] == result["third"], result["plan"]
+        assert all(call["stream"] == 77 for call in result["third"])
+
+
+def test_only_a_second_kernel_starts_early(results: list[dict[str, Any]]) -> None:
+    """The first kernel of a call waits for all before it, for nothing in it waits for anything but its predecessor."""
+    for result in results:
+        first, *others = result["third"]
+        assert not first["pdl"]
+        assert all(call["pdl"] == ("pdl" in result["plan"]) for call in others)
+
+
+def test_descriptors_get_their_memory(results: list[dict[str, Any]]) -> None:
+    by_tma = [call for result in results for call in result["third"] if call["kernel"] == "persistent_kernel"]
+    assert by_tma
+    assert all(call["scratch"] > 0 for call in by_tma)
