@@ -32,7 +32,7 @@ build: $(STAMP) ## compile the native library for this machine into the user's c
 
 test: $(STAMP) ## set up .venv where it is missing, then run all tests (doctests and benchmarks' own checks too)
 	$(BIN)/lora-kernels build cpu
-	$(BIN)/python -m pytest tests $(wildcard bench) --benchmark-disable $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests $(wildcard bench) --benchmark-disable -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff (rules and format), mypy, clang-format
 	$(BIN)/ruff check .

@@ -118,6 +118,8 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
         parameter.requires_grad_(False)
     for layer in layers:
         layer.base_weight.requires_grad_(False)
+        if layer.base_bias is not None:
+            layer.base_bias.requires_grad_(False)
         for parameter in layer.adapter.values():
             parameter.requires_grad_(True)
     train_biases(model, layers, bias)
@@ -253,8 +255,8 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for prefix, layer in some_lora_layers(model, "lora_state_dict"):
         tensors |= {joined(prefix, name): parameter.detach() for name, parameter in layer.adapter.items()}
-        if bias == "lora_only" and layer.bias is not None:
-            tensors[joined(prefix, "bias")] = layer.bias.detach()
+        if bias == "lora_only" and layer.base_bias is not None:
+            tensors[joined(prefix, "bias")] = layer.base_bias.detach()
     if bias == "all":
         tensors |= {name: parameter.detach() for name, parameter in _biases(model)}
     return tensors
@@ -333,7 +335,7 @@ def check_bias(bias: str) -> None:
 def train_biases(model: nn.Module, layers: list[LoRALayer], bias: str) -> None:
     biases = [parameter for _, parameter in _biases(model)] if bias == "all" else []
     if bias == "lora_only":
-        biases = [layer.bias for layer in layers if layer.bias is not None]
+        biases = [layer.base_bias for layer in layers if layer.base_bias is not None]
     for parameter in biases:
         _train(parameter)
 
@@ -350,7 +352,13 @@ def _train(parameter: nn.Parameter) -> None:
 
 
 def _biases(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias")
+    """Each bias of ``model``, a shared one once, by its first name; of a merged layer the one that was merged into."""
+    seen = set()
+    for prefix, module in model.named_modules():
+        bias = module.base_bias if isinstance(module, LoRALayer) else module._parameters.get("bias")
+        if bias is not None and bias not in seen:
+            seen.add(bias)
+            yield joined(prefix, "bias"), bias
 
 
 def _untied_from(model: nn.Module, layer: LoRALayer) -> tuple[str, ...]:

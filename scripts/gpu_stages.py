@@ -124,11 +124,12 @@ def judge_bench(path: Path) -> str:
 
 
 def judge_tune(path: Path) -> str:
-    """Counts the cells that were tuned."""
+    """Counts the cells that the table has; what there was no time for is left to the model."""
     cells = json.loads(path.read_text())["cells"]
-    if not cells:
+    tuned = sum(cell["row"] is not None for cell in cells)
+    if not tuned:
         raise ValueError("no cell was tuned")
-    return f"{len(cells)} cells"
+    return f"{tuned} of {len(cells)} cells"
 
 
 PACKAGE = (sys.executable, "-m", "lora_kernels")
@@ -144,7 +145,7 @@ def stages(pytest_args: Sequence[str] = ()) -> list[Stage]:
         Stage("build", (*PACKAGE, "build", "all", "--json"), 70, "build.json", True, judge_json, True, every_time=True),
         Stage("tests", tests, 130, "tests.xml", False, judge_tests),
         Stage("verify", (*PACKAGE, "verify", "--json"), 90, "verify.json", True, judge_json),
-        _tune("tune", "quick", 115),
+        _tune("tune", "quick", 105),
         _bench("bench", "gpu-quick", 90),
         _overhead(),
         Stage("compile", report, 60, "compile.json", False, judge_json),
@@ -180,8 +181,10 @@ def _bench(name: str, preset: str, limit_s: float) -> Stage:
 
 
 def _overhead() -> Stage:
-    command = (*PACKAGE, "bench", "--preset", "gpu-overhead", "--profile", "{result}")
-    return Stage("overhead", command, 15, "overhead.json", False, judge_json, True)
+    """Of the square layer alone: the profile is written at its end."""
+    cells = ("--preset", "gpu-overhead", "--only", "out_features=4096", "p=0.0")
+    command = (*PACKAGE, "bench", *cells, "--profile", "{result}")
+    return Stage("overhead", command, 25, "overhead.json", False, judge_json, True)
 
 
 def files_of_tests() -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,19 @@ def test_a_save_that_fails_at_any_step_leaves_the_folder_as_it_was(first: bool, 
 
 def full_disk() -> None:
     raise OSError(28, "No space left on device")
+
+
+def test_a_file_system_that_syncs_no_folders_takes_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = os.fsync
+
+    def files_only(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    save_adapter(adapted(**LATTER), tmp_path)
+    assert state_of(tmp_path) == STATES["latter"]
 
 
 def test_a_configuration_changed_by_hand_counts(tmp_path: Path) -> None:

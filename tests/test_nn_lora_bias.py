@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels import FusedLoRALinear
+from lora_kernels import FusedLoRALinear, lora_state_dict, mark_only_lora_as_trainable, merge_lora
 from lora_kernels.errors import InvalidArgumentError
 from models import acting, disturb, layer_state, same_state
 from numerics import check, check_all
@@ -53,6 +53,19 @@ def test_merging_adds_it_to_the_bias_and_unmerging_is_exact(bias: bool) -> None:
     layer.unmerge()
     assert layer.bias is own
     assert same_state(layer_state(layer), {name: tensor.half() for name, tensor in before.items()})
+
+
+@pytest.mark.parametrize("scope", ["lora_only", "all"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_merged_models_biases_are_the_original_ones(bias: bool, scope: str) -> None:
+    model = nn.Sequential(disturb(acting(lora_bias=True, bias=bias)))
+    before = lora_state_dict(model, scope)
+    merge_lora(model)
+    assert same_state(lora_state_dict(model, scope), before)
+    for trained, expected in ((scope, bias), ("none", False)):
+        mark_only_lora_as_trainable(model, trained)
+        assert [p.requires_grad for p in (model[0].base_bias,) if p is not None] == [expected] * bias
+        assert not model[0].bias.requires_grad
 
 
 @pytest.mark.parametrize("init", [True, False])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 
 import lora_kernels
@@ -166,6 +167,14 @@ def test_what_peft_refuses_it_still_refuses() -> None:
     layer.merge()
     with pytest.raises(ValueError, match="merged"):
         layer(X, adapter_names=["a0"] * 5)
+
+
+def test_an_overflow_in_one_rows_adapter_stays_out_of_the_other_rows() -> None:
+    model = fused(make({"r": 1, "target_modules": ["lin0"]}, {"r": 1, "target_modules": ["lin0"]}))
+    layer = lora_layers(model)[0]
+    layer.lora_A["a1"].weight.data.fill_(float("inf"))
+    y = layer(X, adapter_names=["a0", "a1", "__base__", "a1", "a0"])
+    assert y.isfinite().all(1).tolist() == [True, False, True, False, True]
 
 
 def test_layers_that_peft_builds_fused() -> None:

@@ -121,6 +121,15 @@ def test_tests_that_did_not_do_their_work_are_a_failure(tmp_path: Path, body: st
         judge_tests(path)
 
 
+def test_cells_that_were_not_reached_do_not_count_as_tuned(tmp_path: Path) -> None:
+    path = tmp_path / "tune.json"
+    path.write_text('{"cells": [{"row": {}}, {"row": null}]}')
+    assert gpu_stages.judge_tune(path) == "1 of 2 cells"
+    path.write_text('{"cells": [{"row": null}]}')
+    with pytest.raises(ValueError, match="no cell was tuned"):
+        gpu_stages.judge_tune(path)
+
+
 @pytest.mark.parametrize("plan", gpu_stages.PLANS)
 def test_the_stages_fit_nine_minutes_and_eight_files(plan: str) -> None:
     planned = gpu_stages.PLANS[plan]()

@@ -17,6 +17,7 @@ import torch
 
 from ..errors import InvalidArgumentError
 from .device import gpu_state, source_id
+from .presets import PRESETS
 from .workloads import Workload
 
 __all__ = [
@@ -143,13 +144,16 @@ def load(path: str | Path) -> Result:
 def join(results: Sequence[Result]) -> Result:
     """The latest result, and what runs of the same preset in the same place (device, threads, versions) add to it.
 
-    A grid may be run in parts, one dtype at a time; of a cell that several runs have, the latest counts.
+    A grid may be run in parts, one dtype at a time; of a cell that several runs have, the latest counts. The cells come in
+    the preset's order.
     """
     by_date = sorted(results, key=lambda result: result.date)
     last = by_date[-1]
     parts = [result for result in by_date if (result.preset, _place(result)) == (last.preset, _place(last))]
     cells = {cell.workload: cell for part in parts for cell in part.cells}
-    return replace(last, cells=list(cells.values()))
+    planned = PRESETS[last.preset].workloads if last.preset in PRESETS else ()
+    place = {workload: i for i, workload in enumerate(planned)}
+    return replace(last, cells=sorted(cells.values(), key=lambda cell: place.get(cell.workload, len(place))))
 
 
 def continued(path: str | Path, preset: str, now: dict[str, Any], seed: int, titles: Sequence[str]) -> list[Cell]:

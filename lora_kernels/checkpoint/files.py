@@ -9,6 +9,7 @@ adapter or the latter, whole. Where nothing of the kind is found, the configurat
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -181,9 +182,15 @@ def _put_back(file: Path, saving: Path, former: Path) -> None:
 
 def _sync(path: Path) -> None:
     """Waits until ``path``, a file or a folder's list of files, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    if folder and os.name == "nt":
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems sync no folders
+            raise
     finally:
         os.close(handle)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .fusing import fuse_peft, unfuse_peft, with_fused_layers
+from .fusing import _layer_module, fuse_peft, unfuse_peft, with_fused_layers
 from .report import Calls, FusedLayer, FuseReport, UnfuseReport, calls
 
 if TYPE_CHECKING:
@@ -29,6 +29,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "FusedLoraLinear":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    from .layer import FusedLoraLinear
-
-    return FusedLoraLinear
+    return _layer_module(f"{__name__}.{name}").FusedLoraLinear

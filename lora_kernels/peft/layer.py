@@ -109,9 +109,10 @@ class FusedLoraLinear(Linear):
         number = {name: i for i, name in enumerate(adapters)}
         of_row = torch.tensor([number.get(name, -1) for name in rows], device=x.device)
         of_rank = torch.tensor([i for i, r in enumerate(ranks) for _ in range(r)], device=x.device)
-        own = (of_row.unsqueeze(1) == of_rank).to(y.dtype)  # (rows, R)
+        others = of_row.unsqueeze(1) != of_rank  # (rows, R)
         h = F.linear(x.to(y.dtype), lora_a.to(y.dtype))  # (rows, ..., R)
-        h = (h * own.view(len(rows), *[1] * (x.dim() - 2), -1)).flatten(0, -2)
+        # Set to zero, not multiplied by it: an overflow in another adapter's h would be NaN in this row.
+        h = h.masked_fill(others.view(len(rows), *[1] * (x.dim() - 2), -1), 0.0).flatten(0, -2)
         add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
         return add(y.flatten(0, -2), h, lora_b.to(y.dtype).t(), alpha=scaling).view_as(y)
 

@@ -116,6 +116,8 @@ class DeviceTrial:
         else:
             with ThreadPoolExecutor(self._bench.workers) as pool:
                 first = list(pool.map(self._compiled, plans))
+            # Two plans that share a kernel may meet while Triton loads it: who failed runs once more, alone.
+            first = [refusal and self._compiled(plan) for plan, refusal in zip(plans, first, strict=True)]
         refused = {}
         for plan, refusal in zip(plans, first, strict=True):
             if found := refusal or self._check(plan):

@@ -141,14 +141,15 @@ def _first_forward(
             return y, h
         call = Call.of(machine, x, weight, lora_a, lora_b, bias, p, state, precision)
         chosen = plan_for(x.device, machine, call.cell)
-        others = [plan for plan in candidates(machine, call.cell) if plan != chosen]
-        for plan in (chosen, *others):
+        ranked = dict.fromkeys([chosen, *candidates(machine, call.cell)])
+        plans = [plan for plan in ranked if call.by_descriptor or getattr(plan, "variant", "pointer") == "pointer"]
+        for plan in plans:
             run = ready(plan, call)
             try:
                 result = run(current_stream(key[0]), x, weight, lora_a, lora_b, bias, scaling, state)
             except (OutOfResources, PTXASError, RuntimeError) as error:
                 compiler = not isinstance(error, RuntimeError) or "PassManager" in str(error)
-                if plan is others[-1] or not compiler:
+                if plan is plans[-1] or not compiler:
                     raise
             else:
                 _runs.keep(key, run)
