@@ -144,8 +144,8 @@ def load(path: str | Path) -> Result:
 def join(results: Sequence[Result]) -> Result:
     """The latest result, and what runs of the same preset in the same place (device, threads, versions) add to it.
 
-    A grid may be run in parts, one dtype at a time; of a cell that several runs have, the latest counts. The cells come in
-    the preset's order.
+    A grid may be run in parts, one dtype at a time; of a cell that several runs have, the latest counts. The cells come
+    in the preset's order.
     """
     by_date = sorted(results, key=lambda result: result.date)
     last = by_date[-1]

@@ -34,9 +34,9 @@ def fuse_peft(model: nn.Module) -> FuseReport:
     adapters at once, modules with hooks inside of the layer, ``torch.func``, ``torch.jit.trace``, ``torch.export``.
     Layers over a quantized, sharded or unusual base stay PEFT's own, as do its embeddings and convolutions.
 
-    Numerics: A and B are rounded to the compute dtype at the product, sums run in fp32, and y is rounded once (twice in a
-    mixed batch that takes one pass), where
-    PEFT rounds the base product and again the sum. Dropout draws from PyTorch's generator, but other numbers than PEFT.
+    Numerics: A and B are rounded to the compute dtype at the product, sums run in fp32, and y is rounded once (twice in
+    a mixed batch that takes one pass), where PEFT rounds the base product and again the sum. Dropout draws from
+    PyTorch's generator, but other numbers than PEFT.
 
     Args:
         model: a ``PeftModel``, or any module that holds PEFT's LoRA layers.
