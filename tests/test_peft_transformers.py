@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -57,12 +56,14 @@ def _trained(model: Any) -> dict[str, Tensor]:
 @every_family
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_loss_and_gradients_are_those_of_pefts(family: Callable[[], Any], checkpointing: bool) -> None:
-    stock = _made(family)
-    model, exact = fused(stock), copy.deepcopy(stock).double()
+    """In float64: what a whole model makes of two roundings of one product in fp32 is chance."""
+    stock = _made(family).double()
+    model = fused(stock)
     if checkpointing:
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
         model.apply(lambda module: setattr(module, "p", 0.0) if isinstance(module, torch.nn.Dropout) else None)
-    check_all(_trained(model), _trained(exact), _trained(stock), torch.float32)
+    exact = _trained(stock)
+    check_all(_trained(model), exact, exact, torch.float64)
     counted = calls(model)
     assert not counted.own
     assert counted.fused > LAYERS[family] if checkpointing else counted.fused == LAYERS[family]
