@@ -181,7 +181,7 @@ def test_a_rerun_goes_on_where_the_last_one_stopped(table: Path) -> None:
     assert statuses(FakeBench().run(CELLS[:1], table, again=True)) == ["tuned"]
 
 
-@pytest.mark.parametrize("package", ["torch", "triton", "lora_kernels"])
+@pytest.mark.parametrize("package", ["torch", "triton", "lora_kernels", "kernels"])
 def test_other_versions_are_measured_anew(package: str, table: Path) -> None:
     FakeBench().run([CELL], table)
     bench = FakeBench()

@@ -36,6 +36,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def test_rows_name_the_kernels_that_they_were_measured_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = DeviceBench(CPU).versions["kernels"]
+    assert DeviceBench(CPU).versions["kernels"] == before
+    (tmp_path / "configs.py").write_text("")
+    monkeypatch.setattr(device_bench.configs, "__file__", str(tmp_path / "configs.py"))
+    assert DeviceBench(CPU).versions["kernels"] != before
+
+
 def clock(runs: Sequence[Candidate], floor: str, budget: float, rounds: int, *rest: Any) -> dict[str, Timing]:
     """Runs one of them; the first candidates are the quickest."""
     runs[-1].run(0)
