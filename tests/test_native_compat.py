@@ -97,3 +97,11 @@ def test_another_python_and_another_torch_load_the_same_file(tmp_path: Path) -> 
     versions = (info["versions"]["python"], info["versions"]["torch"])
     assert versions != (sys.version.split()[0], load.status("cpu")["build"]["torch"])
     assert answer("verify", "--backend", "native", "--dtype", "fp32")
+
+
+@pytest.mark.parametrize("macro", ["STABLE_TORCH_ERROR", "STD_CUDA_"])
+def test_the_sources_use_no_macro_that_the_oldest_torch_lacks(macro: str) -> None:
+    """torch/csrc/stable/macros.h defines these, and came after 2.11."""
+    sources = [path for path in (PACKAGE.parent / "csrc").rglob("*") if path.is_file()]
+    assert [path.name for path in sources if macro in path.read_text(encoding="utf-8")] == []
+    assert sources

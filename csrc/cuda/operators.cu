@@ -102,7 +102,10 @@ void check_dtype(const Tensor& t, const char* name, DType dtype, const char* mea
     STD_TORCH_CHECK(dtype_of(t) == dtype, name, " must have ", meaning, ".");
 }
 
-void check_launches() { STD_CUDA_CHECK(cudaGetLastError()); }
+void check_launches() {
+    const cudaError_t status = cudaGetLastError();
+    STD_TORCH_CHECK(status == cudaSuccess, "a CUDA kernel could not be launched: ", cudaGetErrorString(status));
+}
 
 // out += left right, by cuBLAS. This is what makes the low-rank term come first ("LoRA first"): out is written once by
 // Expand and accumulated onto (beta = 1), instead of being written by the GEMM, read, and written again. A 16-bit out
