@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["LoadReport", "ReplaceReport", "ReplacedLayer", "RestoreReport", "RestoredLayer", "SkippedLayer"]
+__all__ = [
+    "LoadReport",
+    "ReplaceReport",
+    "ReplacedLayer",
+    "RestoreReport",
+    "RestoredLayer",
+    "SkippedLayer",
+    "count",
+    "skipped_lines",
+    "some",
+]
 
-_NAMES_SHOWN = 4  # of the layers that were left alone for one and the same reason
+_NAMES_SHOWN = 4  # of the layers that one line tells of
 
 
 @dataclass(frozen=True)
@@ -79,9 +89,9 @@ class ReplaceReport:
         return iter(self.layers)
 
     def __str__(self) -> str:
-        lines = [f"replaced {_count(len(self.layers), 'layer')}:", *(f"  {layer}" for layer in self.layers)]
+        lines = [f"replaced {count(len(self.layers), 'layer')}:", *(f"  {layer}" for layer in self.layers)]
         if self.skipped:
-            lines += [f"left alone {_count(len(self.skipped), 'module')}:", *self._skipped_lines()]
+            lines += [f"left alone {count(len(self.skipped), 'module')}:", *skipped_lines(self.skipped)]
         lines += [f"note: {note}" for note in self.notes]
         lines.append(f"trainable parameters: {self.trainable:,} of {self.total:,} ({self.percent:.4g} %)")
         if self.trainable > self.adapter_parameters:
@@ -90,14 +100,6 @@ class ReplaceReport:
                 "mark_only_lora_as_trainable(model) freezes them"
             )
         return "\n".join(lines)
-
-    def _skipped_lines(self) -> Iterator[str]:
-        names: dict[str, list[str]] = {}
-        for layer in self.skipped:
-            names.setdefault(layer.reason, []).append(layer.name)
-        for reason, alike in names.items():
-            more = f" and {len(alike) - _NAMES_SHOWN} more" if len(alike) > _NAMES_SHOWN else ""
-            yield f"  {', '.join(alike[:_NAMES_SHOWN])}{more}: {reason}"
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class RestoreReport:
         return iter(self.layers)
 
     def __str__(self) -> str:
-        lines = [f"restored {_count(len(self.layers), 'layer')}:", *(f"  {layer}" for layer in self.layers)]
+        lines = [f"restored {count(len(self.layers), 'layer')}:", *(f"  {layer}" for layer in self.layers)]
         lines.append(f"adapters merged: {len(self.kept)}; adapters dropped: {len(self.dropped)}")
         return "\n".join(lines)
 
@@ -172,13 +174,29 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [
-            f"loaded an adapter into {_count(len(self.layers), 'layer')}:",
+            f"loaded an adapter into {count(len(self.layers), 'layer')}:",
             *(f"  {layer}" for layer in self.layers),
         ]
         if self.others:
-            lines.append(f"loaded {_count(len(self.others), 'other tensor')}: {', '.join(self.others)}")
+            lines.append(f"loaded {count(len(self.others), 'other tensor')}: {', '.join(self.others)}")
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
-def _count(number: int, noun: str) -> str:
+def skipped_lines(skipped: Sequence[SkippedLayer]) -> Iterator[str]:
+    """One line for each reason, with the first names."""
+    names: dict[str, list[str]] = {}
+    for layer in skipped:
+        names.setdefault(layer.reason, []).append(layer.name)
+    for reason, alike in names.items():
+        yield f"  {some(alike)}: {reason}"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of ``names``, and how many more there are."""
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
+
+
+def count(number: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import InvalidTypeError, LoRAStateError
-from ..report import SkippedLayer
+from ..report import SkippedLayer, count, skipped_lines, some
 
 __all__ = ["BASE", "FUSED", "Calls", "FuseReport", "FusedLayer", "UnfuseReport", "calls", "counter"]
 
 FUSED, BASE = "fused", "base"
 _ATTRIBUTE = "_lora_kernels_calls"
-_NAMES_SHOWN = 4
 
 
 def counter(layer: nn.Module) -> Counter[str]:
@@ -55,7 +54,7 @@ class Calls:
     def __str__(self) -> str:
         lines = [f"calls: {self.fused} fused, {sum(self.own.values())} by PEFT's own forward, {self.base} base alone"]
         by_count = sorted(self.own.items(), key=lambda item: -item[1])
-        return "\n".join([*lines, *(f"  {count} by PEFT: {reason}" for reason, count in by_count)])
+        return "\n".join([*lines, *(f"  {number} by PEFT: {reason}" for reason, number in by_count)])
 
 
 def total(counters: Iterator[Counter[str]]) -> Calls:
@@ -144,14 +143,14 @@ class FuseReport:
         return iter(self.layers)
 
     def __str__(self) -> str:
-        lines = [f"fused {_count(len(self.layers), 'layer')}:", *(f"  {layer}" for layer in self.layers)]
+        lines = [f"fused {count(len(self.layers), 'layer')}:", *(f"  {layer}" for layer in self.layers)]
         if not self.layers:
             lines = ["fused no layer"]
         if self.already:
-            lines.append(f"fused before: {_some(list(self.already))}")
+            lines.append(f"fused before: {some(self.already)}")
         if self.skipped:
-            lines.append(f"PEFT's own stay {_count(len(self.skipped), 'layer')}:")
-            lines += [f"  {_some(names)}: {reason}" for reason, names in _by_reason(self.skipped).items()]
+            lines.append(f"PEFT's own stay {count(len(self.skipped), 'layer')}:")
+            lines += skipped_lines(self.skipped)
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes), str(self.calls)])
 
 
@@ -174,20 +173,4 @@ class UnfuseReport:
         return iter(self.names)
 
     def __str__(self) -> str:
-        return f"unfused {_count(len(self.names), 'layer')}: {_some(list(self.names))}\n{self.calls}"
-
-
-def _by_reason(skipped: tuple[SkippedLayer, ...]) -> dict[str, list[str]]:
-    names: dict[str, list[str]] = {}
-    for layer in skipped:
-        names.setdefault(layer.reason, []).append(layer.name)
-    return names
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+        return f"unfused {count(len(self.names), 'layer')}: {some(self.names)}\n{self.calls}"
