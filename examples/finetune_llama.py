@@ -9,13 +9,12 @@ dataset of your own and the lines with ``lora_kernels`` stay the same.
 from __future__ import annotations
 
 import argparse
-import os
+import copy
 import sysconfig
 import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
@@ -63,17 +62,8 @@ def small_llama(vocabulary_size: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def save_atomically(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes beside ``path`` and renames, so a crash leaves the former file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        partial = Path(folder) / path.name
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-        os.replace(partial, path)
-
-
 def main() -> None:
-    """Train, measure, merge, save, load."""
+    """Train, measure, merge, save, load onto a plain copy of the base, and check that it computes the same."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps (default: 100)")
     parser.add_argument(
@@ -86,6 +76,7 @@ def main() -> None:
     vocabulary = {character: number for number, character in enumerate(sorted(set(text)))}
     split = int(0.9 * len(text))
     model = small_llama(len(vocabulary))
+    plain = copy.deepcopy(model)  # the base as it would be downloaded again, to load the adapter onto
 
     report = lora_kernels.replace_linear(model, LoRAConfig(r=8, lora_alpha=16, target_modules=TARGETS))
     lora_kernels.mark_only_lora_as_trainable(model)
@@ -119,11 +110,17 @@ def main() -> None:
         merged = trainer.evaluate()["eval_loss"]
     print(f"evaluation loss: {before:.4f} before, {after:.4f} after, {merged:.4f} merged for inference")
 
-    path = args.out / "adapter.safetensors"
-    save_atomically(lora_kernels.lora_state_dict(model), path)
-    lora_kernels.unmerge_lora(model)
-    model.load_state_dict(load_file(path, device=str(model.device)), strict=False)
-    print(f"saved {path} ({path.stat().st_size:,} bytes) and loaded it back")
+    assert after < before, "the adapter has learnt nothing"
+    lora_kernels.unmerge_lora(model)  # the exact weights again
+
+    lora_kernels.save_adapter(model, args.out)  # PEFT's two files: PeftModel.from_pretrained reads them too
+    loaded = lora_kernels.load_adapter(plain, args.out)  # replaces the layers that the files name
+    tokens = Characters(text[split:], vocabulary)[0]["input_ids"].unsqueeze(0).to(model.device)
+    with torch.no_grad():
+        same = torch.equal(plain.to(model.device).eval()(tokens).logits, model.eval()(tokens).logits)
+    assert same, "the loaded adapter computes something else"
+    size = (args.out / "adapter_model.safetensors").stat().st_size
+    print(f"saved {args.out} ({size:,} bytes), loaded {len(loaded)} layers onto the plain model: the same logits")
 
 
 if __name__ == "__main__":

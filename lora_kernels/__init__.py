@@ -18,6 +18,7 @@ _PLACES = {
     "fuse_peft": "peft",
     "load_adapter": "checkpoint",
     "lora_linear": "functional",
+    "lora_plus_groups": "optim",
     "lora_state_dict": "model",
     "mark_only_lora_as_trainable": "model",
     "merge_lora": "model",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from .model import restore_linear as restore_linear
     from .model import unmerge_lora as unmerge_lora
     from .nn import FusedLoRALinear as FusedLoRALinear
+    from .optim import lora_plus_groups as lora_plus_groups
     from .peft import fuse_peft as fuse_peft
     from .peft import unfuse_peft as unfuse_peft
 

@@ -113,17 +113,21 @@ def run_reference(
     scaling: float,
     mask: Tensor | None,
     p: float,
+    gain: Tensor | None = None,
+    activation: str = "identity",
 ) -> dict[str, Tensor]:
     """The ``OUTPUTS`` by the reference in ``dtype``, the adapters and bias first rounded to x's dtype.
 
     With float64 it gives *exact*, with x's own dtype the *yardstick*. x (M, K), weight (N, K), lora_a (R, K), lora_b
-    (N, R), bias (N,) or None, dy (M, N), mask (M, K) bool or None.
+    (N, R), bias (N,) or None, dy (M, N), mask (M, K) bool or None, gain (N,) or None: dgain is there only with it.
     """
     x_, weight_, a_, b_ = (t.detach().to(x.dtype).to(dtype) for t in (x, weight, lora_a, lora_b))
     bias = None if bias is None else bias.detach().to(x.dtype).to(dtype)
-    y, _ = reference.forward(x_, weight_, a_, b_, bias, scaling, mask, p)
-    gradients = reference.backward(dy.to(dtype), x_, weight_, a_, b_, scaling, mask, p)
-    return {"y": y, "dx": gradients.dx, "da": gradients.da, "db": gradients.db, "dbias": gradients.dbias}
+    gain = None if gain is None else gain.detach().to(dtype)
+    y, _ = reference.forward(x_, weight_, a_, b_, bias, scaling, mask, p, gain, activation)
+    g = reference.backward(dy.to(dtype), x_, weight_, a_, b_, scaling, mask, p, gain, activation)
+    results = {"y": y, "dx": g.dx, "da": g.da, "db": g.db, "dbias": g.dbias}
+    return results if gain is None else results | {"dgain": g.dgain}
 
 
 def _errors(actual: Tensor, exact: Tensor) -> tuple[float, float]:

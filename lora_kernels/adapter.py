@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 
 from .config import LoRAConfig, as_tuple
+from .matching import plain_name, trained_whole
 
-__all__ = ["Adapter", "forget", "plain_name", "remember", "remembered", "unwrapped"]
+__all__ = ["Adapter", "forget", "plain_name", "remember", "remembered", "remembered_within", "unwrapped"]
 
 _ATTRIBUTE = "_lora_adapter"
 _WIDER = ("none", "lora_only", "all")  # bias, each training more than the one before
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def plain_name(name: str) -> str:
-    """A dotted name without the parts that ``torch.compile`` and wrappers of blocks put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
 def remember(model: nn.Module, config: LoRAConfig, kept: Mapping[str, Any] | None = None) -> None:
     """Remembers ``config`` and ``kept``; biases and modules that an earlier one trains keep training: they are joined.
 
@@ -75,5 +70,28 @@ def remembered(model: nn.Module) -> Adapter | None:
     return found if isinstance(found, Adapter) else None
 
 
+def remembered_within(model: nn.Module) -> Adapter | None:
+    """What was remembered of ``model``, or where its layers were replaced in parts, of all of these together.
+
+    Biases and modules that one part trains are those of the whole: modules by their names in ``model``. Its rule is
+    the model's own, if there is one.
+    """
+    inner = unwrapped(model)
+    found = [(plain_name(name), part, it) for name, part in inner.named_modules() if (it := remembered(part))]
+    if not found:
+        return None
+    whole: list[str] = []
+    for prefix, part, adapter in found:
+        entries = as_tuple(adapter.config.modules_to_save)
+        names = [plain_name(name) for name, _ in trained_whole(entries, part)]
+        whole += [f"{prefix}.{name}" for name in names] if prefix else list(entries)
+    own = next((adapter.config for prefix, _, adapter in found if not prefix), LoRAConfig())
+    bias = max((adapter.config.bias for _, _, adapter in found), key=_WIDER.index)
+    kept = {key: value for _, _, adapter in reversed(found) for key, value in adapter.kept.items()}
+    return Adapter(replace(own, bias=bias, modules_to_save=list(dict.fromkeys(whole)) or None), kept)
+
+
 def forget(model: nn.Module) -> None:
-    vars(unwrapped(model)).pop(_ATTRIBUTE, None)
+    """Forgets what was remembered of ``model`` and of its parts."""
+    for part in unwrapped(model).modules():
+        vars(part).pop(_ATTRIBUTE, None)

@@ -16,7 +16,7 @@ from . import reference
 from .errors import UnsupportedTransformError
 from .ops import operators
 
-__all__ = ["LoRALinearFunction", "apply_function", "forward_only"]
+__all__ = ["LoRALinearFunction", "apply_function", "as_dtype", "flatten", "forward_only", "unflatten"]
 
 _GradInputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None, None, None]
 
@@ -34,8 +34,8 @@ def forward_only(
 ) -> Tensor:
     """y (..., N) for x (..., K): the operator without autograd around it, for when no gradient is due."""
     ops = operators(backend_name)
-    y, _ = ops.forward(_flatten(x), _as(weight, x.dtype), lora_a, lora_b, bias, scaling, p, state)
-    return _unflatten(y, x.shape)
+    y, _ = ops.forward(flatten(x), as_dtype(weight, x.dtype), lora_a, lora_b, bias, scaling, p, state)
+    return unflatten(y, x.shape)
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -55,7 +55,7 @@ class LoRALinearFunction(torch.autograd.Function):
         backend_name: str,
     ) -> Tensor:
         ops = operators(backend_name)
-        y, h = ops.forward(_flatten(x), _as(weight, x.dtype), lora_a, lora_b, bias, scaling, p, state)
+        y, h = ops.forward(flatten(x), as_dtype(weight, x.dtype), lora_a, lora_b, bias, scaling, p, state)
         need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
             x if need_a or need_weight else None,
@@ -67,7 +67,7 @@ class LoRALinearFunction(torch.autograd.Function):
             state if need_x or need_a else None,
         )
         ctx.settings = x.shape, weight.dtype, scaling, p, backend_name
-        return _unflatten(y, x.shape)
+        return unflatten(y, x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> _GradInputs:
@@ -77,16 +77,16 @@ class LoRALinearFunction(torch.autograd.Function):
         need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
         x, weight, lora_a, lora_b, bias, h, state = ctx.saved_tensors
         x_shape, weight_dtype, scaling, p, backend_name = ctx.settings
-        dy = _flatten(dy)  # (M, N)
+        dy = flatten(dy)  # (M, N)
         if x is not None:
-            x = _flatten(x)  # (M, K)
+            x = flatten(x)  # (M, K)
         if weight is not None:
-            weight = _as(weight, dy.dtype)
+            weight = as_dtype(weight, dy.dtype)
         dx, da, db, dbias = operators(backend_name).backward(
             dy, x if need_a else None, weight, lora_a, lora_b, bias, h, scaling, p, state
         )
         return (
-            _unflatten(dx, x_shape) if need_x else None,
+            unflatten(dx, x_shape) if need_x else None,
             (dy.t() @ x).to(weight_dtype) if need_weight else None,
             da if need_a else None,
             db if need_b else None,
@@ -115,7 +115,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> _GradInputs:
             "Set lora_A.requires_grad_(True), or differentiate lora_kernels.reference.forward instead."
         )
     compute = dy.dtype
-    dy = _flatten(dy)
+    dy = flatten(dy)
     mask = None
     if state is not None:
         ops = operators(backend_name)
@@ -123,7 +123,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> _GradInputs:
     dx = dw = da = db = dbias = None
     dropped: Any = None
     if x is not None:
-        x = _flatten(x)
+        x = flatten(x)
         dropped = reference.drop(x, mask, p)
     if need_x or need_a:
         dh: Tensor = scaling * (dy @ lora_b.to(compute))
@@ -143,12 +143,12 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> _GradInputs:
     return dx, dw, da, db, dbias, None, None, None, None
 
 
-def _flatten(tensor: Tensor) -> Tensor:
+def flatten(tensor: Tensor) -> Tensor:
     """(..., F) as (M, F)."""
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
-def _unflatten(matrix: Tensor, shape: torch.Size) -> Tensor:
+def unflatten(matrix: Tensor, shape: torch.Size) -> Tensor:
     """(M, F) with the leading dimensions of ``shape``. ``_unsafe_view``, as in F.linear: autograd does not see a view,
     so the result may be modified in place."""
     if len(shape) == 2:
@@ -157,6 +157,6 @@ def _unflatten(matrix: Tensor, shape: torch.Size) -> Tensor:
     return unflattened
 
 
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor.to(dtype)``, without the microseconds of a call that changes nothing."""
     return tensor if tensor.dtype is dtype else tensor.to(dtype)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .errors import InvalidArgumentError, InvalidTypeError
+from .initialisation import check_initialisation
 
 __all__ = [
     "LoRAConfig",
@@ -21,7 +22,6 @@ __all__ = [
 ]
 
 BIAS_CHOICES = ("none", "all", "lora_only")
-INIT_CHOICES = (True, False, "gaussian")
 ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -41,8 +41,15 @@ class LoRAConfig:
         use_rslora: scale by ``lora_alpha / sqrt(r)`` (Kalajdzievski 2023) instead of ``lora_alpha / r``.
         use_dora: weight-decomposed adapters (Liu et al., "DoRA", 2024).
         bias: which biases train: ``"none"``, ``"all"`` of the model, or ``"lora_only"``, those of the replaced layers.
-        init_lora_weights: True (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal with deviation 1/r, B zero), or
-            False (both random: the adapter acts at once; for tests).
+        init_lora_weights: how the adapters start. The first four leave the output as it was by ``B A = 0``:
+            True or ``"zero"`` (A Kaiming-uniform, B zero; A is not zero too, for then nothing would ever train),
+            ``"gaussian"`` (A normal with deviation 1/r, B zero), ``"orthogonal"`` (both act, their product is zero; r
+            must be even). ``"pissa"`` (the r largest singular values of the weight), ``"pissa_niter_N"`` (the same,
+            estimated in N steps: much quicker) and ``"olora"`` (QR) start with a part of the weight, and the layer
+            keeps the rest in a Parameter of its own: the output stays, up to rounding in the weight's dtype, and
+            :func:`save_adapter` writes a plain adapter of rank 2 r for the untouched model. They compute in fp32 (fp64
+            for fp64), need r <= min(K, N), and keep the initial values in two more tensors of the adapters' size.
+            False: both random, the adapter acts at once; for tests.
         adapter_dtype: dtype of the adapters; None is fp32 over a 16-bit base and the base's dtype otherwise.
         lora_bias: whether the branch has a trainable bias b_B of its own, which adds ``scaling * b_B`` to the output.
             Not with DoRA, and only where ``init_lora_weights`` is True or False.
@@ -157,11 +164,7 @@ def check_hyperparameters(
         raise InvalidArgumentError(
             f"lora_dropout={lora_dropout!r} was given: it must lie in [0, 1). Use 0.0 to switch dropout off."
         )
-    if not isinstance(init_lora_weights, (bool, str)) or init_lora_weights not in INIT_CHOICES:
-        raise InvalidArgumentError(
-            f"init_lora_weights={init_lora_weights!r} was given: it must be one of {INIT_CHOICES}. Other "
-            "initialisations can be copied into lora_A and lora_B once the layer is made."
-        )
+    check_initialisation(init_lora_weights, r, lora_alpha)
     if adapter_dtype is not None and adapter_dtype not in ADAPTER_DTYPES:
         raise InvalidTypeError(
             f"adapter_dtype={adapter_dtype!r} was given: it must be torch.float16, torch.bfloat16, torch.float32, "

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .errors import InvalidArgumentError, LoRAKernelsError
+from .errors import InvalidArgumentError, MissingExtraError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,10 +34,6 @@ Progress = Callable[[str, int, int], None]
 
 
 _EXTRAS = {"matplotlib": "plot", "peft": "bench"}
-
-
-class MissingExtraError(LoRAKernelsError, ImportError):
-    """A package of one of the extras (``lora-kernels[cli]``, ``[plot]``, ``[bench]``) is not installed."""
 
 
 def optional(name: str) -> ModuleType:

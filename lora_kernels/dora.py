@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import apply
+from . import functional
+from .branches import Branch, apply_branches
+from .ops import operators
 
 __all__ = ["adapted_rows", "forward", "gain", "row_norms"]
-
-_NORM_ROWS = 1024  # rows of W that are held in fp32 at once while the norms are computed
 
 
 def adapted_rows(
@@ -28,14 +28,14 @@ def adapted_rows(
 
 @torch.no_grad()
 def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    """‖W + s B A‖ of each row, (N,), in fp32 or better, holding no more than ``_NORM_ROWS`` rows at once."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.cat(
-        [
-            torch.linalg.vector_norm(adapted_rows(weight, lora_a, lora_b, scaling, rows, dtype), dim=1)
-            for rows in torch.arange(weight.shape[0], device=weight.device).split(_NORM_ROWS)
-        ]
-    )
+    """‖W + s B A‖ of each row, (N,), in fp32 or better, A and B rounded to W's dtype; neither sum nor B A is formed.
+
+    W is read at each call: a norm that was kept would be wrong, unseen, after a write to ``weight.data``.
+    """
+    device_type = functional.device_type_of(weight)
+    with torch.autocast("cpu" if device_type == "meta" else device_type, enabled=False):
+        weight, name = functional.prepare(weight, None)
+        return operators(name).row_norms(weight, lora_a, lora_b, float(scaling))
 
 
 def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
@@ -54,15 +54,13 @@ def forward(
     gains: Tensor,
     p: float,
 ) -> Tensor:
-    """y = g * (x Wᵀ + s h Bᵀ) + bias.
+    """y = g * (x Wᵀ + s h Bᵀ) + bias, in one pass.
 
-    With dropout, as in PEFT: x Wᵀ + bias keeps the whole x, and what the adapter changes sees the dropped one.
+    With dropout, as in PEFT, x Wᵀ + bias keeps the whole x and what the adapter changes sees the dropped one: that is
+    y = g * (d Wᵀ + s h Bᵀ) + (x - d) Wᵀ + bias with d = drop(x), two products with W.
     """
-    dropped = F.dropout(x, p) if p > 0.0 else x
-    adapted = apply(dropped, weight, lora_a, lora_b, None, scaling, 0.0, None)
-    y = adapted * gains
-    if p > 0.0:
-        y = y + F.linear(x - dropped, weight, bias)
-    elif bias is not None:
-        y = y + bias
-    return y.to(adapted.dtype)
+    if p == 0.0:
+        return apply_branches(x, [Branch(weight, lora_a, lora_b, bias, scaling, gains)], 0.0)[0]
+    dropped = F.dropout(x, p)
+    (adapted,) = apply_branches(dropped, [Branch(weight, lora_a, lora_b, None, scaling, gains)], 0.0)
+    return adapted + F.linear(x - dropped, weight, bias)

@@ -8,6 +8,7 @@ __all__ = [
     "InvalidTypeError",
     "LoRAKernelsError",
     "LoRAStateError",
+    "MissingExtraError",
     "UnsupportedTransformError",
 ]
 
@@ -30,6 +31,10 @@ class BackendUnavailableError(LoRAKernelsError, RuntimeError):
 
 class LoRAStateError(LoRAKernelsError, RuntimeError):
     """The layer or model is not in the state that the call needs (merged already, replaced already, ...)."""
+
+
+class MissingExtraError(LoRAKernelsError, ImportError):
+    """A package of one of the extras (``lora-kernels[cli]``, ``[plot]``, ``[bench]``, ...) is not installed."""
 
 
 class UnsupportedTransformError(LoRAKernelsError, RuntimeError):

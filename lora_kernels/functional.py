@@ -9,7 +9,7 @@ from .autograd import LoRALinearFunction, apply_function, forward_only
 from .dispatch import COMPUTE_DTYPES, backend, select
 from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedTransformError
 
-__all__ = ["apply", "check_dropout_p", "lora_linear"]
+__all__ = ["apply", "check", "check_dropout_p", "device_type_of", "is_autocast_enabled", "lora_linear", "prepare"]
 
 
 def lora_linear(
@@ -22,12 +22,14 @@ def lora_linear(
     dropout_p: float = 0.0,
     training: bool = False,
     backend: str | None = None,
+    activation: str = "identity",
 ) -> Tensor:
     r"""A linear layer with a low-rank (LoRA) branch.
 
-    .. math:: y = x W^\top + b + s\,(\mathrm{drop}_p(x) A^\top) B^\top
+    .. math:: y = x W^\top + b + s\,\sigma(\mathrm{drop}_p(x) A^\top) B^\top
 
-    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), eq. 3; dropout acts on the branch's
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), eq. 3, where :math:`\sigma` is the
+    identity; with another activation, the parallel adapter of He et al. (2022), table 1. Dropout acts on the branch's
     input alone, as in PEFT. Differentiable in ``x``, ``weight``, ``lora_a``, ``lora_b`` and ``bias``; what requires no
     gradient is neither computed nor saved for.
 
@@ -42,12 +44,14 @@ def lora_linear(
         training: dropout acts only where this is True.
         backend: ``"triton"``, ``"native"``, ``"eager"``, or None for ``use_backend``, the environment, else the
             automatic choice.
+        activation: :math:`\sigma`, ``"identity"``, ``"relu"``, ``"gelu"`` (exact) or ``"silu"``.
 
     Returns:
         (..., N) in x's dtype. Under autocast, x, weight and bias are cast to its dtype (fp64 is not), and so is y.
 
     Raises:
-        InvalidArgumentError: shapes that do not fit (all of them are told), p outside [0, 1), an unknown backend.
+        InvalidArgumentError: shapes that do not fit (all of them are told), p outside [0, 1), an unknown backend or
+            activation.
         InvalidTypeError: a dtype that is not floating, x and weight of different dtypes, tensors on different devices.
         BackendUnavailableError: the backend that was named cannot run here.
         UnsupportedTransformError: called under ``torch.func`` or ``vmap``.
@@ -62,7 +66,12 @@ def lora_linear(
                 [4.5000, 4.5000, 4.5000, 4.5000]])
     """
     check_dropout_p(dropout_p)
-    return apply(x, weight, lora_a, lora_b, bias, scaling, dropout_p if training else 0.0, backend)
+    p = dropout_p if training else 0.0
+    if activation != "identity":
+        from .branches import Branch, apply_branches
+
+        return apply_branches(x, [Branch(weight, lora_a, lora_b, bias, scaling, None, activation)], p, backend)[0]
+    return apply(x, weight, lora_a, lora_b, bias, scaling, p, backend)
 
 
 def apply(
@@ -77,7 +86,7 @@ def apply(
 ) -> Tensor:
     """:func:`lora_linear` for a p that is known to be valid, 0 where dropout does not act."""
     # One question that most programs answer with no, before those that take longer to answer.
-    if torch._C._is_any_autocast_enabled() and _is_autocast_enabled(device_type := _device_type(x)):
+    if torch._C._is_any_autocast_enabled() and is_autocast_enabled(device_type := device_type_of(x)):
         compute = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
             # The cast of W is made again in backward rather than saved; so its dtype may differ from x's here.
@@ -96,7 +105,28 @@ def _run(
     backend_name: str | None,
     autocast: bool,
 ) -> Tensor:
-    _check(x, weight, lora_a, lora_b, bias, autocast)
+    check(x, weight, lora_a, lora_b, bias, autocast)
+    x, name = prepare(x, backend_name)
+    state = backend(name).dropout_state(x.reshape(-1, x.shape[-1]), p) if p > 0.0 else None
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or lora_a.requires_grad
+        or lora_b.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        record = LoRALinearFunction.apply if torch.compiler.is_compiling() else apply_function
+        out: Tensor = record(x, weight, lora_a, lora_b, bias, scaling, p, state, name)
+        return out
+    return forward_only(x, weight, lora_a, lora_b, bias, scaling, p, state, name)
+
+
+def prepare(x: Tensor, backend_name: str | None) -> tuple[Tensor, str]:
+    """x as the operators may see it, and the backend that runs it.
+
+    Raises:
+        UnsupportedTransformError: x is within ``torch.func`` or ``vmap``.
+    """
     compiling = torch.compiler.is_compiling()
     if not compiling:
         if torch._C._are_functorch_transforms_active():
@@ -107,19 +137,7 @@ def _run(
             )
         x = torch._C._functorch.unwrap_if_dead(x)  # one that leaked out of a transform that is over
     choose = _select_constant if compiling else select
-    name = choose(_device_type(x), x.dtype, backend_name)
-    state = backend(name).dropout_state(x.reshape(-1, x.shape[-1]), p) if p > 0.0 else None
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or lora_a.requires_grad
-        or lora_b.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-    ):
-        record = LoRALinearFunction.apply if compiling else apply_function
-        out: Tensor = record(x, weight, lora_a, lora_b, bias, scaling, p, state, name)
-        return out
-    return forward_only(x, weight, lora_a, lora_b, bias, scaling, p, state, name)
+    return x, choose(device_type_of(x), x.dtype, backend_name)
 
 
 def _select_constant(device_type: str, dtype: torch.dtype, backend_name: str | None) -> str:
@@ -131,11 +149,13 @@ def _select_constant(device_type: str, dtype: torch.dtype, backend_name: str | N
 _select_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _device_type(x: Tensor) -> str:
+def device_type_of(x: Tensor) -> str:
+    """``x.device.type``."""
     return "cpu" if x.is_cpu else x.device.type  # the string takes PyTorch a microsecond
 
 
-def _is_autocast_enabled(device_type: str) -> bool:
+def is_autocast_enabled(device_type: str) -> bool:
+    """Whether autocast acts on such a device now."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch knows no autocast of meta
 
 
@@ -147,7 +167,7 @@ def check_dropout_p(p: float) -> None:
         )
 
 
-def _check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, autocast: bool) -> None:
+def check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, autocast: bool) -> None:
     """The quick test of what may be run; the sentences are composed only where something is wrong."""
     if x.is_nested:
         raise InvalidTypeError(

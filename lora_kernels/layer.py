@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
@@ -13,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import dora
+from . import dora, initialisation, residual
 from .config import scaling_of
 from .dispatch import Problem
 from .errors import InvalidArgumentError, LoRAStateError
@@ -47,6 +46,9 @@ class LoRALayer(nn.Module):
     lora_B: nn.Parameter
     lora_bias: nn.Parameter | None
     lora_magnitude_vector: nn.Parameter | None
+    lora_initial_A: Tensor | None
+    lora_initial_B: Tensor | None
+    _initial_scaling: float | None  # that with which a part of the weight was taken, if one was; see residual.py
     _base: nn.Module | None  # what merging has replaced, the original weight and maybe bias; no registered module
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -70,6 +72,7 @@ class LoRALayer(nn.Module):
         draw: bool = True,
     ) -> None:
         """Freezes the base and adds the adapter's Parameters; ``draw=False`` leaves them unset."""
+        initialisation.check_weight(init_lora_weights, r, self.in_features, self.out_features, self.weight)
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.use_rslora, self.use_dora, self.init_lora_weights = use_rslora, use_dora, init_lora_weights
         self.scaling = scaling_of(r, lora_alpha, use_rslora)
@@ -88,38 +91,39 @@ class LoRALayer(nn.Module):
         self.lora_B = parameter(self.out_features, r)
         self.register_parameter("lora_bias", parameter(self.out_features) if lora_bias else None)
         self.register_parameter("lora_magnitude_vector", parameter(self.out_features) if use_dora else None)
+        residual.add_slots(self)
         if draw:
             self.reset_lora_parameters()
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """Draws lora_A (and lora_B where ``init_lora_weights=False``) anew, zeroes lora_B, sets DoRA's magnitudes.
+        """Sets lora_A and lora_B anew as ``init_lora_weights`` says, lora_bias likewise, then DoRA's magnitudes.
 
-        Values are drawn in fp32 and rounded to the adapters' dtype, as PEFT does. On the meta device nothing happens:
-        call it after ``to_empty``.
+        Values are drawn in fp32 and rounded to the adapters' dtype, as PEFT does. PiSSA and OLoRA take a part of the
+        weight: ``weight`` becomes a new Parameter with the rest, in its dtype, and the initial values are kept in
+        buffers; where that was done before, these are put back and the weight stays, so nothing is taken twice. On the
+        meta device nothing happens: call it after ``to_empty``, with the base weights loaded.
 
         Raises:
-            LoRAStateError: the layer is merged.
+            LoRAStateError: the layer is merged; with PiSSA or OLoRA, the weight is not finite or ``scaling`` not
+                positive.
         """
         if self.merged:
             raise LoRAStateError("reset_lora_parameters was called on a merged layer. Call unmerge() first.")
         if self.lora_A.is_meta:
             return
-        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
-        drawn = torch.empty_like(self.lora_A, dtype=wide)
-        if self.init_lora_weights == "gaussian":
-            nn.init.normal_(drawn, std=1 / self.r)
+        init = self.init_lora_weights
+        if initialisation.splits(init):
+            residual.start(self)
         else:
-            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
-        self.lora_A.copy_(drawn)
-        acts = self.init_lora_weights is False
-        if acts:
-            self.lora_B.copy_(nn.init.kaiming_uniform_(torch.empty_like(self.lora_B, dtype=wide), a=math.sqrt(5)))
-        else:
-            self.lora_B.zero_()
+            wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+            slots = (torch.empty_like(parameter, dtype=wide) for parameter in (self.lora_A, self.lora_B))
+            for parameter, value in zip((self.lora_A, self.lora_B), initialisation.draw(init, *slots), strict=True):
+                parameter.copy_(value)
         if self.lora_bias is not None:
-            bound = self.r**-0.5 if acts else 0.0
-            self.lora_bias.copy_(nn.init.uniform_(torch.empty_like(self.lora_bias, dtype=wide), -bound, bound))
+            bound = self.r**-0.5 if init is False else 0.0
+            drawn = torch.empty_like(self.lora_bias, dtype=torch.promote_types(self.lora_bias.dtype, torch.float32))
+            self.lora_bias.copy_(nn.init.uniform_(drawn, -bound, bound))
         self._reset_magnitude()
 
     def _offset(self, bias: Tensor | None, lora_bias: Tensor) -> Tensor:
@@ -143,9 +147,14 @@ class LoRALayer(nn.Module):
 
     @property
     def base_weight(self) -> nn.Parameter:
-        """The original, frozen weight as it is stored, merged or not."""
+        """The frozen weight that the adapter acts beside, as it is stored, merged or not; with PiSSA, the residual."""
         base: nn.Parameter = self.weight if self._base is None else self._base.weight  # type: ignore[assignment]
         return base
+
+    @property
+    def plain_weight(self) -> nn.Parameter:
+        """``weight`` if merged; else the base weight as it was given, with what PiSSA or OLoRA took of it put back."""
+        return self.weight if self.merged else residual.plain_weight(self)
 
     @property
     def base_bias(self) -> nn.Parameter | None:
@@ -157,6 +166,11 @@ class LoRALayer(nn.Module):
     def adapter(self) -> dict[str, nn.Parameter]:
         """The adapter's Parameters by name: lora_A, lora_B, and lora_bias and lora_magnitude_vector where they are."""
         return {name: p for name, p in self.named_parameters(recurse=False) if name.startswith("lora_")}
+
+    @property
+    def initial(self) -> dict[str, Tensor]:
+        """What PiSSA or OLoRA took of the weight, by name: lora_initial_A and lora_initial_B; else nothing."""
+        return {name: buffer for name, buffer in self.named_buffers(recurse=False) if name in residual.NAMES}
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -219,6 +233,8 @@ class LoRALayer(nn.Module):
     def enable_lora(self: Layer, enabled: bool = True) -> _RestoreEnabled[Layer]:
         """Switches the adapter on or off (then: base output only, merged or not). In a ``with``, for its block only.
 
+        With PiSSA and OLoRA, as in PEFT, that is the output of the residual weight, which lacks the adapter's part.
+
         Example:
             >>> from lora_kernels import FusedLoRALinear
             >>> layer = FusedLoRALinear(4, 4, r=2)
@@ -267,7 +283,9 @@ class LoRALayer(nn.Module):
         merged = self.merged
         if merged:
             self.unmerge()
+        plain = residual.before_loading(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        residual.after_loading(self, state_dict, prefix, plain)
         if prefix + "weight" in state_dict and prefix + "lora_magnitude_vector" not in state_dict:
             self._reset_magnitude()
         if merged:

@@ -26,6 +26,7 @@ __all__ = [
     "is_linear",
     "name_matches",
     "output_heads",
+    "plain_name",
     "saved_whole",
     "selects",
     "trained_whole",
@@ -33,6 +34,7 @@ __all__ = [
 
 # How transformers calls the untrained head of a classifier; it has to be trained whole, not adapted.
 _CLASSIFIER_HEADS = ("score", "classifier")
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,15 @@ def saved_whole(config: LoRAConfig, name: str) -> str | None:
     return next((entry for entry in entries if re.match(rf"(^|.*\.){entry}($|\..*)", name)), None)
 
 
+def plain_name(name: str) -> str:
+    """A dotted name without the parts that ``torch.compile`` and wrappers of blocks put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def trained_whole(names: Collection[str], model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules that ``modules_to_save`` means: those whose dotted names end with one of ``names``, as in PEFT."""
     modules = model.named_modules(remove_duplicate=False)
-    return [(name, module) for name, module in modules if name and name.endswith(tuple(names))]
+    return [(name, module) for name, module in modules if name and plain_name(name).endswith(tuple(names))]
 
 
 def is_all_linear(selection: str | Collection[str] | None) -> bool:

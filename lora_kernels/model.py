@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapter import forget, remember, remembered
+from .adapter import forget, remember, remembered_within
 from .config import BIAS_CHOICES, LoRAConfig, as_tuple
 from .errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, LoRAStateError
 from .layer import LoRALayer
@@ -52,9 +52,10 @@ def replace_linear(model: nn.Module, config: LoRAConfig) -> ReplaceReport:
     The replaced layers' weights are frozen, and their biases as ``config.bias`` says; the modules of
     ``config.modules_to_save`` train whole; nothing outside of them is touched (:func:`mark_only_lora_as_trainable` does
     that). Device, dtype, mode and forward hooks are kept. A module that is used at several places is one
-    ``FusedLoRALinear`` at all of them; Parameters that are tied stay tied, and a layer whose trainable weight is also
+    ``FusedLoRALinear`` at all of them; Parameters that are tied stay tied (with PiSSA and OLoRA each layer
+    has a residual of its own, and what it was tied to keeps its values), and a layer whose trainable weight is also
     used outside of the replaced layers (a head tied to an embedding) is left alone. A layer on the meta device stays
-    there: call ``reset_lora_parameters`` after ``to_empty``. Make the optimizer afterwards.
+    there: call ``reset_lora_parameters`` after ``to_empty``, with its weights loaded. Make the optimizer afterwards.
 
     Args:
         model: any module; wrapped ones (``torch.compile``, ``DataParallel``) are looked into.
@@ -64,10 +65,12 @@ def replace_linear(model: nn.Module, config: LoRAConfig) -> ReplaceReport:
         A report to print: which layers were replaced, which were left alone and why, how many parameters train.
 
     Raises:
-        InvalidArgumentError: no ``target_modules``, or they match no module (the sentence names close ones).
+        InvalidArgumentError: no ``target_modules``, or they match no module (the sentence names close ones); or a
+            rank that PiSSA or OLoRA cannot give a layer.
         InvalidTypeError: the model is no module, itself an ``nn.Linear`` or scripted; or none of the matches can be
             replaced.
-        LoRAStateError: a layer that matches is replaced already; the model holds a ``DistributedDataParallel``.
+        LoRAStateError: a layer that matches is replaced already; its weight has no decomposition (PiSSA, OLoRA); the
+            model holds a ``DistributedDataParallel``.
 
     Example:
         >>> from lora_kernels import LoRAConfig, replace_linear
@@ -123,7 +126,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
         for parameter in layer.adapter.values():
             parameter.requires_grad_(True)
     train_biases(model, layers, bias)
-    if (adapter := remembered(model)) is not None:
+    if (adapter := remembered_within(model)) is not None:
         train_whole(model, adapter.config)
 
 
@@ -189,7 +192,8 @@ def restore_linear(model: nn.Module) -> RestoreReport:
     """Replaces, in place, every ``FusedLoRALinear`` by a plain ``nn.Linear`` with the layer's current weight.
 
     That is the merged weight of a merged layer, and the base weight of another: its adapter is dropped, so call
-    :func:`merge_lora` or save :func:`lora_state_dict` first. Weights and biases keep their ``requires_grad``: they stay
+    :func:`merge_lora` or save :func:`lora_state_dict` first. What PiSSA or OLoRA took of the base weight is put back,
+    to within rounding. Weights and biases keep their ``requires_grad``: they stay
     frozen, as :func:`replace_linear` left them. Forward hooks, also later ones, are kept.
 
     Returns:
@@ -236,7 +240,8 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     """The adapters' tensors by their names in ``model.state_dict()``; a shared layer's once, under its first name.
 
     ``model.load_state_dict(tensors, strict=False)`` loads them back. As in ``state_dict()`` they are detached, on their
-    device, and no copies: clone them to keep their values while training goes on.
+    device, and no copies: clone them to keep their values while training goes on. Layers that PiSSA or OLoRA
+    initialised add their initial values: loaded into a model with the same base, its weights are set to go with them.
 
     Args:
         model: a module that holds ``FusedLoRALinear`` layers.
@@ -254,7 +259,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     check_bias(bias)
     tensors: dict[str, Tensor] = {}
     for prefix, layer in some_lora_layers(model, "lora_state_dict"):
-        tensors |= {joined(prefix, name): parameter.detach() for name, parameter in layer.adapter.items()}
+        tensors |= {joined(prefix, name): tensor.detach() for name, tensor in (layer.adapter | layer.initial).items()}
         if bias == "lora_only" and layer.base_bias is not None:
             tensors[joined(prefix, "bias")] = layer.base_bias.detach()
     if bias == "all":

@@ -36,7 +36,8 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         bias: whether the frozen layer has a bias.
         use_rslora: ``s = lora_alpha / sqrt(r)``.
         use_dora: y's linear part is rescaled row-wise to the trainable ``lora_magnitude_vector``.
-        init_lora_weights: True, ``"gaussian"`` or False; see :class:`~lora_kernels.LoRAConfig`.
+        init_lora_weights: how the adapters start: True, ``"pissa"`` and others; see
+            :class:`~lora_kernels.LoRAConfig`.
         adapter_dtype: dtype of the adapters; None is fp32 over a 16-bit base and the base's dtype otherwise.
         device, dtype: of the frozen weight and bias, as for ``nn.Linear``.
         lora_bias: whether the branch has a bias b_B of its own, which adds ``s b_B`` to y; not with ``use_dora``.
@@ -105,6 +106,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
     ) -> FusedLoRALinear:
         """A layer around ``linear``'s own Parameters: nothing is copied, and they are frozen.
 
+        With PiSSA and OLoRA the layer's weight is a Parameter of its own, and ``linear``'s keeps its values.
         ``training``, device, dtype and hooks are carried over (handles of hooks keep working). Arguments as for the
         class.
 
@@ -136,7 +138,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         linear = nn.Linear.__new__(nn.Linear)
         nn.Module.__init__(linear)
         linear.in_features, linear.out_features = self.in_features, self.out_features
-        linear.weight = self.weight
+        linear.weight = self.plain_weight
         linear.register_parameter("bias", self.bias)
         hand_over(self, linear)
         return linear
@@ -191,7 +193,7 @@ class FusedLoRAConv1D(LoRALayer):
         kind: Any = self._plain_class
         conv = kind.__new__(kind)
         nn.Module.__init__(conv)
-        conv.nf, conv.nx, conv.weight, conv.bias = self.nf, self.nx, self.weight, self.bias
+        conv.nf, conv.nx, conv.weight, conv.bias = self.nf, self.nx, self.plain_weight, self.bias
         hand_over(self, conv)
         restored: nn.Module = conv
         return restored

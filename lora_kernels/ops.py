@@ -1,8 +1,10 @@
-"""Schemas, fakes and registration of the operators; the only file that knows ``torch.library``.
+"""Schemas and registration of the operators; the only file that knows ``torch.library``. Their fakes: ``fakes.py``.
 
-Every backend implements the same three functional operators, registered as ``lora_kernels::<backend>_<operator>``. They
-have a fixed arity, alias nothing, write to nothing they were given, and know nothing of autograd: the one
-``autograd.Function`` (``autograd.py``) stays outside of them.
+Every backend has the same functional operators, registered as ``lora_kernels::<backend>_<operator>``. They have a fixed
+arity, alias nothing, write to nothing they were given, and know nothing of autograd: the two ``autograd.Function``
+(``autograd.py``, ``branches_autograd.py``) stay outside of them.
+
+Whole layers of plain LoRA:
 
 ========= ======================================================= ======================================================
 operator  arguments                                               returns
@@ -16,14 +18,36 @@ backward  dy (M,N), x (M,K)?, weight (N,K)?, lora_a (R,K),        dx (M,K) = dy 
 mask      state, M, K, p                                          bool (M,K), True where kept
 ========= ======================================================= ======================================================
 
+Their parts, for several branches that read one x, an activation between A and B, and DoRA (``branches_autograd.py``):
+
+============ ==================================================== ======================================================
+operator     arguments                                            returns
+============ ==================================================== ======================================================
+shrink       x (M,K), lora_a (R,K), p, state?                     z (M,R) = (x * D) Aᵀ
+product      x (M,K), weight (N,K), lora_b (N,R), h (M,R),        y (M,N) = g * l + bias, with l = x Wᵀ + s h Bᵀ, in x's
+             bias (N)?, gain (N)?, s, keep                        dtype, rounded once (g = 1 without gain);
+                                                                  l (M,N) in x's dtype where gain is there and keep is
+                                                                  True, else empty
+output_grads dy (M,N), lora_b (N,R), h (M,R)?, bias (N)?, s       dh (M,R) = s dy B; db (N,R) = s dyᵀ h in lora_b's
+                                                                  dtype; dbias (N) = Σ_m dy in bias's dtype
+input_grad   dys [(M,N_i)], weights [(N_i,K)], dhs [(M,R_i)],     dx (M,K) = Σ_i dy_i W_i + D_i * (dh_i A_i) in dy's
+             lora_as [(R_i,K)], p, states []                      dtype; states is empty or as long as the others
+a_grad       dh (M,R), x (M,K), p, state?                         da (R,K) = dhᵀ (x * D)
+gain_grad    dy (M,N), linear (M,N)?, gain (N), bias (N)?         dl (M,N) = g * dy in dy's dtype; dg (N) = Σ_m dy * l;
+                                                                  dbias (N) = Σ_m dy in bias's dtype
+row_norms    weight (N,K), lora_a (R,K), lora_b (N,R), s          ‖W + s B A‖ of each row, (N,), without forming B A
+============ ==================================================== ======================================================
+
 ``dh`` (M,R) is s dy B, and ``D`` is mask / (1 - p), or 1 where ``state`` is None. ``backward`` gives what it can from
-what it was given: dx is due iff ``weight`` is there, da iff ``x``, db iff ``h``, dbias iff ``bias``. A gradient that is
-not due comes back empty, of shape (0,) and the dtype it would have had (dbias without a bias: dy's).
+what it was given: dx is due iff ``weight`` is there, da iff ``x``, db iff ``h``, dbias iff ``bias``; likewise
+``output_grads``, and ``gain_grad`` for dg iff ``linear``. A gradient that is not due comes back empty, of shape (0,)
+and the dtype it would have had (dbias without a bias: dy's).
 
 ``state`` is what the backend's ``dropout_state`` drew: a seed, int64 (2,) on x's device, or (eager on CUDA) the bool
 mask itself. x, dy and weight share one dtype, the compute dtype; lora_a, lora_b and bias may have any floating dtype
-and are rounded to it at the product. ``h`` is in the backend's hidden dtype (``Operators.hidden_dtype``), and no other
-backend ever reads it.
+and are rounded to it at the product. ``h``, ``z``, ``dh`` and what ``a_grad`` gives are in the backend's hidden
+dtype (``Operators.hidden_dtype``), and no other backend ever reads them; what is (M,R) may come with rows at any
+distance (a column slice), each in one piece. Gains, their gradients and norms are fp32 (fp64 for fp64).
 """
 
 from __future__ import annotations
@@ -35,6 +59,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fakes import fakes
+
 __all__ = ["NAMESPACE", "OPERATOR_NAMES", "Operators", "operators", "register"]
 
 NAMESPACE = "lora_kernels"
@@ -45,6 +71,17 @@ _SCHEMAS = {
     "backward": "(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? h, "
     "float scaling, float p, Tensor? state) -> (Tensor dx, Tensor da, Tensor db, Tensor dbias)",
     "mask": "(Tensor state, SymInt rows, SymInt columns, float p) -> Tensor",
+    "shrink": "(Tensor x, Tensor lora_a, float p, Tensor? state) -> Tensor",
+    "product": "(Tensor x, Tensor weight, Tensor lora_b, Tensor h, Tensor? bias, Tensor? gain, float scaling, "
+    "bool keep) -> (Tensor y, Tensor linear)",
+    "output_grads": "(Tensor dy, Tensor lora_b, Tensor? h, Tensor? bias, float scaling) -> (Tensor dh, Tensor db, "
+    "Tensor dbias)",
+    "input_grad": "(Tensor[] dys, Tensor[] weights, Tensor[] dhs, Tensor[] lora_as, float p, Tensor[] states) -> "
+    "Tensor",
+    "a_grad": "(Tensor dh, Tensor x, float p, Tensor? state) -> Tensor",
+    "gain_grad": "(Tensor dy, Tensor? linear, Tensor gain, Tensor? bias) -> (Tensor dlinear, Tensor dgain, "
+    "Tensor dbias)",
+    "row_norms": "(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor",
 }
 OPERATOR_NAMES = tuple(_SCHEMAS)
 
@@ -60,33 +97,42 @@ class Operators:
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     mask: Callable[..., Tensor]
+    shrink: Callable[..., Tensor]
+    product: Callable[..., tuple[Tensor, Tensor]]
+    output_grads: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    input_grad: Callable[..., Tensor]
+    a_grad: Callable[..., Tensor]
+    gain_grad: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    row_norms: Callable[..., Tensor]
     hidden_dtype: Callable[[torch.dtype], torch.dtype]
 
 
 def register(
     backend: str,
-    implementations: Mapping[str, Callable[..., Any]] | None,
+    implementations: Mapping[str, Callable[..., Any]],
     hidden_dtype: Callable[[torch.dtype], torch.dtype],
 ) -> None:
     """Define, implement and fake the operators of ``backend``; calling it again does nothing.
 
-    ``implementations`` is None where a C++ library has registered the kernels, or will. ``hidden_dtype`` maps the
-    compute dtype to the dtype of h.
+    An operator that ``implementations`` leaves out is one that a C++ library has registered, or will. One that it has
+    for such a backend serves the devices that the library has no kernel for. ``hidden_dtype`` maps the compute dtype to
+    the dtype of h.
     """
     if backend in _registered:
         return
     overloads: dict[str, Any] = {}
-    for name, fake in _fakes(hidden_dtype).items():
+    direct: dict[str, Any] = {}
+    for name, fake in fakes(hidden_dtype).items():
         qualified = f"{backend}_{name}"
         _library.define(f"{qualified}{_SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
-        if implementations is not None:
+        if name in implementations:
             _library.impl(qualified, implementations[name], "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=_library)
         overloads[name] = getattr(getattr(torch.ops, NAMESPACE), qualified).default
-    if implementations is None:
-        implementations = {name: overload._op for name, overload in overloads.items()}
+        compiled = len(implementations) < len(_SCHEMAS)
+        direct[name] = overloads[name]._op if compiled else implementations[name]
     _registered[backend] = Operators(**overloads, hidden_dtype=hidden_dtype)
-    _direct[backend] = Operators(**{name: implementations[name] for name in overloads}, hidden_dtype=hidden_dtype)
+    _direct[backend] = Operators(**direct, hidden_dtype=hidden_dtype)
 
 
 def operators(backend: str) -> Operators:
@@ -102,44 +148,3 @@ def operators(backend: str) -> Operators:
     ):
         return _registered[backend]
     return _direct[backend]
-
-
-def _fakes(hidden_dtype: Callable[[torch.dtype], torch.dtype]) -> dict[str, Callable[..., Any]]:
-    """Shape functions of the operators; every result is a fresh contiguous tensor."""
-
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        bias: Tensor | None,
-        scaling: float,
-        p: float,
-        state: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        y = x.new_empty((x.shape[0], weight.shape[0]))
-        return y, x.new_empty((x.shape[0], lora_a.shape[0]), dtype=hidden_dtype(x.dtype))
-
-    def backward(
-        dy: Tensor,
-        x: Tensor | None,
-        weight: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        bias: Tensor | None,
-        h: Tensor | None,
-        scaling: float,
-        p: float,
-        state: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return (
-            dy.new_empty(0 if weight is None else (dy.shape[0], weight.shape[1])),
-            lora_a.new_empty(0 if x is None else lora_a.shape),
-            lora_b.new_empty(0 if h is None else lora_b.shape),
-            dy.new_empty(0) if bias is None else bias.new_empty(bias.shape),
-        )
-
-    def mask(state: Tensor, rows: int, columns: int, p: float) -> Tensor:
-        return state.new_empty((rows, columns), dtype=torch.bool)
-
-    return {"forward": forward, "backward": backward, "mask": mask}

@@ -1,17 +1,22 @@
 """The executable specification: LoRA's forward and gradients in plain PyTorch, for any floating dtype.
 
 Dimensions: ``M`` tokens, ``K`` in_features, ``N`` out_features, ``R`` rank. With ``D = mask / (1 - p)`` (or 1 without
-dropout), ``s = scaling`` and ``*`` the element-wise product::
+dropout), ``s = scaling``, ``*`` the element-wise product, an activation ``σ`` between A and B (mostly the identity) and
+a ``gain`` g (N,) of y's columns (DoRA's magnitude over norm, mostly 1)::
 
-    h     = (x * D) Aᵀ                    (M, R)
-    y     = x Wᵀ + bias + s h Bᵀ          (M, N)
+    z     = (x * D) Aᵀ                    (M, R)
+    h     = σ(z)                          (M, R)
+    l     = x Wᵀ + s h Bᵀ                 (M, N)
+    y     = g * l + bias                  (M, N)
 
-    dh    = s dy B                        (M, R)
-    dx    = dy W + D * (dh A)             (M, K)
-    da    = dhᵀ (x * D)                   (R, K)
-    db    = s dyᵀ h                       (N, R)
-    dw    = dyᵀ x                         (N, K)
+    dl    = g * dy                        (M, N)
+    dz    = σ'(z) * (s dl B)              (M, R)
+    dx    = dl W + D * (dz A)             (M, K)
+    da    = dzᵀ (x * D)                   (R, K)
+    db    = s dlᵀ h                       (N, R)
+    dw    = dlᵀ x                         (N, K)
     dbias = Σ_m dy                        (N,)
+    dgain = Σ_m dy * l                    (N,)
 
 Every fast path is measured against these functions in float64. They are themselves differentiable, so they also serve
 double backward. Source of the formula: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), eq. 3.
@@ -19,6 +24,8 @@ double backward. Source of the formula: Hu et al., "LoRA: Low-Rank Adaptation of
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +33,20 @@ import torch
 from torch import Tensor
 
 __all__ = ["Gradients", "backward", "drop", "forward", "philox_keep_mask"]
+
+_ROOT_HALF, _ROOT_TWO_PI = 0.5**0.5, (2.0 * math.pi) ** 0.5
+_SIGMA: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": lambda z: z.clamp(min=0.0),
+    "gelu": lambda z: 0.5 * z * (1.0 + torch.erf(z * _ROOT_HALF)),
+    "silu": lambda z: z * torch.sigmoid(z),
+}
+_SIGMA_DERIVATIVE: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": torch.ones_like,
+    "relu": lambda z: (z > 0.0).to(z.dtype),
+    "gelu": lambda z: 0.5 * (1.0 + torch.erf(z * _ROOT_HALF)) + z * torch.exp(-0.5 * z * z) / _ROOT_TWO_PI,
+    "silu": lambda z: torch.sigmoid(z) * (1.0 + z * (1.0 - torch.sigmoid(z))),
+}
 
 
 class Gradients(NamedTuple):
@@ -36,6 +57,7 @@ class Gradients(NamedTuple):
     da: Tensor
     db: Tensor
     dbias: Tensor
+    dgain: Tensor
 
 
 def drop(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
@@ -52,13 +74,17 @@ def forward(
     scaling: float = 1.0,
     mask: Tensor | None = None,
     p: float = 0.0,
+    gain: Tensor | None = None,
+    activation: str = "identity",
 ) -> tuple[Tensor, Tensor]:
-    """``(y, h)`` of x (M, K), weight (N, K), lora_a (R, K), lora_b (N, R), bias (N,) or None, bool mask (M, K) or None.
+    """``(y, h)`` of x (M, K), weight (N, K), lora_a (R, K), lora_b (N, R), bias (N,) or None, bool mask (M, K) or None,
+    gain (N,) or None.
 
     All tensors share one dtype; nothing is rounded beyond what that dtype's products round.
     """
-    h = drop(x, mask, p) @ lora_a.t()
+    h = _SIGMA[activation](drop(x, mask, p) @ lora_a.t())
     y = x @ weight.t() + scaling * (h @ lora_b.t())
+    y = y if gain is None else gain * y
     return (y if bias is None else y + bias), h
 
 
@@ -71,17 +97,22 @@ def backward(
     scaling: float = 1.0,
     mask: Tensor | None = None,
     p: float = 0.0,
+    gain: Tensor | None = None,
+    activation: str = "identity",
 ) -> Gradients:
-    """All five gradients for dy (M, N), by the module's formulas; arguments as in :func:`forward`."""
+    """All gradients for dy (M, N), by the module's formulas; arguments as in :func:`forward`."""
     dropped = drop(x, mask, p)
-    h = dropped @ lora_a.t()
-    dh = scaling * (dy @ lora_b)
+    z = dropped @ lora_a.t()
+    h = _SIGMA[activation](z)
+    dl = dy if gain is None else gain * dy
+    dz = scaling * (dl @ lora_b) * _SIGMA_DERIVATIVE[activation](z)
     return Gradients(
-        dx=dy @ weight + drop(dh @ lora_a, mask, p),
-        dw=dy.t() @ x,
-        da=dh.t() @ dropped,
-        db=scaling * (dy.t() @ h),
+        dx=dl @ weight + drop(dz @ lora_a, mask, p),
+        dw=dl.t() @ x,
+        da=dz.t() @ dropped,
+        db=scaling * (dl.t() @ h),
         dbias=dy.sum(0),
+        dgain=(dy * (x @ weight.t() + scaling * (h @ lora_b.t()))).sum(0),
     )
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import stat
-from collections.abc import Callable
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,9 @@ import torch
 from torch import nn
 
 from lora_kernels import LoRAConfig, load_adapter, replace_linear, save_adapter
+from lora_kernels.checkpoint import files
 from lora_kernels.checkpoint.files import CONFIG, WEIGHTS, read_pair
-from lora_kernels.errors import LoRAStateError
+from lora_kernels.errors import InvalidArgumentError, LoRAStateError
 from models import Net, refused
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -180,3 +185,83 @@ def test_the_weights_are_those_of_the_model(tmp_path: Path) -> None:
     layer = model.blocks[1]["up"]
     assert torch.equal(tensors["base_model.model.blocks.1.up.lora_A.weight"], layer.lora_A)
     assert torch.equal(tensors["base_model.model.blocks.1.up.lora_B.weight"], layer.lora_B)
+
+
+@contextmanager
+def held(folder: Path, kind: int) -> Iterator[int]:
+    """The folder's lock, as another process holds it."""
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, kind)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def test_a_reader_waits_for_a_writer_and_a_writer_for_a_reader(tmp_path: Path) -> None:
+    save_adapter(adapted(**FORMER), tmp_path)
+    for kind, act in ((fcntl.LOCK_EX, lambda: state_of(tmp_path)), (fcntl.LOCK_SH, lambda: save_latter(tmp_path))):
+        with held(tmp_path, kind) as handle:
+            threading.Timer(0.1, lambda handle=handle: fcntl.flock(handle, fcntl.LOCK_UN)).start()
+            act()
+    assert state_of(tmp_path) == STATES["latter"]
+
+
+def save_latter(folder: Path) -> None:
+    save_adapter(adapted(**LATTER), folder)
+
+
+def test_a_lock_that_is_not_let_go_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_PATIENCE", 0.05)
+    save_adapter(adapted(**FORMER), tmp_path)
+    before = contents(tmp_path)
+    load, save = (lambda model: load_adapter(model, tmp_path)), (lambda model: save_adapter(model, tmp_path))
+    with held(tmp_path, fcntl.LOCK_EX):
+        refused(Net(), load, LoRAStateError, "has been saving", "0.05 s", "try again")
+    with held(tmp_path, fcntl.LOCK_SH):
+        assert state_of(tmp_path) == STATES["former"]
+        refused(adapted(**LATTER), save, LoRAStateError, "has been reading or saving", "0.05 s")
+    assert contents(tmp_path) == before
+
+
+@contextmanager
+def without_rights(folder: Path, rights: int) -> Iterator[None]:
+    """``folder`` has these ``rights`` for all, and root, who may do anything, is nobody."""
+    mode, root = stat.S_IMODE(folder.stat().st_mode), os.geteuid() == 0
+    folder.chmod(rights)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(mode)
+
+
+@pytest.mark.parametrize("rights", [0o555, 0o000], ids=oct)
+def test_a_folder_that_may_not_be_written_is_a_sentence_and_keeps_its_adapter(rights: int) -> None:
+    latter, save_to = adapted(**LATTER), lambda folder: lambda model: save_adapter(model, folder)
+    with tempfile.TemporaryDirectory() as outer:
+        Path(outer).chmod(0o755)
+        folder = Path(outer) / "adapter"
+        save_adapter(adapted(**FORMER), folder)
+        before = contents(folder)
+        with without_rights(folder, rights):
+            refused(latter, save_to(folder), LoRAStateError, "Permission denied", "as it was")
+            refused(latter, save_to(folder / "inner"), LoRAStateError, "Permission denied", "as it was")
+            if rights == 0:
+                refused(Net(), lambda m: load_adapter(m, folder), InvalidArgumentError, "Permission denied", "leave")
+        assert contents(folder) == before
+
+
+def test_what_a_killed_save_left_is_neither_read_nor_kept(tmp_path: Path) -> None:
+    save_adapter(adapted(**FORMER), tmp_path)
+    whole = contents(tmp_path)
+    for name in (CONFIG, WEIGHTS):
+        (tmp_path / f".{name}.0a1b2c3d.saving").write_bytes(b"{")
+        (tmp_path / f".{name}.0a1b2c3d.former").write_bytes(b"{")
+    assert state_of(tmp_path) == STATES["former"]
+    save_adapter(adapted(**LATTER), tmp_path)
+    assert state_of(tmp_path) == STATES["latter"]
+    assert set(contents(tmp_path)) == set(whole)

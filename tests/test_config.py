@@ -22,7 +22,7 @@ REFUSED = {
     "dropout negative": ({"lora_dropout": -0.1}, InvalidArgumentError, ["lora_dropout=-0.1", "[0, 1)"]),
     "dropout nan": ({"lora_dropout": float("nan")}, InvalidArgumentError, ["lora_dropout=nan", "[0, 1)"]),
     "bias": ({"bias": "some"}, InvalidArgumentError, ["bias='some'", "lora_only"]),
-    "init": ({"init_lora_weights": "pissa"}, InvalidArgumentError, ["'pissa'", "gaussian"]),
+    "init": ({"init_lora_weights": "kaiming"}, InvalidArgumentError, ["'kaiming'", "gaussian", "pissa_niter_N"]),
     "adapter dtype": ({"adapter_dtype": torch.int32}, InvalidTypeError, ["torch.int32", "float32"]),
     "adapter dtype name": ({"adapter_dtype": "float32"}, InvalidTypeError, ["'float32'", "torch.float32"]),
     "targets not a regex": (

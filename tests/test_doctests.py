@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import pkgutil
+import sys
 from importlib import import_module
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 import lora_kernels
 
 DEVICE_CODE = "lora_kernels.backends.triton"
+PEFT_CODE = "lora_kernels.peft"
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(lora_kernels.__path__, "lora_kernels.", onerror=lambda name: None)
@@ -21,6 +23,8 @@ EXEMPT = {"__version__", "LoRAKernelsError"}
 
 @pytest.mark.parametrize("name", ["lora_kernels", *MODULES])
 def test_examples_run(name: str) -> None:
+    if name.startswith(PEFT_CODE):
+        pytest.importorskip("peft", reason="the examples of lora_kernels.peft make PEFT models, and PEFT is not here")
     result = doctest.testmod(import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
 
@@ -28,3 +32,9 @@ def test_examples_run(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(set(lora_kernels.__all__) - EXEMPT))
 def test_every_public_name_has_an_example(name: str) -> None:
     assert ">>> " in (getattr(lora_kernels, name).__doc__ or ""), f"{name} has no example in its docstring"
+
+
+def test_without_peft_the_examples_of_its_modules_are_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(pytest.skip.Exception, match="PEFT is not here"):
+        test_examples_run("lora_kernels.peft.layer")

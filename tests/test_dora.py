@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels import FusedLoRALinear
-from models import acting, formula
+from models import acting
 from numerics import check, check_all, same_bits
 
 
@@ -119,20 +119,6 @@ def test_doras_gradients_by_finite_differences(p: float, monkeypatch: pytest.Mon
 
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(run, (x, layer.lora_A, layer.lora_B, layer.lora_magnitude_vector))
-
-
-def test_dora_norms_are_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = acting(8, 37, use_dora=True, dtype=torch.float64)
-    whole = layer._row_norms()
-    monkeypatch.setattr("lora_kernels.dora._NORM_ROWS", 5)
-    exact = formula(acting_without_magnitude(layer), torch.float64).norm(dim=1)
-    check("norms", layer._row_norms(), exact, whole, torch.float64)
-
-
-def acting_without_magnitude(layer: FusedLoRALinear) -> FusedLoRALinear:
-    plain = copy.deepcopy(layer)
-    plain.lora_magnitude_vector = None
-    return plain
 
 
 def test_dora_under_autocast_runs_in_its_dtype_with_norms_in_fp32() -> None:

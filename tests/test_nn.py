@@ -118,7 +118,7 @@ REFUSED = {
     "rank": ({"r": 0}, InvalidArgumentError, "at least 1"),
     "alpha": ({"lora_alpha": -1}, InvalidArgumentError, "not negative"),
     "dropout": ({"lora_dropout": 1.0}, InvalidArgumentError, "[0, 1)"),
-    "init": ({"init_lora_weights": "olora"}, InvalidArgumentError, "gaussian"),
+    "init": ({"init_lora_weights": "kaiming"}, InvalidArgumentError, "gaussian"),
     "adapter dtype": ({"adapter_dtype": torch.int8}, InvalidTypeError, "torch.float16"),
     "integer": ({"dtype": torch.int32}, InvalidTypeError, "float32"),
     "complex": ({"dtype": torch.complex64}, InvalidTypeError, "float32"),

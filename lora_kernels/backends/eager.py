@@ -1,11 +1,6 @@
 """The plain composition: the library's GEMM (oneDNN, cuBLAS) and as few calls around it as there can be.
 
-Always available, always a candidate, and the yardstick of every fused backend. Two orders of the same sum:
-
-* *base first*, for few tokens: ``y = x Wᵀ + bias``, then ``y += s h Bᵀ`` in place.
-* *LoRA first*, for many, and for dx: ``y = bias + s h Bᵀ``, then the large GEMM accumulates onto it (beta = 1).
-
-``bench/results/*/eager-order.json`` holds both orders' times.
+Always available, always a candidate, and the yardstick of every fused backend; the products are in ``parts.py``.
 
 Dropout: on the CPU the mask is drawn again in backward by a private generator that the seed seeds; on CUDA such a
 generator would have to read the seed back from the device, so the mask itself, one byte an element, is kept.
@@ -13,21 +8,16 @@ generator would have to read the seed back from the device, so the mask itself, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import Problem
-from ..ops import OPERATOR_NAMES, register
+from ..ops import register
 from ..reference import dropout_threshold
 from . import draw_seed
+from .parts import Parts, sum_of_rows
 
 __all__ = ["BACKEND"]
-
-# Below this many tokens the forms that dispatch least are quicker.
-MANY_TOKENS = 64
 
 
 def forward(
@@ -40,14 +30,8 @@ def forward(
     p: float,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    lora_a, lora_b = _as(lora_a, x.dtype), _as(lora_b, x.dtype)
-    if bias is not None:
-        bias = _as(bias, x.dtype)
-    h = x @ lora_a.t() if state is None else _product(x * _keep(x, p, state), lora_a.t(), 1.0 / (1.0 - p))  # (M, R)
-    if x.shape[0] < MANY_TOKENS:
-        return F.linear(x, weight, bias).addmm_(h, lora_b.t(), alpha=scaling), h
-    low_rank = _product(h, lora_b.t(), scaling) if bias is None else torch.addmm(bias, h, lora_b.t(), alpha=scaling)
-    return low_rank.addmm_(x, weight.t()), h
+    h = _parts.shrink(x, lora_a, p, state)
+    return _parts.product(x, weight, lora_b, h, bias, None, scaling, False)[0], h
 
 
 def backward(
@@ -62,37 +46,15 @@ def backward(
     p: float,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dh: Any = None
-    if weight is not None or x is not None:
-        dh = _product(dy, _as(lora_b, dy.dtype), scaling)  # (M, R)
-    return (
-        dy.new_empty(0) if weight is None else _dx(dy, weight, dh, lora_a, p, state),
-        lora_a.new_empty(0) if x is None else _da(dh, x, lora_a, p, state),
-        lora_b.new_empty(0) if h is None else _db(dy, h, lora_b, scaling),
-        dy.new_empty(0) if bias is None else dy.sum(0, dtype=bias.dtype),
-    )
-
-
-def _db(dy: Tensor, h: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    if dy.shape[0] < MANY_TOKENS:
-        db = _product(dy.t(), h, scaling)  # (N, R)
-    else:
-        db = _product(h.t(), dy, scaling).t().contiguous()  # (N, R): the quicker order of the product
-    return _as(db, lora_b.dtype)
-
-
-def _dx(dy: Tensor, weight: Tensor, dh: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
-    lora_a = _as(lora_a, dy.dtype)
-    if state is None:
-        return (dh @ lora_a).addmm_(dy, weight)
-    low_rank = _product(dh, lora_a, 1.0 / (1.0 - p))  # (M, K)
-    return low_rank.mul_(_keep(low_rank, p, state)).addmm_(dy, weight)
-
-
-def _da(dh: Tensor, x: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
-    if state is None:
-        return _as(dh.t() @ x, lora_a.dtype)
-    return _as(_product(dh.t(), x * _keep(x, p, state), 1.0 / (1.0 - p)), lora_a.dtype)
+    dx, da, db = dy.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
+    if weight is None and x is None and h is None:
+        return dx, da, db, sum_of_rows(dy, bias)
+    dh, db, dbias = _parts.output_grads(dy, lora_b, h, bias, scaling)
+    if weight is not None:
+        dx = _parts.input_grad([dy], [weight], [dh], [lora_a], p, [] if state is None else [state])
+    if x is not None:
+        da = _parts.a_grad(dh, x, p, state).to(lora_a.dtype)
+    return dx, da, db, dbias
 
 
 def mask(state: Tensor, rows: int, columns: int, p: float) -> Tensor:
@@ -107,21 +69,18 @@ def _draw_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     return bits >= dropout_threshold(p) - 32768
 
 
-def _product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """``scaling * left @ right``, the scaling within the product; with beta = 0 the first argument is not read."""
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
-
-
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, without the microseconds of a call that changes nothing."""
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)
-
-
 def _keep(like: Tensor, p: float, state: Tensor) -> Tensor:
-    """The keep mask of ``like``'s shape, to be multiplied with it; in its dtype on a CPU (mixed products crawl)."""
+    """In ``like``'s dtype on a CPU, where mixed products crawl."""
     if state.dtype is torch.bool:
         return state
     return _draw_mask(state, like.shape[0], like.shape[1], p).to(like.dtype)
+
+
+def _hidden_dtype(compute: torch.dtype) -> torch.dtype:
+    return compute
+
+
+_parts = Parts(_keep, _hidden_dtype)
 
 
 class EagerBackend:
@@ -144,8 +103,7 @@ class EagerBackend:
         return f"{order} {dropout}" if problem.dropout_p else order
 
     def register(self, device_type: str) -> None:
-        implementations = {name: globals()[name] for name in OPERATOR_NAMES}
-        register(self.name, implementations, hidden_dtype=lambda compute: compute)
+        register(self.name, {"forward": forward, "backward": backward, "mask": mask, **_parts.operators}, _hidden_dtype)
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
         if x.device.type == "cpu":

@@ -15,6 +15,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -23,8 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..console import MissingExtraError
-from ..errors import InvalidArgumentError, LoRAStateError
+from ..errors import InvalidArgumentError, LoRAStateError, MissingExtraError
 
 __all__ = ["CONFIG", "WEIGHTS", "PathLike", "read_config", "read_pair", "write_pair"]
 
@@ -34,22 +34,32 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
 _DIGEST = "adapter_config_sha256"  # in the weights' metadata, beside PEFT's "format"
 _SAVING, _FORMER = ".saving", ".former"  # how the names end that files have while they are being replaced
+_PATIENCE = 120.0  # seconds to wait for another process that saves into, or reads, the folder
+_PAUSE = 0.02  # seconds between two looks
 
 
 def read_pair(folder: PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The fields of the configuration and the tensors, on the CPU and in memory of their own.
 
     Raises:
-        InvalidArgumentError: a file is missing or cannot be read as what it should be.
+        InvalidArgumentError: a file is missing, may not be read, or cannot be read as what it should be.
+        LoRAStateError: another process has been saving into the folder all the time.
         MissingExtraError: safetensors is not installed.
     """
-    path = _folder(folder)
-    with _locked(path, exclusive=False):
-        tensors, digest = _read_weights(path) if (path / WEIGHTS).is_file() else (None, None)
-        fields = read_config(path, digest)
+    try:
+        path = _folder(folder)
+        with _locked(path, exclusive=False):
+            tensors, digest = _read_weights(path) if (path / WEIGHTS).is_file() else (None, None)
+            fields = read_config(path, digest)
+        pickled = (path / _PICKLED).is_file()
+    except OSError as error:
+        raise InvalidArgumentError(
+            f"the adapter in {str(folder)!r} cannot be read: {error}. Give this user leave to read the folder and its "
+            "files, or copy them."
+        ) from error
     if tensors is not None:
         return fields, tensors
-    if (path / _PICKLED).is_file():
+    if pickled:
         raise InvalidArgumentError(
             f"the weights in {path} are {_PICKLED}, a pickle, which is not read here. Convert it once: from "
             "safetensors.torch import save_file; save_file(torch.load("
@@ -108,13 +118,14 @@ def write_pair(folder: PathLike, fields: Mapping[str, Any], tensors: Mapping[str
     """Writes both files; where it raises, what was in the folder is as it was.
 
     Raises:
-        LoRAStateError: a file cannot be written.
+        LoRAStateError: a file cannot be written, or others have been reading or saving there all the time.
         MissingExtraError: safetensors is not installed.
     """
-    path, created = Path(folder), not Path(folder).exists()
+    path, created = Path(folder), False
     safetensors = _safetensors()
     text = json.dumps(fields, indent=2, sort_keys=True).encode()
     try:
+        created = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         with _locked(path, exclusive=True):
             _write(path, text, tensors)
@@ -197,7 +208,11 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _locked(path: Path, exclusive: bool) -> Iterator[None]:
-    """Waits for others that save into the folder (or, if exclusive, read it); the lock ends with the process."""
+    """Waits for others that save into the folder (or, if exclusive, read it); the lock ends with the process.
+
+    Raises:
+        LoRAStateError: they have not finished after ``_PATIENCE`` seconds.
+    """
     try:
         import fcntl  # not on Windows
     except ImportError:
@@ -205,11 +220,31 @@ def _locked(path: Path, exclusive: bool) -> Iterator[None]:
         return
     handle = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some network file systems know no locks
-            fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        deadline = time.monotonic() + _PATIENCE
+        while not _try_lock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH):
+            if time.monotonic() > deadline:
+                raise LoRAStateError(
+                    f"another process has been {'reading or saving' if exclusive else 'saving'} the adapter in {path} "
+                    f"for {_PATIENCE:g} s and has not finished. Nothing was changed; wait for it or end it, then try "
+                    "again."
+                )
+            time.sleep(_PAUSE)
         yield
     finally:
         os.close(handle)
+
+
+def _try_lock(handle: int, kind: int) -> bool:
+    """Whether the lock was taken; also where the file system knows no locks, as some network ones."""
+    import fcntl
+
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _safetensors() -> Any:

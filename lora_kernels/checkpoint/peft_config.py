@@ -15,11 +15,12 @@ from typing import Any
 from torch import nn
 
 from ..adapter import Adapter, plain_name
-from ..config import INIT_CHOICES, LoRAConfig, pattern_value, scaling_of
+from ..config import LoRAConfig, pattern_value
 from ..errors import InvalidArgumentError, LoRAKernelsError, LoRAStateError
 from ..layer import LoRALayer
 from ..matching import is_all_linear, name_matches, selects
 from ..nn import FusedLoRAConv1D
+from .plain_form import PlainForm
 
 __all__ = ["compose", "parse"]
 
@@ -88,6 +89,7 @@ _OTHER_METHODS = {
     "XLORA": "X-LoRA, a mixture of adapters",
 }
 _REWRITING = ("pissa", "olora", "corda", "lora_ga", "loftq")  # initialisations that change the base weights
+_WRITTEN = (True, False, "gaussian")  # initialisations that PEFT makes at any rank and without data
 
 
 def parse(fields: Mapping[str, Any], where: str) -> Adapter:
@@ -107,13 +109,13 @@ def parse(fields: Mapping[str, Any], where: str) -> Adapter:
     initial = fields.get("init_lora_weights", True)
     given = {name: fields.get(name, default) for name, default in _HELD.items()}
     given |= {name: given[name] or {} for name in ("rank_pattern", "alpha_pattern")}
-    given["init_lora_weights"] = initial if initial in INIT_CHOICES else True
+    given["init_lora_weights"] = initial if initial in _WRITTEN else True
     try:
         config = LoRAConfig(**given)
     except (LoRAKernelsError, TypeError, AttributeError) as error:
         raise InvalidArgumentError(f"{where} cannot be used: {error}") from error
     kept = {name: value for name, value in fields.items() if name not in _HELD and name != "runtime_config"}
-    if initial in INIT_CHOICES:
+    if initial in _WRITTEN:
         kept.pop("init_lora_weights", None)
     return Adapter(config, kept)
 
@@ -146,24 +148,28 @@ def _check_method(fields: Mapping[str, Any], where: str) -> None:
 def compose(
     model: nn.Module,
     layers: Mapping[str, LoRALayer],
+    forms: Mapping[str, PlainForm],
     adapter: Adapter,
     bias: str,
     modules_to_save: list[str] | None,
     task_type: str | None,
 ) -> dict[str, Any]:
-    """The fields that make PEFT build exactly ``layers``; ``adapter``'s rule is kept where it still says just that.
+    """The fields that make PEFT build ``layers`` just as ``forms`` writes them.
+
+    ``adapter``'s rule is kept where it still says just that.
 
     Raises:
         LoRAStateError: the layers differ in what the file holds once for all of them.
     """
     kept, config = dict(adapter.kept), replace(adapter.config, modules_to_save=modules_to_save)
     rslora = all(layer.use_rslora for layer in layers.values())
+    initial = config.init_lora_weights if config.init_lora_weights in _WRITTEN else True
     fields = {
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": kept.get("base_model_name_or_path") or vars(model).get("name_or_path") or None,
         "inference_mode": True,
-        "init_lora_weights": kept.get("init_lora_weights", config.init_lora_weights),
+        "init_lora_weights": kept.get("init_lora_weights", initial),
         "lora_dropout": _common("lora_dropout", {name: layer.lora_dropout for name, layer in layers.items()}),
         "use_dora": _common("use_dora", {name: layer.use_dora for name, layer in layers.items()}),
         "lora_bias": _common("lora_bias", {name: layer.lora_bias is not None for name, layer in layers.items()}),
@@ -172,7 +178,7 @@ def compose(
         "bias": bias,
         "modules_to_save": modules_to_save,
         **_which(model, list(layers), config),
-        **_sizes(layers, config, rslora),
+        **_sizes(forms, config, rslora),
     }
     if fields["task_type"] is None:
         fields["auto_mapping"] = {
@@ -212,11 +218,11 @@ def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, (tuple, set, frozenset)) else value
 
 
-def _sizes(layers: Mapping[str, LoRALayer], config: LoRAConfig, rslora: bool) -> dict[str, Any]:
+def _sizes(forms: Mapping[str, PlainForm], config: LoRAConfig, rslora: bool) -> dict[str, Any]:
     """Ranks and alphas: the configuration's where they are the layers', else the commonest and the exceptions."""
     actual: dict[str, tuple[str, dict[str, float]]] = {
-        "r": ("rank_pattern", {name: layer.r for name, layer in layers.items()}),
-        "lora_alpha": ("alpha_pattern", {name: _alpha(layer, rslora) for name, layer in layers.items()}),
+        "r": ("rank_pattern", {name: form.r for name, form in forms.items()}),
+        "lora_alpha": ("alpha_pattern", {name: form.alpha(rslora) for name, form in forms.items()}),
     }
     fields: dict[str, Any] = {}
     for field, (pattern, values) in actual.items():
@@ -226,10 +232,3 @@ def _sizes(layers: Mapping[str, LoRALayer], config: LoRAConfig, rslora: bool) ->
             exceptions = {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
         fields |= {field: default, pattern: exceptions}
     return fields
-
-
-def _alpha(layer: LoRALayer, rslora: bool) -> float:
-    """The alpha that gives the layer's scaling, whichever way that came about."""
-    if rslora == layer.use_rslora and layer.scaling == scaling_of(layer.r, layer.lora_alpha, rslora):
-        return layer.lora_alpha
-    return layer.scaling / scaling_of(layer.r, 1, rslora)

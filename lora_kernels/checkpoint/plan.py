@@ -58,7 +58,9 @@ def make_plan(model: nn.Module, config: LoRAConfig, tensors: Mapping[str, Tensor
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         found = _ADAPTER_KEY.fullmatch(name)
-        of_layer = found is not None and (_slot(modules, name) is None or is_linear(modules[found["path"]]))
+        of_layer = found is not None and (
+            _slot(modules, name) is None or found["path"] not in modules or is_linear(modules[found["path"]])
+        )
         if found is not None and of_layer:  # else it is a Parameter of the model's own with such a name
             part = NAMES[found["part"] or found["dora"]]
             plan.adapters.setdefault(found["path"], {})[part] = tensor
@@ -173,6 +175,11 @@ def _check_layer(plan: Plan, name: str, module: nn.Module, where: str) -> None:
 def _check_fits(name: str, layer: LoRALayer, rank: int, tensors: Mapping[str, Tensor]) -> None:
     if layer.merged:
         raise LoRAStateError(f"the layer {name!r} is merged. Call unmerge_lora(model) before load_adapter.")
+    if layer._initial_scaling is not None:
+        raise LoRAStateError(
+            f"the layer {name!r} was initialised with {layer.init_lora_weights!r}, so its weight is a residual, and "
+            "the file is for the untouched model. Call restore_linear(model) first, which puts that weight back."
+        )
     if (layer.r, set(layer.adapter)) != (rank, set(tensors)):
         raise InvalidArgumentError(
             f"the layer {name!r} has r={layer.r} and {', '.join(layer.adapter)}, and the adapter has r={rank} and "

@@ -6,13 +6,14 @@ import warnings
 
 from torch import Tensor, nn
 
-from ..adapter import Adapter, plain_name, remembered, unwrapped
+from ..adapter import Adapter, plain_name, remembered_within, unwrapped
 from ..config import LoRAConfig, as_tuple
 from ..errors import InvalidArgumentError, LoRAStateError
 from ..layer import LoRALayer
 from ..matching import trained_whole
 from ..model import check_bias, some_lora_layers
 from . import files, peft_config
+from .plain_form import PlainForm, plain_form, whole
 
 __all__ = ["PREFIX", "save_adapter"]
 
@@ -44,6 +45,10 @@ def save_adapter(
     their dtype; those of a layer that stands at several places are written once, under its first name. Merged layers
     are saved as they were before merging. Fields that :func:`load_adapter` found and did not know are written back.
 
+    What is written goes with the untouched model. Layers that PiSSA or OLoRA initialised have another base, the
+    residual ``W - s B0 A0``: their adapter is written as plain LoRA of rank 2 r, ``A' = [A; A0]``, ``B' = [B, -B0]``,
+    with the alpha that keeps the scaling. A negative ``scaling`` is written as a positive one with ``-B``.
+
     Both files are put in place together: a reader, also after this process was killed, finds the former adapter or this
     one, never a mixture (PEFT, which reads the two apart, only if it does not read between the two renames). Other
     files of the folder are left alone.
@@ -52,7 +57,7 @@ def save_adapter(
         model: a module that holds ``FusedLoRALinear`` layers; wrapped ones are looked into.
         folder: where to write; it is made if it is not there.
         bias: which biases are saved too: ``"none"``, ``"lora_only"`` (those of the LoRA layers) or ``"all"``. None: as
-            ``LoRAConfig.bias`` said when the layers were replaced.
+            ``LoRAConfig.bias`` said when the layers of the model, or of parts of it, were replaced.
         modules_to_save: ends of the names of modules that are saved whole. None: as ``LoRAConfig.modules_to_save``.
         task_type: PEFT's name of the task, such as ``"CAUSAL_LM"``, for its ``AutoPeftModel`` classes. None: the one
             that the adapter was loaded with. With a task, PEFT's heads for it are saved whole (``"classifier"``, ...).
@@ -60,8 +65,9 @@ def save_adapter(
     Raises:
         InvalidArgumentError: another ``bias``.
         LoRAStateError: the model holds no LoRA layer or is one itself; a parameter is sharded or on the meta device; a
-            module that is saved whole holds a LoRA layer, or shares a weight with one that is not saved; the layers
-            differ where PEFT's file has one value for all; or the files cannot be written: what was there stays.
+            scaling is not finite; a module that is saved whole holds a LoRA layer, or shares a weight with one that is
+            not saved; the layers differ where PEFT's file has one value for all; or the files cannot be written: what
+            was there stays.
         MissingExtraError: safetensors is not installed.
 
     Example:
@@ -81,12 +87,13 @@ def save_adapter(
             "the model that holds the layer."
         )
     layers = {plain_name(name): module for name, module in inner.named_modules() if isinstance(module, LoRALayer)}
-    adapter = remembered(inner) or Adapter(LoRAConfig())
-    bias, whole, task_type = _settings(adapter, bias, modules_to_save, task_type)
-    tensors = _adapters(layers) | _biases(inner, layers, bias) | _whole(inner, whole)
-    fields = peft_config.compose(inner, layers, adapter, bias, whole or None, task_type)
+    adapter = remembered_within(inner) or Adapter(LoRAConfig())
+    bias, entire, task_type = _settings(adapter, bias, modules_to_save, task_type)
+    forms = {name: plain_form(name, layer) for name, layer in layers.items()}
+    tensors = _adapters(forms) | _biases(inner, layers, bias) | _whole(inner, entire)
+    fields = peft_config.compose(inner, layers, forms, adapter, bias, entire or None, task_type)
     _warn_of_places(inner, layers)
-    files.write_pair(folder, fields, _apart({name: _plain(name, tensor) for name, tensor in tensors.items()}))
+    files.write_pair(folder, fields, _apart({name: whole(name, tensor) for name, tensor in tensors.items()}))
 
 
 def _settings(
@@ -104,12 +111,12 @@ def _settings(
     return bias or adapter.config.bias, whole, task_type
 
 
-def _adapters(layers: dict[str, LoRALayer]) -> dict[str, Tensor]:
+def _adapters(forms: dict[str, PlainForm]) -> dict[str, Tensor]:
     return {
-        f"{PREFIX}{name}.{theirs}": layer.adapter[ours]
-        for name, layer in layers.items()
+        f"{PREFIX}{name}.{theirs}": form.tensors[ours]
+        for name, form in forms.items()
         for theirs, ours in NAMES.items()
-        if ours in layer.adapter
+        if ours in form.tensors
     }
 
 
@@ -151,25 +158,6 @@ def _whole(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
         for name, module in modules
         for key, tensor in module.state_dict().items()
     }
-
-
-def _plain(name: str, tensor: Tensor) -> Tensor:
-    """``tensor`` detached; raises where its values are not, or not all, here."""
-    tensor = tensor.detach()
-    if type(tensor).__name__ == "DTensor":
-        raise LoRAStateError(
-            f"{name} is sharded (DTensor), and save_adapter writes whole tensors. Gather it first, for example with "
-            "torch.distributed.checkpoint.state_dict.get_model_state_dict(..., full_state_dict=True), into a model of "
-            "one process."
-        )
-    if tensor.is_meta:
-        raise LoRAStateError(f"{name} is on the meta device and has no values. Load the model's weights first.")
-    if ".lora_" in name and tensor.numel() == 0:
-        raise LoRAStateError(
-            f"{name} is empty: a sharding wrapper (FSDP, DeepSpeed ZeRO-3) holds its values. Save within its context "
-            "that gathers the parameters."
-        )
-    return tensor.contiguous()
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

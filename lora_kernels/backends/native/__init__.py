@@ -12,6 +12,7 @@ from torch import Tensor
 from ...dispatch import Problem
 from ...ops import register
 from .. import draw_seed
+from ..parts import Parts
 from . import load
 
 __all__ = ["BACKEND"]
@@ -51,12 +52,17 @@ class NativeBackend:
         return f"PyTorch's large product, own vectorised code around it, in one call; the library: {where}.{dropped}"
 
     def register(self, device_type: str) -> None:
-        register(self.name, None, hidden_dtype=_hidden_dtype)
+        register(self.name, Parts(_keep, _hidden_dtype).operators, _hidden_dtype)
         if device_type != "meta":
             load.load(device_type)
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
         return draw_seed(x)
+
+
+def _keep(like: Tensor, p: float, state: Tensor) -> Tensor:
+    mask: Tensor = torch.ops.lora_kernels.native_mask(state, *like.shape, p)
+    return mask if like.is_cuda else mask.to(like.dtype)  # on a CPU mixed products crawl
 
 
 def _hidden_dtype(compute: torch.dtype) -> torch.dtype:

@@ -14,6 +14,7 @@ from ... import env
 from ...dispatch import Problem
 from ...ops import OPERATOR_NAMES, register
 from .. import draw_seed
+from ..parts import Parts
 
 __all__ = ["BACKEND"]
 
@@ -69,11 +70,18 @@ class TritonBackend:
     def register(self, device_type: str) -> None:
         from . import launch
 
-        implementations = {name: getattr(launch, name) for name in OPERATOR_NAMES}
-        register(self.name, implementations, hidden_dtype=lambda compute: torch.float32)
+        def keep(like: Tensor, p: float, state: Tensor) -> Tensor:
+            return launch.mask(state, like.shape[0], like.shape[1], p)
+
+        own = {name: getattr(launch, name) for name in OPERATOR_NAMES if hasattr(launch, name)}
+        register(self.name, Parts(keep, _hidden_dtype).operators | own, _hidden_dtype)
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
         return draw_seed(x)
+
+
+def _hidden_dtype(compute: torch.dtype) -> torch.dtype:
+    return torch.float32
 
 
 def _why_not_cuda() -> list[str]:

@@ -1,0 +1,49 @@
+"""What may stand between A and B, over plain tensors: the names, σ(z) and its gradient.
+
+The parallel bottleneck adapter ``s B σ(A x)`` (He et al., "Towards a Unified View of Parameter-Efficient Transfer
+Learning", 2022, table 1, after Houlsby et al., 2019) is a LoRA with such a function; ``identity`` is LoRA itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import InvalidArgumentError
+
+__all__ = ["ACTIVATIONS", "activate", "activate_backward", "check_activation"]
+
+ACTIVATIONS = ("identity", "relu", "gelu", "silu")
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+def check_activation(activation: str) -> None:
+    """Raises for a name that is not one of ``ACTIVATIONS``."""
+    if activation not in ACTIVATIONS:
+        raise InvalidArgumentError(
+            f"activation={activation!r} was given: it must be one of {', '.join(map(repr, ACTIVATIONS))}; "
+            "'identity' is plain LoRA."
+        )
+
+
+def activate(activation: str, z: Tensor) -> Tensor:
+    """σ(z), element by element; z itself for the identity. GELU is the exact one, with the error function."""
+    return z if activation == "identity" else _FUNCTIONS[activation](z)
+
+
+def activate_backward(activation: str, dh: Tensor, z: Tensor) -> Tensor:
+    """dh * σ'(z), in one pass; ReLU's derivative at 0 is 0."""
+    aten = torch.ops.aten
+    if activation == "relu":
+        dz: Tensor = aten.threshold_backward.default(dh, z, 0)
+    elif activation == "gelu":
+        dz = aten.gelu_backward.default(dh, z)
+    elif activation == "silu":
+        dz = aten.silu_backward.default(dh, z)
+    else:
+        dz = dh
+    return dz

@@ -1,0 +1,80 @@
+"""What the plain layer does not have: an activation between A and B, a gain of y's columns, several layers of one x.
+
+A :class:`Branch` is one output y = g * (x Wᵀ + s σ(drop(x) Aᵀ) Bᵀ) + b; :func:`apply_branches` computes the y of each
+branch of one x, and in backward one dx. Plain LoRA by itself keeps its own, shorter way (``functional.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import functional
+from .activations import check_activation
+from .branches_autograd import BranchesFunction, apply_branches_function, forward_only
+from .dispatch import backend
+from .errors import InvalidArgumentError
+
+__all__ = ["Branch", "apply_branches"]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """weight (N, K), lora_a (R, K), lora_b (N, R), bias (N,) or None, s, gain (N,) or None, σ's name."""
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    bias: Tensor | None = None
+    scaling: float = 1.0
+    gain: Tensor | None = None
+    activation: str = "identity"
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """As ``BranchesFunction`` takes them."""
+        return self.weight, self.lora_a, self.lora_b, self.bias, self.gain
+
+
+def apply_branches(x: Tensor, branches: Sequence[Branch], p: float, backend_name: str | None = None) -> list[Tensor]:
+    """Each branch's y (..., N_i) for x (..., K); a p above 0 draws a mask for each branch, in their order.
+
+    Dtypes, autocast, backends and errors are ``lora_linear``'s; p is known to be valid, 0 where dropout does not act.
+    """
+    device_type = functional.device_type_of(x)
+    if torch._C._is_any_autocast_enabled() and functional.is_autocast_enabled(device_type):
+        compute = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            return _run(x.to(compute), branches, p, backend_name, autocast=True)
+    return _run(x, branches, p, backend_name, autocast=False)
+
+
+def _run(x: Tensor, branches: Sequence[Branch], p: float, backend_name: str | None, autocast: bool) -> list[Tensor]:
+    for branch in branches:
+        _check(x, branch, autocast)
+    x, name = functional.prepare(x, backend_name)
+    draws = len(branches) if p > 0.0 else 0
+    flat = x.reshape(-1, x.shape[-1])
+    states = [backend(name).dropout_state(flat, p) for _ in range(draws)]
+    tensors = [tensor for branch in branches for tensor in branch.tensors]
+    scalings = tuple(float(branch.scaling) for branch in branches)
+    activations = tuple(branch.activation for branch in branches)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+        record = BranchesFunction.apply if torch.compiler.is_compiling() else apply_branches_function
+        return list(record(x, name, p, scalings, activations, *tensors, *states))
+    keeps = (False,) * len(branches)
+    return forward_only(x, name, p, scalings, activations, keeps, *tensors, *states)[0]
+
+
+def _check(x: Tensor, branch: Branch, autocast: bool) -> None:
+    functional.check(x, branch.weight, branch.lora_a, branch.lora_b, branch.bias, autocast)
+    check_activation(branch.activation)
+    gain = branch.gain
+    if gain is not None and (gain.shape != branch.weight.shape[:1] or gain.device != x.device):
+        raise InvalidArgumentError(
+            f"a gain {tuple(gain.shape)} on {gain.device} was given for a weight {tuple(branch.weight.shape)} and x on "
+            f"{x.device}: it must be (N,), one factor for each row of the weight, on x's device."
+        )

@@ -1,0 +1,88 @@
+"""A layer's adapter as PEFT's files hold it: plain LoRA beside the untouched base, its scaling not negative."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import scaling_of
+from ..errors import LoRAStateError
+from ..layer import LoRALayer
+
+__all__ = ["PlainForm", "plain_form", "whole"]
+
+
+@dataclass(frozen=True)
+class PlainForm:
+    """What is written of a layer.
+
+    Attributes:
+        r: the rank.
+        scaling: what B A is multiplied by.
+        lora_alpha: the layer's own alpha, or None where it does not give ``scaling`` with this rank.
+        use_rslora: how the layer makes a scaling of it.
+        tensors: by our names of the Parameters.
+    """
+
+    r: int
+    scaling: float
+    lora_alpha: float | None
+    use_rslora: bool
+    tensors: dict[str, Tensor]
+
+    def alpha(self, use_rslora: bool) -> float:
+        """The alpha that gives the scaling, whichever way that came about."""
+        if self.lora_alpha is not None and use_rslora == self.use_rslora:
+            return self.lora_alpha
+        return self.scaling * (math.sqrt(self.r) if use_rslora else self.r)
+
+
+def plain_form(name: str, layer: LoRALayer) -> PlainForm:
+    """The adapter of ``layer``, called ``name``.
+
+    A negative scaling is written as a negative B (and bias of B). With PiSSA and OLoRA the base has lost s0 B0 A0, so
+    what is added to the untouched one is ``s B A - s0 B0 A0 = s0 [s/s0 B, -B0] [A; A0]``: rank 2 r. DoRA scales the
+    rows of W plus that, which is the same sum, so its magnitudes stay.
+
+    Raises:
+        LoRAStateError: the scaling is not finite, or a tensor that is computed with is not here; see :func:`whole`.
+    """
+    if not math.isfinite(layer.scaling):
+        raise LoRAStateError(f"the scaling of {name!r} is {layer.scaling}, which no file can hold. Set it first.")
+    tensors = {own: parameter.detach() for own, parameter in layer.adapter.items()}
+    alpha = layer.lora_alpha if layer.scaling == scaling_of(layer.r, layer.lora_alpha, layer.use_rslora) else None
+    s, s0 = layer.scaling, layer._initial_scaling
+    if s0 is None:
+        if s < 0:
+            tensors |= {own: -tensors[own] for own in ("lora_B", "lora_bias") if own in tensors}
+        return PlainForm(layer.r, abs(s), alpha, layer.use_rslora, tensors)
+    here = {own: whole(f"{name}.{own}", tensor) for own, tensor in (layer.adapter | layer.initial).items()}
+    tensors["lora_A"] = torch.cat([here["lora_A"], here["lora_initial_A"]])
+    tensors["lora_B"] = torch.cat([here["lora_B"] * (s / s0), -here["lora_initial_B"]], dim=1)
+    return PlainForm(2 * layer.r, s0, None, layer.use_rslora, tensors)
+
+
+def whole(name: str, tensor: Tensor) -> Tensor:
+    """``tensor`` detached.
+
+    Raises:
+        LoRAStateError: its values are not, or not all, here.
+    """
+    tensor = tensor.detach()
+    if type(tensor).__name__ == "DTensor":
+        raise LoRAStateError(
+            f"{name} is sharded (DTensor), and save_adapter writes whole tensors. Gather it first, for example with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(..., full_state_dict=True), into a model of "
+            "one process."
+        )
+    if tensor.is_meta:
+        raise LoRAStateError(f"{name} is on the meta device and has no values. Load the model's weights first.")
+    if ".lora_" in name and tensor.numel() == 0:
+        raise LoRAStateError(
+            f"{name} is empty: a sharding wrapper (FSDP, DeepSpeed ZeRO-3) holds its values. Save within its context "
+            "that gathers the parameters."
+        )
+    return tensor.contiguous()

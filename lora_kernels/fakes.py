@@ -1,0 +1,101 @@
+"""Shapes and dtypes of what the operators give, for tracing: see ``ops.py``, whose tables they follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["fakes"]
+
+
+def fakes(hidden_dtype: Callable[[torch.dtype], torch.dtype]) -> dict[str, Callable[..., Any]]:
+    """One function for each operator; every result is a fresh contiguous tensor."""
+
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        p: float,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return x.new_empty((x.shape[0], weight.shape[0])), shrink(x, lora_a, p, state)
+
+    def backward(
+        dy: Tensor,
+        x: Tensor | None,
+        weight: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        h: Tensor | None,
+        scaling: float,
+        p: float,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return (
+            dy.new_empty(0 if weight is None else (dy.shape[0], weight.shape[1])),
+            lora_a.new_empty(0 if x is None else lora_a.shape),
+            lora_b.new_empty(0 if h is None else lora_b.shape),
+            _like_bias(dy, bias),
+        )
+
+    def mask(state: Tensor, rows: int, columns: int, p: float) -> Tensor:
+        return state.new_empty((rows, columns), dtype=torch.bool)
+
+    def shrink(x: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
+        return x.new_empty((x.shape[0], lora_a.shape[0]), dtype=hidden_dtype(x.dtype))
+
+    def product(
+        x: Tensor,
+        weight: Tensor,
+        lora_b: Tensor,
+        h: Tensor,
+        bias: Tensor | None,
+        gain: Tensor | None,
+        scaling: float,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        size = (x.shape[0], weight.shape[0])
+        return x.new_empty(size), x.new_empty(0 if gain is None or not keep else size)
+
+    def output_grads(
+        dy: Tensor, lora_b: Tensor, h: Tensor | None, bias: Tensor | None, scaling: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dh = dy.new_empty((dy.shape[0], lora_b.shape[1]), dtype=hidden_dtype(dy.dtype))
+        return dh, lora_b.new_empty(0 if h is None else lora_b.shape), _like_bias(dy, bias)
+
+    def input_grad(
+        dys: list[Tensor],
+        weights: list[Tensor],
+        dhs: list[Tensor],
+        lora_as: list[Tensor],
+        p: float,
+        states: list[Tensor],
+    ) -> Tensor:
+        return dys[0].new_empty((dys[0].shape[0], weights[0].shape[1]))
+
+    def a_grad(dh: Tensor, x: Tensor, p: float, state: Tensor | None) -> Tensor:
+        return x.new_empty((dh.shape[1], x.shape[1]), dtype=hidden_dtype(x.dtype))
+
+    def gain_grad(
+        dy: Tensor, linear: Tensor | None, gain: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return dy.new_empty(dy.shape), gain.new_empty(0 if linear is None else gain.shape), _like_bias(dy, bias)
+
+    def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+        return weight.new_empty(weight.shape[0], dtype=torch.promote_types(weight.dtype, torch.float32))
+
+    functions = (
+        forward, backward, mask, shrink, product, output_grads, input_grad, a_grad, gain_grad, row_norms
+    )  # fmt: skip
+    return {function.__name__: function for function in functions}
+
+
+def _like_bias(dy: Tensor, bias: Tensor | None) -> Tensor:
+    return dy.new_empty(0) if bias is None else bias.new_empty(bias.shape)
