@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PLACES = {
+    "FusedLoRAGroup": "grouping",
     "FusedLoRALinear": "nn",
     "LoRAConfig": "config",
     "LoRAKernelsError": "errors",
@@ -25,8 +26,10 @@ _PLACES = {
     "replace_linear": "model",
     "restore_linear": "model",
     "save_adapter": "checkpoint",
+    "share_inputs": "grouping",
     "unfuse_peft": "peft",
     "unmerge_lora": "model",
+    "unshare_inputs": "grouping",
     "use_backend": "dispatch",
 }
 
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
     from .dispatch import use_backend as use_backend
     from .errors import LoRAKernelsError as LoRAKernelsError
     from .functional import lora_linear as lora_linear
+    from .grouping import FusedLoRAGroup as FusedLoRAGroup
+    from .grouping import share_inputs as share_inputs
+    from .grouping import unshare_inputs as unshare_inputs
     from .model import lora_state_dict as lora_state_dict
     from .model import mark_only_lora_as_trainable as mark_only_lora_as_trainable
     from .model import merge_lora as merge_lora

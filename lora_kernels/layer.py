@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from . import dora, initialisation, residual
+from .branches import Branch
 from .config import scaling_of
 from .dispatch import Problem
 from .errors import InvalidArgumentError, LoRAStateError
+from .shared_input import SharedInput
 
 __all__ = ["LoRALayer", "hand_over", "warn_of_rank"]
 
@@ -50,6 +52,7 @@ class LoRALayer(nn.Module):
     lora_initial_B: Tensor | None
     _initial_scaling: float | None  # that with which a part of the weight was taken, if one was; see residual.py
     _base: nn.Module | None  # what merging has replaced, the original weight and maybe bias; no registered module
+    _shared: tuple[SharedInput, int] | None = None  # the pass in common with layers that read the same x; and the place
 
     def matrix(self, weight: Tensor) -> Tensor:
         """``weight`` as it is stored, as (N, K), and the other way round: it is its own inverse. No copy."""
@@ -245,6 +248,26 @@ class LoRALayer(nn.Module):
         self._lora_enabled = enabled
         return restore
 
+    def shared_branch(self, x: Tensor) -> tuple[Branch, float] | None:
+        """See :class:`~lora_kernels.shared_input.Member`. DoRA with dropout needs two products of W: not in common."""
+        p = self.lora_dropout
+        plain = all(type(own) in (Tensor, nn.Parameter) for own in self._parameters.values() if own is not None)
+        acts = self.training and self._lora_enabled and self._base is None
+        if not acts or not plain or (p > 0.0 and self.use_dora):
+            return None
+        bias = self.bias if self.lora_bias is None else self._offset(self.bias, self.lora_bias)
+        return Branch(self.matrix(self.weight), self.lora_A, self.lora_B, bias, self.scaling, self._gains()), p
+
+    def sharing_state(self) -> tuple[Any, ...]:
+        own = (tensor for tensor in self._parameters.values() if tensor is not None)
+        tensors = ((id(tensor), tensor._version) for tensor in own)
+        return (self.training, self._lora_enabled, self.merged, self.scaling, self.lora_dropout, *tensors)
+
+    def _gains(self) -> Tensor | None:
+        """DoRA's magnitude / ‖W + s B A‖ of each row, the norm outside of the graph; None without DoRA."""
+        magnitude = self.lora_magnitude_vector
+        return None if magnitude is None else dora.gain(magnitude, self._row_norms())
+
     @property
     def problem(self) -> Problem:
         """What :func:`lora_kernels.explain` is asked about."""
@@ -256,6 +279,11 @@ class LoRALayer(nn.Module):
         flags = {"use_rslora": self.use_rslora, "use_dora": self.use_dora, "lora_bias": self.lora_bias is not None}
         flags |= {"merged": self.merged, "disabled": not self._lora_enabled}
         return ", ".join(parts + [f"{name}=True" for name, value in flags.items() if value])
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_shared", None)  # who holds the layers that run together copies them, and joins them again
+        return state
 
     def _apply(self: Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
         super()._apply(fn, recurse)

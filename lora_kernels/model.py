@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from .adapter import forget, remember, remembered_within
 from .config import BIAS_CHOICES, LoRAConfig, as_tuple
 from .errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, LoRAStateError
+from .grouping import share_found, unshare_inputs
 from .layer import LoRALayer
 from .matching import find_matches, trained_whole
 from .replacing import build, check_model, decide, joined, listed, make_report, nothing_to_replace
-from .report import ReplaceReport, RestoredLayer, RestoreReport
+from .report import ReplaceReport, RestoredLayer, RestoreReport, ShareReport
 
 __all__ = [
     "lora_layers",
@@ -54,7 +55,8 @@ def replace_linear(model: nn.Module, config: LoRAConfig) -> ReplaceReport:
     that). Device, dtype, mode and forward hooks are kept. A module that is used at several places is one
     ``FusedLoRALinear`` at all of them; Parameters that are tied stay tied (with PiSSA and OLoRA each layer
     has a residual of its own, and what it was tied to keeps its values), and a layer whose trainable weight is also
-    used outside of the replaced layers (a head tied to an embedding) is left alone. A layer on the meta device stays
+    used outside of the replaced layers (a head tied to an embedding) is left alone. Layers that read one x, found as
+    :func:`share_inputs` says, run together in training. A layer on the meta device stays
     there: call ``reset_lora_parameters`` after ``to_empty``, with its weights loaded. Make the optimizer afterwards.
 
     Args:
@@ -90,9 +92,9 @@ def replace_linear(model: nn.Module, config: LoRAConfig) -> ReplaceReport:
         layers = build(targets, config)
         train_biases(model, list(layers.values()), config.bias)
         train_whole(model, config)
-    put_layers(model, {match.places: layers[match.name] for match in targets})
+    shared = put_layers(model, {match.places: layers[match.name] for match in targets})
     remember(model, config)
-    return make_report(model, config, matches, layers, targets, skipped)
+    return make_report(model, config, matches, layers, targets, skipped, shared)
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
@@ -228,6 +230,7 @@ def restore_linear(model: nn.Module) -> RestoreReport:
         for name, layer in layers
     )
     linears = [layer.to_plain() for _, layer in layers]
+    unshare_inputs(model)
     for (_, layer), linear in zip(layers, linears, strict=True):
         _remove_hook(linear._forward_pre_hooks, _keep_off_the_fast_path)
         _put(modules, tuple(places[layer]), linear)
@@ -267,14 +270,15 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     return tensors
 
 
-def put_layers(model: nn.Module, layers: Mapping[tuple[str, ...], nn.Module]) -> None:
-    """Puts each layer at its places, and has ``load_state_dict`` look at ranks first."""
+def put_layers(model: nn.Module, layers: Mapping[tuple[str, ...], nn.Module]) -> ShareReport:
+    """Puts each layer at its places, and has ``load_state_dict`` look at ranks first; which layers share an input."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for places, layer in layers.items():
         _put(modules, places, layer)
     hooks = model._load_state_dict_pre_hooks.values()
     if not any(getattr(hook, "hook", None) is _check_ranks for hook in hooks):
         model.register_load_state_dict_pre_hook(_check_ranks)
+    return share_found(model)
 
 
 @contextmanager

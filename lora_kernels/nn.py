@@ -151,6 +151,12 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         if self._base is not None or not self._lora_enabled:
             merged = self._lora_enabled
             return F.linear(input, self.weight if merged else self.base_weight, self.bias if merged else self.base_bias)
+        if (
+            self._shared is not None
+            and self.training
+            and (y := self._shared[0].take(self._shared[1], input)) is not None
+        ):
+            return y
         p = self.lora_dropout if self.training else 0.0
         if self.use_dora:
             return _forward_dora(self, input, p)
@@ -208,6 +214,8 @@ class FusedLoRAConv1D(LoRALayer):
             offset = self.bias if self._lora_enabled else self.base_bias
             assert offset is not None
             return torch.addmm(offset, x.reshape(-1, self.nx), weight).view(*x.shape[:-1], self.nf)
+        if self._shared is not None and self.training and (y := self._shared[0].take(self._shared[1], x)) is not None:
+            return y
         p = self.lora_dropout if self.training else 0.0
         if self.use_dora:
             return _forward_dora(self, x, p)
@@ -260,9 +268,8 @@ def around(
 
 
 def _forward_dora(layer: LoRALayer, x: Tensor, p: float) -> Tensor:
-    """See :mod:`lora_kernels.dora`; the norm is taken outside of the graph."""
-    magnitude = layer.lora_magnitude_vector
-    assert magnitude is not None
-    gains = dora.gain(magnitude, layer._row_norms())
+    """See :mod:`lora_kernels.dora`."""
+    gains = layer._gains()
+    assert gains is not None
     weight = layer.matrix(layer.weight)
     return dora.forward(x, weight, layer.lora_A, layer.lora_B, layer.bias, layer.scaling, gains, p)

@@ -21,7 +21,7 @@ from .layer import LoRALayer
 from .matching import Match, close_names, is_all_linear, linear_names, trained_whole, unmatched_names
 from .nn import around
 from .replaceable import is_conv1d, why_not_replaceable
-from .report import ReplacedLayer, ReplaceReport, SkippedLayer
+from .report import ReplacedLayer, ReplaceReport, ShareReport, SkippedLayer
 
 __all__ = ["build", "check_model", "decide", "joined", "listed", "make_report", "nothing_to_replace"]
 
@@ -193,6 +193,7 @@ def make_report(
     layers: dict[str, LoRALayer],
     targets: list[Match],
     skipped: list[SkippedLayer],
+    shared: ShareReport,
 ) -> ReplaceReport:
     replaced = []
     for match in targets:
@@ -207,6 +208,7 @@ def make_report(
         layers=tuple(replaced),
         skipped=tuple(skipped),
         notes=tuple(_notes(model, config, matches, list(layers))),
+        groups=shared.groups,
         adapter_parameters=sum(
             p.numel() for m in model.modules() if isinstance(m, LoRALayer) for p in m.adapter.values()
         ),

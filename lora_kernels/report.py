@@ -11,8 +11,10 @@ __all__ = [
     "ReplacedLayer",
     "RestoreReport",
     "RestoredLayer",
+    "ShareReport",
     "SkippedLayer",
     "count",
+    "group_lines",
     "skipped_lines",
     "some",
 ]
@@ -66,6 +68,8 @@ class ReplaceReport:
         layers: the replaced layers.
         skipped: modules that the configuration names and that were left alone, each with the reason.
         notes: sentences about entries of the configuration that had no effect.
+        groups: the names of layers that read one x and run together in training; see
+            :func:`lora_kernels.share_inputs`.
         adapter_parameters: how many numbers the adapters hold.
         trainable, total: parameters of the model that train, and all of them, counted after the replacement.
     """
@@ -73,6 +77,7 @@ class ReplaceReport:
     layers: tuple[ReplacedLayer, ...]
     skipped: tuple[SkippedLayer, ...]
     notes: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
     adapter_parameters: int
     trainable: int
     total: int
@@ -92,6 +97,7 @@ class ReplaceReport:
         lines = [f"replaced {count(len(self.layers), 'layer')}:", *(f"  {layer}" for layer in self.layers)]
         if self.skipped:
             lines += [f"left alone {count(len(self.skipped), 'module')}:", *skipped_lines(self.skipped)]
+        lines += group_lines(self.groups)
         lines += [f"note: {note}" for note in self.notes]
         lines.append(f"trainable parameters: {self.trainable:,} of {self.total:,} ({self.percent:.4g} %)")
         if self.trainable > self.adapter_parameters:
@@ -182,6 +188,27 @@ class LoadReport:
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
+@dataclass(frozen=True)
+class ShareReport:
+    """What :func:`lora_kernels.share_inputs` did: which layers run together. ``len`` and iteration go over the groups.
+
+    Attributes:
+        groups: the dotted names of each group's layers.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        return iter(self.groups)
+
+    def __str__(self) -> str:
+        lines = [f"{count(len(self), 'group')} of layers with one input:", *(f"  {', '.join(group)}" for group in self)]
+        return "\n".join(lines) if self.groups else "no group of layers with one input"
+
+
 def skipped_lines(skipped: Sequence[SkippedLayer]) -> Iterator[str]:
     """One line for each reason, with the first names."""
     names: dict[str, list[str]] = {}
@@ -189,6 +216,12 @@ def skipped_lines(skipped: Sequence[SkippedLayer]) -> Iterator[str]:
         names.setdefault(layer.reason, []).append(layer.name)
     for reason, alike in names.items():
         yield f"  {some(alike)}: {reason}"
+
+
+def group_lines(groups: Sequence[Sequence[str]]) -> Iterator[str]:
+    """One line for the groups that run together, with the first of them."""
+    if groups:
+        yield f"{count(len(groups), 'group')} of layers with one input: {some([' + '.join(group) for group in groups])}"
 
 
 def some(names: Sequence[str]) -> str:

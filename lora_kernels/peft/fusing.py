@@ -11,6 +11,7 @@ from torch import nn
 
 from ..console import MissingExtraError
 from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
+from ..grouping import share_found, unshare_inputs
 from ..report import SkippedLayer
 from .report import FusedLayer, FuseReport, UnfuseReport, counter, drop_counter, total
 
@@ -29,6 +30,8 @@ def fuse_peft(model: nn.Module) -> FuseReport:
     them are the same objects. So ``state_dict``, ``save_pretrained``, ``add_adapter`` (also onto layers that had none),
     ``set_adapter``, ``delete_adapter``, ``disable_adapter``, merging and ``merge_and_unload``, hot-swapping and mixed
     batches work as before. Any dtypes mix; 32-bit adapters over a 16-bit base need no cast of x.
+
+    Layers that read one x, found as :func:`~lora_kernels.share_inputs` says, run together in training.
 
     PEFT's own forward runs, call by call, what the operators do not: DoRA and other variants, dropout on several active
     adapters at once, modules with hooks inside of the layer, ``torch.func``, ``torch.jit.trace``, ``torch.export``.
@@ -73,6 +76,7 @@ def fuse_peft(model: nn.Module) -> FuseReport:
     for _, layer in chosen:
         layer_module.become_fused(layer)
     _fuse_what_comes(model, layer_module)
+    shared = share_found(model)
     if not chosen and not already:
         warnings.warn(
             f"fuse_peft found no layer to fuse in {type(model).__name__}: PEFT's own forward runs all of it. Print the "
@@ -84,6 +88,7 @@ def fuse_peft(model: nn.Module) -> FuseReport:
         already=tuple(name for name, _ in already),
         skipped=tuple(SkippedLayer(name, f"{reason}.") for name, reason in reasons.items() if reason is not None),
         notes=tuple(_notes([*already, *chosen])),
+        groups=shared.groups,
         _counters=tuple(counter(layer) for _, layer in [*already, *chosen]),
     )
 
@@ -115,6 +120,7 @@ def unfuse_peft(model: nn.Module) -> UnfuseReport:
             "to undo."
         )
     counters = []
+    unshare_inputs(model)
     for _, layer in layers:
         layer.__class__ = layer_module.Linear
         counters.append(drop_counter(layer))

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear, dispatch_default
 from torch import Tensor, nn
 
+from ..branches import Branch
 from ..dispatch import Problem
 from ..functional import apply
+from ..shared_input import SharedInput
 from .conditions import is_transposed, own_parameter, why_adapter, why_base, why_call, why_dtypes
 from .report import BASE, FUSED, counter
 
@@ -34,8 +36,15 @@ class FusedLoraLinear(Linear):
     Instances come from :func:`~lora_kernels.fuse_peft`, or from :func:`~lora_kernels.peft.with_fused_layers`.
     """
 
+    _shared: tuple[SharedInput, int] | None = None  # the pass in common with layers that read the same x; and the place
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y (..., N) for x (..., K), in the base layer's output dtype; arguments as PEFT's forward."""
+        if self._shared is not None and self.training and not args and not kwargs:
+            y = self._shared[0].take(self._shared[1], x)
+            if y is not None:
+                self._count(FUSED)
+                return y
         rows = kwargs.get("adapter_names")
         if rows is not None:
             self._check_forward_args(x, *args, **kwargs)
@@ -45,9 +54,23 @@ class FusedLoraLinear(Linear):
         reason = self._why_own(x, adapters, rows, args, kwargs)
         if reason is not None:
             return self._by_peft(reason, x, args, kwargs)
-        if not torch.compiler.is_compiling():
-            counter(self)[FUSED] += 1
+        self._count(FUSED)
         return self._fused(x, adapters) if rows is None else self._fused_rows(x, rows, adapters)
+
+    def shared_branch(self, x: Tensor) -> tuple[Branch, float] | None:
+        """See :class:`~lora_kernels.shared_input.Member`."""
+        adapters = self._acting_adapters(None) if self.training else []
+        if not adapters or self._why_own(x, adapters, None, (), {}) is not None:
+            return None
+        return self._branch(adapters), self._p(adapters[0])
+
+    def sharing_state(self) -> tuple[Any, ...]:
+        adapters = self._acting_adapters(None)
+        dropouts = tuple(self._p(adapter) for adapter in adapters)
+        scalings = tuple(self.scaling[adapter] for adapter in adapters)
+        held = [s for s in scalings if isinstance(s, Tensor)] + list(self.parameters())
+        numbers = tuple(s for s in scalings if not isinstance(s, Tensor))
+        return (self.training, *adapters, *dropouts, *numbers, *((id(tensor), tensor._version) for tensor in held))
 
     def _acting_adapters(self, rows: Sequence[str] | None) -> list[str]:
         """The adapters that this call adds to the base: none where they are disabled or merged."""
@@ -70,12 +93,19 @@ class FusedLoraLinear(Linear):
         return reason
 
     def _by_peft(self, path: str, x: Any, args: Any, kwargs: Any) -> Tensor:
-        if not torch.compiler.is_compiling():
-            counter(self)[path] += 1
+        self._count(path)
         y: Tensor = Linear.forward(self, x, *args, **kwargs)
         return y
 
+    def _count(self, path: str) -> None:
+        if not torch.compiler.is_compiling():
+            counter(self)[path] += 1
+
     def _fused(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
+        b = self._branch(adapters)
+        return apply(x, b.weight, b.lora_a, b.lora_b, b.bias, b.scaling, self._p(adapters[0]), None)
+
+    def _branch(self, adapters: Sequence[str]) -> Branch:
         base = self._modules["base_layer"]
         weight, bias = own_parameter(base, "weight"), own_parameter(base, "bias")
         if is_transposed(base):
@@ -86,7 +116,7 @@ class FusedLoraLinear(Linear):
             if lora_bias is not None:
                 term = lora_bias * self.scaling[name]
                 bias = term if bias is None else bias + term
-        return apply(x, weight, lora_a, lora_b, bias, scaling, self._p(adapters[0]), None)
+        return Branch(weight, lora_a, lora_b, bias, scaling)
 
     def _fused_rows(self, x: Tensor, rows: Sequence[str], adapters: list[str]) -> Tensor:
         """A mixed batch: the i-th entry of x's first dimension takes the adapter ``rows[i]``, or none."""
@@ -147,6 +177,11 @@ class FusedLoraLinear(Linear):
         """The dropout probability that acts now: PEFT's module knows it, and its mode."""
         dropout = self._modules["lora_dropout"]._modules[adapter]
         return dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_shared", None)  # who holds the layers that run together copies them, and joins them again
+        return state
 
     @property
     def problem(self) -> Problem:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import InvalidTypeError, LoRAStateError
-from ..report import SkippedLayer, count, skipped_lines, some
+from ..report import SkippedLayer, count, group_lines, skipped_lines, some
 
 __all__ = ["BASE", "FUSED", "Calls", "FuseReport", "FusedLayer", "UnfuseReport", "calls", "counter"]
 
@@ -123,12 +123,15 @@ class FuseReport:
         already: names of those that had been before.
         skipped: PEFT's LoRA layers that stay its own, each with the reason.
         notes: sentences about fused layers that PEFT's own forward will run as things stand.
+        groups: the names of layers that read one x and run together in training; see
+            :func:`lora_kernels.share_inputs`.
     """
 
     layers: tuple[FusedLayer, ...]
     already: tuple[str, ...]
     skipped: tuple[SkippedLayer, ...]
     notes: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...] = ()
     _counters: tuple[Counter[str], ...] = field(default=(), repr=False, compare=False)
 
     @property
@@ -151,6 +154,7 @@ class FuseReport:
         if self.skipped:
             lines.append(f"PEFT's own stay {count(len(self.skipped), 'layer')}:")
             lines += skipped_lines(self.skipped)
+        lines += group_lines(self.groups)
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes), str(self.calls)])
 
 
