@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from .activations import check_activation
 from .errors import InvalidArgumentError, InvalidTypeError
-from .initialisation import check_initialisation
+from .initialisation import check_initialisation, kind_of
 
 __all__ = [
     "LoRAConfig",
     "as_tuple",
     "check_hyperparameters",
+    "check_layer_activation",
     "check_lora_bias",
     "pattern_value",
     "scaling_of",
@@ -58,6 +60,10 @@ class LoRAConfig:
         layers_to_transform: only within the blocks of these numbers: ``model.layers.3.…`` is number 3. It narrows a
             ``target_modules`` list, except for entries that are a module's whole name.
         layers_pattern: what the list of blocks is called (``"layers"``, ``"h"``); None is a name's first number.
+        activation: σ between A and B, ``"identity"`` (LoRA), ``"relu"``, ``"gelu"`` (exact) or ``"silu"``: the parallel
+            adapter ``s B σ(A x)`` of He et al. (2022), which PEFT does not have and no weight can hold: it cannot be
+            merged or saved in PEFT's files. Not with DoRA, and with ``init_lora_weights`` True, False, ``"zero"`` or
+            ``"gaussian"`` alone.
 
     Raises:
         InvalidArgumentError: a value outside what is said above.
@@ -86,6 +92,7 @@ class LoRAConfig:
     modules_to_save: list[str] | tuple[str, ...] | set[str] | None = None
     layers_to_transform: int | list[int] | tuple[int, ...] | set[int] | None = None
     layers_pattern: str | list[str] | tuple[str, ...] | set[str] | None = None
+    activation: str = "identity"
 
     def __post_init__(self) -> None:
         check_hyperparameters(self.r, self.lora_alpha, self.lora_dropout, self.init_lora_weights, self.adapter_dtype)
@@ -96,6 +103,7 @@ class LoRAConfig:
         if self.bias not in BIAS_CHOICES:
             raise InvalidArgumentError(f"bias={self.bias!r} was given: it must be one of {BIAS_CHOICES}.")
         check_lora_bias(self.lora_bias, self.use_dora, self.init_lora_weights)
+        check_layer_activation(self.activation, self.use_dora, self.init_lora_weights)
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             _check_names(name, getattr(self, name))
         if isinstance(self.modules_to_save, str):
@@ -181,6 +189,24 @@ def check_lora_bias(lora_bias: bool, use_dora: bool, init_lora_weights: bool | s
     if lora_bias and not isinstance(init_lora_weights, bool):
         raise InvalidArgumentError(
             f"lora_bias=True was given with init_lora_weights={init_lora_weights!r}: it goes with True or False only."
+        )
+
+
+def check_layer_activation(activation: str, use_dora: bool, init_lora_weights: bool | str) -> None:
+    """Raises for an activation between A and B that is unknown, or that stands beside what reads the product B A."""
+    check_activation(activation)
+    if activation == "identity":
+        return
+    if use_dora:
+        raise InvalidArgumentError(
+            f"activation={activation!r} was given with use_dora=True, which scales the rows of W + s B A: with an "
+            "activation between A and B there is no such sum. Give one of the two."
+        )
+    if kind_of(init_lora_weights) not in (True, False, "zero", "gaussian"):
+        raise InvalidArgumentError(
+            f"activation={activation!r} was given with init_lora_weights={init_lora_weights!r}, which chooses A and B "
+            "by their product B A: with an activation between them it says nothing. Give True, False, 'zero' or "
+            "'gaussian'."
         )
 
 

@@ -50,6 +50,7 @@ class LoRALayer(nn.Module):
     lora_magnitude_vector: nn.Parameter | None
     lora_initial_A: Tensor | None
     lora_initial_B: Tensor | None
+    activation: str = "identity"  # of the class too: layers pickled before there were others have none of their own
     _initial_scaling: float | None  # that with which a part of the weight was taken, if one was; see residual.py
     _base: nn.Module | None  # what merging has replaced, the original weight and maybe bias; no registered module
     _shared: tuple[SharedInput, int] | None = None  # the pass in common with layers that read the same x; and the place
@@ -72,13 +73,14 @@ class LoRALayer(nn.Module):
         init_lora_weights: bool | str,
         adapter_dtype: torch.dtype | None,
         lora_bias: bool,
+        activation: str = "identity",
         draw: bool = True,
     ) -> None:
         """Freezes the base and adds the adapter's Parameters; ``draw=False`` leaves them unset."""
         initialisation.check_weight(init_lora_weights, r, self.in_features, self.out_features, self.weight)
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.use_rslora, self.use_dora, self.init_lora_weights = use_rslora, use_dora, init_lora_weights
-        self.scaling = scaling_of(r, lora_alpha, use_rslora)
+        self.scaling, self.activation = scaling_of(r, lora_alpha, use_rslora), activation
         self._lora_enabled = True
         object.__setattr__(self, "_base", None)
         weight = self.weight.requires_grad_(False)
@@ -185,13 +187,14 @@ class LoRALayer(nn.Module):
         does not act; ``state_dict()`` still gives the base weight and the adapters.
 
         Raises:
-            LoRAStateError: merged already, on the meta device, or the merged values are not finite where the base's
-                are; the layer is left as it was.
+            LoRAStateError: merged already, on the meta device, with an activation between A and B, or the merged values
+                are not finite where the base's are; the layer is left as it was.
         """
         if self.merged:
             raise LoRAStateError("merge was called on a layer that is merged already. Call unmerge() first.")
         if self.weight.is_meta:
             raise LoRAStateError("merge was called on a layer on the meta device. Load its weights first.")
+        self.check_is_lora("merge")
         weight, bias = self._merged_weight(), self._merged_bias()
         _check_finite("weight", weight, self.weight)
         if bias is not None:
@@ -202,6 +205,15 @@ class LoRALayer(nn.Module):
             aside.register_parameter("bias", self.bias)
         object.__setattr__(self, "_base", aside)
         self.weight, self.bias = nn.Parameter(weight, requires_grad=False), bias
+
+    def check_is_lora(self, function: str) -> None:
+        """Raises ``LoRAStateError`` where an activation stands between A and B: ``function`` needs ``W + s B A``."""
+        if self.activation != "identity":
+            raise LoRAStateError(
+                f"{function} was called on a layer with activation={self.activation!r}: W + s B A does not exist for "
+                "an activation, so no weight and none of PEFT's files can hold it. Keep the layer as it is, and its "
+                "adapter with lora_state_dict(model)."
+            )
 
     def _merged_weight(self) -> Tensor:
         """The merged weight as it is stored, in its dtype."""
@@ -278,6 +290,8 @@ class LoRALayer(nn.Module):
         parts = [super().extra_repr(), f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"]
         flags = {"use_rslora": self.use_rslora, "use_dora": self.use_dora, "lora_bias": self.lora_bias is not None}
         flags |= {"merged": self.merged, "disabled": not self._lora_enabled}
+        if self.activation != "identity":
+            parts.append(f"activation={self.activation!r}")
         return ", ".join(parts + [f"{name}=True" for name, value in flags.items() if value])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import dora
-from .config import check_hyperparameters, check_lora_bias
+from .branches import Branch, apply_branches
+from .config import check_hyperparameters, check_layer_activation, check_lora_bias
 from .dispatch import COMPUTE_DTYPES
 from .errors import InvalidTypeError, LoRAStateError
 from .functional import apply
@@ -41,6 +42,8 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         adapter_dtype: dtype of the adapters; None is fp32 over a 16-bit base and the base's dtype otherwise.
         device, dtype: of the frozen weight and bias, as for ``nn.Linear``.
         lora_bias: whether the branch has a bias b_B of its own, which adds ``s b_B`` to y; not with ``use_dora``.
+        activation: σ in ``s B σ(A x)``, the parallel adapter of He et al. (2022): ``"identity"`` (LoRA), ``"relu"``,
+            ``"gelu"`` or ``"silu"``; see :class:`~lora_kernels.LoRAConfig`.
 
     Attributes:
         weight: (N, K), frozen. bias: (N,) or None, frozen.
@@ -50,7 +53,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         scaling: s, a float that may be set.
 
     Raises:
-        InvalidArgumentError: a rank, alpha, dropout or initialisation that is not allowed.
+        InvalidArgumentError: a rank, alpha, dropout, initialisation or activation that is not allowed.
         InvalidTypeError: a dtype that is not floating.
 
     Example:
@@ -80,16 +83,17 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         lora_bias: bool = False,
+        activation: str = "identity",
     ) -> None:
         check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
         check_lora_bias(lora_bias, use_dora, init_lora_weights)
+        check_layer_activation(activation, use_dora, init_lora_weights)
         if (dtype or torch.get_default_dtype()) not in COMPUTE_DTYPES:
             raise InvalidTypeError(f"dtype={dtype} was given: it must be torch.float16, bfloat16, float32 or float64.")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         warn_of_rank(r, in_features, out_features, stacklevel=2)
-        self._add_adapter(
-            r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, adapter_dtype, lora_bias
-        )
+        of_layer = r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, adapter_dtype, lora_bias
+        self._add_adapter(*of_layer, activation)
 
     @classmethod
     def from_linear(
@@ -103,6 +107,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype | None = None,
         lora_bias: bool = False,
+        activation: str = "identity",
     ) -> FusedLoRALinear:
         """A layer around ``linear``'s own Parameters: nothing is copied, and they are frozen.
 
@@ -128,7 +133,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
                 "weight the other way round. Call replace_linear on the model that holds it."
             )
         arguments = (r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, adapter_dtype, lora_bias)
-        layer = around(linear, *arguments, kind=cls)
+        layer = around(linear, *arguments, activation, kind=cls)
         assert isinstance(layer, cls)
         warn_of_rank(r, layer.in_features, layer.out_features, stacklevel=2)
         return layer
@@ -173,6 +178,9 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
             weight, lora_a, lora_b, bias, lora_bias = (self.weight, self.lora_A, self.lora_B, self.bias, self.lora_bias)
         if lora_bias is not None:
             bias = self._offset(bias, lora_bias)
+        if self.activation != "identity":
+            branch = Branch(weight, lora_a, lora_b, bias, self.scaling, None, self.activation)
+            return apply_branches(input, [branch], p)[0]
         return apply(input, weight, lora_a, lora_b, bias, self.scaling, p, None)
 
 
@@ -220,6 +228,9 @@ class FusedLoRAConv1D(LoRALayer):
         if self.use_dora:
             return _forward_dora(self, x, p)
         bias: Tensor | None = self.bias if self.lora_bias is None else self._offset(self.bias, self.lora_bias)
+        if self.activation != "identity":
+            branch = Branch(self.weight.t(), self.lora_A, self.lora_B, bias, self.scaling, None, self.activation)
+            return apply_branches(x, [branch], p)[0]
         return apply(x, self.weight.t(), self.lora_A, self.lora_B, bias, self.scaling, p, None)
 
 
@@ -233,6 +244,7 @@ def around(
     init_lora_weights: bool | str,
     adapter_dtype: torch.dtype | None,
     lora_bias: bool,
+    activation: str = "identity",
     draw: bool = True,
     kind: type[FusedLoRALinear] = FusedLoRALinear,
 ) -> LoRALayer:
@@ -243,6 +255,7 @@ def around(
     """
     check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
     check_lora_bias(lora_bias, use_dora, init_lora_weights)
+    check_layer_activation(activation, use_dora, init_lora_weights)
     if isinstance(module, LoRALayer):
         raise LoRAStateError(
             "the layer given to from_linear is a FusedLoRALinear already. Set its parameters, or call "
@@ -260,9 +273,8 @@ def around(
         layer.in_features, layer.out_features = module.in_features, module.out_features
     layer.register_parameter("weight", module._parameters["weight"])
     layer.register_parameter("bias", module._parameters["bias"])
-    layer._add_adapter(
-        r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, adapter_dtype, lora_bias, draw
-    )
+    of_layer = r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, adapter_dtype, lora_bias
+    layer._add_adapter(*of_layer, activation, draw)
     hand_over(module, layer)
     return layer
 

@@ -172,6 +172,7 @@ def build(targets: list[Match], config: LoRAConfig, draw: bool = True) -> dict[s
             init_lora_weights=config.init_lora_weights,
             adapter_dtype=config.adapter_dtype,
             lora_bias=config.lora_bias,
+            activation=config.activation,
             draw=draw,
         )
         for match in targets
@@ -200,9 +201,8 @@ def make_report(
         layer = layers[match.name]
         count = sum(parameter.numel() for parameter in layer.adapter.values())
         shape = layer.in_features, layer.out_features
-        replaced.append(
-            ReplacedLayer(match.name, match.places, *shape, layer.r, layer.lora_alpha, layer.scaling, count)
-        )
+        sizes = *shape, layer.r, layer.lora_alpha, layer.scaling, count
+        replaced.append(ReplacedLayer(match.name, match.places, *sizes, layer.activation))
     parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
     return ReplaceReport(
         layers=tuple(replaced),

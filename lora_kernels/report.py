@@ -32,6 +32,7 @@ class ReplacedLayer:
         in_features, out_features: K and N.
         r, lora_alpha, scaling: of its adapter.
         parameters: how many numbers the adapter holds.
+        activation: what stands between A and B.
     """
 
     name: str
@@ -42,11 +43,14 @@ class ReplacedLayer:
     lora_alpha: float
     scaling: float
     parameters: int
+    activation: str = "identity"
 
     def __str__(self) -> str:
         also = f", also {', '.join(p for p in self.places if p != self.name)}" if len(self.places) > 1 else ""
         shape = f"{self.in_features} -> {self.out_features}"
-        return f"{self.name} ({shape}), r={self.r}, alpha={self.lora_alpha:g}, {self.parameters:,} parameters{also}"
+        activation = "" if self.activation == "identity" else f", {self.activation}"
+        sizes = f"r={self.r}, alpha={self.lora_alpha:g}{activation}, {self.parameters:,} parameters"
+        return f"{self.name} ({shape}), {sizes}{also}"
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ def test_training_learns() -> None:
     (result,) = demo.run(seeds=1, epochs=60).results
     assert result.sphere > 80.0
     assert result.losses[-1] < result.losses[0]
-    assert result.lora > result.gaussian
+    assert min(result.lora, result.adapter) > result.gaussian
+    assert result.adapter != result.lora
 
 
 def test_only_the_second_layer_changes() -> None:
@@ -91,7 +92,8 @@ def test_the_command_prints_published_rows_beside_its_own(
     assert "FusedLoRALinear" in shown
     assert str(tmp_path / "lora_demo.png") in shown
     assert (tmp_path / "lora_demo.png").read_bytes().startswith(b"\x89PNG")
-    assert set(json.loads((tmp_path / "demo.json").read_text())["summaries"]) == set(experiment.PUBLISHED)
+    assert "by an adapter" in shown
+    assert set(json.loads((tmp_path / "demo.json").read_text())["summaries"]) == {*experiment.PUBLISHED, "adapter"}
 
 
 def test_json_on_stdout_is_alone_and_writes_no_file(
@@ -116,3 +118,4 @@ def test_the_state_of_torch_is_left_as_it_was() -> None:
 def test_a_published_value_counts_to_its_decimal() -> None:
     assert experiment.Summary(98.3, 98.1, 0.2, 97.8, 98.26).published_is_within
     assert not experiment.Summary(98.3, 98.1, 0.2, 97.8, 98.2).published_is_within
+    assert not experiment.Summary(None, 98.1, 0.2, 97.8, 98.2).published_is_within

@@ -120,6 +120,27 @@ def mask_off_by_one(right: Operator) -> Operator:
     return lambda state, m, k, p: right(state, m, k, p).roll(1, 1)
 
 
+def gain_ignored(right: Operator) -> Operator:
+    return lambda x, w, b, h, bias, gain, scaling, keep: (
+        right(x, w, b, h, bias, None, scaling, False)[0],
+        right(x, w, b, h, bias, gain, scaling, keep)[1],
+    )
+
+
+def last_gain_skipped(right: Operator) -> Operator:
+    def faulty(*arguments: Any) -> tuple[Tensor, ...]:
+        dlinear, dgain, dbias = right(*arguments)
+        return dlinear, torch.cat([dgain[:-1], torch.zeros_like(dgain[-1:])]), dbias
+
+    return faulty
+
+
+def last_branch_forgotten(right: Operator) -> Operator:
+    return lambda dls, ws, dzs, das, p, states: right(
+        dls, ws, [*dzs[:-1], 0 * dzs[-1]] if len(dzs) > 1 else dzs, das, p, states
+    )
+
+
 def raises(right: Operator) -> Operator:
     def faulty(*arguments: object) -> Tensor:
         raise RuntimeError("CUDA error: misaligned address")
@@ -132,10 +153,13 @@ FAULTS = [
     ("backward", stale_hidden, {"db"}),
     ("backward", last_column_of_da_skipped, {"da"}),
     ("backward", mask_ignored_in_dx, {"dx"}),
-    ("mask", mask_off_by_one, {"y", "dx", "da", "db"}),
+    ("mask", mask_off_by_one, {"y", "dx", "da", "db", "dgain"}),
     ("backward", nan_in_a_corner_of_dx, {"dx"}),
     ("backward", last_bias_skipped, {"dbias"}),
     ("backward", raises, set(OUTPUTS)),
+    ("product", gain_ignored, {"y"}),
+    ("gain_grad", last_gain_skipped, {"dgain"}),
+    ("input_grad", last_branch_forgotten, {"dx"}),
 ]
 
 

@@ -48,8 +48,10 @@ def plain_form(name: str, layer: LoRALayer) -> PlainForm:
     rows of W plus that, which is the same sum, so its magnitudes stay.
 
     Raises:
-        LoRAStateError: the scaling is not finite, or a tensor that is computed with is not here; see :func:`whole`.
+        LoRAStateError: the scaling is not finite, an activation stands between A and B, or a tensor that is computed
+            with is not here; see :func:`whole`.
     """
+    layer.check_is_lora("save_adapter")
     if not math.isfinite(layer.scaling):
         raise LoRAStateError(f"the scaling of {name!r} is {layer.scaling}, which no file can hold. Set it first.")
     tensors = {own: parameter.detach() for own, parameter in layer.adapter.items()}

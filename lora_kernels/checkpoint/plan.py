@@ -173,6 +173,11 @@ def _check_layer(plan: Plan, name: str, module: nn.Module, where: str) -> None:
 
 
 def _check_fits(name: str, layer: LoRALayer, rank: int, tensors: Mapping[str, Tensor]) -> None:
+    if layer.activation != "identity":
+        raise LoRAStateError(
+            f"the layer {name!r} has activation={layer.activation!r}, and PEFT's adapters have none: the same A and B "
+            "would compute something else. Call restore_linear(model) first; load_adapter then makes the layers."
+        )
     if layer.merged:
         raise LoRAStateError(f"the layer {name!r} is merged. Call unmerge_lora(model) before load_adapter.")
     if layer._initial_scaling is not None:

@@ -65,7 +65,8 @@ def save_adapter(
     Raises:
         InvalidArgumentError: another ``bias``.
         LoRAStateError: the model holds no LoRA layer or is one itself; a parameter is sharded or on the meta device; a
-            scaling is not finite; a module that is saved whole holds a LoRA layer, or shares a weight with one that is
+            scaling is not finite; an activation stands between A and B, which PEFT does not have (``lora_state_dict``
+            holds such an adapter); a module that is saved whole holds a LoRA layer, or shares a weight with one that is
             not saved; the layers differ where PEFT's file has one value for all; or the files cannot be written: what
             was there stays.
         MissingExtraError: safetensors is not installed.

@@ -20,6 +20,7 @@ ROWS = {
     "sphere": ("pre-trained", "its own data: the sphere"),
     "gaussian": ("pre-trained", "Gaussian, deviation 1/16"),
     "lora": ("second layer by LoRA", "Gaussian, deviation 1/16"),
+    "adapter": ("by an adapter: ReLU between A and B", "Gaussian, deviation 1/16"),
 }
 
 
@@ -92,9 +93,10 @@ def _accuracy_table(report: Report) -> RenderableType:
     for name in ("published", "mean", "deviation", "range", "published is in it"):
         table.add_column(name, justify="right")
     for name, summary in report.summaries.items():
-        figures = (f"{summary.published:.1f}", f"{summary.mean:.1f}", f"{summary.deviation:.1f}")
+        published = "–" if summary.published is None else f"{summary.published:.1f}"
+        within = "–" if summary.published is None else "yes" if summary.published_is_within else "no"
         spread = f"{summary.lowest:.1f} to {summary.highest:.1f}"
-        table.add_row(*ROWS[name], *figures, spread, "yes" if summary.published_is_within else "no")
+        table.add_row(*ROWS[name], published, f"{summary.mean:.1f}", f"{summary.deviation:.1f}", spread, within)
     found: RenderableType = table
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -69,10 +70,10 @@ def model() -> nn.Sequential:
     )
 
 
-def with_lora(pretrained: nn.Module) -> nn.Module:
+def with_lora(pretrained: nn.Module, activation: str = "identity") -> nn.Module:
     """A copy whose second layer is a ``FusedLoRALinear`` of rank 2; its adapter and bias alone train."""
     adapted = copy.deepcopy(pretrained)
-    replace_linear(adapted, LORA)
+    replace_linear(adapted, replace(LORA, activation=activation))
     mark_only_lora_as_trainable(adapted, bias="lora_only")
     return adapted
 

@@ -21,6 +21,9 @@ class Case:
         zero: a parameter that is zero ("weight", "lora_b"), so that no other term hides the rest's error.
         adapters: dtype of lora_a and lora_b where it is not the compute dtype.
         strided: x, weight and dy are transposed views.
+        gain: y's columns have factors, as DoRA gives them.
+        activation: what stands between A and B.
+        beside: N and R of further branches that read the same x, with the same settings.
         large: too much for an interpreter; on a CPU it runs in all threads, the others in one.
     """
 
@@ -34,7 +37,15 @@ class Case:
     zero: str = ""
     adapters: torch.dtype | None = None
     strided: bool = False
+    gain: bool = False
+    activation: str = "identity"
+    beside: tuple[tuple[int, int], ...] = ()
     large: bool = False
+
+    @property
+    def branched(self) -> bool:
+        """Whether it is more than ``lora_linear`` computes in its one product: see ``branches.py``."""
+        return self.gain or self.activation != "identity" or bool(self.beside)
 
     def applies(self, dtype: torch.dtype) -> bool:
         """Whether the case says something new for the compute dtype ``dtype``."""
@@ -55,6 +66,13 @@ CASES = (
     Case("weight zero", 40, 72, 56, 8, p=0.1, bias=False, zero="weight"),
     Case("lora_b zero", 40, 72, 56, 8, zero="lora_b"),
     Case("transposed x, weight, dy", 50, 70, 44, 8, p=0.1, strided=True),
+    Case("gain", 37, 56, 48, 8, gain=True),
+    Case("gain, four tokens, no bias", 4, 56, 48, 8, bias=False, gain=True),
+    Case("gain and SiLU, dropout", 33, 48, 40, 5, p=0.1, gain=True, activation="silu"),
+    Case("ReLU", 37, 56, 48, 8, activation="relu"),
+    Case("GELU, dropout", 33, 48, 40, 5, p=0.1, activation="gelu"),
+    Case("three branches", 37, 56, 48, 8, beside=((24, 8), (24, 3))),
+    Case("two branches, dropout", 33, 48, 40, 5, p=0.1, beside=((24, 8),)),
     Case("large", 256, 512, 384, 16, large=True),
     Case("large, ragged, dropout", 333, 1001, 700, 17, p=0.1, large=True),
 )

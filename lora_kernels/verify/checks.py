@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -17,8 +17,9 @@ from ..console import Progress, one_thread
 from ..errors import BackendUnavailableError, InvalidArgumentError
 from ..functional import lora_linear
 from ..info import versions
-from ..ops import operators
+from . import branches
 from .cases import CASES, SCALING, Case, Inputs, make
+from .draws import drawn_mask, seeded
 from .interpreted import InterpretedTriton
 from .report import Check, Failure, NotRun, Report, Rounding, Row
 
@@ -168,12 +169,13 @@ def _verify_dtype(report: Report, name: str, short: str, progress: Progress | No
 
 def _row(name: str, device: str, short: str, output: str, judged: Sequence[tuple[str, Accuracy]], raised: int) -> Row:
     own = [(case, verdict) for case, verdict in judged if verdict.name == output]
-    failed = raised + sum(not verdict.passed for _, verdict in own)
+    failed = raised + len({case for case, verdict in own if not verdict.passed})
     if not own:
         return Row(name, device, short, output, None, float("inf"), 0.0, "none ran", raised, failed)
     worst_case, worst = max(own, key=lambda item: _pressure(item[1]))
+    ran = raised + len({case for case, _ in own})
     ratio = None if short == "fp64" else max(verdict.ratio for _, verdict in own)
-    return Row(name, device, short, output, ratio, worst.error, worst.limit, worst_case, len(own) + raised, failed)
+    return Row(name, device, short, output, ratio, worst.error, worst.limit, worst_case, ran, failed)
 
 
 def _pressure(verdict: Accuracy) -> float:
@@ -185,14 +187,16 @@ def _pressure(verdict: Accuracy) -> float:
 def _judge_case(
     name: str, case: Case, dtype: torch.dtype, device: torch.device, seed: int, create_graph: bool = False
 ) -> list[Accuracy]:
-    """The verdicts on all outputs of one case; dbias only where there is a bias."""
-    inputs = make(case, dtype, device, seed)
-    actual = outputs(name, inputs, case.p, seed, create_graph)
-    mask = _mask(name, inputs.x, case.p, seed) if case.p > 0.0 else None
-    arguments = (*vars(inputs).values(), SCALING, mask, case.p)
-    exact, yardstick = run_reference(torch.float64, *arguments), run_reference(dtype, *arguments)
+    """The verdicts on all outputs of one case; dbias and dgain only where there is a bias, a gain."""
     fp32_cuda = dtype == torch.float32 and device.type == "cuda"
     tf32 = fp32_cuda and torch.get_float32_matmul_precision() != "highest"
+    if case.branched:
+        return branches.judge_case(name, case, dtype, device, seed, tf32)
+    inputs = make(case, dtype, device, seed)
+    actual = outputs(name, inputs, case.p, seed, create_graph)
+    mask = drawn_mask(name, inputs.x, case.p, seed) if case.p > 0.0 else None
+    arguments = (*vars(inputs).values(), SCALING, mask, case.p)
+    exact, yardstick = run_reference(torch.float64, *arguments), run_reference(dtype, *arguments)
     return [judge(output, actual[output], exact[output], yardstick[output], dtype, tf32) for output in actual]
 
 
@@ -200,7 +204,7 @@ def outputs(name: str, inputs: Inputs, p: float, seed: int, create_graph: bool =
     """y and every gradient by backend ``name``, through ``lora_linear`` and autograd, dropout drawn from ``seed``."""
     leaves = {"dx": inputs.x, "da": inputs.lora_a, "db": inputs.lora_b, "dbias": inputs.bias}
     due = {output: leaf.detach().requires_grad_() for output, leaf in leaves.items() if leaf is not None}
-    with _seeded(seed, inputs.x.device):
+    with seeded(seed, inputs.x.device):
         y = lora_linear(
             due["dx"], inputs.weight, due["da"], due["db"], due.get("dbias"), SCALING, p, training=True, backend=name
         )
@@ -209,20 +213,6 @@ def outputs(name: str, inputs: Inputs, p: float, seed: int, create_graph: bool =
         if gradient.dtype != due[output].dtype:
             raise TypeError(f"{output} is {gradient.dtype}, and should be {due[output].dtype}")
     return {"y": y.detach(), **dict(zip(due, gradients, strict=True))}
-
-
-def _mask(name: str, x: Tensor, p: float, seed: int) -> Tensor:
-    """The mask that :func:`outputs` dropped by: the same draw, told by the backend's own ``mask`` operator."""
-    with _seeded(seed, x.device):
-        state = dispatch.backend(name).dropout_state(x, p)
-    return operators(name).mask(state, x.shape[0], x.shape[1], p)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _guarded_check(name: str, short: str, title: str, check: Callable[[], tuple[bool, str]]) -> Check:
@@ -260,7 +250,7 @@ def _gradcheck_problem(name: str, device: torch.device, seed: int) -> tuple[Call
     leaves = [t.requires_grad_() for t in (inputs.x, inputs.lora_a, inputs.lora_b, inputs.bias) if t is not None]
 
     def function(x: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor) -> Tensor:
-        with _seeded(seed, device):
+        with seeded(seed, device):
             return lora_linear(x, inputs.weight, lora_a, lora_b, bias, SCALING, _GRADCHECK.p, True, name)
 
     return function, leaves
@@ -268,7 +258,7 @@ def _gradcheck_problem(name: str, device: torch.device, seed: int) -> tuple[Call
 
 def _keep_share(name: str, device: torch.device, seed: int) -> tuple[bool, str]:
     x = torch.empty((_MASK.m, _MASK.k), device=device)
-    kept, p = float(_mask(name, x, _MASK.p, seed).double().mean()), _MASK.p
+    kept, p = float(drawn_mask(name, x, _MASK.p, seed).double().mean()), _MASK.p
     sigma = (p * (1.0 - p) / x.numel()) ** 0.5
     passed = abs(kept - (1.0 - p)) <= KEEP_SIGMAS * sigma
     return passed, f"kept {kept:.4f} at p = {p} ({(kept - 1.0 + p) / sigma:+.1f} standard deviations)"

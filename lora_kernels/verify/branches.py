@@ -1,0 +1,82 @@
+"""The cases with an activation between A and B, a gain of y's columns (DoRA), or several layers of one x."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..accuracy import Accuracy, judge, run_reference
+from ..branches import Branch, apply_branches
+from .cases import SCALING, Case, Inputs, make
+from .draws import drawn_masks, seeded
+
+__all__ = ["judge_case"]
+
+_LEAVES = {"da": "lora_a", "db": "lora_b", "dbias": "bias", "dgain": "gain"}
+
+
+def judge_case(
+    name: str, case: Case, dtype: torch.dtype, device: torch.device, seed: int, tf32: bool
+) -> list[Accuracy]:
+    """The verdicts on every output: dx once, for it is the branches' sum, and the others for each branch."""
+    x, branches, dys = _drawn(case, dtype, device, seed)
+    actual = _outputs(name, x, branches, dys, case.p, seed)
+    masks: list[Tensor | None] = [None] * len(branches)
+    if case.p:
+        masks = [*drawn_masks(name, x, case.p, seed, len(branches))]
+    exact, yardstick = (_expected(wide, x, branches, dys, masks, case.p) for wide in (torch.float64, dtype))
+    return [
+        judge(output, value, exact[output, i], yardstick[output, i], dtype, tf32)
+        for (output, i), value in actual.items()
+    ]
+
+
+def _drawn(
+    case: Case, dtype: torch.dtype, device: torch.device, seed: int
+) -> tuple[Tensor, list[Branch], list[Tensor]]:
+    """x, the branches and each one's dy; the gains are of both signs and far from 1."""
+    sizes = ((case.n, case.r), *case.beside)
+    drawn: list[Inputs] = [make(replace(case, n=n, r=r), dtype, device, seed + i) for i, (n, r) in enumerate(sizes)]
+    wide = torch.promote_types(dtype, torch.float32)
+    branches = []
+    for inputs, (n, _) in zip(drawn, sizes, strict=True):
+        gain = torch.linspace(-1.0, 2.0, n, dtype=wide, device=device) if case.gain else None
+        of_branch = inputs.weight, inputs.lora_a, inputs.lora_b, inputs.bias
+        branches.append(Branch(*of_branch, SCALING, gain, case.activation))
+    return drawn[0].x, branches, [inputs.dy for inputs in drawn]
+
+
+def _outputs(
+    name: str, x: Tensor, branches: list[Branch], dys: list[Tensor], p: float, seed: int
+) -> dict[tuple[str, int], Tensor]:
+    """y and every gradient by backend ``name``, by name and the branch's number."""
+    due = {("dx", 0): x.detach().requires_grad_()}
+    leaves = []
+    for i, branch in enumerate(branches):
+        own = {leaf: getattr(branch, leaf) for leaf in _LEAVES.values()}
+        own = {leaf: None if t is None else t.detach().requires_grad_() for leaf, t in own.items()}
+        due |= {(output, i): own[leaf] for output, leaf in _LEAVES.items() if own[leaf] is not None}
+        leaves.append(replace(branch, **own))
+    with seeded(seed, x.device):
+        ys = apply_branches(due["dx", 0], leaves, p, name)
+    gradients = dict(zip(due, torch.autograd.grad(ys, list(due.values()), dys), strict=True))
+    for output, gradient in gradients.items():
+        if gradient.dtype != due[output].dtype:
+            raise TypeError(f"{output[0]} is {gradient.dtype}, and should be {due[output].dtype}")
+    return {("y", i): y.detach() for i, y in enumerate(ys)} | gradients
+
+
+def _expected(
+    dtype: torch.dtype, x: Tensor, branches: list[Branch], dys: list[Tensor], masks: list[Tensor | None], p: float
+) -> dict[tuple[str, int], Tensor]:
+    """The same by the reference in ``dtype``."""
+    expected: dict[tuple[str, int], Tensor] = {}
+    for i, (b, dy, mask) in enumerate(zip(branches, dys, masks, strict=True)):
+        given = x, b.weight, b.lora_a, b.lora_b, b.bias, dy, b.scaling, mask, p, b.gain, b.activation
+        own = run_reference(dtype, *given)
+        dx = own.pop("dx")
+        expected |= {(output, i): value for output, value in own.items()}
+        expected["dx", 0] = expected["dx", 0] + dx if i else dx
+    return expected
