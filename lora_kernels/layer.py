@@ -268,7 +268,8 @@ class LoRALayer(nn.Module):
         if not acts or not plain or (p > 0.0 and self.use_dora):
             return None
         bias = self.bias if self.lora_bias is None else self._offset(self.bias, self.lora_bias)
-        return Branch(self.matrix(self.weight), self.lora_A, self.lora_B, bias, self.scaling, self._gains()), p
+        weight, gains = self.matrix(self.weight), self._gains()
+        return Branch(weight, self.lora_A, self.lora_B, bias, self.scaling, gains, self.activation), p
 
     def sharing_state(self) -> tuple[Any, ...]:
         own = (tensor for tensor in self._parameters.values() if tensor is not None)

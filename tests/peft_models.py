@@ -67,6 +67,9 @@ def acting(model: Any, dtype: torch.dtype = torch.float32) -> Any:
             b.weight.normal_(std=a.weight.shape[0] ** -0.5 / float(layer.scaling[name]))
             if b.bias is not None:
                 b.bias.normal_()
+            if name in layer.lora_magnitude_vector:  # of half to twice the norms, and exact in every dtype
+                own = layer.lora_magnitude_vector[name].to(dtype).weight
+                own.mul_(torch.empty_like(own).uniform_(0.5, 2.0)).copy_(own.bfloat16())
     return model
 
 
@@ -81,9 +84,11 @@ def fused(model: Any) -> Any:
     return other
 
 
-def results(model: Any, x: Tensor, **arguments: Any) -> dict[str, Tensor]:
+def results(model: Any, x: Tensor, seed: int | None = None, **arguments: Any) -> dict[str, Tensor]:
     """y, dx, and the gradient of every parameter that trains, by its name; dy is random and always the same."""
     x = x.detach().requires_grad_()
+    if seed is not None:
+        torch.manual_seed(seed)
     y = model(x, **arguments)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     y.backward(dy.to(y.dtype))
@@ -102,6 +107,11 @@ def _all_train(model: Any) -> None:
 def _no_b_trains(model: Any) -> None:
     for layer in lora_layers(model):
         layer.lora_B.requires_grad_(False)
+
+
+def _no_magnitude_trains(model: Any) -> None:
+    for layer in lora_layers(model):
+        layer.lora_magnitude_vector.requires_grad_(False)
 
 
 def _weights_train(model: Any) -> None:
@@ -148,6 +158,7 @@ class Option:
 
 TWO = ({"r": 4}, {"r": 3, "lora_alpha": 2})
 CONV1D = {"fan_in_fan_out": True}
+DORA = {"use_dora": True}
 MIXED_ROWS = ("a1", "a0", "__base__", "a1", "a0")
 OPTIONS = [
     Option("plain"),
@@ -180,17 +191,42 @@ OPTIONS = [
 ]
 
 
+LORA_THEN_DORA = ({}, {"r": 3, "lora_alpha": 2, **DORA})
+DORA_OPTIONS = [
+    Option("dora", (DORA,)),
+    Option("dora, no tokens", (DORA,), shape=(0,)),
+    Option("dora, one token", (DORA,), shape=(1,)),
+    Option("dora, no bias", (DORA,), base=lambda: Small(bias=False)),
+    Option("dora, bias all", ({"bias": "all", **DORA},)),
+    Option("dora, rslora", ({"use_rslora": True, **DORA},)),
+    Option("dora, conv1d", (CONV1D | DORA,), base=SmallConv1D),
+    Option("dora, weights train", (DORA,), prepare=_weights_train),
+    Option("dora, conv1d trains", (CONV1D | DORA,), base=SmallConv1D, prepare=_weights_train),
+    Option("dora, lora_B frozen", (DORA,), prepare=_no_b_trains),
+    Option("dora, magnitudes frozen", (DORA,), prepare=_no_magnitude_trains),
+    Option("dora, scale set", (DORA,), prepare=_rescaled),
+    Option("dora, hot-swappable", (DORA,), prepare=_hot_swappable),
+    Option("dora beside an idle one", LORA_THEN_DORA, ("a1",)),
+    Option("lora beside an idle dora", LORA_THEN_DORA, ("a0",)),
+    Option("lora, then dora", LORA_THEN_DORA, ("a0", "a1")),
+    Option("lora, then dora, conv1d", tuple(CONV1D | a for a in LORA_THEN_DORA), ("a0", "a1"), base=SmallConv1D),
+    Option("lora, then dora, hot-swappable", LORA_THEN_DORA, ("a0", "a1"), prepare=_hot_swappable),
+]
+
+
 def assert_parity(
     option: Option,
     dtype: torch.dtype = torch.float32,
     adapter_dtype: torch.dtype = torch.float32,
     autocast: bool = False,
+    seed: int | None = None,
 ) -> None:
     """The fused model's results pass the policy, stock PEFT with adapters of the compute dtype as the yardstick.
 
-    *Exact* is stock PEFT in float64 on the same rounded values. Under autocast all weights are rounded for it.
+    *Exact* is stock PEFT in float64 on the same rounded values. Under autocast all weights are rounded for it. With a
+    ``seed`` all of them train, and drop what that seed says.
     """
-    stock = option.make(dtype, adapter_dtype)
+    stock = option.make(dtype, adapter_dtype).train(seed is not None)
     model, x, arguments = fused(stock), option.x(dtype), option.arguments()
     compute = torch.bfloat16 if autocast else dtype
     yardstick = copy.deepcopy(stock)
@@ -199,8 +235,8 @@ def assert_parity(
             layer.lora_A.to(compute), layer.lora_B.to(compute)
     exact = copy.deepcopy(stock if autocast else yardstick).to(compute).double()
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-        actual, by_peft = (results(m, x, **arguments) for m in (model, yardstick))
-    check_all(actual, results(exact, x.to(compute).double(), **arguments), by_peft, compute)
+        actual, by_peft = (results(m, x, seed, **arguments) for m in (model, yardstick))
+    check_all(actual, results(exact, x.to(compute).double(), seed, **arguments), by_peft, compute)
     assert set(actual) == set(by_peft)
     assert [(n, g.dtype) for n, g in actual.items()] == [(n, g.dtype) for n, g in results_dtypes(stock, actual)]
     assert not calls(model).own

@@ -241,18 +241,19 @@ def test_the_report_tells_what_was_done_and_how_calls_go() -> None:
     base = Small()
     base.emb = nn.Embedding(3, 4)
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["lin0", "lin1", "emb"]))
-    model.add_adapter("dora", peft.LoraConfig(r=2, target_modules=["lin1"], use_dora=True))
+    alora = {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}
+    model.add_adapter("alora", peft.LoraConfig(r=2, target_modules=["lin1"], **alora))
     report = fuse_peft(model)
-    assert [layer.adapters for layer in report] == [{"default": 2}, {"default": 2, "dora": 2}]
+    assert [layer.adapters for layer in report] == [{"default": 2}, {"default": 2, "alora": 2}]
     assert [(layer.name, "layer.Embedding" in layer.reason) for layer in report.skipped] == [
         ("base_model.model.emb", True)
     ]
-    assert "adapter 'dora'" in report.notes[0]
+    assert "adapter 'alora'" in report.notes[0]
     model(X)
-    model.set_adapter("dora")
+    model.set_adapter("alora")
     model(X)
     assert (report.calls.fused, report.calls.base, report.calls.share) == (2, 1, 2 / 3)
-    assert list(report.calls.own) == ["DoraLinearVariant is a variant of LoRA"]
+    assert list(report.calls.own) == ["ALoraLinearVariant is a variant of LoRA"]
     assert "calls: 2 fused, 1 by PEFT's own forward, 1 base alone" in str(report)
     assert report.calls == calls(model) == unfuse_peft(model).calls
 

@@ -16,7 +16,7 @@ from numerics import same_bits
 peft = pytest.importorskip("peft")
 from lora_kernels import explain  # noqa: E402
 from lora_kernels.peft import calls  # noqa: E402
-from peft_models import TWO, fused, lora_layers, make  # noqa: E402
+from peft_models import DORA, TWO, fused, lora_layers, make  # noqa: E402
 
 X = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
 
@@ -27,10 +27,6 @@ def _hook(part: Callable[[Any], nn.Module]) -> Callable[[Any], None]:
             part(layer).register_forward_hook(lambda module, args, y: 1.5 * y)
 
     return prepare
-
-
-def _both_active(model: Any) -> None:
-    model.base_model.set_adapter(["a0", "a1"])
 
 
 def _no_casting(model: Any) -> None:
@@ -75,6 +71,27 @@ def _under_autocast(model: Any, x: Tensor) -> Tensor:
         return model(x)
 
 
+def _active(*names: str) -> Callable[[Any], None]:
+    return lambda model: model.base_model.set_adapter(list(names))
+
+
+def _hook_magnitudes(model: Any) -> None:
+    for layer in lora_layers(model):
+        layer.lora_magnitude_vector["a0"].register_forward_hook(lambda module, args, y: 1.5 * y)
+
+
+def _derive_variant(model: Any) -> None:
+    for layer in lora_layers(model):
+        kind = type(layer.lora_variant["a0"])
+        layer.lora_variant["a0"] = type("OwnDora", (kind,), {})()
+
+
+def _derive_magnitudes(model: Any) -> None:
+    for layer in lora_layers(model):
+        module = layer.lora_magnitude_vector["a0"]
+        module.__class__ = type("OwnMagnitudes", (type(module),), {})
+
+
 @dataclass(frozen=True)
 class OwnPath:
     """A use of PEFT's that stays its own; ``reason``: words of what is counted, "" where nothing can be."""
@@ -90,11 +107,11 @@ class OwnPath:
         return self.name
 
 
+DROPPING_DORA = {"lora_dropout": 0.3, **DORA}
 DROPPING = ({"lora_dropout": 0.5}, {"r": 3, "lora_dropout": 0.2})
 OWN_PATHS = [
-    OwnPath("dora", "DoraLinearVariant", ({"use_dora": True},)),
-    OwnPath("dora beside lora", "DoraLinearVariant", ({}, {"use_dora": True}), _both_active),
-    OwnPath("two dropouts", "dropout acts on several", DROPPING, _both_active),
+    OwnPath("alora", "ALoraLinearVariant", ({"alora_invocation_tokens": [1]},)),
+    OwnPath("two dropouts", "dropout acts on several", DROPPING, _active("a0", "a1")),
     OwnPath("dropout of 1", "p in [0, 1)", ({"lora_dropout": 1.0},)),
     OwnPath("hook on lora_A", "hooks", prepare=_hook(lambda layer: layer.lora_A["a0"])),
     OwnPath("hook on lora_B", "hooks", prepare=_hook(lambda layer: layer.lora_B["a0"])),
@@ -106,6 +123,20 @@ OWN_PATHS = [
     OwnPath("vmap", "vmap", call=_by_vmap),
     OwnPath("jit.trace", "jit.trace", call=_by_trace),
     OwnPath("export", "", call=_by_export),
+    OwnPath("dora, then lora", "before other", ({}, {"r": 3, **DORA}), _active("a1", "a0")),
+    OwnPath("dora, two doras", "before other", (DORA, {"r": 3, **DORA}), _active("a0", "a1")),
+    OwnPath("dora, together, dropout", "together", ({"lora_dropout": 0.5}, {"r": 3, **DORA}), _active("a0", "a1")),
+    OwnPath("dora, together, dropout of dora", "together", ({}, {"r": 3, **DROPPING_DORA}), _active("a0", "a1")),
+    OwnPath("dora, together, lora_bias", "together", ({"lora_bias": True}, {"r": 3, **DORA}), _active("a0", "a1")),
+    OwnPath("dora, hook on the magnitudes", "hooks", (DORA,), _hook_magnitudes),
+    OwnPath("dora, derived variant", "OwnDora is a variant", (DORA,), _derive_variant),
+    OwnPath("dora, derived magnitudes", "magnitudes", (DORA,), _derive_magnitudes),
+    OwnPath(
+        "dora, one vector",
+        "one vector",
+        ({"target_modules": ["lin0"], **DORA},),
+        call=lambda model, x: model.base_model.model.lin0(x[0]),
+    ),
 ]
 
 
@@ -127,7 +158,7 @@ def test_the_bits_are_pefts_and_the_reason_is_counted(own: OwnPath) -> None:
 
 def test_a_reason_that_goes_away_leaves_the_fast_path() -> None:
     model = fused(make(*DROPPING))
-    _both_active(model)
+    _active("a0", "a1")(model)
     model(X)
     model.eval()(X)
     assert (calls(model).fused, sum(calls(model).own.values())) == (2, 2)

@@ -94,7 +94,9 @@ def waiting(model: nn.Module) -> list[Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    "arguments", [{}, {"use_dora": True}, {"lora_bias": True}, {"bias": False, "use_rslora": True}], ids=str
+    "arguments",
+    [{}, {"use_dora": True}, {"lora_bias": True}, {"bias": False, "use_rslora": True}, {"activation": "gelu"}],
+    ids=str,
 )
 def test_a_group_is_as_exact_as_its_layers(arguments: dict[str, Any], dtype: torch.dtype) -> None:
     together = group(**arguments, dtype=dtype)

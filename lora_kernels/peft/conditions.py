@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
 from ..dispatch import COMPUTE_DTYPES
+from . import dora
 
 __all__ = ["is_transposed", "own_parameter", "why_adapter", "why_base", "why_call", "why_weight"]
 
@@ -69,9 +70,12 @@ def why_weight(weight: Any) -> str | None:
 
 def why_adapter(layer: Any, adapter: str) -> str | None:
     """Why ``adapter`` of ``layer``, or the base layer at present, is PEFT's own matter; None if it is not."""
-    if adapter in layer.lora_variant:
-        return f"{type(layer.lora_variant[adapter]).__name__} is a variant of LoRA"
     modules = layer._modules
+    if adapter in layer.lora_variant:
+        if not dora.is_dora(layer, adapter):
+            return f"{type(layer.lora_variant[adapter]).__name__} is a variant of LoRA"
+        if reason := dora.why_magnitude(layer, adapter, is_transposed(modules["base_layer"])):
+            return reason
     lora_a, lora_b = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
     dropout = modules["lora_dropout"]._modules[adapter]
     if type(lora_a).forward is not nn.Linear.forward or type(lora_b).forward is not nn.Linear.forward:

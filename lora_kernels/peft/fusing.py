@@ -33,13 +33,18 @@ def fuse_peft(model: nn.Module) -> FuseReport:
 
     Layers that read one x, found as :func:`~lora_kernels.share_inputs` says, run together in training.
 
-    PEFT's own forward runs, call by call, what the operators do not: DoRA and other variants, dropout on several active
-    adapters at once, modules with hooks inside of the layer, ``torch.func``, ``torch.jit.trace``, ``torch.export``.
-    Layers over a quantized, sharded or unusual base stay PEFT's own, as do its embeddings and convolutions.
+    DoRA runs fused too: alone, with dropout or without, and without dropout as the last of several active adapters.
+    Norms are computed in fp32 or better on each call, within PEFT's ``DoraCaching`` as often as there.
+
+    PEFT's own forward runs, call by call, what the operators do not: other variants, DoRA before other active adapters,
+    dropout on several active adapters at once, modules with hooks inside of the layer, ``torch.func``,
+    ``torch.jit.trace``, ``torch.export``. Layers over a quantized, sharded or unusual base stay PEFT's own, as do its
+    embeddings and convolutions.
 
     Numerics: A and B are rounded to the compute dtype at the product, sums run in fp32, and y is rounded once (twice in
     a mixed batch that takes one pass), where PEFT rounds the base product and again the sum. Dropout draws from
-    PyTorch's generator, but other numbers than PEFT.
+    PyTorch's generator, but other numbers than PEFT (with DoRA by PyTorch's own dropout of x as it comes, which PEFT
+    casts to the adapter's dtype first). A row of W + s B A that is zero stays zero, where PEFT divides by its norm.
 
     Args:
         model: a ``PeftModel``, or any module that holds PEFT's LoRA layers.

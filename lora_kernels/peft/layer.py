@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear, dispatch_default
 from torch import Tensor, nn
 
-from ..branches import Branch
+from .. import dora
+from ..branches import Branch, apply_branches
 from ..dispatch import Problem
 from ..functional import apply
 from ..shared_input import SharedInput
+from . import dora as peft_dora
 from .conditions import is_transposed, own_parameter, why_adapter, why_base, why_call, why_dtypes
 from .report import BASE, FUSED, counter
 
@@ -26,6 +28,8 @@ class FusedLoraLinear(Linear):
     r"""PEFT's ``lora.Linear`` whose forward is one fused product for all active adapters.
 
     .. math:: y = x W^\top + b + \sum_i s_i\,(\mathrm{drop}_i(x) A_i^\top) B_i^\top
+
+    With PEFT's DoRA as the last of them, its rows are scaled: :mod:`lora_kernels.peft.dora`.
 
     Everything but ``forward`` is PEFT's: names, Parameters, saving, merging, adding and switching adapters. Adapters,
     scalings and ranks are read on each call. The ranks of several active adapters are concatenated into one pass; a
@@ -62,7 +66,10 @@ class FusedLoraLinear(Linear):
         adapters = self._acting_adapters(None) if self.training else []
         if not adapters or self._why_own(x, adapters, None, (), {}) is not None:
             return None
-        return self._branch(adapters), self._p(adapters[0])
+        p = self._p(adapters[0])
+        if p > 0.0 and adapters[0] in self.lora_variant:  # DoRA with dropout needs two products of W
+            return None
+        return self._branch(adapters), p
 
     def sharing_state(self) -> tuple[Any, ...]:
         adapters = self._acting_adapters(None)
@@ -88,7 +95,11 @@ class FusedLoraLinear(Linear):
         for adapter in adapters:
             reason = reason or why_adapter(self, adapter)
         reason = reason or why_dtypes(self, x, own_parameter(base, "weight"), adapters)
-        if reason is None and rows is None and len(adapters) > 1 and any(self._p(name) > 0.0 for name in adapters):
+        if reason is not None or rows is not None or (len(adapters) == 1 and not self.lora_variant):
+            return reason
+        dropout = any(self._p(name) > 0.0 for name in adapters)
+        reason = peft_dora.why_together(self, x, adapters, dropout) if self.lora_variant else None
+        if reason is None and dropout and len(adapters) > 1:
             return "dropout acts on several active adapters, each with a mask of its own"
         return reason
 
@@ -102,8 +113,12 @@ class FusedLoraLinear(Linear):
             counter(self)[path] += 1
 
     def _fused(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
-        b = self._branch(adapters)
-        return apply(x, b.weight, b.lora_a, b.lora_b, b.bias, b.scaling, self._p(adapters[0]), None)
+        b, p = self._branch(adapters), self._p(adapters[0])
+        if b.gain is None:
+            return apply(x, b.weight, b.lora_a, b.lora_b, b.bias, b.scaling, p, None)
+        if len(adapters) == 1:
+            return dora.forward(x, b.weight, b.lora_a, b.lora_b, b.bias, b.scaling, b.gain, p)
+        return apply_branches(x, [b], 0.0)[0]
 
     def _branch(self, adapters: Sequence[str]) -> Branch:
         base = self._modules["base_layer"]
@@ -116,7 +131,11 @@ class FusedLoraLinear(Linear):
             if lora_bias is not None:
                 term = lora_bias * self.scaling[name]
                 bias = term if bias is None else bias + term
-        return Branch(weight, lora_a, lora_b, bias, scaling)
+        gains = None
+        if self.lora_variant and peft_dora.is_dora(self, last := adapters[-1]):
+            own = (lora_a, lora_b, scaling) if len(adapters) == 1 else self._factors([last])
+            gains = peft_dora.gains(self, last, weight, *own)
+        return Branch(weight, lora_a, lora_b, bias, scaling, gains)
 
     def _fused_rows(self, x: Tensor, rows: Sequence[str], adapters: list[str]) -> Tensor:
         """A mixed batch: the i-th entry of x's first dimension takes the adapter ``rows[i]``, or none."""
@@ -176,7 +195,9 @@ class FusedLoraLinear(Linear):
     def _p(self, adapter: str) -> float:
         """The dropout probability that acts now: PEFT's module knows it, and its mode."""
         dropout = self._modules["lora_dropout"]._modules[adapter]
-        return dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        if type(dropout) is not nn.Dropout or not dropout.training:
+            return 0.0
+        return dropout.p if self.training or adapter not in self.lora_variant else 0.0  # DoRA asks the layer's mode too
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
