@@ -135,7 +135,6 @@ class LoRALayer(nn.Module):
         """bias + s b_B, (N,), in the wider of their dtypes."""
         return lora_bias * self.scaling if bias is None else torch.add(bias, lora_bias, alpha=self.scaling)
 
-    @torch.no_grad()
     def _row_norms(self) -> Tensor:
         """‖W + s B A‖ of each row, (N,), in fp32 or better."""
         return dora.row_norms(self.matrix(self.base_weight), self.lora_A, self.lora_B, self.scaling)

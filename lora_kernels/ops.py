@@ -52,6 +52,7 @@ distance (a column slice), each in one piece. Gains, their gradients and norms a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -126,13 +127,26 @@ def register(
         qualified = f"{backend}_{name}"
         _library.define(f"{qualified}{_SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
         if name in implementations:
-            _library.impl(qualified, implementations[name], "CompositeExplicitAutograd")
+            _library.impl(qualified, _without_graph(implementations[name]), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=_library)
         overloads[name] = getattr(getattr(torch.ops, NAMESPACE), qualified).default
         compiled = len(implementations) < len(_SCHEMAS)
         direct[name] = overloads[name]._op if compiled else implementations[name]
     _registered[backend] = Operators(**overloads, hidden_dtype=hidden_dtype)
     _direct[backend] = Operators(**direct, hidden_dtype=hidden_dtype)
+
+
+def _without_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` for the dispatcher: an exported program calls operators with gradients on, on trainable adapters."""
+
+    @functools.wraps(function)
+    def called(*arguments: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return function(*arguments)
+        with torch.no_grad():
+            return function(*arguments)
+
+    return called
 
 
 def operators(backend: str) -> Operators:
