@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from cases import Case, make
-from lora_kernels.backends.triton import launch
+from lora_kernels.backends.triton import configs, launch
 from lora_kernels.backends.triton.compile_report import ARCHITECTURES, plans_of
 from lora_kernels.backends.triton.configs import FEW_TOKENS
 from lora_kernels.backends.triton.plans import Cell, FewTokens
@@ -61,7 +61,7 @@ class Driver:
 
 def main() -> None:
     driver.set_active(Driver())
-    launch.machine_of = lambda device: ARCHITECTURES[90]
+    configs.machine_of = lambda device: ARCHITECTURES[90]
     results = []
     for case in CASES:
         i = make(case)

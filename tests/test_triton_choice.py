@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels.backends.triton import plans, tuned
+from lora_kernels.backends.triton import backward_choice, plans, tuned
 from lora_kernels.backends.triton.compile_report import ARCHITECTURES
 from lora_kernels.backends.triton.configs import INTERPRETER, ExpandConfig, Machine, ShrinkConfig
 from lora_kernels.backends.triton.plans import BaseFirst, Cell, FewTokens, Fused, LoraFirst
@@ -39,6 +39,41 @@ def test_candidates(machine: Machine) -> None:
         for plan in found:
             assert plans.fits(machine, cell, plan)
             assert plans.plan_from_json(json.loads(json.dumps(plans.plan_to_json(plan)))) == plan
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: f"sm{machine.capability}")
+def test_backward_candidates(machine: Machine) -> None:
+    """The same of backward; ``beside`` is nowhere the first: nobody has measured it."""
+    for cell in (replace(cell, direction="backward") for cell in CELLS):
+        found = plans.candidates(machine, cell)
+        assert {plan.kind for plan in found} == {"dx_fused", "dx_lora_first", "dx_base_first"}
+        assert len(set(found)) == len(found)
+        assert not found[0].beside
+        assert any(plan.beside for plan in found) != machine.interpreter
+        seconds = [plans.predicted_seconds(machine, cell, plan) for plan in found]
+        assert machine.interpreter or seconds == sorted(seconds)
+        for plan in found:
+            assert plans.fits(machine, cell, plan)
+            assert not plans.fits(machine, replace(cell, direction="forward"), plan)
+            assert plans.plan_from_json(json.loads(json.dumps(plans.plan_to_json(plan)))) == plan
+
+
+def test_small_kernels_of_backward_are_split_where_the_machine_is_idle() -> None:
+    """dh over N for 17 to 500 tokens, da over M where K's blocks are few; and not where the machine is full."""
+    for tokens, k, split_dh, split_da in (
+        (64, 4096, True, False),
+        (8192, 1024, False, True),
+        (8192, 65536, False, False),
+    ):
+        cell = replace(SQUARE, direction="backward", tokens=tokens, k=k)
+        assert (backward_choice.shrink_for(H200, cell).splits > 1) == split_dh
+        assert (backward_choice.da_for(H200, cell).splits > 1) == split_da
+
+
+def test_dy_is_read_once_unless_partial_sums_outweigh_it() -> None:
+    """They grow with R."""
+    for r, joint in ((16, True), (128, False)):
+        assert backward_choice.hidden_for(H200, replace(SQUARE, direction="backward", r=r)).joint == joint
 
 
 @pytest.mark.parametrize(
@@ -109,7 +144,7 @@ GOOD = plans.plan_to_json(LoraFirst(ShrinkConfig(64, 128, 16, 4, 4), ExpandConfi
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"kind": "magic"}, "one of few_tokens, fused, lora_first, base_first; got"),
+        ({"kind": "magic"}, "one of few_tokens, fused, .*, dx_fused, dx_lora_first, dx_base_first; got"),
         ({"pdl": 1}, "pdl of LoraFirst is 1 and must be true or false"),
         ({"pdl": None, "splits": 3}, "LoraFirst has the fields shrink, expand, pdl; got"),
         ({"shrink": 5}, "ShrinkConfig has the fields block_m, .*; got 5"),

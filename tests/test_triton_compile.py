@@ -31,8 +31,9 @@ def test_kernels_compile(arch: int, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     records = [Record(**record) for record in json.loads(file.read_text())]
-    names = ["forward", "expand", "shrink", "few_tokens", "sum_parts", "dh_db", "reduce", "dx", "da", "mask"]
-    assert {record.kernel for record in records} == {f"{name}_kernel" for name in names + ["persistent"] * (arch >= 90)}
+    names = ["forward", "expand", "shrink", "few_tokens", "sum_parts", "dh_db", "reduce", "dx", "dx_low_rank", "da"]
+    names += ["mask", "row_norms", "gain_grad", *(["persistent", "dx_persistent"] if arch >= 90 else [])]
+    assert {record.kernel for record in records} == {f"{name}_kernel" for name in names}
 
 
 def test_the_interpreter_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:

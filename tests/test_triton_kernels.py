@@ -36,21 +36,23 @@ SEED = (-(2**62) - 12345, 2**63 - 7)
 
 @pytest.fixture(scope="module")
 def launch() -> ModuleType:
-    """The operators and the parts of ``backward``: these are called one by one here, and fed to each other."""
+    """The operators of whole layers."""
     return import_module("lora_kernels.backends.triton.launch")
 
 
 def run(launch: ModuleType, case: Case, i: Inputs, dy: Tensor | None = None) -> dict[str, Tensor]:
-    """All results of the kernels; ``dh_alone`` is that of ``dh``."""
+    """All results of the kernels, the parts of backward one by one and fed to each other; ``dh_alone``: without db."""
+    parts = import_module("lora_kernels.backends.triton.parts")
     i = Inputs(*(None if t is None else t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.bias, i.dy)))
     dy = i.dy if dy is None else dy
     state = torch.tensor(SEED, device=i.x.device) if case.p else None
     y, h = launch.forward(i.x, i.weight, i.lora_a, i.lora_b, i.bias, case.scaling, case.p, state)
-    dh, db = launch.dh_db(dy, i.lora_b, h, case.scaling)
-    dx = launch.dx(dy, i.weight, dh, i.lora_a, case.p, state)
-    da = launch.da(dh, i.x, i.lora_a, case.p, state)
-    dh_alone = launch.dh(dy, i.lora_b, case.scaling)
-    return {"y": y, "h": h, "dh": dh, "dh_alone": dh_alone, "dx": dx, "da": da, "db": db}
+    dh, db, dbias = parts.output_grads(dy, i.lora_b, h, i.bias, case.scaling)
+    dx = parts.input_grad([dy], [i.weight], [dh], [i.lora_a], case.p, [] if state is None else [state])
+    da = parts.a_grad(dh, i.x, case.p, state)
+    dh_alone, _, _ = parts.output_grads(dy, i.lora_b, None, None, case.scaling)
+    found = {"y": y, "h": h, "dh": dh, "dh_alone": dh_alone, "dx": dx, "da": da, "db": db}
+    return found if i.bias is None else found | {"dbias": dbias}
 
 
 def expected(case: Case, i: Inputs, dtype: torch.dtype, dy: Tensor | None = None) -> dict[str, Tensor]:
@@ -64,7 +66,7 @@ def expected(case: Case, i: Inputs, dtype: torch.dtype, dy: Tensor | None = None
     y, h = reference.forward(x, weight, lora_a, lora_b, bias, case.scaling, mask, case.p)
     g = reference.backward(dy, x, weight, lora_a, lora_b, case.scaling, mask, case.p)
     dh = case.scaling * (dy @ lora_b)
-    return {"y": y, "h": h, "dh": dh, "dh_alone": dh, "dx": g.dx, "da": g.da, "db": g.db}
+    return {"y": y, "h": h, "dh": dh, "dh_alone": dh, "dx": g.dx, "da": g.da, "db": g.db, "dbias": g.dbias}
 
 
 def check(launch: ModuleType, case: Case, i: Inputs, dy: Tensor | None = None) -> None:

@@ -137,7 +137,7 @@ def _last_part_not_computed(grid: list[int], arguments: list[Any], static: list[
 
 
 def _stale_h(grid: list[int], arguments: list[Any], static: list[Any]) -> None:
-    arguments[4] = torch.roll(arguments[4], 1, dims=-2)
+    arguments[5] = torch.roll(arguments[5], 1, dims=-2)
 
 
 FAULTS: dict[str, tuple[str, str, Fault]] = {  # part of the plan's text, kernel, what goes wrong
@@ -146,13 +146,13 @@ FAULTS: dict[str, tuple[str, str, Fault]] = {  # part of the plan's text, kernel
     "no low-rank term": ("few_tokens", "few_tokens_kernel", _without(8)),
     "a part of K is skipped": ("few_tokens", "few_tokens_kernel", _less(2, 32)),
     "the last part of h is not computed": ("fused pointer", "shrink_kernel", _last_part_not_computed),
-    "the product adds one part of h": ("fused pointer", "forward_kernel", _less(16, 1)),
-    "no low-rank step": ("fused persistent", "persistent_kernel", _without(7)),
+    "the product adds one part of h": ("fused pointer", "forward_kernel", _less(18, 1)),
+    "no low-rank step": ("fused persistent", "persistent_kernel", _without(9)),
     "the last K step is skipped": ("fused persistent", "persistent_kernel", _less(2, 32)),
     "the persistent product forgets the bias": ("fused persistent", "persistent_kernel", _without(3)),
     "h of another row": ("fused persistent", "persistent_kernel", _stale_h),
     "the expansion forgets the bias": ("lora_first", "expand_kernel", _without(1)),
-    "the expansion overwrites the base": ("base_first", "expand_kernel", _less(10, True)),
+    "the expansion overwrites the base": ("base_first", "expand_kernel", _less(12, True)),
 }
 
 

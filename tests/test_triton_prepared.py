@@ -120,7 +120,7 @@ def test_an_int_is_not_compiled_in(kernels: dict[str, Kernel]) -> None:
     launch.forward(*tensors(Case(m=35)), 1, 0.0, None)
     launch.forward(*tensors(Case(m=35)), 1, 0.0, None)
     (_, arguments, _), *_ = kernels["forward_kernel"].calls
-    assert type(arguments[7]) is float
+    assert type(arguments[9]) is float
 
 
 def test_a_release_that_returns_something_else_still_launches() -> None:

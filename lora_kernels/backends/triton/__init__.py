@@ -14,7 +14,6 @@ from ... import env
 from ...dispatch import Problem
 from ...ops import OPERATOR_NAMES, register
 from .. import draw_seed
-from ..parts import Parts
 
 __all__ = ["BACKEND"]
 
@@ -68,13 +67,11 @@ class TritonBackend:
         )
 
     def register(self, device_type: str) -> None:
-        from . import launch
+        from . import launch, parts
 
-        def keep(like: Tensor, p: float, state: Tensor) -> Tensor:
-            return launch.mask(state, like.shape[0], like.shape[1], p)
-
-        own = {name: getattr(launch, name) for name in OPERATOR_NAMES if hasattr(launch, name)}
-        register(self.name, Parts(keep, _hidden_dtype).operators | own, _hidden_dtype)
+        modules = (launch, parts)
+        own = {name: next(getattr(m, name) for m in modules if name in m.__all__) for name in OPERATOR_NAMES}
+        register(self.name, own, _hidden_dtype)
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
         return draw_seed(x)

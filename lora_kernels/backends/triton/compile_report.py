@@ -3,10 +3,11 @@
 ``python -m lora_kernels.backends.triton.compile_report [--check] [--json FILE] [--quick] [--arch 80 90 100]``
 
 The launch code itself runs, on meta tensors and for a described machine, with every launch replaced by a note of it: so
-the block sizes, argument types and alignments are those of a real call. Forward runs by the best predicted plan of each
-kind. Each distinct call is then compiled for its target. ``--check`` exits 1, a sentence each, where registers spill,
-where shared memory exceeds the device's, or where an instruction that is meant does not appear: the tensor cores' (on
-Hopper in every K step), TMA's loads, the waits of dependent launch. All is read from the machine code.
+the block sizes, argument types and alignments are those of a real call. Forward and backward run by the best predicted
+plan of each kind, the part operators as they come. Each distinct call is then compiled for its target. ``--check``
+exits 1, a sentence each, where registers spill, where shared memory exceeds the device's, or where an instruction that
+is meant does not appear: the tensor cores' (on Hopper in every K step), TMA's loads, the waits of dependent launch. All
+is read from the machine code.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ import torch
 from torch import Tensor
 
 from ... import env
+from . import configs
 from .configs import FEW_TOKENS, Machine
-from .plans import BaseFirst, Cell, FewTokens, Fused, Plan, candidates
+from .plans import BackwardPlan, BaseFirst, Cell, DxBaseFirst, FewTokens, ForwardPlan, Fused, candidates
 
 __all__ = ["ARCHITECTURES", "CASES", "Case", "Record", "faults", "main", "report"]
 
@@ -51,12 +53,14 @@ _TYPE_NAMES = {
 }
 _INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma.sync": "mma.sync"}
 _SHOWN = ("PARTS", "FLATTEN", "PDL")
-_GEMMS = ("forward_kernel", "persistent_kernel", "dx_kernel")
+_GEMMS = ("forward_kernel", "persistent_kernel", "dx_kernel", "dx_persistent_kernel")
+_BY_TMA = ("persistent_kernel", "dx_persistent_kernel")
+_NO_PRODUCT = ("reduce_kernel", "mask_kernel", "sum_parts_kernel", "gain_grad_kernel")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layer to compile for: K = N = 4096 and ``m`` tokens."""
+    """A layer to compile for: K = N = 4096 and ``m`` tokens; ``parts``: the part operators too."""
 
     dtype: torch.dtype
     r: int = 16
@@ -64,6 +68,7 @@ class Case:
     adapter_dtype: torch.dtype | None = None
     tf32: bool = False
     m: int = 8192
+    parts: bool = False
 
     def __str__(self) -> str:
         name = "tf32" if self.tf32 else _TYPE_NAMES[self.dtype]
@@ -73,11 +78,11 @@ class Case:
 
 _FP16, _BF16, _FP32 = torch.float16, torch.bfloat16, torch.float32
 CASES = (
-    Case(_BF16),
+    Case(_BF16, parts=True),
     Case(_BF16, p=0.1),
     Case(_BF16, r=8, adapter_dtype=_FP32),
     Case(_BF16, r=32, p=0.1, adapter_dtype=_FP32),
-    Case(_BF16, r=64, p=0.1, adapter_dtype=_FP32),
+    Case(_BF16, r=64, p=0.1, adapter_dtype=_FP32, parts=True),
     Case(_BF16, r=128, p=0.1),
     Case(_BF16, r=300, p=0.1, adapter_dtype=_FP32),
     Case(_BF16, m=512, r=16, p=0.1, adapter_dtype=_FP32),
@@ -85,7 +90,7 @@ CASES = (
     Case(_FP16, p=0.1),
     Case(_FP32, tf32=True),
     Case(_FP32, tf32=True, r=64, p=0.1),
-    Case(_FP32, p=0.1),
+    Case(_FP32, p=0.1, parts=True),
 )
 QUICK = (CASES[4], CASES[8])  # rank 64 with dropout, and few tokens
 
@@ -166,7 +171,9 @@ def faults(records: list[Record]) -> list[str]:
 
 def _wanted_instruction(record: Record) -> tuple[str, ...]:
     """The instructions that will do; none where products are IEEE fp32 or there are none."""
-    if record.exact or record.kernel in ("reduce_kernel", "mask_kernel", "sum_parts_kernel"):
+    if record.exact or record.kernel in _NO_PRODUCT:
+        return ()
+    if record.kernel == "row_norms_kernel" and record.case.startswith("tf32"):  # its products are IEEE's
         return ()
     # TF32 takes both operands in one order only, which dx's W is not in: there Triton keeps to mma.sync.
     tf32 = record.case.startswith("tf32")
@@ -181,22 +188,22 @@ def _hopper_faults(record: Record) -> Iterator[str]:
         return
     blocks = record.blocks
     tall = max(1, blocks["BLOCK_M"] // (16 * blocks["num_warps"]))
-    depth = blocks["BLOCK_N" if record.kernel == "dx_kernel" else "BLOCK_K"]
+    depth = blocks["BLOCK_N" if record.kernel.startswith("dx_") else "BLOCK_K"]
     wanted = depth // (8 if record.case.startswith("tf32") else 16) * tall
     if record.products < wanted:
         yield f"has {record.products} HGMMA where a K step takes {wanted}."
-    if record.kernel == "persistent_kernel" and not record.tma_loads:
+    if record.kernel in _BY_TMA and not record.tma_loads:
         yield "has no UTMALDG: its operands do not come by TMA."
     if blocks.get("PDL") and not record.waits:
         yield "has no ACQBULK: it does not wait for the kernel before."
 
 
-def plans_of(machine: Machine, cell: Cell) -> list[Plan]:
-    """The best predicted plan of each kind and variant; of few tokens, with and without a split of K.
+def plans_of(machine: Machine, cell: Cell) -> list[ForwardPlan]:
+    """The best predicted forward plan of each kind and variant; of few tokens, with and without a split of K.
 
     ``BaseFirst`` only for few tokens: its kernels are ``LoraFirst``'s but for one load.
     """
-    found: dict[tuple[object, ...], Plan] = {}
+    found: dict[tuple[object, ...], ForwardPlan] = {}
     for plan in candidates(machine, cell):
         if isinstance(plan, BaseFirst) and cell.tokens > FEW_TOKENS:
             continue
@@ -205,31 +212,61 @@ def plans_of(machine: Machine, cell: Cell) -> list[Plan]:
     return list(found.values())
 
 
+def backward_plans_of(machine: Machine, cell: Cell) -> list[BackwardPlan]:
+    """The best predicted backward plan of each kind and variant, and of each way to dh and db, and to da.
+
+    ``DxBaseFirst`` as ``BaseFirst``: for few tokens.
+    """
+    found: dict[tuple[object, ...], BackwardPlan] = {}
+    for plan in candidates(machine, cell):
+        if isinstance(plan, DxBaseFirst) and cell.tokens > FEW_TOKENS:
+            continue
+        found.setdefault((plan.kind, getattr(plan, "variant", "")), plan)
+        found.setdefault((plan.hidden.joint,), plan)
+        found.setdefault(("da", plan.da.splits > 1), plan)
+    return list(dict.fromkeys(found.values()))
+
+
 def _jobs_of(case: Case, arch: int) -> Iterator[Job]:
-    """The kernel calls of one layer's forward, by each kind of plan, and backward, from the launch code itself."""
-    from . import launch
+    """The kernel calls of one layer, forward and backward by each kind of plan, from the launch code itself."""
+    from . import launch, parts
+    from .forward_plans import Call, ready_product
+    from .prepared import precision_of
 
     m, k, n, r = case.m, 4096, 4096, case.r
-    adapter = case.adapter_dtype or case.dtype
+    adapter, p = case.adapter_dtype or case.dtype, case.p
 
     def meta(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     x, dy, weight = (meta(*shape, dtype=case.dtype) for shape in ((m, k), (m, n), (n, k)))
     lora_a, lora_b, bias = (meta(*shape, dtype=adapter) for shape in ((r, k), (n, r), (n,)))
-    state = meta(2, dtype=torch.int64) if case.p else None
+    h, gain = (meta(*shape, dtype=torch.float32) for shape in ((m, r), (n,)))
+    state = meta(2, dtype=torch.int64) if p else None
+    states = [] if state is None else [state]
     dtype = "tf32" if case.tf32 else str(case.dtype).removeprefix("torch.")
-    cell = Cell("forward", m, k, n, r, dtype, state is not None)
+    cell, machine = Cell("forward", m, k, n, r, dtype, state is not None), ARCHITECTURES[arch]
+    back = replace(cell, direction="backward")
     calls: list[Job] = []
     with _recording(launch, case, arch, calls):
-        for plan in plans_of(ARCHITECTURES[arch], cell):
-            _, h = launch.run_plan(plan, x, weight, lora_a, lora_b, bias, 2.5, case.p, state)
-        dh, _ = launch.dh_db(dy, lora_b, h, 2.5)
-        launch.dh(dy, lora_b, 2.5)
-        launch.dx(dy, weight, dh, lora_a, case.p, state)
-        launch.da(dh, x, lora_a, case.p, state)
+        for plan in plans_of(machine, cell):
+            launch.run_plan(plan, x, weight, lora_a, lora_b, bias, 2.5, p, state)
+        for backward in backward_plans_of(machine, back):
+            launch.run_backward(backward, dy, x, weight, lora_a, lora_b, None, h, 2.5, p, state)
+            launch.run_backward(backward, dy, x, weight, lora_a, lora_b, None, None, 2.5, p, state)
+        parts.row_norms(weight, lora_a, lora_b, 2.5)
+        if case.parts:
+            parts.gain_grad(dy, dy, gain, bias)
+            parts.output_grads(dy, lora_b, h, bias, 2.5)
+            parts.input_grad([dy, dy], [weight, weight], [h, h], [lora_a, lora_a], p, 2 * states)
+            call = Call.of(machine, x, weight, None, lora_b, bias, 0.0, None, precision_of(x.dtype), h, gain)
+            ways = {
+                (plan.kind, getattr(plan, "variant", "")): plan for plan in parts.product_plans(x.device, call)[::-1]
+            }
+            for way in ways.values():
+                ready_product(way, call)(None, x, weight, lora_b, bias, gain, h, None, dy, 2.5)
         if state is not None:
-            launch.mask(state, m, k, case.p)
+            launch.mask(state, m, k, p)
     yield from calls
 
 
@@ -241,7 +278,7 @@ def _recording(launch: Any, case: Case, arch: int, calls: list[Job]) -> Iterator
     def note(self: Launch, stream: int | None, *arguments: Any) -> None:
         calls.append(_job(self, arguments, case, arch))
 
-    kept = [(launch, "machine_of"), (Launch, "__call__"), (ScratchLaunch, "__call__")]
+    kept = [(configs, "machine_of"), (Launch, "__call__"), (ScratchLaunch, "__call__")]
     values = [getattr(owner, name) for owner, name in kept]
     precision = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
@@ -285,9 +322,10 @@ def _job(launch: Any, arguments: tuple[Any, ...], case: Case, arch: int) -> Job:
 
 
 def _kernel(name: str) -> Any:
-    from .kernels import backward, few_tokens, forward, persistent, philox
+    from .kernels import backward, few_tokens, forward, gain, input_grad, persistent, philox
 
-    return next(getattr(m, name) for m in (backward, few_tokens, forward, persistent, philox) if name in m.__all__)
+    modules = (backward, few_tokens, forward, gain, input_grad, persistent, philox)
+    return next(getattr(module, name) for module in modules if name in module.__all__)
 
 
 def _compile(job: Job) -> Record:
@@ -344,12 +382,12 @@ def _dump(cubin: bytes, what: str) -> str:
 
 
 def _table(records: list[Record]) -> str:
-    heading = f"{'kernel':18} {'sm':>4} {'regs':>4} {'stack':>5} {'local':>5} {'shared':>7} {'instruction':11}"
+    heading = f"{'kernel':20} {'sm':>4} {'regs':>4} {'stack':>5} {'local':>5} {'shared':>7} {'instruction':11}"
     lines = [f"{heading}  case; blocks"]
     for r in records:
         blocks = " ".join(f"{name.removeprefix('BLOCK_')}={value}" for name, value in r.blocks.items())
         lines.append(
-            f"{r.kernel:18} {r.arch:4} {r.registers:4} {r.stack:5} {r.local:5} {r.shared:7} {r.instruction or '-':11}  "
+            f"{r.kernel:20} {r.arch:4} {r.registers:4} {r.stack:5} {r.local:5} {r.shared:7} {r.instruction or '-':11}  "
             f"{r.case}; {blocks}"
         )
     return "\n".join(lines)

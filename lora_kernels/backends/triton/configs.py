@@ -18,18 +18,22 @@ __all__ = [
     "DhDbConfig",
     "ExpandConfig",
     "FewTokensConfig",
+    "GainGradConfig",
     "GemmConfig",
     "Machine",
+    "RowNormsConfig",
     "ShrinkConfig",
     "da_config",
     "dh_db_config",
     "expand_config",
     "few_tokens_config",
+    "gain_grad_config",
     "gemm_config",
     "gemm_configs",
     "machine_of",
     "next_power_of_2",
     "persistent_configs",
+    "row_norms_config",
     "shrink_config",
 ]
 
@@ -60,7 +64,7 @@ INTERPRETER = Machine(capability=0, sm_count=4, shared_memory=1 << 30, interpret
 
 @dataclass(frozen=True, slots=True)
 class GemmConfig:
-    """``forward_kernel``, ``dx_kernel``: tiles ``block_rows`` x ``block_columns``, summed in steps of ``block_sum``."""
+    """The products for y and dx: tiles ``block_rows`` x ``block_columns``, summed in steps of ``block_sum``."""
 
     block_rows: int
     block_columns: int
@@ -85,7 +89,7 @@ class ShrinkConfig:
 
 @dataclass(frozen=True, slots=True)
 class ExpandConfig:
-    """``expand_kernel``: tiles of y."""
+    """``expand_kernel``, ``dx_low_rank_kernel``: tiles of y, of dx."""
 
     block_m: int
     block_n: int
@@ -117,11 +121,33 @@ class DhDbConfig:
 
 @dataclass(frozen=True, slots=True)
 class DaConfig:
+    """``splits`` programs share the sum over M of each block; a second stage adds their parts, in order."""
+
     block_m: int
     block_k: int
     block_r: int
     num_warps: int
     num_stages: int
+    splits: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RowNormsConfig:
+    block_n: int
+    block_k: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class GainGradConfig:
+    """``chunk_m`` rows a program, ``block_m`` at a time; ``block_n`` columns."""
+
+    block_m: int
+    block_n: int
+    chunk_m: int
+    num_warps: int
 
 
 @cache
@@ -312,7 +338,7 @@ def dh_db_config(machine: Machine, rows_power: int, columns: int, r: int, itemsi
 
 @lru_cache(maxsize=4096)
 def da_config(machine: Machine, columns: int, r: int, itemsize: int, tf32: bool) -> DaConfig:
-    """Columns few enough to give every multiprocessor a program: the sum over M is not split."""
+    """Columns few enough to give every multiprocessor a program without a split of M."""
     if machine.interpreter:
         return DaConfig(32, 32, min(max(next_power_of_2(r), 16), 64), 4, 1)
     block_r = min(max(next_power_of_2(r), 16), 64)
@@ -323,3 +349,24 @@ def da_config(machine: Machine, columns: int, r: int, itemsize: int, tf32: bool)
         return DaConfig(32, block_k, min(block_r, 32), 4, 3)
     block_m = 32 if block_r > 16 and (r % 16 or block_r == 32) else 64
     return DaConfig(block_m, block_k, block_r, 4, 4 if block_r <= 32 else 3)
+
+
+@lru_cache(maxsize=4096)
+def row_norms_config(machine: Machine, rows: int, columns: int, r: int, itemsize: int) -> RowNormsConfig:
+    """As many bytes of W in flight as registers allow, and rows few enough to give every multiprocessor a program."""
+    if machine.interpreter:
+        return RowNormsConfig(16, 32, 16, 4, 1)
+    block_r = min(max(next_power_of_2(r), 16), 64 if itemsize == 2 else 32)
+    block_n = 32 if rows >= 64 * machine.sm_count else 16
+    block_k = min(128 if itemsize == 2 else 64, max(next_power_of_2(columns), 16))
+    return RowNormsConfig(block_n, block_k, block_r, 4, 4 if block_r <= 32 else 3)
+
+
+@lru_cache(maxsize=4096)
+def gain_grad_config(machine: Machine, rows_power: int, columns: int, itemsize: int) -> GainGradConfig:
+    """Whole lines of memory a row; rows enough a program that few partial sums are written."""
+    if machine.interpreter:
+        return GainGradConfig(16, 32, 32, 4)
+    block_m, block_n = 16, 128 if itemsize == 2 else 64
+    chunks = max(1, 4 * machine.sm_count // -(-columns // block_n))
+    return GainGradConfig(block_m, block_n, max(next_power_of_2(-(-rows_power // chunks)), 2 * block_m), 4)

@@ -20,13 +20,15 @@ from .configs import ExpandConfig, Machine, ShrinkConfig, next_power_of_2
 from .kernels.few_tokens import few_tokens_kernel, sum_parts_kernel
 from .kernels.forward import expand_kernel, forward_kernel, shrink_kernel
 from .kernels.persistent import persistent_kernel
-from .plan_kinds import BaseFirst, Cell, FewTokens, Fused, LoraFirst, Plan
+from .plan_kinds import BaseFirst, Cell, FewTokens, ForwardPlan, Fused, LoraFirst
 from .prepared import Launch, ScratchLaunch
 
-__all__ = ["Call", "Run", "blocks", "ready", "shrink_launch"]
+__all__ = ["Call", "Product", "Run", "blocks", "ready", "ready_product", "shrink_launch"]
 
 # run(stream, x, weight, lora_a, lora_b, bias, scaling, state) -> y, h
 Run: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+# product(stream, x, weight, lora_b, bias, gain, h, h_sum, linear, scaling) -> y
+Product: TypeAlias = Callable[..., Tensor]
 
 _SUM_BLOCK = 512
 
@@ -51,19 +53,26 @@ class Call:
     dropout: bool
     precision: str
     aligned: bool
+    stride_h: int
+    gain: bool = False
+    stride_gain: int = 0
 
     @staticmethod
     def of(
         machine: Machine,
         x: Tensor,
         weight: Tensor,
-        lora_a: Tensor,
+        lora_a: Tensor | None,
         lora_b: Tensor,
         bias: Tensor | None,
         p: float,
         state: Tensor | None,
         precision: str,
+        h: Tensor | None = None,
+        gain: Tensor | None = None,
     ) -> Call:
+        """Of a whole forward pass; or, with ``h``, of the product alone."""
+        r = lora_b.shape[1]
         return Call(
             machine=machine,
             device=x.device,
@@ -71,16 +80,19 @@ class Call:
             m=x.shape[0],
             k=x.shape[1],
             n=weight.shape[0],
-            r=lora_a.shape[0],
+            r=r,
             stride_x=x.stride(),
             stride_w=weight.stride(),
-            stride_a=lora_a.stride(),
+            stride_a=() if lora_a is None else lora_a.stride(),
             stride_b=lora_b.stride(),
             stride_bias=0 if bias is None else bias.stride(0),
             p=p,
             dropout=state is not None,
             precision=precision,
             aligned=x.device.type == "meta" or (x.data_ptr() | weight.data_ptr()) % 16 == 0,
+            stride_h=r if h is None else h.stride(0),
+            gain=gain is not None,
+            stride_gain=0 if gain is None else gain.stride(0),
         )
 
     @property
@@ -102,7 +114,7 @@ class Call:
         return contiguous and on_boundaries and self.k > 0 and max(self.m, self.n, self.k) < 2**31
 
 
-def ready(plan: Plan, call: Call) -> Run:
+def ready(plan: ForwardPlan, call: Call) -> Run:
     """The run of ``plan`` for ``call``; nothing is compiled before its first use.
 
     Raises:
@@ -110,9 +122,32 @@ def ready(plan: Plan, call: Call) -> Run:
     """
     if isinstance(plan, FewTokens):
         return _few_tokens(plan, call)
+    hidden, product = _Hidden.of(plan.shrink, call, getattr(plan, "pdl", False)), ready_product(plan, call)
+
+    def run(
+        stream: int | None,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        h, h_sum = hidden(stream, x, lora_a, state)
+        y = product(stream, x, weight, lora_b, bias, None, h, h_sum, None, scaling)
+        return y, h if h_sum is None else h_sum
+
+    return run
+
+
+def ready_product(plan: Fused | LoraFirst | BaseFirst, call: Call) -> Product:
+    """What ``plan`` does once h is there. A gain acts on the whole sum, so with one the base comes first."""
     if isinstance(plan, Fused):
         return _fused(plan, call)
-    return _lora_first(plan, call) if isinstance(plan, LoraFirst) else _base_first(plan, call)
+    if isinstance(plan, LoraFirst) and not call.gain:
+        return _lora_first(plan, call)
+    return _base_first(plan, call)
 
 
 def blocks(size: int, block: int) -> int:
@@ -167,99 +202,101 @@ class _Hidden:
         return h, torch.empty(self.sum_shape, dtype=torch.float32, device=self.device)
 
 
-def _fused(plan: Fused, c: Call) -> Run:
-    g, hidden, shape = plan.gemm, _Hidden.of(plan.shrink, c, plan.pdl), (c.m, c.n)
+def _fused(plan: Fused, c: Call) -> Product:
+    g, shape = plan.gemm, (c.m, c.n)
     tiles = blocks(c.m, g.block_rows) * blocks(c.n, g.block_columns)
     tile = (g.block_rows, g.block_columns, g.block_sum, g.block_r, g.group_m, plan.shrink.splits)
     options: dict[str, Any] = {"num_warps": g.num_warps, "num_stages": g.num_stages}
     if plan.pdl and not c.machine.interpreter:
         options["launch_pdl"] = True
+    strides = (*c.stride_b, c.stride_bias, c.stride_gain, c.stride_h)
     static: tuple[Any, ...] = (c.m, c.n, c.k, c.r)
     if plan.variant != "pointer" and c.by_descriptor:
-        static += (c.stride_x[0], c.stride_w[0], *c.stride_b, c.stride_bias, *tile)
+        static += (c.stride_x[0], c.stride_w[0], *strides, *tile)
         static += (c.split, c.precision, plan.variant == "flattened", plan.pdl)
         grid = (min(tiles, c.machine.sm_count), 1, 1)
-        product: Launch = ScratchLaunch(persistent_kernel, grid, static, **options)
+        launch: Launch = ScratchLaunch(persistent_kernel, grid, static, **options)
     else:
-        static += (*c.stride_x, *c.stride_w, *c.stride_b, c.stride_bias, *tile)
+        static += (*c.stride_x, *c.stride_w, *strides, *tile)
         static += (c.k % g.block_sum == 0, c.split, c.precision, plan.pdl)
-        product = Launch(forward_kernel, (tiles, 1, 1), static, **options)
+        launch = Launch(forward_kernel, (tiles, 1, 1), static, **options)
 
-    def run(
+    def product(
         stream: int | None,
         x: Tensor,
         weight: Tensor,
-        lora_a: Tensor,
         lora_b: Tensor,
         bias: Tensor | None,
+        gain: Tensor | None,
+        h: Tensor,
+        h_sum: Tensor | None,
+        linear: Tensor | None,
         scaling: float,
-        state: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        h, h_sum = hidden(stream, x, lora_a, state)
+    ) -> Tensor:
         y = torch.empty(shape, dtype=c.dtype, device=c.device)
-        product(stream, x, weight, lora_b, bias, h, h_sum, y, scaling)
-        return y, h if h_sum is None else h_sum
+        launch(stream, x, weight, lora_b, bias, gain, h, h_sum, y, linear, scaling)
+        return y
 
-    return run
+    return product
 
 
 def _expand(config: ExpandConfig, c: Call, parts: int, add: bool, pdl: bool) -> Launch:
-    """``launch(stream, lora_b, bias, h, h_sum, y, scaling)``."""
+    """``launch(stream, lora_b, bias, gain, h, h_sum, y, linear, scaling)``."""
     options = {"launch_pdl": True} if pdl and not c.machine.interpreter else {}
     tile = (config.block_m, config.block_n, config.block_r, parts, add)
+    strides = (*c.stride_b, c.stride_bias, c.stride_gain, c.stride_h)
     return Launch(
         expand_kernel,
         (blocks(c.m, config.block_m) * blocks(c.n, config.block_n), 1, 1),
-        (c.m, c.n, c.r, *c.stride_b, c.stride_bias, *tile, c.split, c.precision, pdl),
+        (c.m, c.n, c.r, *strides, *tile, c.split, c.precision, pdl),
         num_warps=config.num_warps,
         num_stages=1,
         **options,
     )
 
 
-def _lora_first(plan: LoraFirst, c: Call) -> Run:
-    hidden = _Hidden.of(plan.shrink, c, plan.pdl)
-    expand = _expand(plan.expand, c, plan.shrink.splits, False, plan.pdl)
-    shape = (c.m, c.n)
+def _lora_first(plan: LoraFirst, c: Call) -> Product:
+    expand, shape = _expand(plan.expand, c, plan.shrink.splits, False, plan.pdl), (c.m, c.n)
 
-    def run(
+    def product(
         stream: int | None,
         x: Tensor,
         weight: Tensor,
-        lora_a: Tensor,
         lora_b: Tensor,
         bias: Tensor | None,
+        gain: None,
+        h: Tensor,
+        h_sum: Tensor | None,
+        linear: None,
         scaling: float,
-        state: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        h, h_sum = hidden(stream, x, lora_a, state)
+    ) -> Tensor:
         y = torch.empty(shape, dtype=c.dtype, device=c.device)
-        expand(stream, lora_b, bias, h, h_sum, y, scaling)
-        y.addmm_(x, weight.t())
-        return y, h if h_sum is None else h_sum
+        expand(stream, lora_b, bias, None, h, h_sum, y, None, scaling)
+        return y.addmm_(x, weight.t())
 
-    return run
+    return product
 
 
-def _base_first(plan: BaseFirst, c: Call) -> Run:
-    hidden, expand = _Hidden.of(plan.shrink, c), _expand(plan.expand, c, plan.shrink.splits, True, False)
+def _base_first(plan: LoraFirst | BaseFirst, c: Call) -> Product:
+    expand = _expand(plan.expand, c, plan.shrink.splits, True, False)
 
-    def run(
+    def product(
         stream: int | None,
         x: Tensor,
         weight: Tensor,
-        lora_a: Tensor,
         lora_b: Tensor,
         bias: Tensor | None,
+        gain: Tensor | None,
+        h: Tensor,
+        h_sum: Tensor | None,
+        linear: Tensor | None,
         scaling: float,
-        state: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        h, h_sum = hidden(stream, x, lora_a, state)
+    ) -> Tensor:
         y = torch.mm(x, weight.t())
-        expand(stream, lora_b, bias, h, h_sum, y, scaling)
-        return y, h if h_sum is None else h_sum
+        expand(stream, lora_b, bias, gain, h, h_sum, y, linear, scaling)
+        return y
 
-    return run
+    return product
 
 
 def _few_tokens(plan: FewTokens, c: Call) -> Run:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .configs import Machine
-from .plan_kinds import Cell, FewTokens, Fused, LoraFirst, Plan
+from .plan_kinds import Cell, FewTokens, ForwardPlan, Fused, LoraFirst
 
-__all__ = ["ASSUMED", "Assumptions", "Model", "predicted_seconds"]
+__all__ = ["ASSUMED", "Assumptions", "Model", "forward_seconds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ _FLOPS_A_CYCLE = ((100, 8192), (90, 4096), (86, 1024), (80, 2048))
 _INTEGER_OPERATIONS_A_CYCLE = 64
 
 
-def predicted_seconds(machine: Machine, cell: Cell, plan: Plan) -> float:
+def forward_seconds(machine: Machine, cell: Cell, plan: ForwardPlan) -> float:
     """What ``plan`` should take for ``cell``, from the first kernel's launch to the last one's end, in seconds."""
     model = Model(machine, cell)
     if isinstance(plan, FewTokens):

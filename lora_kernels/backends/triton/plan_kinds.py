@@ -1,7 +1,7 @@
-"""The ways to run a forward pass, as data: what a choice depends on, the plans to choose among, and JSON both ways.
+"""The ways to run a pass, as data: what a choice depends on, the plans to choose among, and JSON both ways.
 
 ============ ===================================================================================== ========
-plan         what runs                                                                             launches
+forward      what runs                                                                             launches
 ============ ===================================================================================== ========
 FewTokens    one pass over W that forms y and h; with ``splits`` > 1 each takes a part of K        1, or 2
 Fused        h, then one product whose accumulator takes s h Bᵀ as an additional K step            2
@@ -10,6 +10,19 @@ BaseFirst    h, then the library's product, then bias + s h Bᵀ is added onto i
 ============ ===================================================================================== ========
 
 The first two round y once. The compositions round twice, as PyTorch's own do: y₀ (or the base) and then the sum.
+
+A backward pass takes dh and db (in one read of dy and a second stage, or one after the other), dx, and da, which has a
+second stage too where its rows are split:
+
+=========== ======================================================================================= =================
+backward    dx                                                                                      launches, with da
+=========== ======================================================================================= =================
+DxFused     one product whose accumulator begins with D * (dh A)                                    4 to 6
+DxLoraFirst D * (dh A), then the library's product accumulates onto it (beta = 1)                   5 to 7
+DxBaseFirst the library's product, then D * (dh A) is added onto it in place                        5 to 7
+=========== ======================================================================================= =================
+
+With ``beside``, da runs on a second stream beside dx: a small kernel that reads memory beside a large one that counts.
 """
 
 from __future__ import annotations
@@ -19,21 +32,30 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeAlias
 
 from ...errors import InvalidArgumentError
-from .configs import ExpandConfig, FewTokensConfig, GemmConfig, ShrinkConfig
+from .configs import DaConfig, DhDbConfig, ExpandConfig, FewTokensConfig, GemmConfig, ShrinkConfig
 
 __all__ = [
+    "DIRECTIONS",
     "DTYPES",
     "VARIANTS",
+    "BackwardPlan",
     "BaseFirst",
     "Cell",
+    "DxBaseFirst",
+    "DxFused",
+    "DxLoraFirst",
     "FewTokens",
+    "ForwardPlan",
     "Fused",
+    "Hidden",
     "LoraFirst",
     "Plan",
+    "is_of",
     "plan_from_json",
     "plan_to_json",
 ]
 
+DIRECTIONS = ("forward", "backward")
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
 # How the fused product loads its operands: tiles of pointers; by TMA, in programs that walk the tiles; the same with
 # the loops over tiles and K made one, so that a tile's first loads start early.
@@ -45,7 +67,7 @@ class Cell:
     """What the choice of a plan depends on.
 
     Attributes:
-        direction: which pass, ``"forward"``.
+        direction: which pass, one of ``DIRECTIONS``; of backward, with dx, da and db due.
         tokens: the token bucket, the next power of 2 of M.
         k, n, r: in_features, out_features, rank.
         dtype: the compute dtype, one of ``DTYPES``; ``"tf32"`` is fp32 whose products may round to TF32.
@@ -126,15 +148,83 @@ class BaseFirst:
         return f"base_first {_shrink(self.shrink)} {_expand(self.expand)}"
 
 
-Plan: TypeAlias = FewTokens | Fused | LoraFirst | BaseFirst
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """How dh and db come about: ``joint``, by ``dh_db`` in one read of dy; else dh by ``shrink``, then db by ``db``.
 
-_KINDS: dict[str, type[Any]] = {kind.kind: kind for kind in (FewTokens, Fused, LoraFirst, BaseFirst)}
-_CONFIGS: dict[str, type[Any]] = {
-    "FewTokensConfig": FewTokensConfig,
-    "ShrinkConfig": ShrinkConfig,
-    "GemmConfig": GemmConfig,
-    "ExpandConfig": ExpandConfig,
+    Where db is not due, dh is by ``shrink``.
+    """
+
+    shrink: ShrinkConfig
+    db: DaConfig
+    dh_db: DhDbConfig
+    joint: bool
+
+    def __str__(self) -> str:
+        c = self.dh_db
+        joint = f"dh+db {c.block_m}x{c.block_n}/{c.chunk_m}"
+        return joint if self.joint else f"dh {_shrink(self.shrink)} db {_da(self.db)}"
+
+
+@dataclass(frozen=True, slots=True)
+class DxFused:
+    """``variant``: "pointer" or "persistent"."""
+
+    kind: ClassVar[str] = "dx_fused"
+    hidden: Hidden
+    da: DaConfig
+    gemm: GemmConfig
+    variant: str = "pointer"
+    beside: bool = False
+
+    def __str__(self) -> str:
+        g = self.gemm
+        tile = f"{g.block_rows}x{g.block_columns}x{g.block_sum}/{g.num_stages} warps={g.num_warps}"
+        return f"dx_fused {self.variant} {tile} {_rest(self)}"
+
+
+@dataclass(frozen=True, slots=True)
+class DxLoraFirst:
+    kind: ClassVar[str] = "dx_lora_first"
+    hidden: Hidden
+    da: DaConfig
+    expand: ExpandConfig
+    beside: bool = False
+
+    def __str__(self) -> str:
+        return f"dx_lora_first {_expand(self.expand)} {_rest(self)}"
+
+
+@dataclass(frozen=True, slots=True)
+class DxBaseFirst:
+    kind: ClassVar[str] = "dx_base_first"
+    hidden: Hidden
+    da: DaConfig
+    expand: ExpandConfig
+    beside: bool = False
+
+    def __str__(self) -> str:
+        return f"dx_base_first {_expand(self.expand)} {_rest(self)}"
+
+
+ForwardPlan: TypeAlias = FewTokens | Fused | LoraFirst | BaseFirst
+BackwardPlan: TypeAlias = DxFused | DxLoraFirst | DxBaseFirst
+Plan: TypeAlias = ForwardPlan | BackwardPlan
+
+_BY_DIRECTION: dict[str, tuple[type[Any], ...]] = {
+    "forward": (FewTokens, Fused, LoraFirst, BaseFirst),
+    "backward": (DxFused, DxLoraFirst, DxBaseFirst),
 }
+_KINDS: dict[str, type[Any]] = {kind.kind: kind for kinds in _BY_DIRECTION.values() for kind in kinds}
+_CONFIGS: dict[str, type[Any]] = {
+    kind.__name__: kind
+    for kind in (FewTokensConfig, ShrinkConfig, GemmConfig, ExpandConfig, DaConfig, DhDbConfig, Hidden)
+}
+
+
+def is_of(plan: Plan, direction: str) -> bool:
+    """Whether ``plan`` is one for ``direction``."""
+    return isinstance(plan, _BY_DIRECTION[direction])
 
 
 def _pdl(pdl: bool) -> str:
@@ -147,6 +237,14 @@ def _shrink(c: ShrinkConfig) -> str:
 
 def _expand(c: ExpandConfig) -> str:
     return f"expand {c.block_m}x{c.block_n}"
+
+
+def _da(c: DaConfig) -> str:
+    return f"{c.block_m}x{c.block_k}/{c.num_stages} splits={c.splits}"
+
+
+def _rest(plan: BackwardPlan) -> str:
+    return f"{plan.hidden} da {_da(plan.da)}{' beside' if plan.beside else ''}"
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:

@@ -6,11 +6,13 @@ The plain compositions are always among the candidates, so what is chosen is nev
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
+from .backward_choice import backward_fits, backward_plans, shrink_ways
+from .backward_model import backward_seconds
 from .configs import (
     FEW_TOKENS,
     ExpandConfig,
@@ -21,25 +23,35 @@ from .configs import (
     few_tokens_config,
     gemm_configs,
     persistent_configs,
-    shrink_config,
 )
-from .model import predicted_seconds
+from .model import forward_seconds
 from .plan_kinds import (
     VARIANTS,
+    BackwardPlan,
     BaseFirst,
     Cell,
+    DxBaseFirst,
+    DxFused,
+    DxLoraFirst,
     FewTokens,
+    ForwardPlan,
     Fused,
     LoraFirst,
     Plan,
+    is_of,
     plan_from_json,
     plan_to_json,
 )
 
 __all__ = [
+    "BackwardPlan",
     "BaseFirst",
     "Cell",
+    "DxBaseFirst",
+    "DxFused",
+    "DxLoraFirst",
     "FewTokens",
+    "ForwardPlan",
     "Fused",
     "LoraFirst",
     "Plan",
@@ -56,8 +68,14 @@ _FLATTENED_RANK = 64
 _SHRINKS = 2  # of the ways to compute h, so many of the best predicted enter the plans
 
 
+def predicted_seconds(machine: Machine, cell: Cell, plan: Any) -> float:
+    """What the model holds ``plan``, one of the cell's direction, to take."""
+    seconds = backward_seconds if cell.direction == "backward" else forward_seconds
+    return seconds(machine, cell, plan)
+
+
 @lru_cache(maxsize=4096)
-def plan_for(device: torch.device, machine: Machine, cell: Cell) -> Plan:
+def plan_for(device: torch.device, machine: Machine, cell: Cell) -> Any:
     """The plan measured on ``device`` for ``cell`` if there is one that fits, else the best predicted one."""
     from .tuned import lookup
 
@@ -66,12 +84,13 @@ def plan_for(device: torch.device, machine: Machine, cell: Cell) -> Plan:
 
 
 @lru_cache(maxsize=1024)
-def candidates(machine: Machine, cell: Cell) -> tuple[Plan, ...]:
+def candidates(machine: Machine, cell: Cell) -> tuple[Any, ...]:
     """Every plan that fits the machine, best predicted first; the compositions are always among them.
 
     The interpreter's come in a fixed order, the fused ones first: there, they are what is to be seen.
     """
-    plans = [plan for plan in _all(machine, cell) if fits(machine, cell, plan)]
+    every = backward_plans(machine, cell) if cell.direction == "backward" else _all(machine, cell)
+    plans: list[Any] = [plan for plan in every if fits(machine, cell, plan)]
     if not machine.interpreter:
         plans.sort(key=lambda plan: predicted_seconds(machine, cell, plan))
     return tuple(plans)
@@ -79,6 +98,10 @@ def candidates(machine: Machine, cell: Cell) -> tuple[Plan, ...]:
 
 def fits(machine: Machine, cell: Cell, plan: Plan) -> bool:
     """Whether the machine has what ``plan`` needs, and the plan covers the cell."""
+    if not is_of(plan, cell.direction):
+        return False
+    if isinstance(plan, (DxFused, DxLoraFirst, DxBaseFirst)):
+        return backward_fits(machine, cell, plan)
     if isinstance(plan, FewTokens):
         c = plan.config
         covers = cell.tokens <= c.block_m and cell.r <= c.block_r
@@ -110,7 +133,7 @@ def _early(machine: Machine, pdl: bool) -> bool:
     return not pdl or machine.capability >= 90
 
 
-def _all(machine: Machine, cell: Cell) -> Iterator[Plan]:
+def _all(machine: Machine, cell: Cell) -> Iterator[ForwardPlan]:
     sizes = (cell.n, cell.r, cell.itemsize, cell.tf32)
     early = (False,) if machine.capability < 90 else (False, True)
     if cell.tokens <= FEW_TOKENS:
@@ -140,18 +163,8 @@ def _few_tokens(machine: Machine, cell: Cell) -> Iterator[tuple[FewTokensConfig,
 
 
 def _shrinks(machine: Machine, cell: Cell) -> list[ShrinkConfig]:
-    """Ways to compute h: without a split of K, and split so that more of the machine is busy."""
-    base = shrink_config(machine, cell.tokens, cell.r, cell.itemsize, cell.tf32)
-    if machine.interpreter:
-        return [base, replace(base, splits=3)]
-    ways = [base]
-    most = 16 if machine.capability >= 90 else 8  # who reads h holds all of its parts in registers
-    for block_m in sorted({base.block_m, *(b for b in (2 * base.block_m, 4 * base.block_m) if b <= 64)}):
-        programs = -(-cell.tokens // block_m) * -(-cell.r // base.block_r)
-        ways += [
-            replace(base, block_m=block_m, splits=splits)
-            for splits in _SPLITS[1:]
-            if splits <= most and programs * splits <= 4 * machine.sm_count and cell.k >= 2 * splits * base.block_k
-        ]
-    ways.sort(key=lambda way: predicted_seconds(machine, cell, BaseFirst(way, ExpandConfig(64, 128, 16, 4))))
+    """Ways to compute h; who reads it holds all of its parts in registers."""
+    ways = shrink_ways(machine, cell, cell.k, 16 if machine.capability >= 90 else 8)
+    if not machine.interpreter:
+        ways.sort(key=lambda way: forward_seconds(machine, cell, BaseFirst(way, ExpandConfig(64, 128, 16, 4))))
     return ways[:_SHRINKS]

@@ -7,7 +7,8 @@ specialise on (equal to 1, divisible by 16, the types) has to be in the key that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
 from typing import Any, TypeVar
 
@@ -16,10 +17,21 @@ from torch import Tensor
 from triton import set_allocator
 from triton.runtime import driver
 
-__all__ = ["Cache", "Launch", "ScratchLaunch", "alignment", "current_stream"]
+__all__ = [
+    "Cache",
+    "Launch",
+    "ScratchLaunch",
+    "alignment",
+    "current_stream",
+    "first_that_runs",
+    "matrix",
+    "on_device",
+    "precision_of",
+]
 
 _LIMIT = 4096
 _Ready = TypeVar("_Ready")
+_Result = TypeVar("_Result")
 
 
 class Launch:
@@ -90,3 +102,38 @@ def alignment(*tensors: Tensor | None) -> int | tuple[bool, ...]:
 def current_stream(index: int) -> int | None:
     """The raw stream that ``index``'s kernels are launched on now; None on the CPU."""
     return None if index < 0 else driver.active.get_current_stream(index)
+
+
+def first_that_runs(runs: Sequence[_Ready], attempt: Callable[[_Ready], _Result]) -> tuple[_Ready, _Result]:
+    """The first of ``runs`` that can be compiled and has room on the device, and what ``attempt`` made of it."""
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    for run in runs:
+        try:
+            return run, attempt(run)
+        except (OutOfResources, PTXASError, RuntimeError) as error:
+            compiler = not isinstance(error, RuntimeError) or "PassManager" in str(error)
+            if run is runs[-1] or not compiler:
+                raise
+    raise AssertionError("a machine has at least one way")
+
+
+def matrix(tensor: Tensor) -> tuple[Any, ...]:
+    """What a launch depends on of a tensor, but for its alignment."""
+    return tensor.get_device(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def on_device(device: torch.device) -> AbstractContextManager[None]:
+    """Triton launches on the current device: make it the tensors' one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How fp32 products are taken: "tf32" where torch allows it for its own matmuls on CUDA, else "ieee"."""
+    if dtype != torch.float32:
+        return "ieee"
+    # The older allow_tf32 raises where a program has used both that and this.
+    setting = torch.backends.cuda.matmul.fp32_precision  # type: ignore[attr-defined]
+    if setting == "none":
+        setting = getattr(torch.backends, "fp32_precision", setting)
+    return "tf32" if setting == "tf32" else "ieee"

@@ -1,93 +1,12 @@
-"""Backward kernels: dx, the two-stage pair dh and db, and da."""
+"""Backward kernels: the two-stage pair dh and db with dbias, da, and the second stage of what comes in parts."""
 
 import triton
 import triton.language as tl
 
-from .common import dot, dot_hidden, rounded, tile_of_program
+from .common import dot, dot_hidden, rounded
 from .philox import keep_tile, load_seed
 
-__all__ = ["da_kernel", "dh_db_kernel", "dx_kernel", "reduce_kernel"]
-
-
-@triton.jit(do_not_specialize=["M", "threshold"])
-def dx_kernel(
-    dy_ptr,
-    weight_ptr,
-    dh_ptr,
-    lora_a_ptr,
-    seed_ptr,
-    dx_ptr,
-    M,
-    N,
-    K,
-    R: tl.constexpr,
-    keep_scale,
-    threshold,
-    stride_dym,
-    stride_dyn,
-    stride_wn,
-    stride_wk,
-    stride_ar,
-    stride_ak,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """dx = dy W + keep * keep_scale * (dh A), one rounding.
-
-    ======== =================== ===============================
-    dy       (M, N)              any strides, 0 too
-    weight   (N, K)              any strides
-    dh       (M, R) fp32         contiguous
-    lora_a   (R, K)              any strides, any float dtype
-    seed     (2,) int64 or None  None: nothing is dropped
-    dx       (M, K)              contiguous
-    ======== =================== ===============================
-
-    Grid: one program a tile (BLOCK_M, BLOCK_K) of dx, in ``tile_of_program``'s order; N is summed. The low-rank
-    product comes first, for the mask acts on it alone. fp32 accumulation; 2 M N K + 2 M K R flops (the latter twice
-    with SPLIT); reads dy, W, dh, A, writes dx.
-    """
-    tile_m, tile_k = tile_of_program(M, K, BLOCK_M, BLOCK_K, GROUP_M)
-    offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = tile_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
-    mask_m = offs_m < M
-    mask_k = offs_k < K
-    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for r in tl.range(0, R, BLOCK_R, num_stages=1):
-        offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
-        mask_r = offs_r < R
-        dh_ptrs = dh_ptr + offs_m[:, None] * R + offs_r[None, :]
-        a_ptrs = lora_a_ptr + offs_r[:, None] * stride_ar + offs_k[None, :] * stride_ak
-        dh = tl.load(dh_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # (BLOCK_M, BLOCK_R)
-        a = tl.load(a_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)  # (BLOCK_R, BLOCK_K)
-        acc = dot_hidden(dh, rounded(a, dx_ptr.dtype.element_ty), acc, SPLIT, PRECISION)
-    if seed_ptr is not None:
-        keep = keep_tile(load_seed(seed_ptr), offs_m, tile_k * BLOCK_K, tl.cdiv(K, 8), threshold, BLOCK_K)
-        acc *= tl.where(keep, keep_scale, 0.0)
-    step = tl.full((), BLOCK_N, tl.int64)
-    dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
-    w_ptrs = weight_ptr + offs_n[:, None] * stride_wn + offs_k[None, :] * stride_wk
-    for n in range(0, N, BLOCK_N):
-        mask_dy = mask_m[:, None]
-        mask_w = mask_k[None, :]
-        if not EVEN_N:
-            mask_n = offs_n < N - n
-            mask_dy = mask_dy & mask_n[None, :]
-            mask_w = mask_w & mask_n[:, None]
-        dy = tl.load(dy_ptrs, mask=mask_dy, other=0.0)  # (BLOCK_M, BLOCK_N)
-        w = tl.load(w_ptrs, mask=mask_w, other=0.0)  # (BLOCK_N, BLOCK_K)
-        acc = dot(dy, w, acc, PRECISION)
-        dy_ptrs += step * stride_dyn
-        w_ptrs += step * stride_wn
-    dx_ptrs = dx_ptr + offs_m[:, None] * K + offs_k[None, :]
-    tl.store(dx_ptrs, rounded(acc, dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_k[None, :])
+__all__ = ["da_kernel", "dh_db_kernel", "reduce_kernel"]
 
 
 @triton.jit(do_not_specialize=["M", "chunk_m"])
@@ -97,6 +16,7 @@ def dh_db_kernel(
     h_ptr,
     dh_parts_ptr,
     db_parts_ptr,
+    dbias_parts_ptr,
     M,
     N,
     R: tl.constexpr,
@@ -105,23 +25,26 @@ def dh_db_kernel(
     stride_dyn,
     stride_bn: tl.constexpr,
     stride_br: tl.constexpr,
+    stride_hm: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """First stage of dh = s dy B and db = s dyᵀ h in one read of dy; ``reduce_kernel`` is the second.
+    """First stage of dh = s dy B, db = s dyᵀ h and dbias = Σ_m dy in one read of dy; ``reduce_kernel`` is the second.
 
-    dh_parts[j, m, r] = Σ_{n in block j} dy[m, n] B[n, r];  db_parts[i, n, r] = Σ_{m in chunk i} dy[m, n] h[m, r].
+    dh_parts[j, m, r] = Σ_{n in block j} dy[m, n] B[n, r];  db_parts[i, n, r] = Σ_{m in chunk i} dy[m, n] h[m, r];
+    dbias_parts[i, n] = Σ_{m in chunk i} dy[m, n].
 
-    ========= ============================== =============================
-    dy        (M, N)                         any strides, 0 too
-    lora_b    (N, R)                         any strides, any float dtype
-    h         (M, R) fp32                    contiguous
-    dh_parts  (ceil(N / BLOCK_N), M, R) fp32 contiguous
-    db_parts  (ceil(M / chunk_m), N, R) fp32 contiguous
-    ========= ============================== =============================
+    ============ ================================== ================================
+    dy           (M, N)                             any strides, 0 too
+    lora_b       (N, R)                             any strides, any float dtype
+    h            (M, R) fp32                        rows in one piece, stride_hm apart
+    dh_parts     (ceil(N / BLOCK_N), M, R) fp32     contiguous
+    db_parts     (ceil(M / chunk_m), N, R) fp32     contiguous
+    dbias_parts  (ceil(M / chunk_m), N) fp32, None  contiguous; None: it is not due
+    ============ ================================== ================================
 
     Grid (blocks of N, chunks of M, blocks of R); a chunk is a multiple of BLOCK_M rows. The block of B stays on chip,
     the sum for db stays in registers. fp32 accumulation, 4 M N R flops (6 with SPLIT); reads dy once for each BLOCK_R
@@ -137,118 +60,142 @@ def dh_db_kernel(
     b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)  # (BLOCK_N, BLOCK_R)
     b = rounded(b, dy_ptr.dtype.element_ty)
     db = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    dbias = tl.zeros((BLOCK_N,), tl.float32)
     first = chunk * chunk_m
     last = tl.minimum(first + chunk_m, M)
     for m in range(first, last, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M).to(tl.int64)
         mask_m = offs_m < last
         dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
-        h_ptrs = h_ptr + offs_m[None, :] * R + offs_r[:, None]
+        h_ptrs = h_ptr + offs_m[None, :] * stride_hm + offs_r[:, None]
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)  # (BLOCK_M, BLOCK_N)
         h = tl.load(h_ptrs, mask=mask_m[None, :] & mask_r[:, None], other=0.0)  # (BLOCK_R, BLOCK_M)
         dh = dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION)
         dh_ptrs = dh_parts_ptr + (block_n * M + offs_m)[:, None] * R + offs_r[None, :]
         tl.store(dh_ptrs, dh, mask=mask_m[:, None] & mask_r[None, :])
         db = dot_hidden(h, dy, db, SPLIT, PRECISION)
+        if dbias_parts_ptr is not None:
+            dbias += tl.sum(dy.to(tl.float32), 0)
     db_ptrs = db_parts_ptr + (chunk * N + offs_n)[None, :] * R + offs_r[:, None]
     tl.store(db_ptrs, db, mask=mask_r[:, None] & mask_n[None, :])
+    if dbias_parts_ptr is not None:
+        if tl.program_id(2) == 0:
+            tl.store(dbias_parts_ptr + chunk * N + offs_n, dbias, mask=mask_n)
 
 
-@triton.jit(do_not_specialize=["dh_count", "db_count"])
+@triton.jit
+def _sum_of_parts(parts_ptr, out_ptr, scaling, pid, size, count, BLOCK: tl.constexpr):
+    """out = scaling Σ_i parts[i] for the block ``pid``, in the order of i; nothing where there is no such block."""
+    if (pid >= 0) & (pid < tl.cdiv(size, BLOCK)):
+        offs = pid * BLOCK + tl.arange(0, BLOCK)
+        mask = offs < size
+        part_ptrs = parts_ptr + offs
+        acc = tl.zeros((BLOCK,), tl.float32)
+        for _ in range(count):
+            acc += tl.load(part_ptrs, mask=mask, other=0.0)  # (BLOCK,)
+            part_ptrs += size
+        tl.store(out_ptr + offs, rounded(acc * scaling, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first_count", "count"])
 def reduce_kernel(
-    dh_parts_ptr,
-    db_parts_ptr,
-    dh_ptr,
-    db_ptr,
+    first_parts_ptr,
+    second_parts_ptr,
+    sums_parts_ptr,
+    first_ptr,
+    second_ptr,
+    sums_ptr,
     scaling,
-    dh_size,
-    db_size,
-    dh_count,
-    db_count,
+    first_size,
+    second_size,
+    sums_size,
+    first_count,
+    count,
     BLOCK: tl.constexpr,
 ):
-    """dh = scaling Σ_j dh_parts[j] and db = scaling Σ_i db_parts[i], each in the order of j and i.
+    """Second stage: first = scaling Σ_j first_parts[j], second = scaling Σ_i second_parts[i], sums = Σ_i sums_parts[i].
 
-    ========= ======================== =============
-    dh_parts  (dh_count, dh_size) fp32 contiguous
-    db_parts  (db_count, db_size) fp32 contiguous
-    dh        (dh_size,) fp32          contiguous
-    db        (db_size,) any float     contiguous
-    ========= ======================== =============
+    ============= ============================== ===========================
+    first_parts   (first_count, first_size) fp32 contiguous; None with first
+    second_parts  (count, second_size) fp32      contiguous; None with second
+    sums_parts    (count, sums_size) fp32        contiguous; None with sums
+    first         (first_size,) any float        contiguous; None: not due
+    second        (second_size,) any float       contiguous; None: not due
+    sums          (sums_size,) any float         contiguous; None: not due
+    ============= ============================== ===========================
 
-    Grid (ceil(dh_size / BLOCK) + ceil(db_size / BLOCK)): the first programs sum dh, the others db. fp32 accumulation;
-    reads the parts, writes dh and db.
+    Grid (Σ ceil(size / BLOCK)): the first programs sum ``first``, the next ``second``, the last ``sums``. Parts are
+    added in their order, in fp32; reads them, writes the results. What is not due has size 0.
     """
     pid = tl.program_id(0).to(tl.int64)
-    dh_programs = tl.cdiv(dh_size, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    if pid < dh_programs:
-        offs = pid * BLOCK + tl.arange(0, BLOCK)
-        mask = offs < dh_size
-        part_ptrs = dh_parts_ptr + offs
-        for _ in range(dh_count):
-            acc += tl.load(part_ptrs, mask=mask, other=0.0)  # (BLOCK,)
-            part_ptrs += dh_size
-        tl.store(dh_ptr + offs, acc * scaling, mask=mask)
-    else:
-        offs = (pid - dh_programs) * BLOCK + tl.arange(0, BLOCK)
-        mask = offs < db_size
-        part_ptrs = db_parts_ptr + offs
-        for _ in range(db_count):
-            acc += tl.load(part_ptrs, mask=mask, other=0.0)  # (BLOCK,)
-            part_ptrs += db_size
-        tl.store(db_ptr + offs, rounded(acc * scaling, db_ptr.dtype.element_ty), mask=mask)
+    if first_ptr is not None:
+        _sum_of_parts(first_parts_ptr, first_ptr, scaling, pid, first_size, first_count, BLOCK)
+        pid -= tl.cdiv(first_size, BLOCK)
+    if second_ptr is not None:
+        _sum_of_parts(second_parts_ptr, second_ptr, scaling, pid, second_size, count, BLOCK)
+        pid -= tl.cdiv(second_size, BLOCK)
+    if sums_ptr is not None:
+        _sum_of_parts(sums_parts_ptr, sums_ptr, 1.0, pid, sums_size, count, BLOCK)
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M", "threshold", "chunk_m"])
 def da_kernel(
     dh_ptr,
     x_ptr,
     seed_ptr,
     da_ptr,
+    scale,
     M,
     K,
     R: tl.constexpr,
-    keep_scale,
+    chunk_m,
     threshold,
+    stride_dhm: tl.constexpr,
     stride_xm,
     stride_xk,
+    stride_dar,
+    stride_dak,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """da = keep_scale dhᵀ (x * keep).
+    """da = scale dhᵀ (x * keep), with scale = 1 / (1 - p). As dbᵀ = scale hᵀ dy: dh = h, x = dy, scale = s, no seed.
 
-    ===== =================== =============================
-    dh    (M, R) fp32         contiguous
-    x     (M, K)              any strides
-    seed  (2,) int64 or None  None: nothing is dropped
-    da    (R, K) any float    contiguous
-    ===== =================== =============================
+    ===== ============================ =================================================
+    dh    (M, R) fp32                  rows in one piece, stride_dhm apart
+    x     (M, K)                       any strides, 0 too
+    seed  (2,) int64 or None           None: nothing is dropped
+    da    (R, K) any float, by strides one for each chunk of rows; their sum is meant
+    ===== ============================ =================================================
 
-    Grid (ceil(K / BLOCK_K), ceil(R / BLOCK_R)); every program walks all rows, so the sum needs no second stage. fp32
+    Grid (ceil(K / BLOCK_K), ceil(R / BLOCK_R), ceil(M / chunk_m)): each program walks its chunk of rows. Chunks are for
+    a K whose blocks alone leave multiprocessors idle: then da is fp32 and ``reduce_kernel`` the second stage. fp32
     accumulation, 2 M K R flops (4 with SPLIT); reads x once for each BLOCK_R ranks, dh from L2, writes da.
     """
     first_column = tl.program_id(0) * BLOCK_K
     offs_k = first_column.to(tl.int64) + tl.arange(0, BLOCK_K)
     offs_r = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    chunk = tl.program_id(2)
     mask_k = offs_k < K
     mask_r = offs_r < R
     if seed_ptr is not None:
         seed = load_seed(seed_ptr)
         groups = tl.cdiv(K, 8)
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    for m in range(0, M, BLOCK_M):
+    first = chunk * chunk_m
+    last = tl.minimum(first + chunk_m, M)
+    for m in range(first, last, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M).to(tl.int64)
-        mask_m = offs_m < M
+        mask_m = offs_m < last
         x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
-        dh_ptrs = dh_ptr + offs_m[None, :] * R + offs_r[:, None]
+        dh_ptrs = dh_ptr + offs_m[None, :] * stride_dhm + offs_r[:, None]
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
         dh = tl.load(dh_ptrs, mask=mask_m[None, :] & mask_r[:, None], other=0.0)  # (BLOCK_R, BLOCK_M)
         if seed_ptr is not None:
             x = x * keep_tile(seed, offs_m, first_column, groups, threshold, BLOCK_K).to(x.dtype)
         acc = dot_hidden(dh, x, acc, SPLIT, PRECISION)
-    da_ptrs = da_ptr + offs_r[:, None] * K + offs_k[None, :]
-    tl.store(da_ptrs, rounded(acc * keep_scale, da_ptr.dtype.element_ty), mask=mask_r[:, None] & mask_k[None, :])
+    da_ptrs = da_ptr + offs_r[:, None] * stride_dar + offs_k[None, :] * stride_dak
+    da_ptrs += chunk.to(tl.int64) * K * R
+    tl.store(da_ptrs, rounded(acc * scale, da_ptr.dtype.element_ty), mask=mask_r[:, None] & mask_k[None, :])

@@ -11,6 +11,7 @@ __all__ = [
     "launch_dependents",
     "load_hidden",
     "rounded",
+    "store_output",
     "tile_at",
     "tile_of_program",
     "wait_for_previous",
@@ -57,11 +58,11 @@ def dot_hidden(hidden, b, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_hidden(h_ptr, offs_m, offs_r, mask, M, R: tl.constexpr, PARTS: tl.constexpr):
-    """Σ_i h[i, m, r] of h (PARTS, M, R) fp32, in the order of i: (BLOCK_M, BLOCK_R)."""
-    h_ptrs = h_ptr + offs_m[:, None] * R + offs_r[None, :]
+def load_hidden(h_ptr, offs_m, offs_r, mask, M, stride_hm: tl.constexpr, PARTS: tl.constexpr):
+    """Σ_i h[i, m, r] of h (PARTS, M, R) fp32, rows stride_hm apart, in the order of i: (BLOCK_M, BLOCK_R)."""
+    h_ptrs = h_ptr + offs_m[:, None] * stride_hm + offs_r[None, :]
     h = tl.load(h_ptrs, mask=mask, other=0.0)  # (BLOCK_M, BLOCK_R)
-    part = tl.full((), R, tl.int64) * M
+    part = tl.full((), stride_hm, tl.int64) * M
     for i in tl.static_range(1, PARTS):
         h += tl.load(h_ptrs + i * part, mask=mask, other=0.0)  # (BLOCK_M, BLOCK_R)
     return h
@@ -70,14 +71,14 @@ def load_hidden(h_ptr, offs_m, offs_r, mask, M, R: tl.constexpr, PARTS: tl.const
 @triton.jit
 def _low_rank_step(
     acc, r, h_ptr, h_sum_ptr, lora_b_ptr, scaling, tile_n, offs_m, offs_n, mask_m, mask_n,
-    M, R: tl.constexpr, stride_bn: tl.constexpr, stride_br: tl.constexpr, dtype: tl.constexpr,
+    M, R: tl.constexpr, stride_bn: tl.constexpr, stride_br: tl.constexpr, stride_hm: tl.constexpr, dtype: tl.constexpr,
     BLOCK_R: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``add_low_rank`` for ranks ``r`` to ``r + BLOCK_R``."""
     offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
     mask_r = offs_r < R
     mask_h = mask_m[:, None] & mask_r[None, :]
-    h = load_hidden(h_ptr, offs_m, offs_r, mask_h, M, R, PARTS)
+    h = load_hidden(h_ptr, offs_m, offs_r, mask_h, M, stride_hm, PARTS)
     b_ptrs = lora_b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
     b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
     if PARTS > 1:
@@ -103,6 +104,7 @@ def add_low_rank(
     R: tl.constexpr,
     stride_bn: tl.constexpr,
     stride_br: tl.constexpr,
+    stride_hm: tl.constexpr,
     dtype: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PARTS: tl.constexpr,
@@ -118,15 +120,34 @@ def add_low_rank(
         for r in tl.static_range(0, R, BLOCK_R):
             acc = _low_rank_step(
                 acc, r, h_ptr, h_sum_ptr, lora_b_ptr, scaling, tile_n, offs_m, offs_n, mask_m, mask_n,
-                M, R, stride_bn, stride_br, dtype, BLOCK_R, PARTS, SPLIT, PRECISION,
+                M, R, stride_bn, stride_br, stride_hm, dtype, BLOCK_R, PARTS, SPLIT, PRECISION,
             )  # fmt: skip
     else:
         for r in tl.range(0, R, BLOCK_R, num_stages=1):
             acc = _low_rank_step(
                 acc, r, h_ptr, h_sum_ptr, lora_b_ptr, scaling, tile_n, offs_m, offs_n, mask_m, mask_n,
-                M, R, stride_bn, stride_br, dtype, BLOCK_R, PARTS, SPLIT, PRECISION,
+                M, R, stride_bn, stride_br, stride_hm, dtype, BLOCK_R, PARTS, SPLIT, PRECISION,
             )  # fmt: skip
     return acc
+
+
+@triton.jit
+def store_output(
+    acc, y_ptr, linear_ptr, bias_ptr, gain_ptr, stride_bias, stride_gain, offs_m, offs_n, mask_m, mask_n, N
+):
+    """y = acc + bias for a tile of y (M, N), or with a gain acc * gain + bias; one rounding. linear, where it is there,
+    gets acc itself. The bias is first rounded to y's dtype."""
+    offs = offs_m[:, None] * N + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    if linear_ptr is not None:
+        tl.store(linear_ptr + offs, rounded(acc, linear_ptr.dtype.element_ty), mask=mask)
+    if gain_ptr is not None:
+        gain = tl.load(gain_ptr + offs_n * stride_gain, mask=mask_n, other=0.0)  # (BLOCK_N,)
+        acc *= gain[None, :]
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)  # (BLOCK_N,)
+        acc += rounded(bias, y_ptr.dtype.element_ty).to(tl.float32)[None, :]
+    tl.store(y_ptr + offs, rounded(acc, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import add_low_rank, dot, launch_dependents, rounded, tile_of_program, wait_for_previous
+from .common import add_low_rank, dot, launch_dependents, rounded, store_output, tile_of_program, wait_for_previous
 from .philox import keep_tile, load_seed
 
 __all__ = ["expand_kernel", "forward_kernel", "shrink_kernel"]
@@ -90,9 +90,11 @@ def forward_kernel(
     weight_ptr,
     lora_b_ptr,
     bias_ptr,
+    gain_ptr,
     h_ptr,
     h_sum_ptr,
     y_ptr,
+    linear_ptr,
     scaling,
     M,
     N,
@@ -105,6 +107,8 @@ def forward_kernel(
     stride_bn: tl.constexpr,
     stride_br: tl.constexpr,
     stride_bias,
+    stride_gain,
+    stride_hm: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -116,16 +120,18 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y = x Wᵀ + bias + scaling h Bᵀ, one rounding.
+    """l = x Wᵀ + scaling h Bᵀ and y = l + bias, or with a gain y = gain * l + bias; one rounding each.
 
     ======== ========================= ==========================================
     x        (M, K)                    any strides
     weight   (N, K)                    any strides
     lora_b   (N, R)                    any strides, any float dtype
     bias     (N,) or None              any stride, any float dtype
-    h        (PARTS, M, R) fp32        contiguous
+    gain     (N,) fp32 or None         any stride
+    h        (PARTS, M, R) fp32        rows in one piece, stride_hm apart
     h_sum    (M, R) fp32 or None       contiguous; Σ h, where PARTS > 1
     y        (M, N)                    contiguous
+    linear   (M, N) or None            contiguous; l
     ======== ========================= ==========================================
 
     Grid: one program a tile of y, in ``tile_of_program``'s order. The K loop comes first and h is read last, so that
@@ -170,6 +176,7 @@ def forward_kernel(
         R,
         stride_bn,
         stride_br,
+        stride_hm,
         y_ptr.dtype.element_ty,
         BLOCK_R,
         PARTS,
@@ -177,20 +184,20 @@ def forward_kernel(
         PRECISION,
         False,
     )
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)  # (BLOCK_N,)
-        acc += rounded(bias, y_ptr.dtype.element_ty).to(tl.float32)[None, :]
-    y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
-    tl.store(y_ptrs, rounded(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    store_output(
+        acc, y_ptr, linear_ptr, bias_ptr, gain_ptr, stride_bias, stride_gain, offs_m, offs_n, mask_m, mask_n, N
+    )
 
 
 @triton.jit(do_not_specialize=["M"])
 def expand_kernel(
     lora_b_ptr,
     bias_ptr,
+    gain_ptr,
     h_ptr,
     h_sum_ptr,
     y_ptr,
+    linear_ptr,
     scaling,
     M,
     N,
@@ -198,6 +205,8 @@ def expand_kernel(
     stride_bn: tl.constexpr,
     stride_br: tl.constexpr,
     stride_bias,
+    stride_gain,
+    stride_hm: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -207,14 +216,16 @@ def expand_kernel(
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y = bias + scaling h Bᵀ, or with ADD the same added to what y holds; one rounding.
+    """y = bias + scaling h Bᵀ, or with ADD l = (what y holds) + scaling h Bᵀ and y = gain * l + bias; one rounding.
 
     ======== ========================= ==========================================
     lora_b   (N, R)                    any strides, any float dtype
     bias     (N,) or None              any stride, any float dtype
-    h        (PARTS, M, R) fp32        contiguous
+    gain     (N,) fp32 or None         any stride
+    h        (PARTS, M, R) fp32        rows in one piece, stride_hm apart
     h_sum    (M, R) fp32 or None       contiguous; Σ h, where PARTS > 1
     y        (M, N)                    contiguous
+    linear   (M, N) or None            contiguous; l
     ======== ========================= ==========================================
 
     Grid: one program a tile of y. fp32 accumulation; 2 M N R flops (twice with SPLIT); reads h and B from L2, writes y,
@@ -225,8 +236,6 @@ def expand_kernel(
     offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
     mask_n = offs_n < N
-    y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
-    mask_y = mask_m[:, None] & mask_n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     wait_for_previous(PDL)
     acc = add_low_rank(
@@ -244,6 +253,7 @@ def expand_kernel(
         R,
         stride_bn,
         stride_br,
+        stride_hm,
         y_ptr.dtype.element_ty,
         BLOCK_R,
         PARTS,
@@ -251,9 +261,10 @@ def expand_kernel(
         PRECISION,
         False,
     )
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)  # (BLOCK_N,)
-        acc += rounded(bias, y_ptr.dtype.element_ty).to(tl.float32)[None, :]
     if ADD:
+        y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
+        mask_y = mask_m[:, None] & mask_n[None, :]
         acc += tl.load(y_ptrs, mask=mask_y, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_N)
-    tl.store(y_ptrs, rounded(acc, y_ptr.dtype.element_ty), mask=mask_y)
+    store_output(
+        acc, y_ptr, linear_ptr, bias_ptr, gain_ptr, stride_bias, stride_gain, offs_m, offs_n, mask_m, mask_n, N
+    )

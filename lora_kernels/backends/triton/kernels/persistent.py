@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import add_low_rank, dot, rounded, tile_at, wait_for_previous
+from .common import add_low_rank, dot, store_output, tile_at, wait_for_previous
 
 __all__ = ["persistent_kernel"]
 
@@ -14,9 +14,11 @@ def persistent_kernel(
     weight_ptr,
     lora_b_ptr,
     bias_ptr,
+    gain_ptr,
     h_ptr,
     h_sum_ptr,
     y_ptr,
+    linear_ptr,
     scaling,
     M,
     N,
@@ -27,6 +29,8 @@ def persistent_kernel(
     stride_bn: tl.constexpr,
     stride_br: tl.constexpr,
     stride_bias,
+    stride_gain,
+    stride_hm: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -38,16 +42,18 @@ def persistent_kernel(
     FLATTEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y = x Wᵀ + bias + scaling h Bᵀ, one rounding.
+    """l = x Wᵀ + scaling h Bᵀ and y = l + bias, or with a gain y = gain * l + bias; one rounding each.
 
     ======== ========================= ===========================================================
     x        (M, K), 16-bit            rows contiguous and, as the storage, on 16-byte boundaries
     weight   (N, K), 16-bit            rows contiguous and, as the storage, on 16-byte boundaries
     lora_b   (N, R)                    any strides, any float dtype
     bias     (N,) or None              any stride, any float dtype
-    h        (PARTS, M, R) fp32        contiguous
+    gain     (N,) fp32 or None         any stride
+    h        (PARTS, M, R) fp32        rows in one piece, stride_hm apart
     h_sum    (M, R) fp32 or None       contiguous; Σ h, where PARTS > 1
     y        (M, N)                    contiguous
+    linear   (M, N) or None            contiguous; l
     ======== ========================= ===========================================================
 
     Grid (programs): each takes every (number of programs)-th tile of y, in ``tile_at``'s order. The descriptors are
@@ -84,6 +90,7 @@ def persistent_kernel(
             R,
             stride_bn,
             stride_br,
+            stride_hm,
             y_ptr.dtype.element_ty,
             BLOCK_R,
             PARTS,
@@ -91,8 +98,6 @@ def persistent_kernel(
             PRECISION,
             FLATTEN,
         )
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)  # (BLOCK_N,)
-            acc += rounded(bias, y_ptr.dtype.element_ty).to(tl.float32)[None, :]
-        y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
-        tl.store(y_ptrs, rounded(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+        store_output(
+            acc, y_ptr, linear_ptr, bias_ptr, gain_ptr, stride_bias, stride_gain, offs_m, offs_n, mask_m, mask_n, N
+        )
