@@ -279,7 +279,8 @@ def _table_lines(tables: dict[str, Any]) -> list[str]:
     if not tables["devices"]:
         lines.append(f"  {'in use':<22}none: PyTorch sees no CUDA device")
     for device in tables["devices"]:
-        told = [f"{device['name']}: {device['cells']} cells were measured, the model chooses for the others"]
+        counts = ", ".join(f"{count} of {direction}" for direction, count in device["directions"].items())
+        told = [f"{device['name']}: {device['cells']} cells were measured ({counts}), the model chooses for the others"]
         if not device["cells"]:
             told = [f"none for {device['name']}: a model of the device chooses. `lora-kernels tune` measures"]
         for file in device["files"]:

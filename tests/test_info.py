@@ -191,7 +191,7 @@ def test_the_tables_in_use_are_named_with_rows_and_versions(tables: Tables) -> N
     report, text = tables.told()
     assert report["shipped"] == ["nvidia-h200"]
     assert [(file["origin"], file["used"]) for file in report["devices"][0]["files"]] == [("shipped", 2), ("user", 1)]
-    assert "NVIDIA H200: 2 cells were measured, the model chooses for the others" in text
+    assert "NVIDIA H200: 2 cells were measured (2 of forward, 0 of backward), the model chooses for the others" in text
     assert f"shipped: {shipped}, 2 of 2 rows count" in text
     assert f"user: {user}, 1 of 1 rows count" in text
     assert "measured with torch 2.11.0+cu130, triton 3.6.0, lora_kernels" in text

@@ -75,7 +75,11 @@ def right(
 
 @pytest.mark.parametrize(
     "cell",
-    [replace(SMALL, tokens=16, dropout=True), replace(SMALL, tokens=32, dtype="float16")],
+    [
+        replace(SMALL, tokens=16, dropout=True),
+        replace(SMALL, tokens=32, dtype="float16"),
+        replace(SMALL, tokens=32, direction="backward", dropout=True),
+    ],
     ids=str,
 )
 def test_a_cell_is_tuned_end_to_end_in_the_interpreter(
@@ -136,6 +140,31 @@ def test_a_plan_that_is_wrong_is_refused_and_no_other(
         refused = opened.admit(PLANS)
     assert {plan: refusal.why for plan, refusal in refused.items()} == {bad: why}
     assert refused[bad].is_fault
+
+
+BACKWARD = replace(SMALL, direction="backward", dropout=True)
+BACKWARD_FAULTS = {
+    "dx without its last column": lambda dx, da, db: (torch.cat([dx[:, :-1], 0 * dx[:, -1:]], 1), da, db),
+    "da of another rank": lambda dx, da, db: (dx, da.flip(0), db),
+    "half a percent in db": lambda dx, da, db: (dx, da, 0.995 * db),
+    "a NaN in dx": lambda dx, da, db: (dx.index_fill(0, torch.tensor([0]), float("nan")), da, db),
+}
+
+
+@pytest.mark.usefixtures("masks")
+@pytest.mark.parametrize("fault", BACKWARD_FAULTS.values(), ids=BACKWARD_FAULTS.keys())
+def test_a_backward_plan_that_is_wrong_is_refused(fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    every = candidates(INTERPRETER, BACKWARD)
+
+    def run_backward(plan: Plan, dy: Tensor, x: Tensor, w: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Any:
+        _, _, s, p, state = rest
+        g = reference.backward(dy, x, w, a, b, s, reference.philox_keep_mask(state, *x.shape, p), p)
+        return (*(fault if plan == every[1] else lambda *right: right)(g.dx, g.da, g.db), None)
+
+    monkeypatch.setattr(launch, "run_backward", run_backward)
+    with trial(BACKWARD) as opened:
+        refused = opened.admit(every)
+    assert {plan: refusal.why for plan, refusal in refused.items()} == {every[1]: "is wrong"}
 
 
 @pytest.mark.usefixtures("masks")

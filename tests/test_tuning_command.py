@@ -32,6 +32,8 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # The cells
 
+COUNTS = {"published": (15, 10), "quick": (38, 20), "grid": (600, 600)}  # of forward, of backward
+
 
 @pytest.mark.parametrize("preset", cells.PRESETS.values(), ids=lambda preset: preset.name)
 def test_a_preset_has_every_cell_once_the_published_ones_first(preset: cells.Preset) -> None:
@@ -39,13 +41,15 @@ def test_a_preset_has_every_cell_once_the_published_ones_first(preset: cells.Pre
     published = cells.preset("published").cells()
     assert len(set(found)) == len(found)
     assert found[: len(published)] == published
-    assert (len(published), published[0]) == (15, CELL)
+    assert (len(preset.cells(["forward"])), len(preset.cells(["backward"]))) == COUNTS[preset.name]
+    assert published[0] == CELL
+    assert replace(CELL, direction="backward") in published[:6]
     assert all(not cell.tokens & (cell.tokens - 1) for cell in found)
     assert candidates(H200, found[-1])
 
 
 def test_of_each_list_the_first_values_come_first() -> None:
-    found = cells.cells_of([(64, 32), (32, 64)], [100, 1], [16], ["bfloat16"], [0.0, 0.1])
+    found = cells.cells_of([(64, 32), (32, 64)], [100, 1], [16], ["bfloat16"], [0.0, 0.1], ["forward"])
     assert found[0] == Cell("forward", 128, 64, 32, 16, "bfloat16", False)
     assert [(cell.dropout, cell.tokens, cell.k) for cell in found] == [
         (False, 128, 64),
@@ -56,7 +60,8 @@ def test_of_each_list_the_first_values_come_first() -> None:
 
 
 def test_tokens_of_one_bucket_are_one_cell() -> None:
-    assert [c.tokens for c in cells.cells_of([(8, 8)], [5, 8, 7, 9], [2], ["tf32"], [0.1, 0.5])] == [8, 16]
+    found = cells.cells_of([(8, 8)], [5, 8, 7, 9], [2], ["tf32"], [0.1, 0.5], ["backward"])
+    assert [(cell.direction, cell.tokens) for cell in found] == [("backward", 8), ("backward", 16)]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +114,7 @@ def test_a_file_that_is_no_config_is_a_sentence(content: str, tmp_path: Path) ->
         (["--shapes", "8x8", "--from-config", "x"], "name the shapes in one way"),
         (["--from-config", "/nowhere/config.json"], "cannot be used (FileNotFoundError"),
         (["--tokens", "1"], "go with --shapes or --from-config"),
+        (["--directions", "up"], "--directions names 'up': it must be some of forward, backward"),
         (["--machine", "h200"], "without --dry-run"),
         (["--budget", "0"], "--budget more than 0"),
         (["--candidates", "0"], "--candidates must be at least 1"),
@@ -153,7 +159,10 @@ def test_a_dry_run_lists_cells_candidates_and_predictions(
     assert "a dry run for NVIDIA H200" in shown
     assert "Nothing was run" in shown
     listed = json.loads(path.read_text())["cells"]
-    assert [found["cell"]["tokens"] for found in listed] == [8192, 1]
+    assert [(found["cell"]["direction"], found["cell"]["tokens"]) for found in listed] == [
+        ("forward", 8192), ("forward", 1), ("backward", 8192), ("backward", 1)
+    ]  # fmt: skip
+    assert 1.0 < listed[2]["candidates"][0]["predicted_ratio"] < 1.3
     best = listed[1]["candidates"][0]
     assert best["plan"] == plan_to_json(candidates(H200, replace(CELL, tokens=1))[0])
     assert 0.9 < best["predicted_ratio"] < 3.0
@@ -168,8 +177,9 @@ class Machine200:
         monkeypatch.setattr(command, "_device", lambda name, remedy: torch.device("cuda", 0))
         monkeypatch.setattr(device_bench, "DeviceBench", lambda device: self.bench)
 
-    def tune(self, *options: str, status: int = 0) -> list[dict[str, Any]]:
-        assert main(["tune", "--shapes", "4096x4096", "--json", str(self.json), *options]) == status
+    def tune(self, *options: str, status: int = 0, directions: str = "forward") -> list[dict[str, Any]]:
+        which = ["--shapes", "4096x4096", "--directions", directions]
+        assert main(["tune", *which, "--json", str(self.json), *options]) == status
         return json.loads(self.json.read_text())["cells"]
 
 
@@ -240,8 +250,8 @@ def test_what_was_tuned_is_looked_up(h200: Machine200, monkeypatch: pytest.Monke
     monkeypatch.setattr(tuned, "SHIPPED", h200.user.parent / "none")
     tuned.forget()
     assert tuned.lookup(torch.device("cuda", 0), CELL) is None
-    (found,) = h200.tune("--tokens", "8192")
-    chosen: Plan | None = tuned.lookup(torch.device("cuda", 0), CELL)
+    both = h200.tune("--tokens", "8192", directions="forward,backward")
+    asked = (CELL, replace(CELL, direction="backward"))
+    chosen: list[Plan | None] = [tuned.lookup(torch.device("cuda", 0), cell) for cell in asked]
     tuned.forget()
-    assert chosen is not None
-    assert plan_to_json(chosen) == found["row"]["plan"]
+    assert [plan_to_json(plan) for plan in chosen if plan is not None] == [found["row"]["plan"] for found in both]

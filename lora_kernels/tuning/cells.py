@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.triton.configs import next_power_of_2
-from ..backends.triton.plan_kinds import DTYPES, Cell
+from ..backends.triton.plan_kinds import DIRECTIONS, DTYPES, Cell
 from ..errors import InvalidArgumentError
 
-__all__ = ["PRESETS", "Preset", "cells_of", "numbers", "preset", "shapes", "shapes_of_model"]
+__all__ = ["PRESETS", "Preset", "cells_of", "directions", "numbers", "preset", "shapes", "shapes_of_model"]
 
 _SQUARE, _LARGE, _KEYS = (4096, 4096), (8192, 8192), (4096, 1024)
 _SHAPES = (_SQUARE, (4096, 14336), (14336, 4096), _LARGE, _KEYS)
@@ -31,14 +31,17 @@ class Grid:
     ranks: Sequence[int] = (16,)
     dtypes: Sequence[str] = ("bfloat16",)
     dropouts: Sequence[bool] = (False,)
+    directions: Sequence[str] = ("forward",)
 
     def cells(self) -> list[Cell]:
         """By the sum of the values' places in their lists: what every list names first, then one step from it, ..."""
-        lists: tuple[Sequence[Any], ...] = (self.dtypes, self.ranks, self.dropouts, self.tokens, self.shapes)
+        lists: tuple[Sequence[Any], ...] = (
+            self.directions, self.dtypes, self.ranks, self.dropouts, self.tokens, self.shapes
+        )  # fmt: skip
         cells = []
         for places in sorted(product(*(range(len(values)) for values in lists)), key=sum):
-            dtype, r, dropout, tokens, (k, n) = (values[i] for values, i in zip(lists, places, strict=True))
-            cells.append(Cell("forward", next_power_of_2(tokens), k, n, r, dtype, dropout))
+            direction, dtype, r, dropout, tokens, (k, n) = (v[i] for v, i in zip(lists, places, strict=True))
+            cells.append(Cell(direction, next_power_of_2(tokens), k, n, r, dtype, dropout))
         return cells
 
 
@@ -50,28 +53,33 @@ class Preset:
     describe: str
     grids: tuple[Grid, ...]
 
-    def cells(self) -> list[Cell]:
-        return list(dict.fromkeys(cell for grid in self.grids for cell in grid.cells()))
+    def cells(self, directions: Sequence[str] = DIRECTIONS) -> list[Cell]:
+        every = dict.fromkeys(cell for grid in self.grids for cell in grid.cells())
+        return [cell for cell in every if cell.direction in directions]
 
 
 _PUBLISHED = (
-    Grid(_SHAPES, (8192,), dropouts=(False, True)),
+    Grid(_SHAPES, (8192,), dropouts=(False, True), directions=DIRECTIONS),
     Grid((_SQUARE,), _FEW),
 )
 
 PRESETS = {
     p.name: p
     for p in (
-        Preset("published", "the shapes with a published target, r = 16, bf16: 15 cells", _PUBLISHED),
+        Preset(
+            "published",
+            "the shapes with a published target, r = 16, bf16: 15 cells and backward's 10",
+            _PUBLISHED,
+        ),
         Preset(
             "quick",
             "those, then r = 16 at 1, 16, 64, 512 and 2048 tokens: what make gpu-check tunes",
-            (*_PUBLISHED, Grid(_SHAPES, (1, 512, 16, 2048, 64))),
+            (*_PUBLISHED, Grid(_SHAPES, (1, 512, 16, 2048, 64)), Grid(_SHAPES, (2048, 512), directions=("backward",))),
         ),
         Preset(
             "grid",
             "those, then M from 1 to 16384, r of 8, 16, 64 and 128, dropout on and off",
-            (*_PUBLISHED, Grid(_SHAPES, _TOKENS, _RANKS, dropouts=(False, True))),
+            (*_PUBLISHED, Grid(_SHAPES, _TOKENS, _RANKS, dropouts=(False, True), directions=DIRECTIONS)),
         ),
     )
 }
@@ -94,6 +102,7 @@ def cells_of(
     ranks: Sequence[int],
     dtypes: Sequence[str],
     dropouts: Sequence[float],
+    directions: Sequence[str] = DIRECTIONS,
 ) -> list[Cell]:
     """Every combination; of each list the first values come first. Tokens enter as their bucket, the next power of 2.
 
@@ -105,7 +114,19 @@ def cells_of(
     if wrong := [p for p in dropouts if not 0.0 <= p < 1.0]:
         raise InvalidArgumentError(f"dropout {wrong[0]:g} was given: it must be at least 0 and below 1.")
     dropped = list(dict.fromkeys(p > 0.0 for p in dropouts))
-    return list(dict.fromkeys(Grid(shapes, tokens, ranks, dtypes, dropped).cells()))
+    return list(dict.fromkeys(Grid(shapes, tokens, ranks, dtypes, dropped, directions).cells()))
+
+
+def directions(text: str) -> list[str]:
+    """Of a list such as ``forward,backward``.
+
+    Raises:
+        InvalidArgumentError: another direction is named.
+    """
+    found = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    if unknown := [name for name in found if name not in DIRECTIONS]:
+        raise InvalidArgumentError(f"--directions names {unknown[0]!r}: it must be some of {', '.join(DIRECTIONS)}.")
+    return found
 
 
 def numbers(option: str, text: str) -> list[int]:

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--ranks", metavar="R,...", help=f"default: {_DEFAULT_RANKS}")
     what.add_argument("--dtypes", metavar="NAMES", help="of bfloat16, float16, float32, tf32; default: bfloat16")
     what.add_argument("--dropout", metavar="P,...", help="0, or any other for dropout; default: 0")
+    what.add_argument("--directions", metavar="NAMES", help="of forward, backward; default: both")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="for the whole run; by default there is none")
     parser.add_argument("--candidates", type=int, default=16, metavar="N", help="tried in each cell, about (16)")
     parser.add_argument("--again", action="store_true", help="measure also what the table has from these versions")
@@ -72,8 +73,9 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def _cells(args: argparse.Namespace) -> list[Cell]:
-    from .cells import cells_of, numbers, preset, shapes, shapes_of_model
+    from .cells import cells_of, directions, numbers, preset, shapes, shapes_of_model
 
+    chosen = directions(args.directions or "forward,backward")
     lists = [args.tokens, args.ranks, args.dtypes, args.dropout]
     if args.shapes and args.from_config:
         raise InvalidArgumentError("--shapes and --from-config were given: name the shapes in one way.")
@@ -83,7 +85,7 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
                 "--tokens, --ranks, --dtypes and --dropout go with --shapes or --from-config; a preset has its own. "
                 "Add --shapes 4096x4096, for example."
             )
-        return preset(args.preset or "published").cells()
+        return preset(args.preset or "published").cells(chosen)
     if args.preset:
         raise InvalidArgumentError(f"--preset {args.preset} has its own shapes: leave it out, or name no others.")
     return cells_of(
@@ -92,6 +94,7 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
         numbers("--ranks", args.ranks or _DEFAULT_RANKS),
         (args.dtypes or "bfloat16").split(","),
         [_probability(part) for part in (args.dropout or "0").split(",")],
+        chosen,
     )
 
 

@@ -21,7 +21,7 @@ from .session import Outcome
 __all__ = ["dry_run_json", "dry_run_table", "outcomes_json", "outcomes_table", "sentences"]
 
 _MICRO = 1e6
-_PLACE = ["K→N", "M", "r", "dtype", "dropout"]
+_PLACE = ["pass", "K→N", "M", "r", "dtype", "dropout"]
 
 
 def outcomes_table(outcomes: Sequence[Outcome], device: str, machine: Machine) -> Table:
@@ -39,7 +39,7 @@ def outcomes_table(outcomes: Sequence[Outcome], device: str, machine: Machine) -
             told = [str(after), f"{found.timings[after].ratio:.3f}"]
         numbers = [f"{row.floor_us:.1f}", str(row.plan), f"{row.ratio:.3f}", _ratio_text(expected)]
         rows.append([*_place(row.cell), *numbers, *told])
-    caption = f"tuned on {device}: time over the frozen nn.Linear's in the same round, median"
+    caption = f"tuned on {device}: time over the frozen nn.Linear's of the same pass and round, median"
     return Table(caption, header, rows, frozenset(), frozenset(), [_counted(outcomes)])
 
 
@@ -104,7 +104,8 @@ def predicted_ratio(machine: Machine, cell: Cell, seconds: float) -> float | Non
     """``seconds`` over what the model holds the frozen layer to take; None where it knows nothing of that."""
     if cell.tf32 or machine.interpreter:
         return None
-    work = Workload("forward", cell.tokens, cell.k, cell.n, cell.r, cell.dtype)
+    direction = "dx" if cell.direction == "backward" else "forward"
+    work = Workload(direction, cell.tokens, cell.k, cell.n, cell.r, cell.dtype)
     floor = roofline.cost(FLOOR, work, roofline.gpu_machine("this", machine))
     return None if floor is None else seconds / floor.seconds
 
@@ -137,7 +138,7 @@ def _timing_json(timing: Timing) -> dict[str, Any]:
 
 def _place(cell: Cell) -> list[str]:
     dtype = SHORT.get(cell.dtype, cell.dtype)
-    return [f"{cell.k}→{cell.n}", str(cell.tokens), str(cell.r), dtype, "yes" if cell.dropout else "no"]
+    return [cell.direction, f"{cell.k}→{cell.n}", str(cell.tokens), str(cell.r), dtype, "yes" if cell.dropout else "no"]
 
 
 def _ratio_text(ratio: float | None) -> str:

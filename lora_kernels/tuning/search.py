@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..backends.triton.configs import Machine
-from ..backends.triton.plan_kinds import BaseFirst, Cell, LoraFirst, Plan
+from ..backends.triton.plan_kinds import BaseFirst, Cell, DxBaseFirst, DxLoraFirst, LoraFirst, Plan
 from ..backends.triton.plans import candidates, predicted_seconds
 from ..benchmark.timing import Timing
 from ..errors import LoRAKernelsError
@@ -104,13 +104,14 @@ class Found:
 
 def is_composition(plan: Plan) -> bool:
     """Whether the large product is the library's."""
-    return isinstance(plan, (LoraFirst, BaseFirst))
+    return isinstance(plan, (LoraFirst, BaseFirst, DxLoraFirst, DxBaseFirst))
 
 
 def shortlist(machine: Machine, cell: Cell, limit: int = CANDIDATES) -> list[Plan]:
     """The plans worth measuring, best predicted first.
 
-    The best of each flavour (kind, variant, early launch) is always among them, so the compositions are. Then, up to
+    The best of each flavour (kind, variant, early launch, a second stream) is always among them, so the compositions
+    are. Then, up to
     ``limit`` in all, those within a factor of the best: first one for each further tile of the product, for what the
     ways to compute h differ by is little, then the rest.
     """
@@ -119,7 +120,8 @@ def shortlist(machine: Machine, cell: Cell, limit: int = CANDIDATES) -> list[Pla
     order = sorted(every, key=lambda plan: predicted[plan])
     best_of: dict[tuple[object, ...], Plan] = {}
     for plan in order:
-        best_of.setdefault((plan.kind, getattr(plan, "variant", None), getattr(plan, "pdl", None)), plan)
+        flavour = (getattr(plan, name, None) for name in ("kind", "variant", "pdl", "beside"))
+        best_of.setdefault(tuple(flavour), plan)
     chosen = set(best_of.values())
     near = [plan for plan in order if predicted[plan] <= _FACTOR * predicted[order[0]]]
     tiles = {_tile(plan) for plan in chosen}

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from .configs import FEW_TOKENS
-from .plan_kinds import Cell, Plan
+from .plan_kinds import DIRECTIONS, Cell, Plan
 from .tuned_table import DeviceName, Row, TableError, minor, read, running_versions, slug, user_folder
 
 __all__ = ["Loaded", "Source", "forget", "identify", "load", "lookup", "status"]
@@ -118,8 +118,8 @@ def load(device: DeviceName) -> Loaded:
 def status() -> dict[str, Any]:
     """For ``lora-kernels info``: each GPU's tables, and where tables are kept.
 
-    ``devices``: for each GPU its name, the number of cells that are measured, and its files. ``shipped``: the tables
-    in the package. ``user_folder``: where the user's are.
+    ``devices``: for each GPU its name, the number of cells that are measured, in all and by direction, and its files.
+    ``shipped``: the tables in the package. ``user_folder``: where the user's are.
     """
     folder = user_folder()
     devices = []
@@ -131,7 +131,9 @@ def status() -> dict[str, Any]:
             warnings.simplefilter("ignore")  # the sentences are in the report
             loaded = load(name)
         files = [{**_fields(source), "path": str(source.path)} for source in loaded.sources]
-        devices.append({"device": f"cuda:{index}", "name": name.name, "cells": len(loaded.rows), "files": files})
+        passes = {d: sum(cell.direction == d for cell in loaded.rows) for d in DIRECTIONS}
+        told = {"device": f"cuda:{index}", "name": name.name, "cells": len(loaded.rows), "directions": passes}
+        devices.append({**told, "files": files})
     return {
         "devices": devices,
         "shipped": sorted(path.stem for path in SHIPPED.glob("*.json")),

@@ -25,7 +25,7 @@ from typing import Any
 
 from ... import __version__, env
 from ...errors import InvalidArgumentError, LoRAKernelsError
-from .plan_kinds import DTYPES, Cell, Plan, plan_from_json, plan_to_json
+from .plan_kinds import DIRECTIONS, DTYPES, Cell, Plan, is_of, plan_from_json, plan_to_json
 
 __all__ = [
     "DeviceName",
@@ -109,6 +109,8 @@ class Row:
         if missing := {"torch", "triton", "lora_kernels"} - set(values["versions"]):
             raise InvalidArgumentError(f"versions of a row lack {', '.join(sorted(missing))}.")
         values |= {"cell": _cell(document["cell"]), "plan": plan_from_json(document["plan"])}
+        if not is_of(values["plan"], values["cell"].direction):
+            raise InvalidArgumentError(f"a row of direction {values['cell'].direction} has the plan {values['plan']}.")
         return Row(**values | {"date": str(document["date"])})
 
 
@@ -270,8 +272,11 @@ def _cell(document: Any) -> Cell:
         if wrong or (annotation == "int" and value < 1):
             raise InvalidArgumentError(f"{name} of a cell is {value!r} and must be a sensible {annotation}.")
     cell = Cell(**document)
-    if cell.dtype not in DTYPES or cell.tokens & (cell.tokens - 1):
-        raise InvalidArgumentError(f"a cell has a dtype of {', '.join(DTYPES)} and 2^i tokens; got {document!r}.")
+    if cell.dtype not in DTYPES or cell.direction not in DIRECTIONS or cell.tokens & (cell.tokens - 1):
+        raise InvalidArgumentError(
+            f"a cell has a direction of {', '.join(DIRECTIONS)}, a dtype of {', '.join(DTYPES)} and 2^i tokens; got "
+            f"{document!r}."
+        )
     return cell
 
 

@@ -1,0 +1,174 @@
+"""What is timed and checked in a cell: one direction's inputs, its floor, its results and what the policy asks of them.
+
+Forward: y on up to 256 rows, all columns, and h. Backward: dx on as many rows, and da and db, which are sums over all
+rows. The floor is the frozen layer's product: x Wᵀ, or dy W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .. import accuracy, reference
+from ..backends.triton.plan_kinds import Cell, Plan
+from ..benchmark.providers import Setup
+from ..benchmark.workloads import Workload
+
+__all__ = ["DROPOUT", "BackwardPass", "ForwardPass", "Inputs", "Pass", "pass_of", "workload_of"]
+
+DROPOUT = 0.1
+_ROWS = 256
+_SEED = (0x5EED, 7)
+
+Results: TypeAlias = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """x (M, K), weight (N, K), lora_a (R, K) and lora_b (N, R), of the package's default dtype for adapters; dy (M, N)
+    for backward, else empty."""
+
+    x: Tensor
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    dy: Tensor
+
+    @staticmethod
+    def of(setup: Setup) -> Inputs:
+        lora_a, lora_b = (t.detach().to(setup.adapter_dtype) for t in (setup.lora_a, setup.lora_b))
+        return Inputs(setup.x.detach(), setup.linear.weight.detach(), lora_a, lora_b, setup.dy)
+
+
+class Pass(Protocol):
+    """One direction of a cell, with its sets of inputs."""
+
+    def floor(self, i: int) -> Tensor:
+        """The frozen layer's product on set ``i``."""
+
+    def run(self, plan: Plan, i: int) -> Results:
+        """All results by ``plan`` on set ``i``."""
+
+    def wrong(self, results: Results) -> str | None:
+        """What the policy has against the results of set 0, or None."""
+
+
+def workload_of(cell: Cell) -> Workload:
+    dtype = "float32" if cell.tf32 else cell.dtype
+    return Workload(cell.direction, cell.tokens, cell.k, cell.n, cell.r, dtype, p=DROPOUT if cell.dropout else 0.0)
+
+
+def pass_of(cell: Cell, sets: list[Inputs], scaling: float) -> Pass:
+    return (BackwardPass if cell.direction == "backward" else ForwardPass)(cell, sets, scaling)
+
+
+class _Common:
+    def __init__(self, cell: Cell, sets: list[Inputs], scaling: float) -> None:
+        from ..backends.triton.launch import mask
+
+        x = sets[0].x
+        self._cell, self._sets, self._scaling = cell, sets, scaling
+        self._p = DROPOUT if cell.dropout else 0.0
+        self._state = torch.tensor(_SEED, device=x.device) if cell.dropout else None
+        self._mask = None if self._state is None else mask(self._state, cell.tokens, cell.k, self._p)
+        self._rows = torch.linspace(0, cell.tokens - 1, min(cell.tokens, _ROWS), device=x.device).long()
+
+    def _judge(self, name: str, found: Tensor, exact: Tensor, yardstick: Tensor) -> str | None:
+        verdict = accuracy.judge(name, found, exact, yardstick, self._sets[0].x.dtype, self._cell.tf32)
+        return None if verdict.passed else str(verdict)
+
+
+class ForwardPass(_Common):
+    """y and h."""
+
+    def __init__(self, cell: Cell, sets: list[Inputs], scaling: float) -> None:
+        from ..backends.triton.launch import run_plan
+
+        super().__init__(cell, sets, scaling)
+        self._run_plan = run_plan
+
+    def floor(self, i: int) -> Tensor:
+        return torch.nn.functional.linear(self._sets[i].x, self._sets[i].weight)
+
+    def run(self, plan: Plan, i: int) -> Results:
+        s = self._sets[i]
+        given = (s.x, s.weight, s.lora_a, s.lora_b, None, self._scaling, self._p, self._state)
+        return self._run_plan(plan, *given)  # type: ignore[arg-type]
+
+    def wrong(self, results: Results) -> str | None:
+        y, h = results
+        (exact_y, exact_h), (yard_y, yard_h) = self._expected
+        dtype, tf32 = self._sets[0].x.dtype, self._cell.tf32
+        hidden = accuracy.judge("h", h[self._rows], exact_h, yard_h, dtype, tf32)
+        ceiling = accuracy.TF32_CEILING if tf32 else accuracy.CEILINGS[dtype]
+        if found := self._judge("y", y[self._rows], exact_y, yard_y):
+            return found
+        if not bool(torch.isfinite(y).all()):
+            return "y has values that are not finite."
+        if not hidden.finite or hidden.error > ceiling:
+            return f"h is off by {hidden.error:.3e}, more than {ceiling:g}."
+        return None
+
+    @cached_property
+    def _expected(self) -> tuple[Results, Results]:
+        """(y, h) of the chosen rows in float64 and, as the yardstick, in the compute dtype."""
+        s = self._sets[0]
+        kept = None if self._mask is None else self._mask[self._rows]
+
+        def run(dtype: torch.dtype) -> Results:
+            x, weight, a, b = (t.to(dtype) for t in (s.x[self._rows], s.weight, s.lora_a, s.lora_b))
+            return reference.forward(x, weight, a, b, None, self._scaling, kept, self._p)
+
+        return run(torch.float64), run(s.x.dtype)
+
+
+class BackwardPass(_Common):
+    """dx, da and db, from an h that forward has left."""
+
+    def __init__(self, cell: Cell, sets: list[Inputs], scaling: float) -> None:
+        from ..backends.triton.launch import run_backward
+
+        super().__init__(cell, sets, scaling)
+        self._run_backward = run_backward
+        self._hs = [self._hidden(s, s.x.dtype).float() for s in sets]
+
+    def floor(self, i: int) -> Tensor:
+        return torch.mm(self._sets[i].dy, self._sets[i].weight)
+
+    def run(self, plan: Plan, i: int) -> Results:
+        s = self._sets[i]
+        given = (s.dy, s.x, s.weight, s.lora_a, s.lora_b, None, self._hs[i], self._scaling, self._p, self._state)
+        dx, da, db, _ = self._run_backward(plan, *given)  # type: ignore[arg-type]
+        assert dx is not None
+        assert da is not None
+        assert db is not None
+        return dx, da, db
+
+    def wrong(self, results: Results) -> str | None:
+        if not all(bool(torch.isfinite(result).all()) for result in results):
+            return "a gradient has values that are not finite."
+        found = (results[0][self._rows], *results[1:])
+        verdicts = map(self._judge, ("dx", "da", "db"), found, *self._expected)
+        return next(filter(None, verdicts), None)
+
+    def _hidden(self, s: Inputs, dtype: torch.dtype) -> Tensor:
+        x, a = (t.to(s.x.dtype).to(dtype) for t in (s.x, s.lora_a))
+        return reference.drop(x, self._mask, self._p) @ a.t()
+
+    @cached_property
+    def _expected(self) -> tuple[Results, Results]:
+        """dx of the chosen rows, da and db in float64 and, as the yardstick, in the compute dtype."""
+        s, rows = self._sets[0], self._rows
+        kept = None if self._mask is None else self._mask[rows]
+
+        def run(dtype: torch.dtype) -> Results:
+            dy, x, weight, a, b, h = (t.to(dtype) for t in (s.dy, s.x, s.weight, s.lora_a, s.lora_b, self._hs[0]))
+            dh = self._scaling * (dy @ b)
+            dx = dy[rows] @ weight + reference.drop(dh[rows] @ a, kept, self._p)
+            return dx, dh.t() @ reference.drop(x, self._mask, self._p), self._scaling * (dy.t() @ h)
+
+        return run(torch.float64), run(s.x.dtype)
