@@ -13,7 +13,7 @@ from . import functional
 from .branches import Branch, apply_branches
 from .ops import operators
 
-__all__ = ["adapted_rows", "forward", "gain", "row_norms"]
+__all__ = ["adapted_rows", "forward", "gain", "merged", "row_norms"]
 
 
 def adapted_rows(
@@ -38,6 +38,17 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) ->
         return operators(name).row_norms(weight, lora_a, lora_b, float(scaling))
 
 
+def merged(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, magnitude: Tensor | None, norms: Tensor | None
+) -> Tensor:
+    """W + s B A, its rows rescaled to ``magnitude`` where there is one, computed in fp32 or wider and rounded once."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    whole = adapted_rows(weight, lora_a, lora_b, scaling, slice(None), dtype)
+    if magnitude is not None and norms is not None:
+        whole *= gain(magnitude.to(dtype), norms).unsqueeze(1)
+    return whole.to(weight.dtype)
+
+
 def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
     """magnitude / ‖W + s B A‖ with 1 for a norm of 0: a row of zeros has no direction to scale, and stays zero."""
     norms = norms.to(magnitude.dtype)
@@ -53,14 +64,17 @@ def forward(
     scaling: float,
     gains: Tensor,
     p: float,
+    dropped: Tensor | None = None,
 ) -> Tensor:
     """y = g * (x Wᵀ + s h Bᵀ) + bias, in one pass.
 
     With dropout, as in PEFT, x Wᵀ + bias keeps the whole x and what the adapter changes sees the dropped one: that is
-    y = g * (d Wᵀ + s h Bᵀ) + (x - d) Wᵀ + bias with d = drop(x), two products with W.
+    y = g * (d Wᵀ + s h Bᵀ) + (x - d) Wᵀ + bias with d = drop(x), two products with W. ``dropped`` is d, where it was
+    drawn already.
     """
     if p == 0.0:
         return apply_branches(x, [Branch(weight, lora_a, lora_b, bias, scaling, gains)], 0.0)[0]
-    dropped = F.dropout(x, p)
+    if dropped is None:
+        dropped = F.dropout(x, p)
     (adapted,) = apply_branches(dropped, [Branch(weight, lora_a, lora_b, None, scaling, gains)], 0.0)
     return adapted + F.linear(x - dropped, weight, bias)

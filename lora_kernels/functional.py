@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -83,15 +85,19 @@ def apply(
     scaling: float,
     p: float,
     backend_name: str | None,
+    share: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """:func:`lora_linear` for a p that is known to be valid, 0 where dropout does not act."""
+    """:func:`lora_linear` for a p that is known to be valid, 0 where dropout does not act.
+
+    ``share`` is given dropout's state and returns the one to take: several processes may have to agree on it.
+    """
     # One question that most programs answer with no, before those that take longer to answer.
     if torch._C._is_any_autocast_enabled() and is_autocast_enabled(device_type := device_type_of(x)):
         compute = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
             # The cast of W is made again in backward rather than saved; so its dtype may differ from x's here.
-            return _run(x.to(compute), weight, lora_a, lora_b, bias, scaling, p, backend_name, autocast=True)
-    return _run(x, weight, lora_a, lora_b, bias, scaling, p, backend_name, autocast=False)
+            return _run(x.to(compute), weight, lora_a, lora_b, bias, scaling, p, backend_name, True, share)
+    return _run(x, weight, lora_a, lora_b, bias, scaling, p, backend_name, False, share)
 
 
 def _run(
@@ -104,10 +110,13 @@ def _run(
     p: float,
     backend_name: str | None,
     autocast: bool,
+    share: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     check(x, weight, lora_a, lora_b, bias, autocast)
     x, name = prepare(x, backend_name)
     state = backend(name).dropout_state(x.reshape(-1, x.shape[-1]), p) if p > 0.0 else None
+    if share is not None and state is not None:
+        state = share(state)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or lora_a.requires_grad

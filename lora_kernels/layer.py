@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import dora, initialisation, residual
+from . import dora, initialisation, residual, sharded
 from .branches import Branch
 from .config import scaling_of
 from .dispatch import Problem
@@ -122,13 +122,13 @@ class LoRALayer(nn.Module):
             residual.start(self)
         else:
             wide = torch.promote_types(self.lora_A.dtype, torch.float32)
-            slots = (torch.empty_like(parameter, dtype=wide) for parameter in (self.lora_A, self.lora_B))
+            slots = (_whole_like(parameter, wide) for parameter in (self.lora_A, self.lora_B))
             for parameter, value in zip((self.lora_A, self.lora_B), initialisation.draw(init, *slots), strict=True):
-                parameter.copy_(value)
+                sharded.fill(parameter, value)
         if self.lora_bias is not None:
             bound = self.r**-0.5 if init is False else 0.0
-            drawn = torch.empty_like(self.lora_bias, dtype=torch.promote_types(self.lora_bias.dtype, torch.float32))
-            self.lora_bias.copy_(nn.init.uniform_(drawn, -bound, bound))
+            drawn = _whole_like(self.lora_bias, torch.promote_types(self.lora_bias.dtype, torch.float32))
+            sharded.fill(self.lora_bias, nn.init.uniform_(drawn, -bound, bound))
         self._reset_magnitude()
 
     def _offset(self, bias: Tensor | None, lora_bias: Tensor) -> Tensor:
@@ -137,12 +137,16 @@ class LoRALayer(nn.Module):
 
     def _row_norms(self) -> Tensor:
         """‖W + s B A‖ of each row, (N,), in fp32 or better."""
+        if sharded.is_sharded(self.base_weight):
+            norms: Tensor = sharded.row_norms(self)
+            return norms
         return dora.row_norms(self.matrix(self.base_weight), self.lora_A, self.lora_B, self.scaling)
 
     @torch.no_grad()
     def _reset_magnitude(self) -> None:
         if self.lora_magnitude_vector is not None and not self.weight.is_meta:
-            self.lora_magnitude_vector.copy_(self._row_norms())
+            put = sharded.write if sharded.is_sharded(self.lora_magnitude_vector) else Tensor.copy_
+            put(self.lora_magnitude_vector, self._row_norms())
 
     @property
     def merged(self) -> bool:
@@ -176,7 +180,6 @@ class LoRALayer(nn.Module):
         """What PiSSA or OLoRA took of the weight, by name: lora_initial_A and lora_initial_B; else nothing."""
         return {name: buffer for name, buffer in self.named_buffers(recurse=False) if name in residual.NAMES}
 
-    @torch.no_grad()
     def merge(self) -> None:
         """Puts W + s B A (DoRA: its rows rescaled), computed in fp32 and rounded once, in the place of ``weight``.
 
@@ -186,9 +189,15 @@ class LoRALayer(nn.Module):
         does not act; ``state_dict()`` still gives the base weight and the adapters.
 
         Raises:
-            LoRAStateError: merged already, on the meta device, with an activation between A and B, or the merged values
-                are not finite where the base's are; the layer is left as it was.
+            LoRAStateError: merged already, on the meta device, with an activation between A and B, managed by
+                ``fully_shard`` (:func:`merge_lora` does those), or the merged values are not finite where the base's
+                are; the layer is left as it was.
         """
+        sharded.check_own(self, "merge")
+        self._merge()
+
+    @torch.no_grad()
+    def _merge(self) -> None:
         if self.merged:
             raise LoRAStateError("merge was called on a layer that is merged already. Call unmerge() first.")
         if self.weight.is_meta:
@@ -202,8 +211,11 @@ class LoRALayer(nn.Module):
         aside.register_parameter("weight", self.weight)
         if bias is not self.bias:
             aside.register_parameter("bias", self.bias)
+        if sharded.is_managed(self):
+            sharded.merge_in_place(self, aside, weight, bias)
+        else:
+            self.weight, self.bias = nn.Parameter(weight, requires_grad=False), bias
         object.__setattr__(self, "_base", aside)
-        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), bias
 
     def check_is_lora(self, function: str) -> None:
         """Raises ``LoRAStateError`` where an activation stands between A and B: ``function`` needs ``W + s B A``."""
@@ -216,12 +228,14 @@ class LoRALayer(nn.Module):
 
     def _merged_weight(self) -> Tensor:
         """The merged weight as it is stored, in its dtype."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        whole, base = slice(None), self.matrix(self.weight)
-        merged = dora.adapted_rows(base, self.lora_A, self.lora_B, self.scaling, whole, dtype)
-        if self.lora_magnitude_vector is not None:
-            merged *= dora.gain(self.lora_magnitude_vector.to(dtype), self._row_norms()).unsqueeze(1)
-        return self.matrix(merged.to(self.weight.dtype)).contiguous()
+        if sharded.is_sharded(self.weight):
+            parts: Tensor = sharded.merged_weight(self)
+            return parts
+        magnitude = self.lora_magnitude_vector
+        norms = None if magnitude is None else self._row_norms()
+        base = self.matrix(self.weight)
+        merged = dora.merged(base, self.lora_A, self.lora_B, self.scaling, magnitude, norms)
+        return self.matrix(merged).contiguous()
 
     def _merged_bias(self) -> nn.Parameter | None:
         """The bias itself, or with ``lora_bias`` a frozen one with s b_B added in fp32."""
@@ -236,13 +250,20 @@ class LoRALayer(nn.Module):
         """Puts the original weight and bias back, exactly.
 
         Raises:
-            LoRAStateError: the layer is not merged.
+            LoRAStateError: the layer is not merged, or ``fully_shard`` manages it (:func:`unmerge_lora` does those).
         """
+        sharded.check_own(self, "unmerge")
+        self._unmerge()
+
+    def _unmerge(self) -> None:
         if self._base is None:
             raise LoRAStateError("unmerge was called on a layer that is not merged. Call merge() first.")
         weight, bias = self.base_weight, self.base_bias
         object.__setattr__(self, "_base", None)
-        self.weight, self.bias = weight, bias
+        if sharded.is_managed(self):
+            sharded.unmerge_in_place(self, weight, bias)
+        else:
+            self.weight, self.bias = weight, bias
 
     def enable_lora(self: Layer, enabled: bool = True) -> _RestoreEnabled[Layer]:
         """Switches the adapter on or off (then: base output only, merged or not). In a ``with``, for its block only.
@@ -324,14 +345,14 @@ class LoRALayer(nn.Module):
         self.check_rank(state_dict, prefix)
         merged = self.merged
         if merged:
-            self.unmerge()
+            self._unmerge()
         plain = residual.before_loading(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         residual.after_loading(self, state_dict, prefix, plain)
         if prefix + "weight" in state_dict and prefix + "lora_magnitude_vector" not in state_dict:
             self._reset_magnitude()
         if merged:
-            self.merge()
+            self._merge()
 
 
 def hand_over(former: nn.Module, latter: nn.Module) -> None:
@@ -353,9 +374,14 @@ def warn_of_rank(r: int, in_features: int, out_features: int, stacklevel: int) -
         )
 
 
+def _whole_like(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty plain tensor of ``parameter``'s shape, also where that is sharded."""
+    return torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
+
+
 def _check_finite(name: str, merged: Tensor, base: Tensor | None) -> None:
     """Raises for merged values that are not finite where the base's are."""
-    if bool(torch.isfinite(merged).all()) or (base is not None and not bool(torch.isfinite(base).all())):
+    if sharded.is_finite(merged) or (base is not None and not sharded.is_finite(base)):
         return
     raise LoRAStateError(
         f"merging gives a {name} that is not finite in {merged.dtype}: lora_A or lora_B holds NaN or inf, or the sum "

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import dora
+from . import dora, sharded
 from .branches import Branch, apply_branches
 from .config import check_hyperparameters, check_layer_activation, check_lora_bias
 from .dispatch import COMPUTE_DTYPES
@@ -18,6 +18,8 @@ from .layer import LoRALayer, hand_over, warn_of_rank
 from .replaceable import is_conv1d, why_not_replaceable
 
 __all__ = ["FusedLoRAConv1D", "FusedLoRALinear"]
+
+_PLAIN_TENSORS = (nn.Parameter, Tensor)
 
 
 class FusedLoRALinear(LoRALayer, nn.Linear):
@@ -154,8 +156,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """y (..., N) in ``input``'s dtype (autocast's under autocast) for ``input`` (..., K); see the class."""
         if self._base is not None or not self._lora_enabled:
-            merged = self._lora_enabled
-            return F.linear(input, self.weight if merged else self.base_weight, self.bias if merged else self.base_bias)
+            return F.linear(input, *_acting(self, input))
         if (
             self._shared is not None
             and self.training
@@ -163,8 +164,6 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         ):
             return y
         p = self.lora_dropout if self.training else 0.0
-        if self.use_dora:
-            return _forward_dora(self, input, p)
         own: dict[str, Any] = self._parameters  # nn.Module's __getattr__ takes a microsecond a name
         try:
             weight, lora_a, lora_b, bias, lora_bias = (
@@ -176,6 +175,10 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
             )
         except KeyError:  # a parametrization or a sharding wrapper has put something else in their place
             weight, lora_a, lora_b, bias, lora_bias = (self.weight, self.lora_A, self.lora_B, self.bias, self.lora_bias)
+        if type(weight) not in _PLAIN_TENSORS and sharded.is_sharded(weight):
+            return sharded.forward(self, input, p)
+        if self.use_dora:
+            return _forward_dora(self, input, p)
         if lora_bias is not None:
             bias = self._offset(bias, lora_bias)
         if self.activation != "identity":
@@ -218,13 +221,13 @@ class FusedLoRAConv1D(LoRALayer):
     def forward(self, x: Tensor) -> Tensor:
         """y (..., N) for x (..., K)."""
         if self._base is not None or not self._lora_enabled:
-            weight = self.weight if self._lora_enabled else self.base_weight
-            offset = self.bias if self._lora_enabled else self.base_bias
-            assert offset is not None
+            weight, offset = _acting(self, x)
             return torch.addmm(offset, x.reshape(-1, self.nx), weight).view(*x.shape[:-1], self.nf)
         if self._shared is not None and self.training and (y := self._shared[0].take(self._shared[1], x)) is not None:
             return y
         p = self.lora_dropout if self.training else 0.0
+        if sharded.is_sharded(self.weight):
+            return sharded.forward(self, x, p)
         if self.use_dora:
             return _forward_dora(self, x, p)
         bias: Tensor | None = self.bias if self.lora_bias is None else self._offset(self.bias, self.lora_bias)
@@ -277,6 +280,13 @@ def around(
     layer._add_adapter(*of_layer, activation, draw)
     hand_over(module, layer)
     return layer
+
+
+def _acting(layer: LoRALayer, x: Tensor) -> tuple[Any, Any]:
+    """Weight and bias of a layer that is merged or switched off, for x."""
+    if layer._lora_enabled or not layer.merged:
+        return layer.weight, layer.bias
+    return sharded.whole_beside(x, layer.base_weight), sharded.whole_beside(x, layer.base_bias)
 
 
 def _forward_dora(layer: LoRALayer, x: Tensor, p: float) -> Tensor:

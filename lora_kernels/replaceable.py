@@ -44,7 +44,7 @@ def why_not_replaceable(module: nn.Module) -> str | None:
             f"{kind} has a quantized weight ({type(weight.data).__name__}, {weight.dtype}): only fp16, bf16, fp32 and "
             "fp64 weights are supported. Dequantize it first."
         )
-    if type(weight.data).__name__ == "DTensor":
+    if type(weight.data).__name__ == "DTensor" or getattr(module, "_is_fsdp_managed_module", False):
         return f"{kind} has a sharded weight (DTensor): replace it first, then call parallelize_module or fully_shard."
     expected: tuple[Any, ...] = (
         (module.nx, module.nf) if is_conv1d(module) else (module.out_features, module.in_features)

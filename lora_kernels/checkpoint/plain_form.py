@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..config import scaling_of
 from ..errors import LoRAStateError
 from ..layer import LoRALayer
+from ..sharded import is_sharded
 
 __all__ = ["PlainForm", "plain_form", "whole"]
 
@@ -68,18 +70,15 @@ def plain_form(name: str, layer: LoRALayer) -> PlainForm:
 
 
 def whole(name: str, tensor: Tensor) -> Tensor:
-    """``tensor`` detached.
+    """``tensor`` detached; a sharded one (DTensor) is gathered, which all its processes must do at once.
 
     Raises:
         LoRAStateError: its values are not, or not all, here.
     """
     tensor = tensor.detach()
-    if type(tensor).__name__ == "DTensor":
-        raise LoRAStateError(
-            f"{name} is sharded (DTensor), and save_adapter writes whole tensors. Gather it first, for example with "
-            "torch.distributed.checkpoint.state_dict.get_model_state_dict(..., full_state_dict=True), into a model of "
-            "one process."
-        )
+    if is_sharded(tensor) and not tensor.is_meta:
+        sharded: Any = tensor
+        tensor = sharded.full_tensor()
     if tensor.is_meta:
         raise LoRAStateError(f"{name} is on the meta device and has no values. Load the model's weights first.")
     if ".lora_" in name and tensor.numel() == 0:

@@ -12,6 +12,7 @@ from ..errors import InvalidArgumentError, LoRAStateError
 from ..layer import LoRALayer
 from ..matching import trained_whole
 from ..model import check_bias, some_lora_layers
+from ..sharded import once, settle_for
 from . import files, peft_config
 from .plain_form import PlainForm, plain_form, whole
 
@@ -53,6 +54,9 @@ def save_adapter(
     one, never a mixture (PEFT, which reads the two apart, only if it does not read between the two renames). Other
     files of the folder are left alone.
 
+    Where Parameters are sharded (FSDP2, tensor parallelism), every process of their mesh must call this: the tensors
+    are gathered, the first process writes, and the others return, or raise, when it has.
+
     Args:
         model: a module that holds ``FusedLoRALinear`` layers; wrapped ones are looked into.
         folder: where to write; it is made if it is not there.
@@ -64,7 +68,7 @@ def save_adapter(
 
     Raises:
         InvalidArgumentError: another ``bias``.
-        LoRAStateError: the model holds no LoRA layer or is one itself; a parameter is sharded or on the meta device; a
+        LoRAStateError: the model holds no LoRA layer or is one itself; a parameter is on the meta device; a
             scaling is not finite; an activation stands between A and B, which PEFT does not have (``lora_state_dict``
             holds such an adapter); a module that is saved whole holds a LoRA layer, or shares a weight with one that is
             not saved; the layers differ where PEFT's file has one value for all; or the files cannot be written: what
@@ -81,12 +85,13 @@ def save_adapter(
         loaded an adapter into 1 layer:
           0 (4 -> 4), r=2, alpha=16, 16 parameters
     """
-    some_lora_layers(model, "save_adapter")
+    named = some_lora_layers(model, "save_adapter")
     if isinstance(inner := unwrapped(model), LoRALayer):
         raise LoRAStateError(
             "save_adapter was called on a LoRA layer itself, whose tensors have no names in PEFT's files. Call it on "
             "the model that holds the layer."
         )
+    settle_for(inner, named, "save_adapter")
     layers = {plain_name(name): module for name, module in inner.named_modules() if isinstance(module, LoRALayer)}
     adapter = remembered_within(inner) or Adapter(LoRAConfig())
     bias, entire, task_type = _settings(adapter, bias, modules_to_save, task_type)
@@ -94,7 +99,9 @@ def save_adapter(
     tensors = _adapters(forms) | _biases(inner, layers, bias) | _whole(inner, entire)
     fields = peft_config.compose(inner, layers, forms, adapter, bias, entire or None, task_type)
     _warn_of_places(inner, layers)
-    files.write_pair(folder, fields, _apart({name: whole(name, tensor) for name, tensor in tensors.items()}))
+    gathered = _apart({name: whole(name, tensor) for name, tensor in tensors.items()})
+    of_all = [t for layer in layers.values() for t in layer.adapter.values()] + list(tensors.values())
+    once(of_all, lambda: files.write_pair(folder, fields, gathered))
 
 
 def _settings(
