@@ -92,6 +92,7 @@ def main() -> None:
             per_device_eval_batch_size=32,
             learning_rate=5e-3,
             logging_steps=max(1, args.steps // 5),
+            eval_on_start=True,  # within train(): under FSDP2 nothing can be evaluated before it
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -103,8 +104,8 @@ def main() -> None:
             train_dataset=Characters(text[:split], vocabulary),
             eval_dataset=Characters(text[split:], vocabulary),
         )
-        before = trainer.evaluate()["eval_loss"]
         trainer.train()
+        before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
         after = trainer.evaluate()["eval_loss"]
         lora_kernels.merge_lora(model)  # plain products from here on
         merged = trainer.evaluate()["eval_loss"]
