@@ -156,7 +156,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """y (..., N) in ``input``'s dtype (autocast's under autocast) for ``input`` (..., K); see the class."""
         if self._base is not None or not self._lora_enabled:
-            return F.linear(input, *_acting(self, input))
+            return F.linear(input, *_acting(self))
         if (
             self._shared is not None
             and self.training
@@ -221,7 +221,7 @@ class FusedLoRAConv1D(LoRALayer):
     def forward(self, x: Tensor) -> Tensor:
         """y (..., N) for x (..., K)."""
         if self._base is not None or not self._lora_enabled:
-            weight, offset = _acting(self, x)
+            weight, offset = _acting(self)
             return torch.addmm(offset, x.reshape(-1, self.nx), weight).view(*x.shape[:-1], self.nf)
         if self._shared is not None and self.training and (y := self._shared[0].take(self._shared[1], x)) is not None:
             return y
@@ -282,11 +282,11 @@ def around(
     return layer
 
 
-def _acting(layer: LoRALayer, x: Tensor) -> tuple[Any, Any]:
-    """Weight and bias of a layer that is merged or switched off, for x."""
+def _acting(layer: LoRALayer) -> tuple[Any, Any]:
+    """Weight and bias of a layer that is merged or switched off."""
     if layer._lora_enabled or not layer.merged:
         return layer.weight, layer.bias
-    return sharded.whole_beside(x, layer.base_weight), sharded.whole_beside(x, layer.base_bias)
+    return sharded.kept_aside(layer.base_weight, layer.weight), sharded.kept_aside(layer.base_bias, layer.bias)
 
 
 def _forward_dora(layer: LoRALayer, x: Tensor, p: float) -> Tensor:

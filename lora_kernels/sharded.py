@@ -45,14 +45,15 @@ __all__ = [
     "is_finite",
     "is_managed",
     "is_sharded",
+    "kept_aside",
     "merge_in_place",
     "merged_weight",
     "once",
+    "plain_class",
     "row_norms",
     "settle",
     "settle_for",
     "unmerge_in_place",
-    "whole_beside",
     "write",
 ]
 
@@ -75,6 +76,12 @@ def settle(model: nn.Module) -> None:
         if _is_fsdp(module):
             fsdp: Any = module
             fsdp.reshard()
+
+
+def plain_class(module: nn.Module) -> type:
+    """``module``'s class before ``fully_shard`` put one of its own in front of it."""
+    kind = type(module)
+    return kind.__bases__[-1] if _is_fsdp(module) and kind.__name__.startswith("FSDP") else kind
 
 
 def check_own(layer: LoRALayer, function: str) -> None:
@@ -151,8 +158,8 @@ class Layout:
                 to_sum = Replicate() if of_x.is_replicate() else Partial()
                 shared += [i] if of_x.is_replicate() else []
                 rows.append((Replicate(), to_sum, of_x, of_x, *(Replicate(), to_sum) * 3, of_x))
-        columns = [tuple(column) for column in zip(*rows, strict=True)]
-        return cls(weight.device_mesh, *columns, sums=tuple(sums), shared=tuple(shared))
+        columns: list[Any] = [*zip(*rows, strict=True), tuple(sums), tuple(shared)]
+        return cls(weight.device_mesh, *columns)
 
     def share(self, state: Tensor) -> Tensor:
         """Dropout's state such that equal parts of x lose the same elements, and other parts others.
@@ -213,10 +220,10 @@ def forward(layer: LoRALayer, x: Any, p: float) -> Tensor:
     bias: Any = layer.bias if layer.lora_bias is None else layer._offset(layer.bias, layer.lora_bias)
     fused = None if bias is None or layout.sums else _local(bias, layout.vector, layout.dvector)
     if layer.use_dora:
-        y = _dora(layer, layout, own, fused, p)
+        y: Tensor = _dora(layer, layout, own, fused, p)
     else:
         y = apply(own.x, own.weight, own.a, own.b, fused, layer.scaling, p, None, layout.share)
-    out = _joined(y, layout, (*x.shape[:-1], weight.shape[0]))
+    out: Tensor = _joined(y, layout, (*x.shape[:-1], weight.shape[0]))
     if bias is not None and layout.sums:  # once, not by each process that is summed over
         out = out + bias.to(out.dtype)
     return out
@@ -347,9 +354,17 @@ def unmerge_in_place(layer: LoRALayer, weight: Any, bias: Any) -> None:
             write(getattr(layer, name), value)
 
 
-def whole_beside(x: Tensor, tensor: Any) -> Any:
-    """``tensor`` for a product with ``x``: gathered where it is sharded and x is not."""
-    return tensor.full_tensor().to(x.dtype) if is_sharded(tensor) and not is_sharded(x) else tensor
+def kept_aside(tensor: Any, now: Any) -> Any:
+    """A weight or bias that merging has put aside, as FSDP2 has gathered ``now``, the one in its place."""
+    if not is_sharded(tensor) or (is_sharded(now) and now.device_mesh == tensor.device_mesh):
+        return tensor
+    whole = tensor.full_tensor().to(now.dtype)
+    if not is_sharded(now):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    copied = DTensor.from_local(whole, now.device_mesh, [Replicate()] * now.device_mesh.ndim, run_check=False)
+    return copied.redistribute(placements=now.placements)
 
 
 def once(tensors: Iterable[Any], action: Callable[[], None]) -> None:

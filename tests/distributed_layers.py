@@ -10,15 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import FusedLoRALinear, use_backend
+from lora_kernels import FusedLoRALinear, LoRAConfig, merge_lora, replace_linear, restore_linear, save_adapter
 from lora_kernels.accuracy import run_reference
+from lora_kernels.errors import InvalidTypeError, LoRAStateError
 from models import acting
 from numerics import check, check_all, same_bits
 
@@ -108,3 +111,162 @@ def _rounded(layer: FusedLoRALinear) -> FusedLoRALinear:
     for parameter in layer.adapter.values():
         parameter.data = parameter.data.to(layer.weight.dtype)
     return layer
+
+
+def check_dropout_takes_one_mask_for_a_whole_x_and_one_for_each_part(device: str, folder: Path) -> None:
+    mesh, p = init_device_mesh(device, (world(),)), 0.5
+    for plan, dora in ((plan, dora) for plan in ("columns", "rows") for dora in (False, True)):
+        layer = make(device, lora_dropout=p, use_dora=dora)
+        layer.weight.data.zero_()  # so that dx is zero where the mask is
+        x, dy = batch(device, torch.float32)
+        gain = layer.lora_magnitude_vector.detach() / layer._row_norms() if dora else None
+        tensors = x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, dy
+        split = parallelize_module(copy.deepcopy(layer), mesh, PLANS[plan]())
+        torch.manual_seed(100 + distributed.get_rank())  # the processes need not be seeded alike
+        found = run(split, x, dy)
+        mask = found["dx"] != 0
+        assert 0.4 < mask.double().mean() < 0.6
+        first, second = (m[:, : K // 2] for m in (mask, mask[:, -(K // 2) :]))
+        assert not torch.equal(first, second)
+        exact, yardstick = (
+            run_reference(dtype, *tensors, layer.scaling, mask, p, gain) for dtype in (torch.float64, torch.float32)
+        )
+        actual = {"y": found["y"], "dx": found["dx"], "da": found["lora_A"], "db": found["lora_B"]}
+        check_all({name: whole(value) for name, value in actual.items()}, exact, yardstick, torch.float32)
+
+
+def check_activation_checkpointing_drops_the_same_again(device: str, folder: Path) -> None:
+    mesh = init_device_mesh(device, (world(),))
+    for plan in ("columns", "rows"):
+        split = parallelize_module(make(device, lora_dropout=0.3), mesh, PLANS[plan]())
+        x, dy = batch(device, torch.float32)
+        results = []
+        for forward in (split, lambda x, split=split: checkpoint(split, x, use_reentrant=False)):
+            split.zero_grad()
+            x = x.detach().clone().requires_grad_()
+            torch.manual_seed(distributed.get_rank())
+            forward(x).backward(dy)
+            results.append([x.grad, *(whole(p.grad) for p in split.parameters() if p.requires_grad)])
+        assert all(same_bits(left, right) for left, right in zip(*results, strict=True)), plan
+
+
+def check_merging_a_layer_under_both_plans(device: str, folder: Path) -> None:
+    mesh = init_device_mesh(device, (world(),))
+    for plan, kind in ((plan, kind) for plan in ("columns", "rows") for kind in LAYERS):
+        layer = make(device, **LAYERS[kind])
+        x, _ = batch(device, layer.weight.dtype)
+        split = parallelize_module(copy.deepcopy(layer), mesh, PLANS[plan]())
+        exact = copy.deepcopy(layer).double()
+        with torch.no_grad():
+            results = [(y(x), base(y, x)) for y in (split,)]
+            before = {name: whole(tensor).clone() for name, tensor in split.state_dict().items()}
+            split.merge()
+            layer.merge()
+            exact.merge()
+            check("merged", whole(split.weight), exact.weight, layer.weight, x.dtype)
+            check("y", split(x), exact(x.double()), layer(x), x.dtype)
+            assert same_bits(base(split, x), results[0][1])
+            assert split.weight.placements == split.base_weight.placements
+            after = {name: whole(tensor) for name, tensor in split.state_dict().items()}
+            assert after.keys() == before.keys()
+            assert all(same_bits(after[name], tensor) for name, tensor in before.items())
+            split.unmerge()
+            assert same_bits(split(x), results[0][0]), (plan, kind)
+
+
+def base(layer: FusedLoRALinear, x: Tensor) -> Tensor:
+    with layer.enable_lora(False):
+        y: Tensor = layer(x)
+    return y
+
+
+def check_sharded_layers_start_like_whole_ones(device: str, folder: Path) -> None:
+    mesh = init_device_mesh(device, (world(),))
+    for plan in ("columns", "rows"):
+        for init in (True, False, "gaussian", "orthogonal"):
+            layer = make(device, r=4, lora_bias=isinstance(init, bool), init_lora_weights=init)
+            split = parallelize_module(copy.deepcopy(layer), mesh, PLANS[plan]())
+            torch.manual_seed(5)
+            layer.reset_lora_parameters()
+            torch.manual_seed(5 + distributed.get_rank())  # the first process's values count
+            split.reset_lora_parameters()
+            assert all(same_bits(whole(split.adapter[name]), value) for name, value in layer.adapter.items())
+        layer = make(device, use_dora=True)
+        split = parallelize_module(copy.deepcopy(layer), mesh, PLANS[plan]())
+        plain = {"weight": layer.weight.detach() * 2, "bias": layer.bias.detach()}
+        like = {name: distribute(value, getattr(split, name)) for name, value in plain.items()}
+        split.load_state_dict(like, strict=False)
+        layer.load_state_dict(plain, strict=False)
+        weight, a, b = (tensor.detach().double() for tensor in (layer.weight, layer.lora_A, layer.lora_B))
+        exact = (weight + layer.scaling * b @ a).norm(dim=1)
+        magnitude = layer.lora_magnitude_vector
+        check("magnitude", whole(split.lora_magnitude_vector), exact, magnitude, torch.float32)
+
+
+def distribute(value: Tensor, like: Any) -> DTensor:
+    return distribute_tensor(value, like.device_mesh, like.placements)
+
+
+def check_layers_that_are_sharded_by_hand(device: str, folder: Path) -> None:
+    """Tokens apart over whole Parameters, which train too; and torch's own linear layer beside."""
+    mesh = init_device_mesh(device, (world(),))
+    layer = make(device)
+    layer.weight.requires_grad_()
+    x, dy = batch(device, torch.float32)
+    exact, yardstick = run(copy.deepcopy(layer).double(), x.double(), dy.double()), run(copy.deepcopy(layer), x, dy)
+    split = distribute_module(copy.deepcopy(layer), mesh)
+    found = run(split, *(distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in (x, dy)))
+    check_all({name: whole(value) for name, value in found.items()}, exact, yardstick, torch.float32)
+    assert found["y"].placements == (Shard(0),)
+
+
+def check_what_cannot_be_is_a_sentence(device: str, folder: Path) -> None:
+    mesh = init_device_mesh(device, (world(),))
+    x, _ = batch(device, torch.float32)
+    by_hand = distribute_module(make(device), mesh)
+    layer_refused_here(by_hand, lambda: by_hand(x), InvalidTypeError, "a plain tensor was given", "parallelize_module")
+    other = init_device_mesh(device, (world(), 1))
+    on_other = distribute_tensor(x, other, [Replicate(), Replicate()])
+    layer_refused_here(by_hand, lambda: by_hand(on_other), InvalidTypeError, "both must be on one mesh")
+    managed = fully_shard(nn.Sequential(make(device), nn.ReLU()), mesh=mesh)
+    layer_refused_here(managed[0], managed[0].merge, LoRAStateError, "merge_lora(model)", "fully_shard")
+    for function in (merge_lora, save_to(folder / "refused")):
+        layer_refused_here(
+            managed[0], lambda function=function: function(wrapped(managed[0])), LoRAStateError, "a part"
+        )
+    layer_refused_here(managed[0], lambda: restore_linear(managed), LoRAStateError, "restore_linear", "'0'")
+    torch.manual_seed(0)
+    plain = fully_shard(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), mesh=mesh)
+    plain(torch.ones(2, 4, device=device))  # the root's weights stay gathered
+    with pytest.raises(InvalidTypeError, match="then call parallelize_module or fully_shard"):
+        replace_linear(plain, LoRAConfig(r=2, target_modules=["0"]))
+    nobias = make(device, lora_bias=True, bias=False)
+    without = fully_shard(nn.Sequential(nobias, nn.ReLU()), mesh=mesh)
+    layer_refused_here(nobias, lambda: merge_lora(without), LoRAStateError, "without bias", "plain model")
+    tied = nn.Sequential(nn.Linear(K, N, device=device), make(device))
+    tied[0].weight = tied[1].weight
+    fully_shard(tied, mesh=mesh)
+    layer_refused_here(tied[1], lambda: merge_lora(tied), LoRAStateError, "'1'", "0.weight", "one memory")
+
+
+def wrapped(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(layer)
+
+
+def save_to(folder: Path) -> Callable[[nn.Module], None]:
+    return lambda model: save_adapter(model, folder)
+
+
+def layer_refused_here(
+    layer: FusedLoRALinear, function: Callable[[], Any], error: type[Exception], *words: str
+) -> None:
+    """As ``models.layer_refused``, which compares values that are not sharded."""
+    weight, merged = layer.weight, layer.merged
+    before = {name: whole(tensor).clone() for name, tensor in layer.state_dict().items()}
+    with pytest.raises(error) as caught:
+        function()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert layer.weight is weight
+    assert layer.merged == merged
+    after = {name: whole(tensor) for name, tensor in layer.state_dict().items()}
+    assert all(same_bits(after[name], tensor) for name, tensor in before.items())

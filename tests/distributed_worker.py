@@ -1,92 +1,119 @@
 """Several processes that run the same checks: ``launch`` starts them, ``main`` is what each of them does.
 
-They meet over a file, so no port is taken. One start serves all checks of a world size, for it takes seconds. A check
-that fails in one process may leave the others waiting for it: they give up after ``PATIENCE``, and the parent after
-its own limit, so a hang is a failure with a name.
+They meet over a file, so no port is taken. All of them are forked from one process that has done the imports, which
+take longer than most checks. A check that fails in one process may leave the others waiting for it: they give up after
+``PATIENCE``, and their parent after ``LIMIT``, so a hang is a failure with a name.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 60  # seconds that a collective waits for the other processes
-LIMIT = 420  # seconds for all checks of one world size, on a machine that does other things too
+FILES = ("distributed_layers", "distributed_training")
+PATIENCE = 45  # seconds that a collective waits for the other processes
+LIMIT = 300  # seconds for all checks of one world size, on a machine that does other things too
+START = 60  # seconds for the imports
+
+# What more processes than two would not change; it runs with the first number of processes alone.
+ONCE = (
+    *("check_policies_of_fsdp", "check_live_peft_models", "check_losses_under_ddp"),
+    *("check_checkpoints_become_adapters", "check_what_cannot_be_is_a_sentence"),
+)
+
+Outcomes = dict[tuple[int, str], str]
 
 
-def launch(world: int, device: str, folder: Path) -> dict[str, str]:
-    """What came of each check: nothing where it passed, or why not, of the first process that knows."""
-    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LORA_KERNELS_BACKEND")}
+def launch(worlds: list[int], device: str, folder: Path, only: tuple[str, ...] = ()) -> Outcomes:
+    """What came of each check with so many processes: nothing where it passed, or why not, of the first that knows."""
+    clear = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LORA_KERNELS_BACKEND")
+    env = {key: value for key, value in os.environ.items() if key not in clear}
     env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-    logs = [(folder / f"{rank}.log").open("w") for rank in range(world)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__)), str(rank), str(world), device, str(folder)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=env,
-            cwd=folder,
+    env |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # a process that has asked CUDA cannot be forked
+    command = [sys.executable, str(Path(__file__)), device, str(folder), ",".join(map(str, worlds)), *only]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=folder, start_new_session=True
         )
-        for rank, log in enumerate(logs)
-    ]
-    end = time.monotonic() + LIMIT
-    for process in processes:
         try:
-            process.wait(max(end - time.monotonic(), 0.1))
+            process.wait((LIMIT + START) * len(worlds))
         except subprocess.TimeoutExpired:
-            break
-    for process, log in zip(processes, logs, strict=True):
-        process.kill()
-        process.wait()
-        log.close()
-    found: dict[str, str] = {}
-    for rank in range(world):
-        path = folder / f"{rank}.jsonl"
-        entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        for name, outcome in entries:
-            if outcome and not found.get(name):
-                outcome = f"process {rank} of {world}:\n{outcome}"
-            found[name] = found.get(name) or outcome
-        finished = {name for name, _ in entries}
-        tail = "".join((folder / f"{rank}.log").read_text().splitlines(keepends=True)[-20:])
-        found |= {
-            name: f"process {rank} of {world} did not come to its end:\n{tail}"
-            for name in names()
-            if name not in finished and not found.get(name)
-        }
-    return found
-
-
-def checks() -> dict[str, object]:
-    """The checks by name, in the order in which they run."""
-    import distributed_layers
-    import distributed_training
-
+            pass  # what it has not told is missing below
+        finally:
+            with suppress(ProcessLookupError):  # there is nobody left
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return {
-        name: function
-        for module in (distributed_layers, distributed_training)
-        for name, function in vars(module).items()
-        if name.startswith("check_") and getattr(function, "__module__", "") == module.__name__
+        key: outcome
+        for world in worlds
+        for key, outcome in _outcomes(world, folder, only or tuple(names(world == worlds[0]))).items()
     }
 
 
-def names() -> list[str]:
-    """Their names, of the sources alone: collecting tests should not import all that the checks do."""
-    found = []
-    for file in ("distributed_layers.py", "distributed_training.py"):
-        lines = (Path(__file__).parent / file).read_text(encoding="utf-8").splitlines()
-        found += [line[4 : line.index("(")] for line in lines if line.startswith("def check_")]
+def _outcomes(world: int, folder: Path, expected: tuple[str, ...]) -> Outcomes:
+    found: Outcomes = {}
+    for rank in range(world):
+        path = folder / str(world) / f"{rank}.jsonl"
+        told = dict(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else {}
+        for name in expected:
+            outcome = told.get(name, "it did not come to its end:\n" + (folder / "log").read_text()[-4000:])
+            if outcome and not found.get((world, name)):
+                outcome = f"process {rank} of {world}: {outcome}"
+            found[world, name] = found.get((world, name)) or outcome
     return found
 
 
-def main(rank: int, world: int, device: str, folder: Path, only: list[str]) -> None:
+def names(once: bool = True) -> list[str]:
+    """The checks' names, from the sources: collecting tests should not import all that the checks do."""
+    sources = [(ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8") for file in FILES]
+    lines = [line for text in sources for line in text.splitlines() if line.startswith("def check_")]
+    found = [line[4 : line.index("(")] for line in lines]
+    return [name for name in found if once or name not in ONCE]
+
+
+def main(device: str, folder: Path, worlds: list[int], only: list[str]) -> None:
+    """Imports, then forks as many processes as each world has, and ends them after ``LIMIT``."""
+    import torch._dynamo  # noqa: F401 - DTensor's first operation imports it
+
+    if find_spec("peft"):
+        import peft  # noqa: F401
+
+    checks = {name: getattr(__import__(file), name) for file in FILES for name in names() if _is_in(file, name)}
+    context = multiprocessing.get_context("fork")
+    for world in worlds:
+        chosen = {name: checks[name] for name in only or names(world == worlds[0])}
+        (folder / str(world)).mkdir()
+        arguments = (world, device, folder / str(world), chosen)
+        processes = [context.Process(target=work, args=(rank, *arguments)) for rank in range(world)]
+        end = time.monotonic() + LIMIT
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(max(end - time.monotonic(), 0.1))
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _is_in(file: str, name: str) -> bool:
+    return getattr(getattr(__import__(file), name, None), "__module__", None) == file
+
+
+def work(rank: int, world: int, device: str, folder: Path, checks: dict[str, Callable[[str, Path], Any]]) -> None:
+    """One process: each check in turn, and a line for each."""
     import torch
     from torch import distributed
 
@@ -101,21 +128,19 @@ def main(rank: int, world: int, device: str, folder: Path, only: list[str]) -> N
         timeout=timedelta(seconds=PATIENCE),
     )
     with (folder / f"{rank}.jsonl").open("w") as report:
-        for name, check in checks().items():
-            if only and name not in only:
-                continue
+        for name, check in checks.items():
             torch.manual_seed(0)
             start = time.monotonic()
             try:
-                check(device, folder)  # type: ignore[operator]
+                check(device, folder)
                 outcome = ""
             except BaseException:  # noqa: BLE001 - whatever it is, it is this check's outcome
                 outcome = traceback.format_exc()
-            print(f"{name}: {time.monotonic() - start:.1f} s {outcome}", flush=True)
+            print(f"{rank} of {world}: {name}: {time.monotonic() - start:.1f} s {outcome}", flush=True)
             report.write(json.dumps([name, outcome]) + "\n")
             report.flush()
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), sys.argv[5:])
+    main(sys.argv[1], Path(sys.argv[2]), [int(world) for world in sys.argv[3].split(",")], sys.argv[4:])

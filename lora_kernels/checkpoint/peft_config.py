@@ -20,6 +20,7 @@ from ..errors import InvalidArgumentError, LoRAKernelsError, LoRAStateError
 from ..layer import LoRALayer
 from ..matching import is_all_linear, name_matches, selects
 from ..nn import FusedLoRAConv1D
+from ..sharded import plain_class
 from .plain_form import PlainForm
 
 __all__ = ["compose", "parse"]
@@ -181,10 +182,8 @@ def compose(
         **_sizes(forms, config, rslora),
     }
     if fields["task_type"] is None:
-        fields["auto_mapping"] = {
-            "base_model_class": type(model).__name__,
-            "parent_library": type(model).__module__,
-        }
+        kind = plain_class(model)
+        fields["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     return {**kept, **fields}
 
 
