@@ -204,6 +204,11 @@ def forward(layer: LoRALayer, x: Any, p: float) -> Tensor:
             "that was given to it, not a layer within; with tensor parallelism give the layer a plan "
             "(parallelize_module), or x as a DTensor on the weight's mesh."
         )
+    if layer.activation != "identity":
+        raise InvalidTypeError(
+            f"a layer with activation={layer.activation!r} has a sharded weight, and an activation between A and B is "
+            "not computed in parts. Leave the layer out of the tensor-parallel plan; fully_shard takes it."
+        )
     if x.device_mesh != weight.device_mesh:
         raise InvalidTypeError(
             f"x lies on {x.device_mesh} and the layer's weight on {weight.device_mesh}: both must be on one mesh. "

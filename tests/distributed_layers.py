@@ -228,6 +228,8 @@ def check_what_cannot_be_is_a_sentence(device: str, folder: Path) -> None:
     other = init_device_mesh(device, (world(), 1))
     on_other = distribute_tensor(x, other, [Replicate(), Replicate()])
     layer_refused_here(by_hand, lambda: by_hand(on_other), InvalidTypeError, "both must be on one mesh")
+    bent, everywhere = distribute_module(make(device, activation="relu"), mesh), distribute_tensor(x, mesh)
+    layer_refused_here(bent, lambda: bent(everywhere), InvalidTypeError, "activation='relu'", "fully_shard takes it")
     managed = fully_shard(nn.Sequential(make(device), nn.ReLU()), mesh=mesh)
     layer_refused_here(managed[0], managed[0].merge, LoRAStateError, "merge_lora(model)", "fully_shard")
     for function in (merge_lora, save_to(folder / "refused")):
