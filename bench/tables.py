@@ -1,4 +1,4 @@
-"""Writes the README's tables from committed results, so that no number there is typed by hand.
+"""Writes the tables of README and docs/benchmarks.md from committed results, so that no number is typed by hand.
 
 A table stands between two marker comments and is named after what it shows::
 
@@ -9,7 +9,8 @@ such as ``table:amd-epyc/cpu-grid/step/float32/r=16``. DEVICE is a folder of ``b
 PRESET the latest is taken, joined by earlier runs of the same machine and versions. A marker ``grid:`` in the place of
 ``table:`` makes one row of each shape and M, the dtypes side by side, and sums up the cells of every rank below;
 ``beside:`` puts what the model of the machine predicted beside what was measured, with wins and losses; ``predicted:``
-shows a prediction alone, from a file that ``bench --predict`` wrote, and says so in its heading.
+shows a prediction alone, from a file that ``bench --predict`` wrote, and says so in its heading. ``ratios:`` puts DoRA
+beside LoRA and PEFT beside this package, of the presets ``ratios`` and ``gpu-ratios``; ``subject=dora`` chooses.
 ``--check`` exits with 1 where a table is not what the results say; ``--write`` makes it so.
 """
 
@@ -26,16 +27,17 @@ sys.path.insert(0, str(ROOT))
 
 from lora_kernels.benchmark.beside import beside  # noqa: E402  (after the path)
 from lora_kernels.benchmark.grid import grid  # noqa: E402
+from lora_kernels.benchmark.ratios import ratios  # noqa: E402
 from lora_kernels.benchmark.report import legend, markdown, table  # noqa: E402
 from lora_kernels.benchmark.results import Result, join, load  # noqa: E402
 from lora_kernels.benchmark.workloads import FIELDS  # noqa: E402
 from lora_kernels.errors import InvalidArgumentError  # noqa: E402
 
-_KINDS = "table|grid|beside|predicted"
+_KINDS = "table|grid|beside|predicted|ratios"
 _MARKED = re.compile(rf"(<!-- (?P<kind>{_KINDS}):(?P<name>\S+) -->\n).*?(<!-- /(?P=kind) -->)", re.DOTALL)
 
 
-_MAKERS = {"table": table, "grid": grid, "beside": beside, "predicted": beside}
+_MAKERS = {"table": table, "grid": grid, "beside": beside, "predicted": beside, "ratios": ratios}
 
 
 def newest(results: Path, device: str, preset: str, predicted: bool = False) -> Result:
@@ -95,25 +97,26 @@ def fill(text: str, results: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Checks or writes; returns the exit status."""
-    parser = argparse.ArgumentParser(description="README tables from bench/results")
+    parser = argparse.ArgumentParser(description="tables of README and docs from bench/results")
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--check", action="store_true", help="exit with 1 where the file is stale")
-    mode.add_argument("--write", action="store_true", help="write the file")
-    parser.add_argument("--file", type=Path, default=ROOT / "README.md")
+    mode.add_argument("--check", action="store_true", help="exit with 1 where a file is stale")
+    mode.add_argument("--write", action="store_true", help="write the files")
+    parser.add_argument("--file", type=Path, nargs="+", default=[ROOT / "README.md", ROOT / "docs" / "benchmarks.md"])
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     args = parser.parse_args(arguments)
-    text = args.file.read_text(encoding="utf-8")
+    texts = {file: file.read_text(encoding="utf-8") for file in args.file}
     try:
-        filled = fill(text, args.results)
+        filled = {file: fill(text, args.results) for file, text in texts.items()}
     except InvalidArgumentError as error:
         print(f"tables: {error}", file=sys.stderr)
         return 1
-    if args.write:
-        args.file.write_text(filled, encoding="utf-8")
-    elif filled != text:
-        print(f"tables: {args.file} is stale: run python bench/tables.py --write.", file=sys.stderr)
-        return 1
-    return 0
+    stale = [file for file, text in texts.items() if filled[file] != text]
+    for file in stale:
+        if args.write:
+            file.write_text(filled[file], encoding="utf-8")
+        else:
+            print(f"tables: {file} is stale: run python bench/tables.py --write.", file=sys.stderr)
+    return 1 if stale and not args.write else 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ its values are finite and
 
 * its relative Frobenius error is at most 2 x the yardstick's + eps / 4 (eps of the compute dtype),
 * its worst row's error, relative to the root mean square of the rows, is at most 3 x the yardstick's + eps,
-* its relative Frobenius error is below the ceiling of the compute dtype.
+* its relative Frobenius error is below the ceiling of the compute dtype, which is for one layer: of layers that follow
+  one another, each brings its own.
 
 Relative to the yardstick, for at small M and R cancellation makes fixed bounds unfair to correct code. A gradient that
 leaves in a coarser dtype than the compute dtype (16-bit adapters over an fp32 base) is judged, and its yardstick
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from . import reference
 
-__all__ = ["OUTPUTS", "Accuracy", "judge", "run_reference"]
+__all__ = ["OUTPUTS", "Accuracy", "ceiling_of", "judge", "run_reference"]
 
 CEILINGS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 TF32_CEILING = 2e-3
@@ -74,18 +75,25 @@ class Accuracy:
 
 
 def judge(
-    name: str, actual: Tensor, exact: Tensor, yardstick: Tensor, dtype: torch.dtype, tf32: bool = False
+    name: str,
+    actual: Tensor,
+    exact: Tensor,
+    yardstick: Tensor,
+    dtype: torch.dtype,
+    tf32: bool = False,
+    depth: int = 1,
 ) -> Accuracy:
     """Measures ``actual`` against the float64 ``exact`` beside ``yardstick``, for the compute dtype ``dtype``.
 
-    ``tf32``: fp32 products were allowed to round their inputs to TF32.
+    ``tf32``: fp32 products were allowed to round their inputs to TF32. ``depth``: how many layers follow one another in
+    what is judged.
     """
     if torch.finfo(actual.dtype).eps > torch.finfo(dtype).eps:
         dtype, yardstick = actual.dtype, yardstick.to(actual.dtype)
     error, row_error = _errors(actual, exact)
     yardstick_error, row_yardstick = _errors(yardstick, exact)
     eps = TF32_EPS if tf32 else torch.finfo(dtype).eps
-    ceiling = TF32_CEILING if tf32 else CEILINGS[dtype]
+    ceiling = ceiling_of(dtype, tf32, depth)
     limit = min(FROBENIUS_FACTOR * yardstick_error + eps / 4, ceiling)
     row_limit = ROW_FACTOR * row_yardstick + eps
     if dtype == torch.float64:
@@ -100,6 +108,11 @@ def judge(
         row_limit=row_limit,
         finite=bool(torch.isfinite(actual).all()),
     )
+
+
+def ceiling_of(dtype: torch.dtype, tf32: bool = False, depth: int = 1) -> float:
+    """What a relative Frobenius error may be at most, whatever the yardstick's; arguments as for :func:`judge`."""
+    return depth * (TF32_CEILING if tf32 else CEILINGS[dtype])
 
 
 def run_reference(

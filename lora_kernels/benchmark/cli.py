@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..console import Progress, check_writable, progress_bars, progress_lines, stdout_console
 from ..errors import InvalidArgumentError
 from .presets import PRESETS, preset
-from .workloads import DIRECTIONS, DTYPES, FIELDS
+from .workloads import DIRECTIONS, DTYPES, FIELDS, LAYER
 
 if TYPE_CHECKING:
     from .preset import Preset
@@ -199,12 +199,15 @@ def _progress() -> Iterator[Progress]:
 
 def _print(result: Result) -> None:
     from .beside import beside
+    from .ratios import ratios
     from .report import legend, markdown, reasons, rich_table, table
 
+    of_models = any(cell.workload.subject != LAYER for cell in result.cells)
+    maker = ratios if of_models else beside if result.predicted else table
     console = stdout_console() if _rich() else None
     for direction in DIRECTIONS:
         if any(cell.workload.direction == direction for cell in result.cells):
-            content = (beside if result.predicted else table)(result, direction)
+            content = maker(result, direction)
             if console is None:
                 print(markdown(content), end="\n\n")
             else:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .. import accuracy, dispatch, reference
 from ..ops import operators
+from . import model_gate
+from .models import ModelSetup
 from .providers import FLOOR, Layer, Provider, Setup
 
 __all__ = ["Verdict", "check"]
@@ -37,18 +39,29 @@ def check(provider: Provider, layer: Layer, setup: Setup) -> Verdict:
     """
     if provider.name == FLOOR:
         return Verdict(None, {})
+    if isinstance(setup, ModelSetup):
+        return _verdict(provider, setup, model_gate.judge(layer, setup, _tf32(setup)))
     p = setup.workload.p if provider.ours else 0.0
     mask = _mask(provider, setup) if p else None
     actual = _run(layer, setup, dropout=p > 0)
     exact, yardstick = (_expected(dtype, setup, mask, p) for dtype in (torch.float64, setup.dtype))
-    tf32 = setup.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 and setup.dtype == torch.float32
-    failures, errors = [], {}
-    for name, value in actual.items():
-        verdict = accuracy.judge(name, value, exact[name], yardstick[name], setup.dtype, tf32)
-        errors[name] = verdict.error
-        ceiling = accuracy.TF32_CEILING if tf32 else accuracy.CEILINGS[setup.dtype]
-        if not (verdict.passed if provider.ours else verdict.finite and verdict.error <= ceiling):
-            failures.append(str(verdict))
+    judged = [
+        accuracy.judge(name, value, exact[name], yardstick[name], setup.dtype, _tf32(setup))
+        for name, value in actual.items()
+    ]
+    return _verdict(provider, setup, judged)
+
+
+def _tf32(setup: Setup) -> bool:
+    return setup.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 and setup.dtype == torch.float32
+
+
+def _verdict(provider: Provider, setup: Setup, judged: list[accuracy.Accuracy]) -> Verdict:
+    ceiling = accuracy.ceiling_of(setup.dtype, _tf32(setup), setup.depth)
+    failures = [
+        str(one) for one in judged if not (one.passed if provider.ours else one.finite and one.error <= ceiling)
+    ]
+    errors = {one.name: one.error for one in judged}
     return Verdict("It computes something else: " + " ".join(failures) if failures else None, errors)
 
 

@@ -8,6 +8,7 @@ gpu-forward       480     900 the forward grid: 12 M, 5 shapes, r 8 to 128, p 0 
 gpu-compile       480    1500 the same grid with PEFT under ``torch.compile``
 gpu-overhead        8      20 host time of a call at M = 1
 gpu-step          480    1100 forward and backward together; gpu-backward (480, 1100): backward alone
+gpu-ratios         18     300 LoRA beside DoRA, several adapters, three layers of one x, a decoder block
 =============== ===== ======= ======================================================================================
 
 All of them are meant to be run in parts: ``bench --preset gpu-forward --json FILE --resume --limit 330`` starts no cell
@@ -30,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .preset import Preset, grid
+from .preset import MODEL_PEERS, Preset, grid
 from .workloads import Workload
 
 __all__ = ["GPU_PRESETS"]
@@ -60,6 +61,20 @@ def _targets(direction: str) -> Iterator[Workload]:
 def _whole_grid(direction: str) -> tuple[Workload, ...]:
     cells = [*_targets(direction), *(w for r in RANKS for w in _cells(direction, TOKENS, ranks=(r,)))]
     return tuple(dict.fromkeys(cells))
+
+
+def _ratios() -> tuple[Workload, ...]:
+    """What the targets speak of at M = 4096, and the same of one token where only launches count."""
+    cells: list[Workload] = []
+    for subject in ("dora", "decoder-block", "three-layers", "two-adapters", "three-adapters", "mixed-batch"):
+        direction = "forward" if subject == "mixed-batch" else "step"
+        shape = (4096, 14336) if subject == "decoder-block" else (4096, 4096)
+        cells += grid((direction,), (4096, 512), (shape,), (16,), ("bfloat16",), subject=subject)
+    cells += grid(("step",), (4096,), ((4096, 4096),), (16,), ("bfloat16",), (0.1,), subject="dora")
+    cells += grid(("step",), (4096,), SHAPES[2:], (16,), ("bfloat16",), subject="dora")
+    for subject in ("dora", "three-layers"):
+        cells += grid(("forward",), (1,), ((4096, 4096),), (16,), ("bfloat16",), subject=subject)
+    return tuple(cells)
 
 
 def _preset(name: str, describe: str, workloads: tuple[Workload, ...], peers: tuple[str, ...], **more: Any) -> Preset:
@@ -118,5 +133,12 @@ GPU_PRESETS = (
         _whole_grid("backward"),
         (*_RIVALS, "auto"),
         budget=1100.0,
+    ),
+    _preset(
+        "gpu-ratios",
+        "LoRA beside DoRA, several adapters, three layers of one x, a decoder block, on a GPU",
+        _ratios(),
+        MODEL_PEERS,
+        budget=300.0,
     ),
 )

@@ -10,7 +10,7 @@ from . import roofline
 from .preset import Preset
 from .providers import FLOOR, PROVIDERS, Provider
 from .results import Cell, Entry, Result
-from .workloads import Workload
+from .workloads import LAYER, Workload
 
 __all__ = ["PREDICTED", "predict", "predict_preset"]
 
@@ -26,7 +26,7 @@ def predict(
     Args:
         automatic: the backend that the automatic choice takes on that machine.
     """
-    if machine is None:
+    if machine is None or workload.subject != LAYER:
         return {}
     name = (provider.backend or automatic) if provider.ours else provider.name
     if name == "eager":

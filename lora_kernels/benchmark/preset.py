@@ -10,7 +10,9 @@ from typing import Any
 from ..errors import InvalidArgumentError
 from .workloads import FIELDS, Workload
 
-__all__ = ["Preset", "grid"]
+__all__ = ["MODEL_PEERS", "Preset", "grid"]
+
+MODEL_PEERS = ("peft-lora", "peft-dora", "fused-lora", "fused-dora", "ours-lora", "ours-dora", "group")
 
 
 @dataclass(frozen=True)

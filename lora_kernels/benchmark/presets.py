@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from ..errors import InvalidArgumentError
 from .gpu_presets import GPU_PRESETS
-from .preset import Preset, grid
-from .workloads import Workload
+from .preset import MODEL_PEERS, Preset, grid
+from .workloads import LAYER, SUBJECTS, Workload
 
 __all__ = ["PRESETS", "preset"]
 
@@ -34,6 +34,21 @@ def _cpu_grid() -> Iterator[Workload]:
         yield from grid(("forward", "step"), (1, 16, 512, 2048), _CPU_SHAPES, (8, 16, 64), (dtype,))
         yield from grid(("forward", "step"), (1, 16, 512, 2048), ((2048, 2048),), (16,), (dtype,), (0.1,))
         yield from grid(("step",), (256,), ((32, 32),), (2,), (dtype,), bias=True, train_bias=True)
+
+
+def _ratios() -> Iterator[Workload]:
+    """Dtype by dtype: DoRA beside LoRA, several adapters, three layers of one x, a decoder block."""
+    square, attention, block = ((2048, 2048),), ((1024, 1024),), ((1024, 2816),)
+    for dtype in ("float32", "bfloat16"):
+        yield from grid(("step",), (512,), (*square, *attention), (16,), (dtype,), subject="dora")
+        yield from grid(("step",), (512,), square, (16,), (dtype,), (0.1,), subject="dora")
+        yield from grid(("step",), (512,), block, (16,), (dtype,), subject="decoder-block")
+        yield from grid(("step",), (512,), square, (16,), (dtype,), subject="three-layers")
+        for subject in ("two-adapters", "three-adapters"):
+            yield from grid(("step",), (512,), square, (16,), (dtype,), subject=subject)
+        yield from grid(("forward",), (512,), square, (16,), (dtype,), subject="mixed-batch")
+        for subject in ("dora", "three-layers", "two-adapters"):
+            yield from grid(("forward",), (1,), square, (16,), (dtype,), subject=subject)
 
 
 PRESETS = {
@@ -77,6 +92,27 @@ PRESETS = {
             ("addmm", "lora_first"),
             budget=420.0,
             min_rounds=5,
+        ),
+        Preset(
+            "ratios",
+            "LoRA beside DoRA, several adapters, three layers of one x, a decoder block: a quarter of an hour",
+            tuple(_ratios()),
+            MODEL_PEERS,
+            device="cpu",
+            budget=800.0,
+            max_call=3.0,
+        ),
+        Preset(
+            "smoke-ratios",
+            "every cell of 'ratios' in small: for tests, its numbers mean nothing",
+            tuple(
+                Workload("forward" if s == "mixed-batch" else "step", 8, 64, 48, 4, bias=s == "dora", subject=s)
+                for s in SUBJECTS
+                if s != LAYER
+            ),
+            MODEL_PEERS,
+            budget=1.0,
+            min_rounds=2,
         ),
         Preset(
             "overhead",

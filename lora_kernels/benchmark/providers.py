@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .. import dispatch
 from ..nn import FusedLoRALinear
 from . import lorafusion
+from .model_providers import MODEL_PROVIDERS, why_not_peft
+from .models import ModelSetup
 from .setups import FLOOR, Layer, Provider, Setup, make_setups
 from .workloads import Workload
 
@@ -21,6 +23,8 @@ __all__ = ["FLOOR", "PROVIDERS", "Layer", "Provider", "Setup", "make_setups"]
 
 
 def _build_linear(setup: Setup) -> Layer:
+    if isinstance(setup, ModelSetup):
+        return Layer(partial(setup.run, setup.base), module=setup.base)
     return Layer(setup.linear, module=setup.linear)
 
 
@@ -52,16 +56,10 @@ def _why_not_ours(backend: str) -> Callable[[Setup], str | None]:
     return why_not
 
 
-def _why_not_peft(setup: Setup) -> str | None:
-    if importlib.util.find_spec("peft") is None:
-        return "PEFT is not installed: pip install 'lora-kernels[bench]'."
-    return None
-
-
 def _why_not_peft16(setup: Setup) -> str | None:
     if setup.dtype.itemsize > 2:
         return "PEFT's adapters have the base's dtype already."
-    return _why_not_peft(setup)
+    return why_not_peft(setup)
 
 
 def _build_peft(same_dtype: bool) -> Callable[[Setup], Layer]:
@@ -199,9 +197,9 @@ PROVIDERS = {
     p.name: p
     for p in (
         Provider(FLOOR, "nn.Linear", _build_linear),
-        Provider("peft", "PEFT", _build_peft(same_dtype=False), _why_not_peft),
+        Provider("peft", "PEFT", _build_peft(same_dtype=False), why_not_peft),
         Provider("peft16", "PEFT16", _build_peft(same_dtype=True), _why_not_peft16),
-        Provider("compile", "PEFT compiled", _build_compiled, _why_not_peft),
+        Provider("compile", "PEFT compiled", _build_compiled, why_not_peft),
         Provider("addmm", "addmm_", _build_composition(lora_first=False)),
         Provider("lora_first", "LoRA first", _build_composition(lora_first=True)),
         Provider("lorafusion", "LoRAFusion", lorafusion.build, lorafusion.why_not),
@@ -210,5 +208,6 @@ PROVIDERS = {
             Provider(name, f"ours, {name}", _build_ours(name), _why_not_ours(name), True, name)
             for name in dispatch.ORDER
         ),
+        *MODEL_PROVIDERS,
     )
 }

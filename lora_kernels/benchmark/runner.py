@@ -18,12 +18,13 @@ from ..console import Progress
 from ..errors import InvalidArgumentError
 from . import gate, memory, roofline
 from .device import DeviceLostError, first_line, gpu_state, must_live, release_memory
+from .models import elements, make_model_setups
 from .prediction import predict
 from .preset import Preset
 from .providers import FLOOR, PROVIDERS, Layer, Provider, Setup, make_setups
 from .results import Cell, Entry, Result, environment
 from .timing import Candidate, Timing, first_call, measure
-from .workloads import Workload
+from .workloads import LAYER, SUBJECTS, Workload
 
 __all__ = ["admit", "candidate", "expand_peers", "run_cell", "run_preset"]
 
@@ -120,7 +121,7 @@ def run_cell(
     """One cell within about ``budget`` seconds, building and gating included; see ``Preset`` for the rules."""
     began = time.perf_counter()
     release_memory(device)
-    setups = make_setups(workload, device, _sets(workload, device), seed)
+    setups = _make(workload, device, _sets(workload, device), seed)
     if max_call < math.inf:
         floor = candidate(FLOOR, [PROVIDERS[FLOOR].build(setups[0])], setups[:1])
         if (seconds := first_call(floor, device)) > max_call:
@@ -154,6 +155,8 @@ def run_cell(
 def admit(provider: Provider, setups: list[Setup]) -> tuple[Entry, list[Layer]]:
     """Builds a layer on every set and gates the first; the entry says why there is none."""
     setup = setups[0]
+    if provider.name != FLOOR and provider.of_models == (setup.workload.subject == LAYER):
+        return Entry("unavailable", f"It is not made for {SUBJECTS[setup.workload.subject]}."), []
     if reason := provider.why_not(setup):
         return Entry("unavailable", reason), []
     if provider.backend is not None and provider.backend == _automatic(setup):
@@ -171,6 +174,12 @@ def admit(provider: Provider, setups: list[Setup]) -> tuple[Entry, list[Layer]]:
 def _raised(name: str, error: Exception, setup: Setup) -> Entry:
     must_live(setup.device.type, f"{setup.workload}, {PROVIDERS[name].title if name in PROVIDERS else name}", error)
     return Entry("failed", f"It raised {type(error).__name__}: {first_line(error)}")
+
+
+def _make(workload: Workload, device: str, count: int, seed: int) -> list[Setup]:
+    if workload.subject == LAYER:
+        return make_setups(workload, device, count, seed)
+    return [*make_model_setups(workload, device, count, seed)]
 
 
 def _automatic(setup: Setup) -> str:
@@ -205,7 +214,7 @@ def candidate(name: str, layers: list[Layer], setups: list[Setup]) -> Candidate:
     calls, context = [layer.call for layer in layers], layers[0].context
     # Its own leaves on the shared memory: autograd ties a leaf to the stream that first used it, and a capture has one.
     xs = [s.x.detach().requires_grad_(s.x.requires_grad) for s in setups]
-    dys = [s.dy for s in setups]
+    dys = [s.dys for s in setups]
     inputs = [[x, *layer.trainable] for x, layer in zip(xs, layers, strict=True)]
     direction = setups[0].workload.direction
     if direction in ("forward", "overhead"):
@@ -247,7 +256,7 @@ def _memory(layer: Layer, setup: Setup) -> dict[str, Any]:
 def _plan(setup: Setup) -> str | None:
     """How the Triton backend's forward runs this cell, in its own words; None where another backend is chosen."""
     w, device = setup.workload, setup.device
-    if _automatic(setup) != "triton":
+    if _automatic(setup) != "triton" or w.subject != LAYER:
         return None
     dtype = "tf32" if setup.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else w.dtype
     tokens = next_power_of_2(w.tokens)
@@ -260,7 +269,5 @@ def _sets(workload: Workload, device: str) -> int:
     if device != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    m, k, n = workload.tokens, workload.in_features, workload.out_features
-    elements = m * k + n * k + (m * n if workload.has_backward else 0)  # y lies where the last y lay
-    one = elements * (2 if workload.dtype != "float32" else 4)
+    one = elements(workload) * (2 if workload.dtype != "float32" else 4)
     return max(1, min(_MAX_SETS, -(-_CACHE_TURNS * cache // one)))

@@ -50,6 +50,16 @@ class Setup:
         return self.linear.weight.device
 
     @property
+    def dys(self) -> tuple[Tensor, ...]:
+        """The gradient of each output."""
+        return (self.dy,)
+
+    @property
+    def depth(self) -> int:
+        """How many layers follow one another."""
+        return 1
+
+    @property
     def adapter_dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.workload.adapters)
         return dtype
@@ -57,12 +67,17 @@ class Setup:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer ready to be called: y = call(x); ``trainable``: A, B and the bias if it trains; the floor has none."""
+    """A layer ready to be called: y = call(x); ``trainable``: A, B and the bias if it trains; the floor has none.
 
-    call: Callable[[Tensor], Tensor]
+    Of a model with several layers or adapters, y may be a tuple, and what trains comes in the order of
+    ``models.names``; ``dora`` says whether its magnitudes act.
+    """
+
+    call: Callable[[Tensor], Any]
     trainable: tuple[Tensor, ...] = ()
     module: nn.Module | None = None
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    dora: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,14 +90,16 @@ class Provider:
         why_not: a sentence that says why it cannot run this cell here, or None.
         build: makes its layer.
         backend: for ours, the backend's name; None is the automatic choice.
+        of_models: whether it is for the subjects with several layers or adapters, or with DoRA.
     """
 
     name: str
     title: str
-    build: Callable[[Setup], Layer]
-    why_not: Callable[[Setup], str | None] = lambda setup: None
+    build: Callable[[Any], Layer]
+    why_not: Callable[[Any], str | None] = lambda setup: None
     ours: bool = False
     backend: str | None = None
+    of_models: bool = False
 
 
 def make_setups(workload: Workload, device: str, count: int = 1, seed: int = 0) -> list[Setup]:

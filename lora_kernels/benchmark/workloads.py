@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-__all__ = ["DIRECTIONS", "DTYPES", "FIELDS", "Workload"]
+__all__ = ["DIRECTIONS", "DTYPES", "FIELDS", "LAYER", "SUBJECTS", "Workload"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 DIRECTIONS = {
@@ -15,6 +15,16 @@ DIRECTIONS = {
     "overhead": "host time of a forward without a graph",
     "overhead-grad": "host time of a forward that records a graph",
     "memory": "bytes kept for backward, and the peak of a step",
+}
+LAYER = "layer"
+SUBJECTS = {
+    LAYER: "one layer with LoRA",
+    "dora": "one layer, LoRA and DoRA",
+    "two-adapters": "one layer, two active adapters of rank r",
+    "three-adapters": "one layer, three active adapters of rank r",
+    "mixed-batch": "one layer, four rows with two adapters and none",
+    "three-layers": "three layers of one x: N, N / 4 and N / 4, as q, k and v are",
+    "decoder-block": "a Llama block of hidden size K with an MLP of N, all seven projections adapted",
 }
 
 
@@ -30,6 +40,7 @@ class Workload:
         p: dropout probability.
         bias: whether the frozen layer has a bias.
         train_bias: whether that bias trains beside the adapters, as in the worked example.
+        subject: what is adapted, one of ``SUBJECTS``; the providers of all but the first are in ``model_providers``.
     """
 
     direction: str
@@ -42,6 +53,7 @@ class Workload:
     p: float = 0.0
     bias: bool = False
     train_bias: bool = False
+    subject: str = LAYER
 
     def has(self, name: str, values: tuple[str, ...]) -> bool:
         """Whether the field ``name`` has one of ``values``, as text."""
@@ -70,7 +82,8 @@ class Workload:
         return f"{self.in_features}→{self.out_features}"
 
     def __str__(self) -> str:
-        parts = [self.direction, f"M={self.tokens}", self.shape, f"r={self.r}", self.dtype]
+        subject = [] if self.subject == LAYER else [self.subject]
+        parts = [*subject, self.direction, f"M={self.tokens}", self.shape, f"r={self.r}", self.dtype]
         if self.adapter_dtype:
             parts.append(f"adapters {self.adapter_dtype}")
         if self.p:
