@@ -10,7 +10,7 @@ OUT ?= out
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 CXX_FILES := $(wildcard csrc/*.h csrc/*/* tests/native_host/*.h tests/native_host/*.cpp)
-NATIVE_TESTS := tests/test_native_cpu.py tests/test_philox.py
+NATIVE_TESTS := tests/test_native_cpu.py tests/test_native_parts.py tests/test_philox.py
 INPUTS := pyproject.toml setup.py $(wildcard requirements/*.txt)
 
 export MPLBACKEND ?= Agg

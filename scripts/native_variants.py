@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["tests/test_native_cpu.py", "tests/test_philox.py"]
+TESTS = ["tests/test_native_cpu.py", "tests/test_native_parts.py", "tests/test_philox.py"]
 CAPABILITY, PRODUCT = "LORA_KERNELS_CPU_CAPABILITY", "LORA_KERNELS_CPU_PRODUCT"
 
 

@@ -166,6 +166,46 @@ static void narrow_block(const T* c, int64_t ldc, int64_t rows, int64_t columns,
     }
 }
 
+// out (rows, columns) of E = gain * c + bias, gain and bias (columns); c is of S, T or E, and may be out. One rounding.
+template <class T, class S, class E>
+static void scale_block(const S* c, int64_t ldc, int64_t rows, int64_t columns, const T* gain, const T* bias, E* out,
+                        int64_t ldo) {
+    constexpr int VL = lanes<T>;
+    for (int64_t i = 0; i < rows; ++i) {
+        const S* from = c + i * ldc;
+        E* to = out + i * ldo;
+        int64_t j = 0;
+        for (; j + VL <= columns; j += VL) {
+            const Vector<T> offset = bias == nullptr ? Vector<T>{} : load(bias + j);
+            store(load(from + j) * load(gain + j) + offset, to + j);
+        }
+        for (; j < columns; ++j) narrow(widen(from[j]) * gain[j] + (bias == nullptr ? T(0) : bias[j]), to + j);
+    }
+}
+
+// Σ p², four chains of sums.
+template <class T>
+static T sum_of_squares(const T* p, int64_t count) {
+    constexpr int VL = lanes<T>, CHAINS = 4;
+    Vector<T> sums[CHAINS] = {};
+    int64_t j = 0;
+    for (; j + CHAINS * VL <= count; j += CHAINS * VL) {
+#pragma GCC unroll 4
+        for (int chain = 0; chain < CHAINS; ++chain) {
+            const Vector<T> value = load(p + j + chain * VL);
+            sums[chain] += value * value;
+        }
+    }
+    T rest = 0;
+    for (; j < count; ++j) rest += p[j] * p[j];
+    return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+}
+
+template <class T>
+LORA_INLINE void add_to(T* sums, const T* values, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) sums[j] += values[j];
+}
+
 template <class T>
 LORA_INLINE void fill(T* out, int64_t count, T value) {
     for (int64_t i = 0; i < count; ++i) out[i] = value;

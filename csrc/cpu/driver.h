@@ -1,12 +1,15 @@
-// Forward and backward of one dtype: which products run, with how many threads, and where their scratch lies.
+// The kernels of one dtype as the operators call them: which form runs, with how many threads, and where its scratch
+// lies.
 #pragma once
 
 #include "few.h"
+#include "gains.h"
 
 namespace lora_kernels {
 namespace LORA_CAPABILITY {
 
 constexpr int64_t WORK_PER_THREAD = 1 << 18;  // multiply-adds below which another thread costs more than it saves
+constexpr int64_t WORK_PER_ELEMENT = 8;       // in multiply-adds, of one that is read from memory, changed and written
 
 LORA_INLINE int64_t useful_threads(int64_t threads, int64_t work) {
     const int64_t most = work / WORK_PER_THREAD + 1;
@@ -19,202 +22,227 @@ template <class T, class E>
 struct Driver {
     static const T* adapter(const void* p) { return static_cast<const T*>(p); }
     static const E* matrix(const void* p) { return static_cast<const E*>(p); }
+    static size_t bytes(int64_t elements) { return static_cast<size_t>(elements) * sizeof(T); }
 
-    // Forward.
-    static int64_t threads_of(const Forward& f) { return useful_threads(f.threads, f.m * f.n * (f.base ? f.k : f.r)); }
-    static bool few(const Forward& f) { return f.base && f.m <= FEW_TOKENS_FORWARD; }
-    static Shrink<T, E> shrink(const Forward& f) {
+    // h = (x * D) Aᵀ.
+    static int64_t threads_of(const ShrinkCall& f) { return useful_threads(f.threads, f.m * f.k * f.r); }
+    static bool few(const ShrinkCall& f) { return f.m <= FEW_TOKENS_FORWARD; }
+    static Shrink<T, E> many(const ShrinkCall& f) {
         return {f.m, f.k, f.r, matrix(f.x), f.ldx, adapter(f.lora_a), f.dropout, static_cast<T*>(f.h)};
     }
-    static Product<T, E> output(const Forward& f) {
+    static size_t shrink_scratch(const ShrinkCall& f) {
+        if (f.m == 0) return 0;
+        return bytes(few(f) ? f.m * f.k : many(f).scratch(threads_of(f)));
+    }
+    static void shrink(const ShrinkCall& f) {
+        if (f.m == 0) return;
+        T* scratch = static_cast<T*>(f.scratch);
+        if (!few(f)) return many(f).run(threads_of(f), scratch);
+        widen_block(matrix(f.x), f.ldx, f.m, f.k, scratch, f.k, f.dropout, 0, 0, f.k);
+        const FewForward<T, T, T> product = {f.m,
+                                             f.r,
+                                             f.k,
+                                             0,
+                                             scratch,
+                                             nullptr,
+                                             0,
+                                             adapter(f.lora_a),
+                                             f.k,
+                                             nullptr,
+                                             nullptr,
+                                             nullptr,
+                                             nullptr,
+                                             nullptr,
+                                             static_cast<T*>(f.h)};
+        product.run(threads_of(f), nullptr);
+    }
+
+    // y and dx.
+    static int64_t threads_of(const ProductCall& f) {
+        int64_t work = 0;
+        for (int64_t t = 0; t < f.count; ++t) {
+            const Term& term = f.terms[t];
+            work += f.m * f.n * (term.weight != nullptr ? term.depth : term.r);
+        }
+        return useful_threads(f.threads, work);
+    }
+    static bool few(const ProductCall& f) {
+        for (int64_t t = 0; t < f.count; ++t) {
+            if (f.terms[t].weight == nullptr) return false;
+        }
+        return f.m <= (f.transposed ? FEW_TOKENS_FORWARD : FEW_TOKENS_BACKWARD);
+    }
+    static Product<T, E> many(const ProductCall& f) {
         Product<T, E> product = {f.m,
                                  f.n,
-                                 f.k,
-                                 f.r,
-                                 matrix(f.x),
-                                 f.ldx,
-                                 f.base ? matrix(f.weight) : nullptr,
-                                 f.ldw,
-                                 true,
-                                 adapter(f.h),
-                                 adapter(f.lora_b),
-                                 static_cast<T>(f.scaling),
+                                 f.terms,
+                                 f.count,
+                                 f.transposed,
+                                 static_cast<T>(f.factor),
                                  adapter(f.bias),
-                                 NO_DROPOUT,
-                                 static_cast<E*>(f.y),
+                                 adapter(f.gain),
+                                 static_cast<E*>(f.linear),
+                                 static_cast<E*>(f.out),
                                  0,
                                  0};
         product.plan(threads_of(f));
         return product;
     }
-    static size_t forward_scratch(const Forward& f) {
-        if (f.m == 0) return 0;
-        if (few(f)) return static_cast<size_t>(f.m * (2 * f.k + f.r) + threads_of(f) * WEIGHT_ROWS * f.k) * sizeof(T);
-        const int64_t threads = threads_of(f);
-        return static_cast<size_t>(most(shrink(f).scratch(useful_threads(f.threads, f.m * f.k * f.r)),
-                                        threads * output(f).scratch_per_task())) *
-               sizeof(T);
+    static FewInputGradient<T, E> few_dx(const ProductCall& f) {
+        return {f.m, f.n, f.terms, f.count, static_cast<E*>(f.out)};
     }
-
-    static void forward_few(const Forward& f) {
-        T* x = static_cast<T*>(f.scratch);
-        T* dropped = x;
-        T* low = x + 2 * f.m * f.k;
-        T* h = static_cast<T*>(f.h);
-        widen_block(matrix(f.x), f.ldx, f.m, f.k, x, f.k, NO_DROPOUT, 0, 0, 0);
-        if (f.dropout.active) {
-            dropped = x + f.m * f.k;
-            widen_block(x, f.k, f.m, f.k, dropped, f.k, f.dropout, 0, 0, f.k);
+    static size_t product_scratch(const ProductCall& f) {
+        if (f.m == 0) return 0;
+        const int64_t threads = threads_of(f);
+        if (!few(f)) return bytes(threads * many(f).scratch_per_task());
+        if (!f.transposed) return bytes(threads * few_dx(f).scratch_per_task());
+        const Term& term = f.terms[0];
+        return bytes(f.m * (term.depth + term.r) + threads * WEIGHT_ROWS * term.depth);
+    }
+    static void product(const ProductCall& f) {
+        if (f.m == 0) return;
+        T* scratch = static_cast<T*>(f.scratch);
+        if (!few(f)) return many(f).run(threads_of(f), scratch);
+        if (!f.transposed) return few_dx(f).run(threads_of(f), scratch);
+        const Term& term = f.terms[0];
+        const int64_t k = term.depth, r = term.r;
+        T* low = scratch + f.m * k;
+        widen_block(matrix(term.left), term.ldl, f.m, k, scratch, k, NO_DROPOUT, 0, 0, 0);
+        for (int64_t i = 0; i < f.m; ++i) {
+            const T* h = adapter(term.low) + i * term.ldlow;
+            for (int64_t q = 0; q < r; ++q) low[i * r + q] = h[q] * static_cast<T>(f.factor);
         }
-        const FewForward<T, T, T> hidden = {f.m, f.r,     f.k,     0,       dropped, nullptr, 0, adapter(f.lora_a),
-                                            f.k, nullptr, nullptr, nullptr, h};
-        hidden.run(useful_threads(f.threads, f.m * f.k * f.r), nullptr);
-        for (int64_t q = 0; q < f.m * f.r; ++q) low[q] = h[q] * static_cast<T>(f.scaling);
         const FewForward<T, E, E> output = {f.m,
                                             f.n,
-                                            f.k,
-                                            f.r,
-                                            x,
-                                            matrix(f.x),
-                                            f.ldx,
-                                            matrix(f.weight),
-                                            f.ldw,
+                                            k,
+                                            r,
+                                            scratch,
+                                            matrix(term.left),
+                                            term.ldl,
+                                            matrix(term.weight),
+                                            term.ldw,
                                             low,
-                                            adapter(f.lora_b),
+                                            adapter(term.adapter),
                                             adapter(f.bias),
-                                            static_cast<E*>(f.y)};
-        output.run(threads_of(f), low + f.m * f.r);
+                                            adapter(f.gain),
+                                            static_cast<E*>(f.linear),
+                                            static_cast<E*>(f.out)};
+        output.run(threads_of(f), low + f.m * r);
     }
 
-    static void forward(const Forward& f) {
-        if (f.m == 0) return;
-        if (few(f)) return forward_few(f);
-        T* scratch = static_cast<T*>(f.scratch);
-        shrink(f).run(useful_threads(f.threads, f.m * f.k * f.r), scratch);
-        output(f).run(threads_of(f), scratch);
+    static void apply_gain(const GainCall& f) {
+        const int64_t tasks = least(useful_threads(f.threads, f.m * f.n * WORK_PER_ELEMENT), f.m);
+        run_tasks(tasks, [&](int64_t task) {
+            const Range range = share(f.m, 1, tasks, task);
+            scale_block(matrix(f.linear) + range.begin * f.n, f.n, range.end - range.begin, f.n, adapter(f.gain),
+                        adapter(f.bias), static_cast<E*>(f.out) + range.begin * f.n, f.n);
+        });
     }
 
-    // Backward.
-    static bool needs_dh(const Backward& b) { return b.dx != nullptr || b.da != nullptr; }
-    static bool few(const Backward& b) { return b.base && b.m <= FEW_TOKENS_BACKWARD; }
-    static FewOutputGradients<T, E> few_of_output(const Backward& b, T* dh) {
-        return {b.m,
-                b.n,
-                b.r,
-                matrix(b.dy),
-                b.lddy,
-                static_cast<T>(b.scaling),
-                adapter(b.lora_b),
-                adapter(b.h),
-                needs_dh(b) ? dh : nullptr,
-                static_cast<T*>(b.db),
-                static_cast<T*>(b.dbias)};
+    // dh, db and dbias: one read of dy.
+    static int64_t threads_of(const OutputGradsCall& f) { return useful_threads(f.threads, 2 * f.m * f.n * f.r); }
+    static bool few(const OutputGradsCall& f) { return f.m <= FEW_TOKENS_BACKWARD; }
+    static FewOutputGradients<T, E> few_of_output(const OutputGradsCall& f) {
+        return {f.m,
+                f.n,
+                f.r,
+                matrix(f.dy),
+                f.lddy,
+                static_cast<T>(f.scaling),
+                adapter(f.lora_b),
+                adapter(f.h),
+                f.ldh,
+                static_cast<T*>(f.dh),
+                static_cast<T*>(f.db),
+                static_cast<T*>(f.dbias)};
     }
-    static FewAdapterGradient<T, E> few_of_input(const Backward& b, const T* dh) {
-        return {b.m, b.k, b.r, matrix(b.x), b.ldx, dh, b.dropout, static_cast<T*>(b.da)};
-    }
-    static int64_t threads_of(const Backward& b) { return useful_threads(b.threads, b.m * b.n * (b.base ? b.k : b.r)); }
-    static int64_t output_threads(const Backward& b) { return useful_threads(b.threads, 2 * b.m * b.n * b.r); }
-    static int64_t input_threads(const Backward& b) { return useful_threads(b.threads, b.m * b.k * b.r); }
-
-    static TokenSums<T, E> of_output(const Backward& b, T* dh) {  // dh, db, dbias: one read of dy
-        return {b.m,
-                b.n,
-                b.r,
-                matrix(b.dy),
-                b.lddy,
+    static TokenSums<T, E> of_output(const OutputGradsCall& f) {
+        return {f.m,
+                f.n,
+                f.r,
+                matrix(f.dy),
+                f.lddy,
                 NO_DROPOUT,
-                static_cast<T>(b.scaling),
-                adapter(b.h),
-                adapter(b.lora_b),
-                static_cast<T*>(b.db),
-                needs_dh(b) ? dh : nullptr,
-                static_cast<T*>(b.dbias),
+                static_cast<T>(f.scaling),
+                adapter(f.h),
+                f.ldh,
+                adapter(f.lora_b),
+                static_cast<T*>(f.db),
+                static_cast<T*>(f.dh),
+                static_cast<T*>(f.dbias),
                 false};
     }
-    static TokenSums<T, E> of_input(const Backward& b, const T* dh) {  // da: one read of x
-        return {b.m,     b.k,     b.r, matrix(b.x), b.ldx, b.dropout, T(1), dh, nullptr, static_cast<T*>(b.da),
-                nullptr, nullptr, true};
+    static size_t output_grads_scratch(const OutputGradsCall& f) {
+        if (f.m == 0) return 0;
+        return bytes(few(f) ? few_of_output(f).scratch(threads_of(f)) : of_output(f).scratch(threads_of(f)));
     }
-    static FewInputGradient<T, E> few_input_gradient(const Backward& b, const T* dh) {
-        return {b.m,
-                b.n,
-                b.k,
-                b.r,
-                matrix(b.dy),
-                b.lddy,
-                matrix(b.weight),
-                b.ldw,
-                dh,
-                adapter(b.lora_a),
-                b.dropout,
-                static_cast<E*>(b.dx)};
-    }
-    static Product<T, E> input_gradient(const Backward& b, const T* dh) {
-        Product<T, E> product = {b.m,
-                                 b.k,
-                                 b.n,
-                                 b.r,
-                                 matrix(b.dy),
-                                 b.lddy,
-                                 b.base ? matrix(b.weight) : nullptr,
-                                 b.ldw,
-                                 false,
-                                 dh,
-                                 adapter(b.lora_a),
-                                 T(1),
-                                 nullptr,
-                                 b.dropout,
-                                 static_cast<E*>(b.dx),
-                                 0,
-                                 0};
-        product.plan(threads_of(b));
-        return product;
-    }
-
-    static size_t backward_scratch(const Backward& b) {
-        if (b.m == 0) return 0;
-        T dh;  // only whether it is due counts here
-        int64_t size;
-        if (few(b)) {
-            size =
-                most(few_of_output(b, &dh).scratch(output_threads(b)), few_of_input(b, &dh).scratch(input_threads(b)));
-            size = most(size, threads_of(b) * few_input_gradient(b, &dh).scratch_per_task());
+    static void output_grads(const OutputGradsCall& f) {
+        T* scratch = static_cast<T*>(f.scratch);
+        if (f.m == 0) {
+            if (f.db != nullptr) fill(static_cast<T*>(f.db), f.n * f.r, T(0));
+            if (f.dbias != nullptr) fill(static_cast<T*>(f.dbias), f.n, T(0));
+        } else if (few(f)) {
+            few_of_output(f).run(threads_of(f), scratch);
         } else {
-            size = most(of_output(b, &dh).scratch(output_threads(b)), of_input(b, &dh).scratch(input_threads(b)));
-            size = most(size, threads_of(b) * input_gradient(b, &dh).scratch_per_task());
-        }
-        return static_cast<size_t>(size + round_up(b.m * b.r, 16)) * sizeof(T);
-    }
-
-    static void backward_empty(const Backward& b) {
-        if (b.da != nullptr) fill(static_cast<T*>(b.da), b.r * b.k, T(0));
-        if (b.db != nullptr) fill(static_cast<T*>(b.db), b.n * b.r, T(0));
-        if (b.dbias != nullptr) fill(static_cast<T*>(b.dbias), b.n, T(0));
-    }
-
-    static void backward(const Backward& b) {
-        if (b.m == 0) return backward_empty(b);
-        T* dh = static_cast<T*>(b.scratch);
-        T* scratch = dh + round_up(b.m * b.r, 16);
-        const bool of_dy = needs_dh(b) || b.db != nullptr || b.dbias != nullptr;
-        if (few(b)) {
-            if (of_dy) few_of_output(b, dh).run(output_threads(b), scratch);
-            if (b.da != nullptr) few_of_input(b, dh).run(input_threads(b), scratch);
-            if (b.dx != nullptr) few_input_gradient(b, dh).run(threads_of(b), scratch);
-        } else {
-            if (of_dy) of_output(b, dh).run(output_threads(b), scratch);
-            if (b.da != nullptr) of_input(b, dh).run(input_threads(b), scratch);
-            if (b.dx != nullptr) input_gradient(b, dh).run(threads_of(b), scratch);
+            of_output(f).run(threads_of(f), scratch);
         }
     }
+
+    // da: one read of x.
+    static int64_t threads_of(const AGradCall& f) { return useful_threads(f.threads, f.m * f.k * f.r); }
+    static bool few(const AGradCall& f) { return f.m <= FEW_TOKENS_BACKWARD; }
+    static FewAdapterGradient<T, E> few_of_input(const AGradCall& f) {
+        return {f.m, f.k, f.r, matrix(f.x), f.ldx, adapter(f.dh), f.lddh, f.dropout, static_cast<T*>(f.da)};
+    }
+    static TokenSums<T, E> of_input(const AGradCall& f) {
+        return {f.m,           f.k,    f.r,     matrix(f.x),           f.ldx,   f.dropout, T(1),
+                adapter(f.dh), f.lddh, nullptr, static_cast<T*>(f.da), nullptr, nullptr,   true};
+    }
+    static size_t a_grad_scratch(const AGradCall& f) {
+        if (f.m == 0) return 0;
+        return bytes(few(f) ? few_of_input(f).scratch(threads_of(f)) : of_input(f).scratch(threads_of(f)));
+    }
+    static void a_grad(const AGradCall& f) {
+        T* scratch = static_cast<T*>(f.scratch);
+        if (f.m == 0) return fill(static_cast<T*>(f.da), f.r * f.k, T(0));
+        if (few(f)) return few_of_input(f).run(threads_of(f), scratch);
+        of_input(f).run(threads_of(f), scratch);
+    }
+
+    static void gain_grad(const GainGradCall& f) {
+        const GainGradients<T, E> gradients = {f.m,
+                                               f.n,
+                                               matrix(f.dy),
+                                               f.lddy,
+                                               matrix(f.linear),
+                                               f.ldl,
+                                               adapter(f.gain),
+                                               static_cast<E*>(f.dlinear),
+                                               static_cast<T*>(f.dgain),
+                                               static_cast<T*>(f.dbias)};
+        gradients.run(useful_threads(f.threads, f.m * f.n * WORK_PER_ELEMENT));
+    }
+
+    static RowNorms<T, E> norms_of(const RowNormsCall& f) {
+        return {f.n,
+                f.k,
+                f.r,
+                matrix(f.weight),
+                f.ldw,
+                f.across,
+                adapter(f.lora_a),
+                adapter(f.lora_b),
+                static_cast<T>(f.scaling),
+                static_cast<T*>(f.norms)};
+    }
+    static int64_t threads_of(const RowNormsCall& f) { return useful_threads(f.threads, f.n * f.k * f.r); }
+    static size_t row_norms_scratch(const RowNormsCall& f) { return bytes(norms_of(f).scratch(threads_of(f))); }
+    static void row_norms(const RowNormsCall& f) { norms_of(f).run(threads_of(f), static_cast<T*>(f.scratch)); }
 };
 
 // Adapters and bias come in any dtype and leave as T, rounded to E on the way; gradients go the other way.
 template <class T, class E>
 struct Conversion {
-    static constexpr int64_t WORK_PER_ELEMENT = 8;  // in multiply-adds: it is read from memory, rounded and written
-
     template <class S>
     static void rows_of(const void* source, int64_t row_stride, int64_t column_stride, const Range& rows,
                         int64_t columns, T* out) {
@@ -307,10 +335,18 @@ static void draw_mask(const Dropout& dropout, int64_t rows, int64_t columns, int
 }
 
 template <class T, class E>
-constexpr Kernels KERNELS = {Driver<T, E>::forward_scratch,
-                             Driver<T, E>::forward,
-                             Driver<T, E>::backward_scratch,
-                             Driver<T, E>::backward,
+constexpr Kernels KERNELS = {Driver<T, E>::shrink_scratch,
+                             Driver<T, E>::shrink,
+                             Driver<T, E>::product_scratch,
+                             Driver<T, E>::product,
+                             Driver<T, E>::apply_gain,
+                             Driver<T, E>::output_grads_scratch,
+                             Driver<T, E>::output_grads,
+                             Driver<T, E>::a_grad_scratch,
+                             Driver<T, E>::a_grad,
+                             Driver<T, E>::gain_grad,
+                             Driver<T, E>::row_norms_scratch,
+                             Driver<T, E>::row_norms,
                              Conversion<T, E>::adapter,
                              Conversion<T, E>::gradient,
                              draw_mask};

@@ -86,7 +86,7 @@ LORA_INLINE void dot_pairs(int64_t k, const bf16* x, int64_t ldx, const bf16* w,
     }
 }
 
-// out (m, n) = x weightᵀ + low lora_bᵀ + bias, rounded once from T.
+// out (m, n) = gain * l + bias with l = x weightᵀ + low lora_bᵀ, rounded once from T.
 template <class T, class E, class Out>
 struct FewForward {
     int64_t m, n, k, r;
@@ -95,8 +95,9 @@ struct FewForward {
     int64_t ldx;
     const E* weight;
     int64_t ldw;
-    const T *low, *lora_b, *bias;  // low = s h (m, r); bias may be null
-    Out* out;
+    const T *low, *lora_b;  // low = s h (m, r)
+    const T *bias, *gain;   // (n) or null
+    Out *linear, *out;      // linear, l, may be null
 
     template <int MR, int NR, class W>
     void block(int64_t i, int64_t j, const W* rows, int64_t ldr) const {
@@ -109,8 +110,10 @@ struct FewForward {
         if (r > 0) dot_rows<T, T, MR, NR>(r, low + i * r, r, lora_b + j * r, r, sums);
         for (int row = 0; row < MR; ++row) {
             for (int column = 0; column < NR; ++column) {
-                const T base = bias == nullptr ? T(0) : bias[j + column];
-                narrow(sum_lanes(sums[row][column]) + base, out + (i + row) * n + j + column);
+                const int64_t at = (i + row) * n + j + column;
+                const T sum = sum_lanes(sums[row][column]), offset = bias == nullptr ? T(0) : bias[j + column];
+                if (linear != nullptr) narrow(sum, linear + at);
+                narrow(gain == nullptr ? sum + offset : sum * gain[j + column] + offset, out + at);
             }
         }
     }
@@ -155,6 +158,7 @@ struct FewOutputGradients {
     int64_t lddy;
     T scaling;
     const T *lora_b, *h;
+    int64_t ldh;
     T *dh, *db, *dbias;  // null: not due
 
     // lower (r) += Σ_j factors[j] B[j] over columns of the range; four chains of sums, added in a fixed order.
@@ -189,7 +193,7 @@ struct FewOutputGradients {
             if (dh != nullptr) reduce(range, factors, lower + i * r);
             for (int64_t j = 0; db != nullptr && j < width; ++j) {
                 T* row = db + (range.begin + j) * r;
-                for (int64_t q = 0; q < r; ++q) row[q] = (i == 0 ? T(0) : row[q]) + factors[j] * h[i * r + q];
+                for (int64_t q = 0; q < r; ++q) row[q] = (i == 0 ? T(0) : row[q]) + factors[j] * h[i * ldh + q];
             }
         }
     }
@@ -216,6 +220,7 @@ struct FewAdapterGradient {
     const E* x;
     int64_t ldx;
     const T* dh;
+    int64_t lddh;
     Dropout dropout;
     T* da;
 
@@ -230,7 +235,7 @@ struct FewAdapterGradient {
             for (int64_t q = 0; q < r; ++q) {
                 T* row = da + q * k + range.begin;
                 for (int64_t i = 0; i < m; ++i) {
-                    const T factor = dh[i * r + q];
+                    const T factor = dh[i * lddh + q];
                     for (int64_t j = 0; j < width; ++j)
                         row[j] = (i == 0 ? T(0) : row[j]) + factor * tokens[i * width + j];
                 }
@@ -239,29 +244,25 @@ struct FewAdapterGradient {
     }
 };
 
-// dx (m, k) = D * (dh A) + dy W, for a range of columns: SPAN / m columns of sums at a time, WEIGHT rows of W at a
-// time.
+// dx (m, k) = Σ_terms D * (dh A) + dy W, for a range of columns: SPAN / m columns of sums at a time, STEP rows of W at
+// a time. Every term has its weight.
 template <class T, class E>
 struct FewInputGradient {
     static constexpr int64_t SPAN = 8192;
     static constexpr int STEP = 8;
 
-    int64_t m, n, k, r;
-    const E* dy;
-    int64_t lddy;
-    const E* weight;
-    int64_t ldw;
-    const T *dh, *lora_a;
-    Dropout dropout;
+    int64_t m, k;
+    const Term* terms;
+    int64_t count;
     E* dx;
 
     // sums (m, columns) += factors (m, STEP) rows (STEP, columns)
     template <class S>
-    void add_rows(int64_t columns, const T* factors, const S* rows, int64_t ldr, int count, T* sums,
+    void add_rows(int64_t columns, const T* factors, const S* rows, int64_t ldr, int steps, T* sums,
                   int64_t lds) const {
         constexpr int VL = lanes<T>;
         int64_t j = 0;
-        for (; count == STEP && j + VL <= columns; j += VL) {
+        for (; steps == STEP && j + VL <= columns; j += VL) {
             Vector<T> right[STEP];
 #pragma GCC unroll 8
             for (int s = 0; s < STEP; ++s) right[s] = load(rows + s * ldr + j);
@@ -278,38 +279,53 @@ struct FewInputGradient {
         for (; j < columns; ++j) {
             for (int64_t i = 0; i < m; ++i) {
                 T sum = sums[i * lds + j];
-                for (int s = 0; s < count; ++s) sum += factors[i * STEP + s] * widen(rows[s * ldr + j]);
+                for (int s = 0; s < steps; ++s) sum += factors[i * STEP + s] * widen(rows[s * ldr + j]);
                 sums[i * lds + j] = sum;
             }
         }
     }
 
-    void task(const Range& range, T* sums) const {
-        const int64_t span = round_up(SPAN / m, 64);
+    // sums (m, columns) += left (m, depth) rows (depth, columns)
+    template <class L, class S>
+    void add_product(int64_t columns, int64_t depth, const L* left, int64_t ldl, const S* rows, int64_t ldr,
+                     T* sums) const {
         T factors[FEW_TOKENS_BACKWARD * STEP];
-        for (int64_t j = range.begin; j < range.end; j += span) {
-            const int64_t columns = least(span, range.end - j);
-            fill(sums, m * span, T(0));
-            for (int64_t s = 0; s < r; s += STEP) {
-                const int count = static_cast<int>(least(STEP, r - s));
-                for (int64_t i = 0; i < m; ++i) {
-                    for (int q = 0; q < count; ++q) factors[i * STEP + q] = dh[i * r + s + q];
-                }
-                add_rows(columns, factors, lora_a + s * k + j, k, count, sums, span);
+        for (int64_t s = 0; s < depth; s += STEP) {
+            const int steps = static_cast<int>(least(STEP, depth - s));
+            for (int64_t i = 0; i < m; ++i) {
+                for (int q = 0; q < steps; ++q) factors[i * STEP + q] = widen(left[i * ldl + s + q]);
             }
-            for (int64_t i = 0; dropout.active && i < m; ++i) apply_dropout(dropout, i, j, k, sums + i * span, columns);
-            for (int64_t s = 0; s < n; s += STEP) {
-                const int count = static_cast<int>(least(STEP, n - s));
-                for (int64_t i = 0; i < m; ++i) {
-                    for (int q = 0; q < count; ++q) factors[i * STEP + q] = widen(dy[i * lddy + s + q]);
-                }
-                add_rows(columns, factors, weight + s * ldw + j, ldw, count, sums, span);
-            }
-            narrow_block(sums, span, m, columns, dx + j, k);
+            add_rows(columns, factors, rows + s * ldr, ldr, steps, sums, span());
         }
     }
 
-    int64_t scratch_per_task() const { return m * round_up(SPAN / m, 64); }
+    void task(const Range& range, T* sums) const {
+        T* spare = sums + m * span();
+        for (int64_t j = range.begin; j < range.end; j += span()) {
+            const int64_t columns = least(span(), range.end - j);
+            fill(sums, m * span(), T(0));
+            for (int64_t t = 0; t < count; ++t) {
+                const Term& term = terms[t];
+                const bool apart = is_apart(terms, t);
+                T* into = apart ? spare : sums;
+                if (apart) fill(spare, m * span(), T(0));
+                add_product(columns, term.r, static_cast<const T*>(term.low), term.ldlow,
+                            static_cast<const T*>(term.adapter) + j, k, into);
+                for (int64_t i = 0; term.dropout.active && i < m; ++i)
+                    apply_dropout(term.dropout, i, j, k, into + i * span(), columns);
+                if (apart) add_to(sums, spare, m * span());
+            }
+            for (int64_t t = 0; t < count; ++t) {
+                const Term& term = terms[t];
+                add_product(columns, term.depth, static_cast<const E*>(term.left), term.ldl,
+                            static_cast<const E*>(term.weight) + j, term.ldw, sums);
+            }
+            narrow_block(sums, span(), m, columns, dx + j, k);
+        }
+    }
+
+    int64_t span() const { return round_up(SPAN / m, 64); }
+    int64_t scratch_per_task() const { return (any_apart(terms, count) ? 2 : 1) * m * span(); }
     void run(int64_t threads, T* scratch) const {
         const int64_t tasks = least(threads, ceil_div(k, 64));
         run_tasks(tasks,

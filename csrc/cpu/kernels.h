@@ -18,34 +18,100 @@ struct Dropout {
 };
 
 // T is the accumulation type (float, or double for fp64), E the compute dtype's storage. Matrices are row-major with
-// unit column stride; ld* is the distance of two rows in elements. Adapters and bias are T, already rounded to E.
-struct Forward {
-    int64_t m, n, k, r;
-    const void *x, *weight;  // E (m, k), (n, k)
-    int64_t ldx, ldw;
-    const void *lora_a, *lora_b;  // T (r, k), (n, r), contiguous
-    const void* bias;             // T (n) or null
-    double scaling;
+// unit column stride; ld* is the distance of two rows in elements. Adapters, bias and gain are T, adapters and bias
+// already rounded to E. Results are contiguous; those that are not due are null. `threads` is how many there are, and
+// `scratch` what the kernel's *_scratch asks for in bytes, 64-byte aligned.
+struct ShrinkCall {  // h = (x * D) Aᵀ
+    int64_t m, k, r;
+    const void* x;  // E (m, k)
+    int64_t ldx;
+    const void* lora_a;  // T (r, k), contiguous
     Dropout dropout;
-    bool base;  // false: y leaves without x Wᵀ, and the library's product accumulates onto it
-    void* y;    // E (m, n), contiguous
-    void* h;    // T (m, r), contiguous
+    void* h;  // T (m, r)
     int64_t threads;
-    void* scratch;  // forward_scratch(...) bytes, 64-byte aligned
+    void* scratch;
 };
 
-// Outputs that are not due are null; weight, x and h are given where dx, da and db are due.
-struct Backward {
-    int64_t m, n, k, r;
-    const void *dy, *x, *weight;  // E (m, n), (m, k), (n, k)
-    int64_t lddy, ldx, ldw;
-    const void *lora_a, *lora_b;  // T (r, k), (n, r), contiguous
-    const void* h;                // T (m, r), contiguous
+// One layer's summand of a product: left right + D * (factor low adapter).
+struct Term {
+    int64_t depth, r;
+    const void* left;  // E (m, depth)
+    int64_t ldl;
+    const void*
+        weight;  // E (n, depth), as y's, or (depth, n), as dx's; null: the library's product is added afterwards
+    int64_t ldw;
+    const void* low;  // T (m, r)
+    int64_t ldlow;
+    const void* adapter;  // T (n, r) or (r, n), contiguous
+    Dropout dropout;      // of the low-rank part, as a matrix (m, n)
+};
+
+struct ProductCall {  // out = gain * (Σ terms) + bias
+    int64_t m, n;
+    const Term* terms;
+    int64_t count;
+    bool transposed;  // the terms' weights and adapters are (n, ...), as y = x Wᵀ has them: one term, no dropout
+    double factor;
+    const void *bias, *gain;  // T (n) or null
+    void* linear;             // E (m, n): Σ terms, where gain is there and somebody asks for it
+    void* out;                // E (m, n)
+    int64_t threads;
+    void* scratch;
+};
+
+struct GainCall {  // out = gain * linear + bias, where the library's product came last
+    int64_t m, n;
+    const void* linear;       // E (m, n), contiguous; may be out
+    const void *gain, *bias;  // T (n); bias may be null
+    void* out;                // E (m, n)
+    int64_t threads;
+};
+
+struct OutputGradsCall {  // dh = s dy B, db = s dyᵀ h, dbias = Σ dy
+    int64_t m, n, r;
+    const void* dy;  // E (m, n)
+    int64_t lddy;
+    const void* lora_b;  // T (n, r), contiguous; read where dh is due
+    const void* h;       // T (m, r); read where db is due
+    int64_t ldh;
     double scaling;
+    void *dh, *db, *dbias;  // T (m, r), (n, r), (n)
+    int64_t threads;
+    void* scratch;
+};
+
+struct AGradCall {  // da = dhᵀ (x * D)
+    int64_t m, k, r;
+    const void* x;  // E (m, k)
+    int64_t ldx;
+    const void* dh;  // T (m, r)
+    int64_t lddh;
     Dropout dropout;
-    bool base;              // false: dx leaves without dy W
-    void* dx;               // E (m, k), contiguous
-    void *da, *db, *dbias;  // T (r, k), (n, r), (n), contiguous
+    void* da;  // T (r, k)
+    int64_t threads;
+    void* scratch;
+};
+
+struct GainGradCall {  // dlinear = gain * dy, dgain = Σ dy * linear, dbias = Σ dy
+    int64_t m, n;
+    const void* dy;  // E (m, n)
+    int64_t lddy;
+    const void* linear;  // E (m, n); read where dgain is due
+    int64_t ldl;
+    const void* gain;     // T (n)
+    void* dlinear;        // E (m, n)
+    void *dgain, *dbias;  // T (n)
+    int64_t threads;
+};
+
+struct RowNormsCall {  // norms = ‖W + s B A‖ of each row
+    int64_t n, k, r;
+    const void* weight;  // E (n, k), or (k, n) where across
+    int64_t ldw;
+    bool across;
+    const void *lora_a, *lora_b;  // T (r, k), (n, r), contiguous
+    double scaling;
+    void* norms;  // T (n)
     int64_t threads;
     void* scratch;
 };
@@ -53,10 +119,18 @@ struct Backward {
 enum class Dtype { fp32, bf16, fp16, fp64 };
 
 struct Kernels {
-    size_t (*forward_scratch)(const Forward&);
-    void (*forward)(const Forward&);
-    size_t (*backward_scratch)(const Backward&);
-    void (*backward)(const Backward&);
+    size_t (*shrink_scratch)(const ShrinkCall&);
+    void (*shrink)(const ShrinkCall&);
+    size_t (*product_scratch)(const ProductCall&);
+    void (*product)(const ProductCall&);
+    void (*apply_gain)(const GainCall&);
+    size_t (*output_grads_scratch)(const OutputGradsCall&);
+    void (*output_grads)(const OutputGradsCall&);
+    size_t (*a_grad_scratch)(const AGradCall&);
+    void (*a_grad)(const AGradCall&);
+    void (*gain_grad)(const GainGradCall&);
+    size_t (*row_norms_scratch)(const RowNormsCall&);
+    void (*row_norms)(const RowNormsCall&);
     // out (rows, columns), contiguous T: a matrix of any dtype and strides, rounded to the compute dtype.
     void (*adapter)(const void* source, Dtype dtype, int64_t row_stride, int64_t column_stride, int64_t rows,
                     int64_t columns, int64_t threads, void* out);

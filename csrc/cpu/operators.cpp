@@ -1,7 +1,10 @@
-// The three operators for CPU tensors; lora_kernels/ops.py defines their schemas. Torch's part of the work: shapes,
-// allocation, adapters of another dtype, and the base product where the library's own is the quicker one.
-#include "../common.h"
-#include "tensors.h"
+// The operators for CPU tensors; lora_kernels/ops.py defines their schemas. Torch's part of the work: shapes,
+// allocation, and the base product where the library's own is the quicker one. Forward and backward of a whole layer
+// are made of the parts.
+#include <algorithm>
+#include <vector>
+
+#include "arguments.h"
 
 namespace lora_kernels {
 
@@ -23,10 +26,10 @@ void parallel(int64_t tasks, void (*body)(void*, int64_t), void* context) {
 
 namespace {
 
-int64_t thread_count() { return torch::stable::get_num_threads(); }
-
 // The library's product, accumulated onto out (m, n): out += left (m, k) right (k, n).
 void accumulate_product(const Tensor& out, const Tensor& left, const Tensor& right) {
+    const auto sizes = left.sizes();
+    if (out.numel() == 0 || sizes[1] == 0) return;
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0));
 }
 
@@ -47,198 +50,279 @@ Tensor transposed(const Tensor& matrix) {
     return Tensor(handle);
 }
 
-Dropout dropout_of(const std::optional<Tensor>& state, double p) {
-    if (!state.has_value()) return {false, 0, 0, 0, 1.0};
-    STD_TORCH_CHECK(state->numel() == 2 && state->scalar_type() == ScalarType::Long,
-                    "dropout's state must be the int64 (2,) seed that the native backend draws.");
-    const Tensor seed = torch::stable::contiguous(*state);
-    const int64_t* words = static_cast<const int64_t*>(seed.const_data_ptr());
-    return {true, static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[1]), dropout_threshold(p),
-            1.0 / (1.0 - p)};
+int64_t rows_of(const Tensor& matrix, const char* name) {
+    STD_TORCH_CHECK(matrix.dim() == 2, name, " must be a matrix, and it has ", matrix.dim(), " dimensions.");
+    return matrix.sizes()[0];
+}
+int64_t columns_of(const Tensor& matrix, const char* name) {
+    rows_of(matrix, name);
+    return matrix.sizes()[1];
 }
 
-// An adapter (or a bias, as one row) as the kernels read it: contiguous, in the accumulation type, rounded to the
-// compute dtype. Read in place where it is so already.
-struct Adapter {
-    std::unique_ptr<Scratch> converted;
-    const void* data;
+Tensor shrink_by(const Tensor& x, const Tensor& lora_a, double p, const Tensor* state) {
+    const Dtype compute = dtype_of(x, "x");
+    const Matrix tokens(x, "x");
+    const int64_t m = tokens.rows, k = tokens.columns, r = rows_of(lora_a, "lora_a");
+    expect(lora_a, "lora_a", {r, k});
+    const Kernels& kernels = kernels_for(compute);
+    const Adapter a(lora_a, "lora_a", compute);
+    Tensor h = empty({m, r}, scalar_type_of(hidden_of(compute)));
+    ShrinkCall call = {
+        m,      k, r, tokens.data, tokens.stride, a.data, dropout_of(state, p), h.mutable_data_ptr(), thread_count(),
+        nullptr};
+    const Scratch scratch(kernels.shrink_scratch(call));
+    call.scratch = scratch.get();
+    kernels.shrink(call);
+    return h;
+}
 
-    Adapter(const Tensor& tensor, const char* name, const Kernels& kernels, Dtype compute) {
-        const Dtype own = dtype_of(tensor, name);
-        const bool vector = tensor.dim() == 1;
-        const auto sizes = tensor.sizes();
-        const int64_t rows = vector ? 1 : sizes[0], columns = vector ? sizes[0] : sizes[1];
-        if (own == compute && own == hidden_of(compute) && tensor.is_contiguous()) {
-            data = tensor.const_data_ptr();
-            return;
+Tensor shrink(const Tensor& x, const Tensor& lora_a, double p, const std::optional<Tensor>& state) {
+    return shrink_by(x, lora_a, p, pointer(state));
+}
+
+std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& weight, const Tensor& lora_b, const Tensor& h,
+                                   const std::optional<Tensor>& bias, const std::optional<Tensor>& gain, double scaling,
+                                   bool keep) {
+    const Dtype compute = dtype_of(x, "x"), wide = hidden_of(compute);
+    const Matrix tokens(x, "x"), low(h, "h");
+    const int64_t m = tokens.rows, k = tokens.columns, r = columns_of(lora_b, "lora_b"), n = lora_b.sizes()[0];
+    expect(weight, "weight", {n, k}, compute);
+    expect(h, "h", {m, r}, wide);
+    expect(bias, "bias", {n});
+    expect(gain, "gain", {n});
+    const Kernels& kernels = kernels_for(compute);
+    const Adapter b(lora_b, "lora_b", compute);
+    const OptionalAdapter offset(bias, "bias", compute), factor(gain, "gain", wide);
+    const bool own = multiplies(weight, compute, m, n, k), gained = gain.has_value(), kept = gained && keep;
+    std::optional<Matrix> base;
+    if (own) base.emplace(weight, "weight");
+    Tensor y = empty({m, n}, x.scalar_type()),
+           linear = kept ? empty({m, n}, x.scalar_type()) : empty({0}, x.scalar_type());
+    const Term term = {
+        k,        r,          tokens.data, tokens.stride,           own ? base->data : nullptr, own ? base->stride : 0,
+        low.data, low.stride, b.data,      dropout_of(nullptr, 0.0)};
+    ProductCall call = {m,
+                        n,
+                        &term,
+                        1,
+                        true,
+                        scaling,
+                        offset.data,
+                        factor.data,
+                        kept ? linear.mutable_data_ptr() : nullptr,
+                        y.mutable_data_ptr(),
+                        thread_count(),
+                        nullptr};
+    const Tensor& sums = kept ? linear : y;
+    if (!own && gained) {  // both come after the library's product
+        call.bias = call.gain = call.linear = nullptr;
+        call.out = sums.mutable_data_ptr();
+    }
+    const Scratch scratch(kernels.product_scratch(call));
+    call.scratch = scratch.get();
+    kernels.product(call);
+    if (!own) {
+        accumulate_product(sums, tokens.tensor, transposed(weight));
+        if (gained) {
+            kernels.apply_gain(
+                {m, n, sums.const_data_ptr(), factor.data, offset.data, y.mutable_data_ptr(), thread_count()});
         }
-        const size_t size = hidden_of(compute) == Dtype::fp64 ? 8 : 4;
-        converted = std::make_unique<Scratch>(static_cast<size_t>(rows * columns) * size);
-        data = converted->get();
-        kernels.adapter(tensor.const_data_ptr(), own, vector ? 0 : tensor.stride(0), tensor.stride(vector ? 0 : 1),
-                        rows, columns, thread_count(), converted->get());
     }
-};
+    return {y, linear};
+}
 
-// Sizes that the adapters give; every other tensor must fit them. lora_linear has said all this in better words before:
-// this is for who calls the operators themselves.
-struct Sizes {
-    int64_t n, k, r;
+// dh where it is due, else empty; db where h is there; dbias where bias is.
+std::tuple<Tensor, Tensor, Tensor> grads_of_output(const Tensor& dy, const Tensor& lora_b,
+                                                   const std::optional<Tensor>& h, const std::optional<Tensor>& bias,
+                                                   double scaling, bool need_dh) {
+    const Dtype compute = dtype_of(dy, "dy"), wide = hidden_of(compute);
+    const Matrix outer(dy, "dy");
+    const int64_t m = outer.rows, n = outer.columns, r = columns_of(lora_b, "lora_b");
+    expect(lora_b, "lora_b", {n, r});
+    expect(bias, "bias", {n});
+    std::optional<Matrix> hidden;
+    if (h.has_value()) {
+        expect(*h, "h", {m, r}, wide);
+        hidden.emplace(*h, "h");
+    }
+    const Kernels& kernels = kernels_for(compute);
+    const Adapter b(lora_b, "lora_b", compute);
+    Tensor dh = need_dh ? empty({m, r}, scalar_type_of(wide)) : empty({0}, scalar_type_of(wide));
+    const AdapterGradient db(h.has_value(), {n, r}, dtype_of(lora_b, "lora_b"), compute);
+    const AdapterGradient dbias(bias.has_value(), {n}, bias.has_value() ? dtype_of(*bias, "bias") : compute, compute);
+    OutputGradsCall call = {m,
+                            n,
+                            r,
+                            outer.data,
+                            outer.stride,
+                            b.data,
+                            hidden ? hidden->data : nullptr,
+                            hidden ? hidden->stride : 0,
+                            scaling,
+                            need_dh ? dh.mutable_data_ptr() : nullptr,
+                            db.data,
+                            dbias.data,
+                            thread_count(),
+                            nullptr};
+    const Scratch scratch(kernels.output_grads_scratch(call));
+    call.scratch = scratch.get();
+    if (need_dh || h.has_value() || bias.has_value()) kernels.output_grads(call);
+    db.finish(kernels);
+    dbias.finish(kernels);
+    return {dh, db.result, dbias.result};
+}
 
-    Sizes(const Tensor& lora_a, const Tensor& lora_b) {
-        STD_TORCH_CHECK(lora_a.dim() == 2 && lora_b.dim() == 2 && lora_a.sizes()[0] == lora_b.sizes()[1],
-                        "lora_a (R, K) and lora_b (N, R) must be matrices of one rank R.");
-        n = lora_b.sizes()[0], k = lora_a.sizes()[1], r = lora_a.sizes()[0];
+std::tuple<Tensor, Tensor, Tensor> output_grads(const Tensor& dy, const Tensor& lora_b, const std::optional<Tensor>& h,
+                                                const std::optional<Tensor>& bias, double scaling) {
+    return grads_of_output(dy, lora_b, h, bias, scaling, true);
+}
+
+// dx of `count` layers, one at least; states is null where nothing is dropped.
+Tensor sum_of_input_grads(int64_t count, const Tensor* dys, const Tensor* weights, const Tensor* dhs,
+                          const Tensor* lora_as, double p, const Tensor* states) {
+    const Dtype compute = dtype_of(dys[0], "dy");
+    const int64_t m = rows_of(dys[0], "dy"), k = columns_of(weights[0], "weight");
+    const Kernels& kernels = kernels_for(compute);
+    std::vector<Matrix> matrices;
+    std::vector<Adapter> adapters;
+    std::vector<Term> terms;
+    std::vector<const Tensor*> lefts;
+    matrices.reserve(3 * count), adapters.reserve(count), terms.reserve(count), lefts.reserve(count);
+    for (int64_t i = 0; i < count; ++i) {
+        const Matrix& outer = matrices.emplace_back(dys[i], "dy");
+        lefts.push_back(&outer.tensor);
+        const int64_t n = outer.columns, r = rows_of(lora_as[i], "lora_a");
+        expect(dys[i], "dy", {m, n}, compute);
+        expect(weights[i], "weight", {n, k}, compute);
+        expect(dhs[i], "dh", {m, r}, hidden_of(compute));
+        expect(lora_as[i], "lora_a", {r, k});
+        const Matrix& low = matrices.emplace_back(dhs[i], "dh");
+        const Matrix* base =
+            multiplies(weights[i], compute, m, n, k) ? &matrices.emplace_back(weights[i], "weight") : nullptr;
+        adapters.emplace_back(lora_as[i], "lora_a", compute);
+        terms.push_back({n, r, outer.data, outer.stride, base ? base->data : nullptr, base ? base->stride : 0, low.data,
+                         low.stride, adapters.back().data, dropout_of(states == nullptr ? nullptr : states + i, p)});
     }
-    static void expect(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes, Dtype dtype) {
-        const auto given = tensor.sizes();
-        bool fits = given.size() == sizes.size();
-        for (size_t i = 0; fits && i < sizes.size(); ++i) fits = given[i] == sizes.begin()[i];
-        STD_TORCH_CHECK(fits, name,
-                        " has a shape that does not fit the other tensors: x is (M, K), weight (N, K), bias (N,), "
-                        "dy (M, N), h (M, R).");
-        STD_TORCH_CHECK(dtype_of(tensor, name) == dtype, name,
-                        " must have the dtype of the product that it is in: x, dy and "
-                        "weight share the compute dtype, h is fp32 (fp64 for fp64).");
+    Tensor dx = empty({m, k}, dys[0].scalar_type());
+    ProductCall call = {m,       k,       terms.data(),          count,          false,  1.0, nullptr,
+                        nullptr, nullptr, dx.mutable_data_ptr(), thread_count(), nullptr};
+    const Scratch scratch(kernels.product_scratch(call));
+    call.scratch = scratch.get();
+    kernels.product(call);
+    for (int64_t i = 0; i < count; ++i) {
+        if (terms[i].weight == nullptr) accumulate_product(dx, *lefts[i], weights[i]);
     }
-    void expect_bias(const Tensor& bias) const { expect(bias, "bias", {n}, dtype_of(bias, "bias")); }
-};
+    return dx;
+}
+
+Tensor input_grad(const std::vector<Tensor>& dys, const std::vector<Tensor>& weights, const std::vector<Tensor>& dhs,
+                  const std::vector<Tensor>& lora_as, double p, const std::vector<Tensor>& states) {
+    const size_t count = dys.size();
+    STD_TORCH_CHECK(weights.size() == count && dhs.size() == count && lora_as.size() == count &&
+                        (states.empty() || states.size() == count),
+                    "dys, weights, dhs and lora_as must be as long as each other, and so must states be, or empty.");
+    return sum_of_input_grads(static_cast<int64_t>(count), dys.data(), weights.data(), dhs.data(), lora_as.data(), p,
+                              states.empty() ? nullptr : states.data());
+}
+
+// da in the dtype `own`.
+Tensor a_grad_in(Dtype own, const Tensor& dh, const Tensor& x, double p, const Tensor* state) {
+    const Dtype compute = dtype_of(x, "x");
+    const Matrix tokens(x, "x"), low(dh, "dh");
+    const int64_t m = tokens.rows, k = tokens.columns, r = low.columns;
+    expect(dh, "dh", {m, r}, hidden_of(compute));
+    const Kernels& kernels = kernels_for(compute);
+    const AdapterGradient da(true, {r, k}, own, compute);
+    AGradCall call = {
+        m,      k, r, tokens.data, tokens.stride, low.data, low.stride, dropout_of(state, p), da.data, thread_count(),
+        nullptr};
+    const Scratch scratch(kernels.a_grad_scratch(call));
+    call.scratch = scratch.get();
+    kernels.a_grad(call);
+    da.finish(kernels);
+    return da.result;
+}
+
+Tensor a_grad(const Tensor& dh, const Tensor& x, double p, const std::optional<Tensor>& state) {
+    return a_grad_in(hidden_of(dtype_of(x, "x")), dh, x, p, pointer(state));
+}
+
+std::tuple<Tensor, Tensor, Tensor> gain_grad(const Tensor& dy, const std::optional<Tensor>& linear, const Tensor& gain,
+                                             const std::optional<Tensor>& bias) {
+    const Dtype compute = dtype_of(dy, "dy");
+    const Matrix outer(dy, "dy");
+    const int64_t m = outer.rows, n = outer.columns;
+    std::optional<Matrix> beside;
+    if (linear.has_value()) {
+        expect(*linear, "linear", {m, n}, compute);
+        beside.emplace(*linear, "linear");
+    }
+    expect(gain, "gain", {n});
+    expect(bias, "bias", {n});
+    const Kernels& kernels = kernels_for(compute);
+    const Adapter factor(gain, "gain", hidden_of(compute));
+    Tensor dlinear = empty({m, n}, dy.scalar_type());
+    const AdapterGradient dgain(linear.has_value(), {n}, dtype_of(gain, "gain"), compute);
+    const AdapterGradient dbias(bias.has_value(), {n}, bias.has_value() ? dtype_of(*bias, "bias") : compute, compute);
+    kernels.gain_grad({m, n, outer.data, outer.stride, beside ? beside->data : nullptr, beside ? beside->stride : 0,
+                       factor.data, dlinear.mutable_data_ptr(), dgain.data, dbias.data, thread_count()});
+    dgain.finish(kernels);
+    dbias.finish(kernels);
+    return {dlinear, dgain.result, dbias.result};
+}
+
+Tensor row_norms(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, double scaling) {
+    const Dtype compute = dtype_of(weight, "weight"), wide = hidden_of(compute);
+    const int64_t r = rows_of(lora_a, "lora_a"), k = lora_a.sizes()[1], n = rows_of(lora_b, "lora_b");
+    expect(weight, "weight", {n, k}, compute);
+    expect(lora_b, "lora_b", {n, r});
+    const bool across = n > 1 && k > 1 && weight.stride(0) == 1 && weight.stride(1) != 1;  // as Conv1D stores it
+    const Matrix base(across ? transposed(weight) : weight, "weight");
+    const Kernels& kernels = kernels_for(compute);
+    const Adapter a(lora_a, "lora_a", compute), b(lora_b, "lora_b", compute);
+    Tensor norms = empty({n}, scalar_type_of(wide));
+    RowNormsCall call = {
+        n,      k, r, base.data, base.stride, across, a.data, b.data, scaling, norms.mutable_data_ptr(), thread_count(),
+        nullptr};
+    const Scratch scratch(kernels.row_norms_scratch(call));
+    call.scratch = scratch.get();
+    kernels.row_norms(call);
+    return norms;
+}
+
+void expect_one_rank(const Tensor& lora_a, const Tensor& lora_b) {
+    STD_TORCH_CHECK(rows_of(lora_a, "lora_a") == columns_of(lora_b, "lora_b"),
+                    "lora_a (R, K) and lora_b (N, R) must be matrices of one rank R.");
+}
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
                                    const std::optional<Tensor>& bias, double scaling, double p,
                                    const std::optional<Tensor>& state) {
-    const Dtype compute = dtype_of(x, "x");
-    const Sizes sizes(lora_a, lora_b);
-    const Matrix tokens(x, "x");
-    const int64_t m = tokens.rows, n = sizes.n, k = sizes.k, r = sizes.r;
-    Sizes::expect(x, "x", {m, k}, compute);
-    Sizes::expect(weight, "weight", {n, k}, compute);
-    if (bias.has_value()) sizes.expect_bias(*bias);
-    const Kernels& kernels = kernels_for(compute);
-    const Adapter a(lora_a, "lora_a", kernels, compute), b(lora_b, "lora_b", kernels, compute);
-    std::optional<Adapter> offset;
-    if (bias.has_value()) offset.emplace(*bias, "bias", kernels, compute);
-    Tensor y = empty({m, n}, x.scalar_type()), h = empty({m, r}, scalar_type_of(hidden_of(compute)));
-    const bool own = multiplies(weight, compute, m, n, k);
-    std::optional<Matrix> base;
-    if (own) base.emplace(weight, "weight");
-    Forward call = {m,
-                    n,
-                    k,
-                    r,
-                    tokens.data,
-                    base ? base->data : nullptr,
-                    tokens.stride,
-                    base ? base->stride : 0,
-                    a.data,
-                    b.data,
-                    offset ? offset->data : nullptr,
-                    scaling,
-                    dropout_of(state, p),
-                    own,
-                    y.mutable_data_ptr(),
-                    h.mutable_data_ptr(),
-                    thread_count(),
-                    nullptr};
-    const Scratch scratch(kernels.forward_scratch(call));
-    call.scratch = scratch.get();
-    kernels.forward(call);
-    if (!own && m > 0 && n > 0 && k > 0) accumulate_product(y, tokens.tensor, transposed(weight));
-    return {y, h};
+    expect_one_rank(lora_a, lora_b);
+    Tensor h = shrink(x, lora_a, p, state);
+    return {std::get<0>(product(x, weight, lora_b, h, bias, std::nullopt, scaling, false)), h};
 }
-
-// A gradient of an adapter: T for the kernels, its own dtype for the caller.
-struct AdapterGradient {
-    Tensor result;
-    std::unique_ptr<Scratch> sums;
-    Dtype own, hidden;
-    int64_t count;
-    void* data;
-
-    AdapterGradient(bool due, const Tensor& like, Dtype compute, const char* name)
-        : own(dtype_of(like, name)), hidden(hidden_of(compute)), count(0), data(nullptr) {
-        if (!due) {
-            result = empty({0}, like.scalar_type());
-            return;
-        }
-        const auto sizes = like.sizes();
-        count = like.numel();
-        result =
-            sizes.size() == 1 ? empty({sizes[0]}, like.scalar_type()) : empty({sizes[0], sizes[1]}, like.scalar_type());
-        if (own == hidden) {
-            data = result.mutable_data_ptr();
-        } else {
-            sums = std::make_unique<Scratch>(static_cast<size_t>(count) * (hidden == Dtype::fp64 ? 8 : 4));
-            data = sums->get();
-        }
-    }
-    void finish(const Kernels& kernels) const {
-        if (sums != nullptr) kernels.gradient(data, count, own, result.mutable_data_ptr());
-    }
-};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const std::optional<Tensor>& x,
                                                     const std::optional<Tensor>& weight, const Tensor& lora_a,
                                                     const Tensor& lora_b, const std::optional<Tensor>& bias,
                                                     const std::optional<Tensor>& h, double scaling, double p,
                                                     const std::optional<Tensor>& state) {
-    const Dtype compute = dtype_of(dy, "dy");
-    const Sizes sizes(lora_a, lora_b);
-    const Matrix outer(dy, "dy");
-    const int64_t m = outer.rows, n = sizes.n, k = sizes.k, r = sizes.r;
-    Sizes::expect(dy, "dy", {m, n}, compute);
-    if (x.has_value()) Sizes::expect(*x, "x", {m, k}, compute);
-    if (weight.has_value()) Sizes::expect(*weight, "weight", {n, k}, compute);
-    if (h.has_value()) Sizes::expect(*h, "h", {m, r}, hidden_of(compute));
-    if (bias.has_value()) sizes.expect_bias(*bias);
-    std::optional<Matrix> tokens, base;
-    if (x.has_value()) tokens.emplace(*x, "x");
-    const bool own = weight.has_value() ? multiplies(*weight, compute, m, n, k) : own_product(compute, m, n, k);
-    if (own && weight.has_value()) base.emplace(*weight, "weight");
-    const Kernels& kernels = kernels_for(compute);
-    const Adapter a(lora_a, "lora_a", kernels, compute), b(lora_b, "lora_b", kernels, compute);
-    Tensor dx = weight.has_value() ? empty({m, k}, dy.scalar_type()) : empty({0}, dy.scalar_type());
-    const AdapterGradient da(x.has_value(), lora_a, compute, "lora_a");
-    const AdapterGradient db(h.has_value(), lora_b, compute, "lora_b");
-    const AdapterGradient dbias(bias.has_value(), bias.has_value() ? *bias : dy, compute, "bias");
-    std::optional<Tensor> hidden;
-    if (h.has_value()) hidden = torch::stable::contiguous(*h);
-    Backward call = {m,
-                     n,
-                     k,
-                     r,
-                     outer.data,
-                     tokens ? tokens->data : nullptr,
-                     base ? base->data : nullptr,
-                     outer.stride,
-                     tokens ? tokens->stride : 0,
-                     base ? base->stride : 0,
-                     a.data,
-                     b.data,
-                     hidden ? hidden->const_data_ptr() : nullptr,
-                     scaling,
-                     dropout_of(state, p),
-                     own,
-                     weight.has_value() ? dx.mutable_data_ptr() : nullptr,
-                     da.data,
-                     db.data,
-                     dbias.data,
-                     thread_count(),
-                     nullptr};
-    const Scratch scratch(kernels.backward_scratch(call));
-    call.scratch = scratch.get();
-    kernels.backward(call);
-    da.finish(kernels);
-    db.finish(kernels);
-    dbias.finish(kernels);
-    if (weight.has_value() && !own && m > 0 && n > 0 && k > 0) accumulate_product(dx, outer.tensor, *weight);
-    return {dx, da.result, db.result, dbias.result};
+    expect_one_rank(lora_a, lora_b);
+    if (x.has_value()) expect(*x, "x", {rows_of(dy, "dy"), lora_a.sizes()[1]}, dtype_of(dy, "dy"));
+    const Tensor* seed = pointer(state);
+    auto [dh, db, dbias] = grads_of_output(dy, lora_b, h, bias, scaling, x.has_value() || weight.has_value());
+    const Dtype own = dtype_of(lora_a, "lora_a");
+    Tensor da = x.has_value() ? a_grad_in(own, dh, *x, p, seed) : empty({0}, scalar_type_of(own));
+    Tensor dx =
+        weight.has_value() ? sum_of_input_grads(1, &dy, &*weight, &dh, &lora_a, p, seed) : empty({0}, dy.scalar_type());
+    return {dx, da, db, dbias};
 }
 
 Tensor mask(const Tensor& state, int64_t rows, int64_t columns, double p) {
     Tensor keep = empty({rows, columns}, ScalarType::Bool);
     kernels_for(Dtype::fp32)
-        .mask(dropout_of(state, p), rows, columns, thread_count(), static_cast<bool*>(keep.mutable_data_ptr()));
+        .mask(dropout_of(&state, p), rows, columns, thread_count(), static_cast<bool*>(keep.mutable_data_ptr()));
     return keep;
 }
 
@@ -249,4 +333,11 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
     m.impl("native_forward", TORCH_BOX(&lora_kernels::forward));
     m.impl("native_backward", TORCH_BOX(&lora_kernels::backward));
     m.impl("native_mask", TORCH_BOX(&lora_kernels::mask));
+    m.impl("native_shrink", TORCH_BOX(&lora_kernels::shrink));
+    m.impl("native_product", TORCH_BOX(&lora_kernels::product));
+    m.impl("native_output_grads", TORCH_BOX(&lora_kernels::output_grads));
+    m.impl("native_input_grad", TORCH_BOX(&lora_kernels::input_grad));
+    m.impl("native_a_grad", TORCH_BOX(&lora_kernels::a_grad));
+    m.impl("native_gain_grad", TORCH_BOX(&lora_kernels::gain_grad));
+    m.impl("native_row_norms", TORCH_BOX(&lora_kernels::row_norms));
 }

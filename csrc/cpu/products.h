@@ -53,24 +53,39 @@ static void multiply_widened(int64_t rows, int64_t columns, int64_t depth, const
     }
 }
 
-// One product out (m, n) = bias + [mask/(1-p)] * (low (m, r) lowpanels) + left (m, k) right, where right is Wᵀ
-// (weight_transposed) or W. The low-rank part comes first, so that dropout can act on it alone.
+// Whether a term's low-rank part needs sums of its own before it joins the others': dropout must act on it alone.
+LORA_INLINE bool is_apart(const Term* terms, int64_t t) { return t > 0 && terms[t].dropout.active; }
+LORA_INLINE bool any_apart(const Term* terms, int64_t count) {
+    for (int64_t t = 0; t < count; ++t) {
+        if (is_apart(terms, t)) return true;
+    }
+    return false;
+}
+
+// out (m, n) = gain * (Σ terms) + bias, each term D * (factor low adapter) + left right, where right is Wᵀ (transposed)
+// or W. The low-rank parts come first, so that dropout can act on each of them alone.
 template <class T, class E>
 struct Product {
-    int64_t m, n, k, r;
-    const E* left;
-    int64_t ldl;
-    const E* weight;  // null: no base
-    int64_t ldw;
-    bool weight_transposed;
-    const T* low;      // (m, r), contiguous
-    const T* adapter;  // (n, r) where transposed, else (r, n); contiguous
-    T factor;          // on the low-rank part
-    const T* bias;     // (n) or null
-    Dropout dropout;   // of the low-rank part, as a matrix (m, n)
-    E* out;            // (m, n), contiguous
+    int64_t m, n;
+    const Term* terms;
+    int64_t count;
+    bool transposed;
+    T factor;              // on the low-rank parts
+    const T *bias, *gain;  // (n) or null
+    E *linear, *out;       // (m, n), contiguous; linear, Σ terms, may be null
 
     int64_t tile_rows, tile_columns;
+
+    struct Tile {
+        int64_t i, j, rows, columns;
+    };
+
+    bool has_base() const {
+        for (int64_t t = 0; t < count; ++t) {
+            if (terms[t].weight != nullptr) return true;
+        }
+        return false;
+    }
 
     // Tiles: enough of them for the threads, as large as that allows.
     void plan(int64_t threads) {
@@ -78,7 +93,7 @@ struct Product {
             tile_rows = ROWS, tile_columns = UNIT<T>;
             return;
         }
-        tile_rows = least(weight == nullptr ? LOW_RANK_ROWS : TILE_ROWS, round_up(m, ROWS));
+        tile_rows = least(has_base() ? TILE_ROWS : LOW_RANK_ROWS, round_up(m, ROWS));
         tile_columns = least(TILE_COLUMNS, round_up(n, UNIT<T>));
         while (tiles() < threads && tile_columns > 4 * UNIT<T>) tile_columns = round_up(tile_columns / 2, UNIT<T>);
         while (tiles() < threads && tile_rows > 2 * ROWS) tile_rows = round_up(tile_rows / 2, ROWS);
@@ -86,54 +101,91 @@ struct Product {
         tile_rows = round_up(ceil_div(m, row_tiles), ROWS);
     }
     int64_t tiles() const { return ceil_div(m, tile_rows) * ceil_div(n, tile_columns); }
-    int64_t deepest() const { return DEPTH > r ? DEPTH : r; }
-    int64_t scratch_per_task() const {  // elements of T: c, panels, strip
-        return tile_rows * tile_columns + deepest() * tile_columns + STRIP * STRIP_STRIDE;
+    int64_t tile_size() const { return tile_rows * tile_columns; }
+    int64_t panels_size() const {
+        int64_t deepest = DEPTH;
+        for (int64_t t = 0; t < count; ++t) deepest = terms[t].r > deepest ? terms[t].r : deepest;
+        return deepest * tile_columns;
+    }
+    int64_t scratch_per_task() const {  // elements of T: c, spare, panels, strip
+        return (any_apart(terms, count) ? 2 : 1) * tile_size() + panels_size() + STRIP * STRIP_STRIDE;
     }
 
     void start_row(T* c, int64_t j0, int64_t columns) const {  // a bias goes with products that have no dropout
-        if (bias == nullptr) return fill(c, round_up(columns, PANEL<T>), T(0));
+        if (bias == nullptr || gain != nullptr) return fill(c, round_up(columns, PANEL<T>), T(0));
         for (int64_t j = 0; j < columns; ++j) c[j] = bias[j0 + j];
         for (int64_t j = columns; j < round_up(columns, PANEL<T>); ++j) c[j] = T(0);
+    }
+
+    void add_low_rank(const Term& term, const Tile& at, T* c, int64_t ldc, T* panels) const {
+        const T* adapter = static_cast<const T*>(term.adapter);
+        const T* low = static_cast<const T*>(term.low) + at.i * term.ldlow;
+        if (transposed) {
+            pack_columns(adapter + at.j * term.r, term.r, term.r, at.columns, factor, panels);
+        } else {
+            pack_rows(adapter + at.j, n, term.r, at.columns, factor, panels);
+        }
+        multiply<T, true>(at.rows, at.columns, term.r, low, term.ldlow, panels, c, ldc);
+        for (int64_t i = 0; term.dropout.active && i < at.rows; ++i)
+            apply_dropout(term.dropout, at.i + i, at.j, n, c + i * ldc, at.columns);
+    }
+
+    void add_base(const Term& term, const Tile& at, T* c, int64_t ldc, T* panels, T* strip) const {
+        const E* weight = static_cast<const E*>(term.weight);
+        const E* left = static_cast<const E*>(term.left) + at.i * term.ldl;
+        for (int64_t k0 = 0; k0 < term.depth; k0 += DEPTH) {
+            const int64_t depth = least(DEPTH, term.depth - k0);
+            if (transposed) {
+                pack_columns(weight + at.j * term.ldw + k0, term.ldw, depth, at.columns, T(1), panels);
+            } else {
+                pack_rows(weight + k0 * term.ldw + at.j, term.ldw, depth, at.columns, T(1), panels);
+            }
+            multiply_widened(at.rows, at.columns, depth, left + k0, term.ldl, panels, c, ldc, strip, NO_DROPOUT, 0, 0,
+                             0);
+        }
+    }
+
+    void finish(const Tile& at, const T* c, int64_t ldc, bool direct) const {
+        const int64_t start = at.i * n + at.j;
+        if (gain == nullptr) {
+            if (!direct) narrow_block(c, ldc, at.rows, at.columns, out + start, n);
+            return;
+        }
+        if (linear != nullptr && !direct) narrow_block(c, ldc, at.rows, at.columns, linear + start, n);
+        scale_block(c, ldc, at.rows, at.columns, gain + at.j, bias == nullptr ? nullptr : bias + at.j, out + start, n);
     }
 
     void tile(int64_t index, T* scratch) const {
         const int64_t column_tiles = ceil_div(n, tile_columns);
         const int64_t i0 = index / column_tiles * tile_rows, j0 = index % column_tiles * tile_columns;
-        const int64_t rows = least(tile_rows, m - i0), columns = least(tile_columns, n - j0);
-        const bool direct = sizeof(T) == sizeof(E) && columns % PANEL<T> == 0;  // sums in their final place
-        T* c = direct ? reinterpret_cast<T*>(out + i0 * n + j0) : scratch;
+        const Tile at = {i0, j0, least(tile_rows, m - i0), least(tile_columns, n - j0)};
+        const bool direct = sizeof(T) == sizeof(E) && at.columns % PANEL<T> == 0;  // sums where they are to stay
+        T* c = direct ? reinterpret_cast<T*>((linear != nullptr ? linear : out) + i0 * n + j0) : scratch;
         const int64_t ldc = direct ? n : tile_columns;
-        T* panels = scratch + tile_rows * tile_columns;
-        T* strip = panels + deepest() * tile_columns;
-        for (int64_t i = 0; i < rows; ++i) start_row(c + i * ldc, j0, columns);
-        if (weight_transposed) {
-            pack_columns(adapter + j0 * r, r, r, columns, factor, panels);
-        } else {
-            pack_rows(adapter + j0, n, r, columns, factor, panels);
-        }
-        multiply<T, true>(rows, columns, r, low + i0 * r, r, panels, c, ldc);
-        if (dropout.active) {
-            for (int64_t i = 0; i < rows; ++i) apply_dropout(dropout, i0 + i, j0, n, c + i * ldc, columns);
-        }
-        for (int64_t k0 = 0; weight != nullptr && k0 < k; k0 += DEPTH) {
-            const int64_t depth = least(DEPTH, k - k0);
-            if (weight_transposed) {
-                pack_columns(weight + j0 * ldw + k0, ldw, depth, columns, T(1), panels);
-            } else {
-                pack_rows(weight + k0 * ldw + j0, ldw, depth, columns, T(1), panels);
+        T* spare = scratch + tile_size();
+        T* panels = spare + (any_apart(terms, count) ? tile_size() : 0);
+        T* strip = panels + panels_size();
+        for (int64_t i = 0; i < at.rows; ++i) start_row(c + i * ldc, j0, at.columns);
+        for (int64_t t = 0; t < count; ++t) {
+            if (!is_apart(terms, t)) {
+                add_low_rank(terms[t], at, c, ldc, panels);
+                continue;
             }
-            multiply_widened(rows, columns, depth, left + i0 * ldl + k0, ldl, panels, c, ldc, strip, NO_DROPOUT, 0, 0,
-                             0);
+            fill(spare, at.rows * tile_columns, T(0));
+            add_low_rank(terms[t], at, spare, tile_columns, panels);
+            for (int64_t i = 0; i < at.rows; ++i) add_to(c + i * ldc, spare + i * tile_columns, at.columns);
         }
-        if (!direct) narrow_block(c, ldc, rows, columns, out + i0 * n + j0, n);
+        for (int64_t t = 0; t < count; ++t) {
+            if (terms[t].weight != nullptr) add_base(terms[t], at, c, ldc, panels, strip);
+        }
+        finish(at, c, ldc, direct);
     }
 
     void run(int64_t threads, T* scratch) const {
-        const int64_t count = tiles(), size = scratch_per_task();
-        const int64_t tasks = least(threads, count);
+        const int64_t all = tiles(), size = scratch_per_task();
+        const int64_t tasks = least(threads, all);
         run_tasks(tasks, [&](int64_t task) {
-            const Range range = share(count, 1, tasks, task);
+            const Range range = share(all, 1, tasks, task);
             for (int64_t index = range.begin; index < range.end; ++index) tile(index, scratch + task * size);
         });
     }
@@ -183,8 +235,9 @@ struct Shrink {
 };
 
 // Sums over tokens of the rows of left (m, n), each element read once, block by block:
-//   sums  (n, r) = factor (left * D)ᵀ right                 db = s dyᵀ h;  da = dhᵀ (x * D), stored transposed as (r,
-//   n) lower (m, r) = factor left adapter, adapter (n, r)      dh = s dy B total (n)    = Σ_m left dbias
+//   sums  (n, r) = factor (left * D)ᵀ right                 db = s dyᵀ h; da = dhᵀ (x * D), stored as (r, n)
+//   lower (m, r) = factor left adapter, adapter (n, r)      dh = s dy B
+//   total (n)    = Σ_m left                                 dbias
 // Columns of left are cut among the tasks, so sums and total are whole in one task and do not depend on the number of
 // threads; lower is summed over the tasks in their order.
 template <class T, class E>
@@ -196,8 +249,10 @@ struct TokenSums {
     int64_t ldl;
     Dropout dropout;
     T factor;
-    const T *right, *adapter;  // adapter is read where lower is due
-    T *sums, *lower, *total;   // null: not due
+    const T* right;  // (m, r)
+    int64_t ldr;
+    const T* adapter;         // read where lower is due
+    T *sums, *lower, *total;  // null: not due
     bool transposed;
 
     int64_t padded() const { return round_up(r, PANEL<T>); }
@@ -241,7 +296,7 @@ struct TokenSums {
         if (lower != nullptr) fill(part.lower, (tokens.end - tokens.begin) * ld, T(0));
         for (int64_t i = tokens.begin; i < tokens.end; i += TOKENS) {
             const int64_t rows = least(TOKENS, tokens.end - i);
-            if (sums != nullptr) pack_rows(right + i * r, r, rows, r, factor, part.right);
+            if (sums != nullptr) pack_rows(right + i * ldr, ldr, rows, r, factor, part.right);
             for (int64_t j = range.begin; j < range.end; j += COLUMNS) {
                 const int64_t columns = least(COLUMNS, range.end - j);
                 const E* from = left + i * ldl + j;

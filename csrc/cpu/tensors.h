@@ -50,6 +50,8 @@ inline ScalarType scalar_type_of(Dtype dtype) {
     return ScalarType::Float;
 }
 
+inline size_t size_of(Dtype dtype) { return dtype == Dtype::fp64 ? 8 : dtype == Dtype::fp32 ? 4 : 2; }
+
 inline Dtype hidden_of(Dtype compute) { return compute == Dtype::fp64 ? Dtype::fp64 : Dtype::fp32; }
 
 // A fresh contiguous CPU tensor.

@@ -62,7 +62,7 @@ class NativeBackend:
 
 def _keep(like: Tensor, p: float, state: Tensor) -> Tensor:
     mask: Tensor = torch.ops.lora_kernels.native_mask(state, *like.shape, p)
-    return mask if like.is_cuda else mask.to(like.dtype)  # on a CPU mixed products crawl
+    return mask
 
 
 def _hidden_dtype(compute: torch.dtype) -> torch.dtype:
