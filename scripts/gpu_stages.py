@@ -159,7 +159,9 @@ def bench_stages(pytest_args: Sequence[str] = ()) -> list[Stage]:
         _tune("tune-grid", "grid", 170),
         _bench("forward", "gpu-forward", 520),
         _overhead(),
+        _bench("step", "gpu-step", 520),
         _bench("compiled", "gpu-compile", 520),
+        _bench("step-compiled", "gpu-step-compile", 520),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 def triton_device() -> str:
     """Where Triton kernels run: on the GPU, or on the CPU in Triton's interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def fixed_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On a GPU too, the blocks and plans that Triton's interpreter gets: which kernels are launched is then known."""
+    from lora_kernels.backends.triton import configs, launch
+
+    monkeypatch.setattr(configs, "machine_of", lambda device: configs.INTERPRETER)
+    launch.forget()
+    yield
+    launch.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -143,8 +143,20 @@ def test_our_prediction_is_the_one_by_which_plans_are_ranked(workload: Workload)
     assert found.seconds == best
 
 
-def test_every_cell_of_the_grid_is_predicted_for_every_provider() -> None:
-    chosen = preset("gpu-forward")
+@pytest.mark.parametrize("workload", preset("gpu-step").workloads[::61], ids=str)
+def test_a_step_is_predicted_as_both_its_passes_plans(workload: Workload) -> None:
+    machine = roofline.MACHINES["h200"]
+    passes = [plans.Cell(d, *key(workload)[1:5], workload.dtype, workload.p > 0) for d in ("forward", "backward")]
+    seconds = [plans.predicted_seconds(machine.gpu, cell, plans.candidates(machine.gpu, cell)[0]) for cell in passes]
+    step, alone = (roofline.cost("triton", replace(workload, direction=d), machine) for d in ("step", "backward"))
+    assert step is not None
+    assert alone is not None
+    assert (step.seconds, alone.seconds) == (sum(seconds), seconds[1])
+
+
+@pytest.mark.parametrize("name", ["gpu-forward", "gpu-step"])
+def test_every_cell_of_the_grid_is_predicted_for_every_provider(name: str) -> None:
+    chosen = preset(name)
     providers = runner.expand_peers(chosen.peers)
     found = prediction.predict_preset(chosen, roofline.MACHINES["h200"], providers, "2026-01-01")
     assert len(found.cells) == len(chosen.workloads)

@@ -91,3 +91,35 @@ def test_a_prediction_is_judged_and_told_and_not_mixed(
     assert out.startswith("PREDICTED")
     assert "7 of 8 targets" in out
     assert judge.main(names) == 2
+
+
+STEPS = preset("gpu-step").workloads
+GOOD_STEPS = [
+    made_cell(w, auto=1.04 if w.out_features > 1024 else 1.2, peft=1.9, addmm=1.3, lorafusion=1.3, compile=1.5)
+    for w in STEPS
+]
+
+
+def test_the_step_s_targets_can_be_reached(judge: ModuleType, tmp_path: Path) -> None:
+    assert judge.main(["--pass", "step", *files(tmp_path, result_of(*GOOD_STEPS))]) == 0
+
+
+@pytest.mark.parametrize(
+    ("missed", "target"),
+    [
+        (made_cell(STEPS[0], auto=1.09, peft=1.9, addmm=1.3, lorafusion=1.3), "4096→4096, M = 8192, r = 16, p = 0:"),
+        (made_cell(STEPS[1], auto=1.11, peft=1.9, addmm=1.3, lorafusion=1.3), "4096→4096, M = 8192, r = 16, p = 0.1:"),
+        (made_cell(STEPS[3], auto=1.065, peft=1.9, addmm=1.3, lorafusion=1.3), "8192→8192, M = 8192, r = 16, p = 0.1"),
+        (made_cell(STEPS[1], auto=1.04, peft=1.39), "p = 0.1: time over peft's"),
+        (made_cell(STEPS[-1], auto=1.4, lorafusion=1.3), "every cell"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_step_s_target_that_is_missed_is_named(
+    missed: results.Cell, target: str, judge: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    late = result_of(missed, date="2026-02-01T00:00:00Z")
+    assert judge.main(["--pass", "step", *files(tmp_path, result_of(*GOOD_STEPS), late)]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("MISS")]
+    assert target in line
+    assert str(missed.workload) in line

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from cases import Case, Inputs, expected, make
 from lora_kernels import reference
-from lora_kernels.backends.triton.configs import machine_of
+from lora_kernels.backends.triton.compile_report import backward_plans_of
+from lora_kernels.backends.triton.configs import INTERPRETER, machine_of
 from lora_kernels.backends.triton.plans import BackwardPlan, candidates
 from numerics import check_all, same_bits
 from test_triton_plans import SEED, Fault, _less, _without, cell_of
@@ -27,8 +29,10 @@ CASES = [
 ]
 
 
-def plans_of(case: Case, device: str) -> tuple[BackwardPlan, ...]:
-    return candidates(machine_of(torch.device(device)), replace(cell_of(case), direction="backward"))
+def plans_of(case: Case, device: str) -> Sequence[BackwardPlan]:
+    """In the interpreter all four; on a GPU the best predicted of each kind."""
+    machine, cell = machine_of(torch.device(device)), replace(cell_of(case), direction="backward")
+    return candidates(machine, cell) if machine.interpreter else backward_plans_of(machine, cell)
 
 
 def hidden_of(case: Case, i: Inputs, mask: Tensor | None) -> Tensor:
@@ -122,7 +126,8 @@ def test_a_fault_is_caught(
 
     case = Case(m=66, k=24, n=72, r=4, dtype=BF16, p=0.3)
     i = make(case, triton_device)
-    plan = next(plan for plan in plans_of(case, triton_device) if text in str(plan))
+    cell = replace(cell_of(case), direction="backward")
+    plan = next(plan for plan in candidates(INTERPRETER, cell) if text in str(plan))
     judge(plan, case, i)
 
     call: Callable[..., None] = Launch.__call__
@@ -137,3 +142,36 @@ def test_a_fault_is_caught(
     monkeypatch.setattr(Launch, "__call__", faulty)
     with pytest.raises(AssertionError, match="FAILS"):
         judge(plan, case, i)
+
+
+def test_a_second_stream_is_forked_and_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``beside``, on streams that only note: da begins after what was launched before, and what follows waits."""
+    from lora_kernels.backends.triton import side_stream
+
+    done: list[str] = []
+
+    class Stream:
+        cuda_stream = 5
+
+        def __init__(self, name: Any = "side") -> None:
+            self.name = name if isinstance(name, str) else "side"
+
+        def wait_stream(self, other: Stream) -> None:
+            done.append(f"{self.name} waits for {other.name}")
+
+    main = Stream("main")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: main)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: done.append(f"kept for {stream.name}"))
+    monkeypatch.setattr(side_stream, "_streams", {})
+
+    def piece(name: str) -> Callable[[int | None], Tensor]:
+        return lambda stream: (done.append(f"{name} on {stream}"), torch.zeros(1))[1]
+
+    beside = side_stream.Beside(torch.device("cuda", 0))
+    beside(3, piece("dx"), piece("da"))
+    forked = ["side waits for main", "da on 5", "dx on 3", "main waits for side", "kept for main"]
+    assert done == forked
+    assert beside(3, piece("dx"), None)[1] is None
+    assert done == [*forked, "dx on 3"]

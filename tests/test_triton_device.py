@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from cases import CUDA, Case, make
+from lora_kernels.backends.triton.compile_report import backward_plans_of
+from lora_kernels.backends.triton.configs import machine_of
 from lora_kernels.backends.triton.plans import BaseFirst, FewTokens, Fused, Plan
 from numerics import same_bits
-from test_triton_plans import by_plan, judge, plans_of
+from test_triton_backward import by_plan as backward_by_plan
+from test_triton_plans import by_plan, cell_of, judge, plans_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,3 +103,30 @@ def test_a_second_call_does_without_triton_s_own_launch(
         second = by_plan(plan, case, i)
     torch.cuda.synchronize()
     assert all(same_bits(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_backward_beside_changes_no_bit_and_can_be_captured(p: float) -> None:
+    """da on a second stream: the same bits as in turn, many times, and from a graph on other numbers."""
+    case = Case(m=1000, k=1024, n=1408, r=16, dtype=torch.bfloat16, adapter_dtype=torch.float32, p=p)
+    cell = replace(cell_of(case), direction="backward")
+    plans = backward_plans_of(machine_of(torch.device("cuda", torch.cuda.current_device())), cell)
+    i, other = make(case, "cuda"), make(case, "cuda", seed=1)
+    for plan in plans:
+        beside, in_turn = replace(plan, beside=True), replace(plan, beside=False)
+        wanted = [backward_by_plan(in_turn, case, inputs) for inputs in (i, other)]
+        for _ in range(25):
+            for inputs, right in zip((i, other), wanted, strict=True):
+                found = backward_by_plan(beside, case, inputs)
+                assert all(same_bits(found[name], right[name]) for name in ("dx", "da", "db"))
+        own = replace(i, dy=i.dy.clone())
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            captured = backward_by_plan(beside, case, own)
+        for inputs in (i, other):
+            own.dy.copy_(inputs.dy)
+            graph.replay()
+            right = backward_by_plan(in_turn, case, own)
+            torch.cuda.synchronize()
+            assert all(same_bits(captured[name], right[name]) for name in ("dx", "da", "db"))

@@ -95,6 +95,7 @@ def test_dx_of_several_members(triton_device: str, ranks: tuple[int, ...], p: fl
     check_all({"dx": dx}, expected(torch.float64), expected(case.dtype), case.dtype)
 
 
+@pytest.mark.usefixtures("fixed_choices")
 def test_launches_of_a_dora_step(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """W is read once for the norms and once for y; dy once for the gain and once for dh and db."""
     linear = torch.nn.Linear(40, 56, device=triton_device)
@@ -111,6 +112,7 @@ def test_launches_of_a_dora_step(triton_device: str, monkeypatch: pytest.MonkeyP
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("fixed_choices")
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_launches_of_a_group_step(triton_device: str, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three layers of one x: without dropout one read of x for all h and one for all da; one launch for dx's terms."""
@@ -125,6 +127,7 @@ def test_launches_of_a_group_step(triton_device: str, p: float, monkeypatch: pyt
     assert launched == ["dh_db_kernel", "reduce_kernel"] * 3 + ["dx_low_rank_kernel"] + ["da_kernel"] * each
 
 
+@pytest.mark.usefixtures("fixed_choices")
 @pytest.mark.parametrize(
     ("frozen", "kernels"),
     [

@@ -8,6 +8,7 @@ gpu-forward       480     900 the forward grid: 12 M, 5 shapes, r 8 to 128, p 0 
 gpu-compile       480    1500 the same grid with PEFT under ``torch.compile``
 gpu-overhead        8      20 host time of a call at M = 1
 gpu-step          480    1100 forward and backward together; gpu-backward (480, 1100): backward alone
+gpu-step-compile  120     900 forward and backward of r = 16 with PEFT under ``torch.compile``
 gpu-ratios         18     300 LoRA beside DoRA, several adapters, three layers of one x, a decoder block
 =============== ===== ======= ======================================================================================
 
@@ -126,6 +127,13 @@ GPU_PRESETS = (
         _whole_grid("step"),
         (*_RIVALS, "auto"),
         budget=1100.0,
+    ),
+    _preset(
+        "gpu-step-compile",
+        "forward and backward of r = 16 with PEFT under torch.compile, in parts",
+        tuple(_cells("step", (8192, *(m for m in TOKENS if m != 8192)))),
+        ("compile", "auto"),
+        budget=900.0,
     ),
     _preset(
         "gpu-backward",

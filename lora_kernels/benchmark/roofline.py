@@ -5,7 +5,8 @@ over the bandwidth, plus a launch. So the terms that hide behind the large produ
 additional K step) cost nothing where it is bound by arithmetic, and show where it is bound by memory.
 
 On a GPU there is one model for all: the large product, the share of the bandwidth and the launch are those by which the
-Triton backend ranks its plans (``backends/triton/model.py``), and our forward takes what the best of its plans does.
+Triton backend ranks its plans (``backends/triton/model.py``, ``backward_model.py``), and each of our passes takes what
+the best of its plans does.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from ..backends.triton import plans
+from ..backends.triton.backward_model import BackwardModel
 from ..backends.triton.configs import Machine as Gpu
 from ..backends.triton.configs import gemm_configs, machine_of, persistent_configs, shrink_config
 from ..backends.triton.model import ASSUMED, Model
@@ -103,20 +105,37 @@ def cost(provider: str, workload: Workload, machine: Machine) -> Cost | None:
     if work is None:
         return None
     bytes_, flops = sum(k.bytes for k in work), sum(k.flops for k in work)
-    if machine.gpu is None or provider not in _PLANNED or not workload.has_forward:
-        return Cost(bytes_, flops, len(work), sum(machine.seconds(k, workload.dtype) for k in work))
-    launches, seconds = _PLANNED[provider](machine, workload)
-    backward = work[len(kernels(provider, replace(workload, direction="forward")) or ()) :]
-    seconds += sum(machine.seconds(k, workload.dtype) for k in backward)
-    return Cost(bytes_, flops, launches + len(backward), seconds)
+    forward = kernels(provider, replace(workload, direction="forward")) or [] if workload.has_forward else []
+    launches, seconds = 0, 0.0
+    for own, planned in ((forward, _FORWARD), (work[len(forward) :], _BACKWARD)):
+        if own and machine.gpu is not None and provider in planned:
+            count, taken = planned[provider](machine, workload)
+        else:
+            count, taken = len(own), sum(machine.seconds(k, workload.dtype) for k in own)
+        launches, seconds = launches + count, seconds + taken
+    return Cost(bytes_, flops, launches, seconds)
 
 
-def _ours(machine: Machine, workload: Workload) -> tuple[int, float]:
+def _our_forward(machine: Machine, workload: Workload) -> tuple[int, float]:
     """Launches and seconds of our forward: the plan that the Triton backend takes where nobody has tuned."""
     assert machine.gpu is not None
     cell = _cell(workload, dropout=workload.p > 0)
     plan = plans.candidates(machine.gpu, cell)[0]
     return _LAUNCHES[plan.kind] + (getattr(plan, "splits", 1) > 1), plans.predicted_seconds(machine.gpu, cell, plan)
+
+
+def _our_backward(machine: Machine, workload: Workload) -> tuple[int, float]:
+    """The same of our backward; with dx alone due, of dh and dx."""
+    assert machine.gpu is not None
+    cell = replace(_cell(workload, dropout=workload.p > 0), direction="backward")
+    plan = plans.candidates(machine.gpu, cell)[0]
+    model, way = BackwardModel(machine.gpu, cell), plan.hidden
+    if workload.direction == "dx":
+        seconds = model.dh(way.shrink) + model.dx(plan)
+        return 1 + (way.shrink.splits > 1) + _DX_LAUNCHES[plan.kind], seconds
+    hidden = 2 if way.joint else 2 + (way.shrink.splits > 1) + (way.db.splits > 1)
+    launches = hidden + _DX_LAUNCHES[plan.kind] + 1 + (plan.da.splits > 1)
+    return launches, plans.predicted_seconds(machine.gpu, cell, plan)
 
 
 def _split_kernels(machine: Machine, workload: Workload) -> tuple[int, float]:
@@ -133,7 +152,9 @@ def _split_kernels(machine: Machine, workload: Workload) -> tuple[int, float]:
 
 
 _LAUNCHES = {"few_tokens": 1, "fused": 2, "lora_first": 3, "base_first": 3}
-_PLANNED = {"triton": _ours, "lorafusion": _split_kernels}
+_DX_LAUNCHES = {"dx_fused": 1, "dx_lora_first": 2, "dx_base_first": 2}
+_FORWARD = {"triton": _our_forward, "lorafusion": _split_kernels}
+_BACKWARD = {"triton": _our_backward}
 
 
 def _cell(w: Workload, dropout: bool) -> plans.Cell:
