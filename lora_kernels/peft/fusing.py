@@ -144,7 +144,8 @@ def with_fused_layers(config: LoraConfig) -> LoraConfig:
     ``LoraConfig._register_custom_module`` for ``nn.Linear`` and transformers' ``Conv1D``; a class of your own that is
     registered before for one of them stays, and classes that derive from ``nn.Linear`` are registered before this. What
     cannot be fused is built by PEFT as ever. It is no part of the saved adapter: a config that PEFT reads from a file
-    knows nothing of it.
+    knows nothing of it. Layers that read one x run together once :func:`~lora_kernels.share_inputs` was called on the
+    model.
 
     Raises:
         InvalidTypeError: ``config`` is not a ``peft.LoraConfig``.
