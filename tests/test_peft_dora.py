@@ -24,6 +24,11 @@ BFLOAT16 = torch.bfloat16
 X = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
 NAMED = {option.name: option for option in DORA_OPTIONS}
 SOME = [NAMED[name] for name in ("dora", "dora, conv1d", "lora, then dora")]
+MIXED_DTYPES = [
+    *SOME,
+    *(NAMED[f"dora, {name}"] for name in ("no tokens", "no bias", "weights train", "hot-swappable")),
+    NAMED["lora, then dora, hot-swappable"],
+]
 every_option = pytest.mark.parametrize("option", DORA_OPTIONS, ids=str)
 some_options = pytest.mark.parametrize("option", SOME, ids=str)
 
@@ -33,7 +38,7 @@ def test_parity_in_fp32(option: Option) -> None:
     assert_parity(option)
 
 
-@every_option
+@pytest.mark.parametrize("option", MIXED_DTYPES, ids=str)
 def test_parity_of_fp32_adapters_over_a_bf16_base(option: Option) -> None:
     assert_parity(option, BFLOAT16)
 

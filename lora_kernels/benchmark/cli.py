@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers",
         metavar="NAMES",
         help="comma-separated: peft, peft16, compile, addmm, lora_first, auto, a backend's name, or 'ours' for auto "
-        "and all backends (default: the preset's). The floor, the frozen nn.Linear, always runs",
+        "and all backends; of the presets with DoRA and several layers, "
+        "peft-lora, peft-dora, fused-lora, fused-dora, ours-lora, ours-dora, group (default: the preset's). The floor, "
+        "the frozen nn.Linear, always runs",
     )
     parser.add_argument("--dtype", metavar="NAMES", help=f"comma-separated, of {', '.join(DTYPES)} (default: all)")
     parser.add_argument(
