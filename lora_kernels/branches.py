@@ -1,7 +1,8 @@
 """What the plain layer does not have: an activation between A and B, a gain of y's columns, several layers of one x.
 
 A :class:`Branch` is one output y = g * (x Wᵀ + s σ(drop(x) Aᵀ) Bᵀ) + b; :func:`apply_branches` computes the y of each
-branch of one x, and in backward one dx. Plain LoRA by itself keeps its own, shorter way (``functional.py``).
+branch of one x, and in backward one dx. Plain LoRA by itself keeps its own, shorter way (``functional.py``), and so do
+several plain branches of few tokens on a CPU.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ from torch import Tensor
 
 from . import functional
 from .activations import check_activation
+from .autograd import apply_function
+from .autograd import forward_only as plain_forward_only
 from .branches_autograd import BranchesFunction, apply_branches_function, forward_only
 from .dispatch import backend
 from .errors import InvalidArgumentError
 
 __all__ = ["Branch", "apply_branches"]
+
+# Up to this many tokens on a CPU the host's time decides, of which the plain layer's way takes least: one read of x for
+# all branches saves less than it costs there.
+_FEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,11 @@ class Branch:
         """As ``BranchesFunction`` takes them."""
         return self.weight, self.lora_a, self.lora_b, self.bias, self.gain
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is what ``lora_linear`` computes."""
+        return self.gain is None and self.activation == "identity"
+
 
 def apply_branches(x: Tensor, branches: Sequence[Branch], p: float, backend_name: str | None = None) -> list[Tensor]:
     """Each branch's y (..., N_i) for x (..., K); a p above 0 draws a mask for each branch, in their order.
@@ -56,17 +68,38 @@ def _run(x: Tensor, branches: Sequence[Branch], p: float, backend_name: str | No
     for branch in branches:
         _check(x, branch, autocast)
     x, name = functional.prepare(x, backend_name)
-    draws = len(branches) if p > 0.0 else 0
-    flat = x.reshape(-1, x.shape[-1])
-    states = [backend(name).dropout_state(flat, p) for _ in range(draws)]
+    states: list[Tensor] = []
+    if p > 0.0:
+        flat = x.reshape(-1, x.shape[-1])
+        states = [backend(name).dropout_state(flat, p) for _ in branches]
+    if not torch.compiler.is_compiling() and _are_apart(x, branches):
+        return [_run_plain(x, b, p, states[i] if states else None, name) for i, b in enumerate(branches)]
     tensors = [tensor for branch in branches for tensor in branch.tensors]
     scalings = tuple(float(branch.scaling) for branch in branches)
     activations = tuple(branch.activation for branch in branches)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+    if torch.is_grad_enabled() and _any_requires_grad(x, *tensors):
         record = BranchesFunction.apply if torch.compiler.is_compiling() else apply_branches_function
         return list(record(x, name, p, scalings, activations, *tensors, *states))
     keeps = (False,) * len(branches)
     return forward_only(x, name, p, scalings, activations, keeps, *tensors, *states)[0]
+
+
+def _are_apart(x: Tensor, branches: Sequence[Branch]) -> bool:
+    """Whether each branch runs as the plain layer that it is."""
+    few = x.is_cpu and x.numel() <= _FEW_TOKENS * x.shape[-1]
+    return (few or len(branches) == 1) and all(branch.is_plain for branch in branches)
+
+
+def _run_plain(x: Tensor, branch: Branch, p: float, state: Tensor | None, name: str) -> Tensor:
+    b = branch
+    run = plain_forward_only
+    if torch.is_grad_enabled() and _any_requires_grad(x, *b.tensors):
+        run = apply_function
+    return run(x, b.weight, b.lora_a, b.lora_b, b.bias, float(b.scaling), p, state, name)
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _check(x: Tensor, branch: Branch, autocast: bool) -> None:

@@ -67,7 +67,7 @@ def _shrink_all(ops: Any, x: Tensor, lora_as: list[Tensor], p: float, states: Se
     if len(lora_as) == 1:
         return [ops.shrink(x, lora_as[0], 0.0, None)]
     joined = ops.shrink(x, torch.cat([as_dtype(lora_a, x.dtype) for lora_a in lora_as]), 0.0, None)
-    return list(joined.split([lora_a.shape[0] for lora_a in lora_as], dim=1))
+    return list(torch.split_with_sizes(joined, [lora_a.shape[0] for lora_a in lora_as], 1))
 
 
 class _Saved(NamedTuple):
@@ -204,7 +204,7 @@ def _a_grads(ops: Any, dzs: list[Tensor], x: Tensor, p: float, states: Sequence[
     if len(dzs) <= 1:
         return [ops.a_grad(dz, x, 0.0, None) for dz in dzs]
     joined = ops.a_grad(torch.cat(dzs, 1), x, 0.0, None)
-    return [part.contiguous() for part in joined.split([dz.shape[1] for dz in dzs])]
+    return [part.contiguous() for part in torch.split_with_sizes(joined, [dz.shape[1] for dz in dzs])]
 
 
 # As ``autograd.apply_function``: ``apply`` where no functorch transform is active, in less host time.

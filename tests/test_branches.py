@@ -46,6 +46,7 @@ SEVERAL = [
     Group(Case(dtype=torch.bfloat16, adapter_dtype=torch.float32, m=80), ((40, 8, True, "relu"),
                                                                           (40, 5, False, "identity"))),
     Group(Case(m=1), ((40, 8, True, "identity"), (40, 5, False, "gelu"))),
+    Group(Case(m=5, p=0.1, bias=False), ((56, 8, False, "identity"), (24, 4, False, "identity"))),
 ]  # fmt: skip
 
 
@@ -152,6 +153,19 @@ def test_one_branch_is_the_plain_layer(backend: str, device: str) -> None:
     plain = lora_linear(x, i.weight, i.lora_a, i.lora_b, i.bias, 0.5, backend=backend)
     exact = lora_linear(*(t.detach().double() for t in (x, i.weight, i.lora_a, i.lora_b, i.bias)), 0.5, backend="eager")
     check("y", y.flatten(0, 1), exact.flatten(0, 1), plain.flatten(0, 1), torch.float32)
+
+
+@pytest.mark.parametrize("backend", [name for name, device in BACKENDS if device == "cpu"])
+@pytest.mark.parametrize(("m", "count"), [(24, 1), (16, 2)])
+def test_plain_branches_of_few_tokens_are_plain_layers(m: int, count: int, backend: str) -> None:
+    x, (first, second), _ = draw(replace(SEVERAL[1], case=Case(m=m)), "cpu")
+    branches = [first, second][:count]
+    torch.manual_seed(1)
+    together = apply_branches(x, branches, 0.3, backend)
+    torch.manual_seed(1)
+    alone = [lora_linear(x, b.weight, b.lora_a, b.lora_b, b.bias, b.scaling, 0.3, True, backend) for b in branches]
+    assert all(same_bits(y, other) for y, other in zip(together, alone, strict=True))
+    assert [y.grad_fn.name() for y in together] == [y.grad_fn.name() for y in alone]
 
 
 @every_backend
