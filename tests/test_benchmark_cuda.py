@@ -25,7 +25,7 @@ RUNS = [
         for direction in ("forward", "backward", "step")
         for p in (0.0, 0.1)
     ],
-    *[("lorafusion", "forward", p) for p in (0.0, 0.1)],
+    *[("lorafusion", direction, p) for direction in ("forward", "backward", "step") for p in (0.0, 0.1)],
     *[("compile", direction, p) for direction, p in (("forward", 0.0), ("step", 0.1))],  # seconds each, of compiling
 ]
 

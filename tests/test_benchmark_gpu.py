@@ -336,10 +336,28 @@ def test_the_rebuilt_rival_computes_the_same_function(tokens: int, r: int) -> No
     assert accuracy.judge("y", y, exact, exact.half(), torch.float16).error <= accuracy.CEILINGS[torch.float16]
 
 
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_the_rebuilt_rival_s_gradients(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the mask that it drew and kept."""
+    (setup,) = make_setups(Workload("step", 70, 96, 72, 16, "float16", p=p), "cpu")
+    masks: list[torch.Tensor] = []
+    drop = lorafusion._drop
+    monkeypatch.setattr(lorafusion, "_drop", lambda x, p: (masks.append(drop(x, p)[1]), drop(x, p))[1])
+    layer = lorafusion.build(setup)
+    y = layer.call(setup.x)
+    found = dict(zip(("dx", "da", "db"), torch.autograd.grad(y, (setup.x, *layer.trainable), setup.dy), strict=True))
+    given = (setup.x, setup.linear.weight, setup.lora_a, setup.lora_b, None, setup.dy, setup.scaling)
+    exact = accuracy.run_reference(torch.float64, *given, masks[0].bool() if p else None, p)
+    for name, value in found.items():
+        error = accuracy.judge(name, value, exact[name], exact[name].half(), torch.float16).error
+        assert error <= accuracy.CEILINGS[torch.float16], name
+
+
 def test_the_rebuilt_rival_drops_and_scales() -> None:
     x = torch.rand(64, 129) + 1.0
-    dropped = lorafusion._drop(x, 0.25)
+    dropped, mask = lorafusion._drop(x, 0.25)
     kept = dropped != 0
+    assert torch.equal(mask.bool(), kept)
     left = x[kept].reshape(1, -1)
     check("y", dropped[kept].reshape(1, -1), left.double() / 0.75, left / 0.75, torch.float32)
     assert 0.7 < kept.float().mean() < 0.8
@@ -350,7 +368,7 @@ def test_the_rebuilt_rival_drops_and_scales() -> None:
     [
         ({"r": 8}, "from 16 on"),
         ({"r": 48}, "powers of 2"),
-        ({"direction": "step"}, "forward"),
+        ({"direction": "step", "bias": True}, "without a bias"),
         ({"dtype": "float32"}, "16-bit"),
     ],
 )

@@ -151,10 +151,21 @@ def _split_kernels(machine: Machine, workload: Workload) -> tuple[int, float]:
     return 2 + len(drop), seconds + sum(machine.seconds(k, workload.dtype) for k in drop)
 
 
+def _split_backward(machine: Machine, workload: Workload) -> tuple[int, float]:
+    """LoRAFusion's: zeros and one kernel with atomics, da by the library, the product that begins with dh A."""
+    assert machine.gpu is not None
+    cell = replace(_cell(workload, dropout=False), direction="backward")
+    model = BackwardModel(machine.gpu, cell)
+    fused = [plan for plan in plans.candidates(machine.gpu, cell) if isinstance(plan, plans.DxFused)]
+    work = kernels("lorafusion", replace(workload, direction="backward")) or []
+    others = [k for k in work if k.product is None and (workload.direction != "dx" or k.name != "da")]
+    return 1 + len(others), min(map(model.dx, fused)) + sum(machine.seconds(k, workload.dtype) for k in others)
+
+
 _LAUNCHES = {"few_tokens": 1, "fused": 2, "lora_first": 3, "base_first": 3}
 _DX_LAUNCHES = {"dx_fused": 1, "dx_lora_first": 2, "dx_base_first": 2}
 _FORWARD = {"triton": _our_forward, "lorafusion": _split_kernels}
-_BACKWARD = {"triton": _our_backward}
+_BACKWARD = {"triton": _our_backward, "lorafusion": _split_backward}
 
 
 def _cell(w: Workload, dropout: bool) -> plans.Cell:

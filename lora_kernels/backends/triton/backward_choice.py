@@ -68,7 +68,7 @@ def backward_plans(machine: Machine, cell: Cell) -> Iterator[BackwardPlan]:
     small = _small_ways(machine, cell)
     gemms = {
         "pointer": gemm_configs(machine, cell.tokens, *sizes, dropout=cell.dropout),
-        "persistent": persistent_configs(machine, cell.tokens, *sizes),
+        "persistent": persistent_configs(machine, cell.tokens, *sizes, dropout=cell.dropout),
     }
     expand = expand_config(machine, cell.r, cell.itemsize, cell.tf32)
     if machine.interpreter:

@@ -111,7 +111,7 @@ def product(
 def product_plans(device: torch.device, call: Call) -> list[Any]:
     """The plan for the whole forward pass, and then the others, where h is there and in one part.
 
-    The one pass for few tokens forms h itself, so it is left out.
+    The one pass for few tokens forms h itself, so it is left out. With a gain the flattened loop spills registers.
     """
     ranked = dict.fromkeys([plan_for(device, call.machine, call.cell), *candidates(call.machine, call.cell)])
     found: dict[Any, None] = {}
@@ -119,6 +119,8 @@ def product_plans(device: torch.device, call: Call) -> list[Any]:
         if isinstance(plan, FewTokens) or (getattr(plan, "variant", "pointer") != "pointer" and not call.by_descriptor):
             continue
         whole = replace(plan, shrink=replace(plan.shrink, splits=1))
+        if call.gain and getattr(whole, "variant", "") == "flattened":
+            whole = replace(whole, variant="persistent")
         found[replace(whole, pdl=False) if getattr(whole, "pdl", False) else whole] = None
     return list(found)
 
@@ -219,6 +221,8 @@ def _input_grad_steps(c: BackwardCall, ranks: Sequence[int], members: int) -> li
     for rank in ranks if c.dropout else (c.r,):  # without masks all terms are one product
         starts.append(starts[-1] + rank)
     config = expand_config(c.machine, c.r, c.dtype.itemsize, c.precision == "tf32")
+    if len(starts) > 2:  # every member has a mask and an accumulator of its own: less of them at once
+        config = replace(config, block_m=32, block_r=16)
     return [input_grad_step(config, c, tuple(starts))]
 
 
