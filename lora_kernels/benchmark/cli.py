@@ -30,7 +30,13 @@ MACHINES_KNOWN = ("h100", "h200")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``bench`` to ``parser``."""
     listed = "; ".join(f"{p.name}: {p.describe}" for p in PRESETS.values())
-    parser.add_argument("--preset", default="quick", metavar="NAME", help=f"what to measure (default: quick). {listed}")
+    block = "gpu-block: a decoder block of Llama-3-8B's sizes, trained for a step, beside PEFT's; on any device"
+    parser.add_argument(
+        "--preset", default="quick", metavar="NAME", help=f"what to measure (default: quick). {listed}; {block}"
+    )
+    parser.add_argument(
+        "--block", metavar="SIZES", help="of gpu-block: hidden=64,inner=96,heads=4,key_heads=2,tokens=16/32, or some"
+    )
     parser.add_argument(
         "--peers",
         metavar="NAMES",
@@ -79,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     """
     from .runner import expand_peers, run_preset
 
+    if args.preset == "gpu-block":
+        return _block(args)
     shown = None if args.show is None else _load(args.show)
     chosen = _narrowed(preset(args.preset if shown is None else shown.preset), args)
     peers = args.peers.split(",") if args.peers else None
@@ -119,6 +127,29 @@ def run(args: argparse.Namespace) -> int:
     _plot(args.plot, result)
     ours = (cell.providers[name] for cell in result.cells for name in result.ours if name in cell.providers)
     return 1 if any(entry.status == "failed" for entry in ours) else 0
+
+
+def _block(args: argparse.Namespace) -> int:
+    """The decoder block: one JSON document of its own; 1 if ours computes something else."""
+    import torch
+
+    from ..console import json_text
+    from .block import run_block, sizes_of, told
+
+    sizes = sizes_of(args.block)
+    if args.json is not None:
+        check_writable("--json", args.json)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgumentError("--device cuda was given, and no CUDA device is visible: pass --device cpu.")
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    with _progress() as progress:
+        document = run_block(sizes, device, date, args.budget or 40.0, args.seed, progress)
+    if args.json is not None:
+        args.json.write_text(json_text(document) + "\n", encoding="utf-8")
+    for line in told(document):
+        print(line)
+    return 1 if any(cell["failed"] for cell in document["cells"]) else 0
 
 
 def _narrowed(chosen: Preset, args: argparse.Namespace) -> Preset:

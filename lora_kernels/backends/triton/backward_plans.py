@@ -7,7 +7,7 @@ above 0. What comes in parts is summed by ``reduce_kernel``, in the order of the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -140,6 +140,8 @@ def dh_step(config: ShrinkConfig, c: BackwardCall) -> Step:
 def dh_db_step(config: DhDbConfig, c: BackwardCall) -> Step:
     """``step(stream, dy, lora_b, h, scaling)`` -> dh, db, and dbias where it is due."""
     m, n, r, device = c.m, c.n, c.r, c.device
+    if c.bias_dtype is not None and c.machine.capability < 90:  # dbias too: the widest tile leaves it no registers
+        config = replace(config, block_n=min(config.block_n, 128))
     dh_count, count = blocks(n, config.block_n), blocks(m, config.chunk_m)
     tile = (config.block_m, config.block_n, config.block_r)
     first = Launch(

@@ -36,7 +36,7 @@ from .backward_plans import (
 from .configs import expand_config, gain_grad_config, row_norms_config
 from .forward_plans import Call, Product, blocks, ready_product
 from .kernels.gain import gain_grad_kernel, row_norms_kernel
-from .plan_kinds import FewTokens
+from .plan_kinds import FewTokens, Fused
 from .plans import candidates, plan_for
 from .prepared import Cache, Launch, alignment, current_stream, first_that_runs, matrix, on_device, precision_of
 
@@ -111,18 +111,28 @@ def product(
 def product_plans(device: torch.device, call: Call) -> list[Any]:
     """The plan for the whole forward pass, and then the others, where h is there and in one part.
 
-    The one pass for few tokens forms h itself, so it is left out. With a gain the flattened loop spills registers.
+    The one pass for few tokens forms h itself, so it is left out. A gain's epilogue, which may store l as well, leaves
+    the widest tiles and the flattened loop no registers: the next ones are taken.
     """
     ranked = dict.fromkeys([plan_for(device, call.machine, call.cell), *candidates(call.machine, call.cell)])
     found: dict[Any, None] = {}
     for plan in ranked:
-        if isinstance(plan, FewTokens) or (getattr(plan, "variant", "pointer") != "pointer" and not call.by_descriptor):
+        variant = getattr(plan, "variant", "pointer")
+        if isinstance(plan, FewTokens) or (variant != "pointer" and not call.by_descriptor):
+            continue
+        if call.gain and (variant == "flattened" or (isinstance(plan, Fused) and _is_wide(plan))):
             continue
         whole = replace(plan, shrink=replace(plan.shrink, splits=1))
-        if call.gain and getattr(whole, "variant", "") == "flattened":
-            whole = replace(whole, variant="persistent")
+        if call.gain and not isinstance(plan, Fused) and call.dtype.itemsize == 4:
+            whole = replace(whole, expand=replace(whole.expand, block_m=min(whole.expand.block_m, 32)))
         found[replace(whole, pdl=False) if getattr(whole, "pdl", False) else whole] = None
     return list(found)
+
+
+def _is_wide(plan: Fused) -> bool:
+    """More than 128 columns, or than 64 sums a thread."""
+    g = plan.gemm
+    return g.block_columns > 128 or g.block_rows * g.block_columns > 64 * 32 * g.num_warps
 
 
 def output_grads(
