@@ -30,7 +30,16 @@ __all__ = [
 TUNED = "tuned.json"
 # Tests of what a GPU changes nothing about; all others run.
 NOT_HERE = (
-    *("benchmark", "benchmark_gpu", "benchmark_profile", "benchmark_results", "benchmark_targets", "scripts"),
+    *(
+        "benchmark",
+        "benchmark_block",
+        "benchmark_dram",
+        "benchmark_gpu",
+        "benchmark_profile",
+        "benchmark_results",
+        "benchmark_targets",
+        "scripts",
+    ),
     *("cli", "cuda_kernels", "cuda_report", "demo", "doctests", "examples", "import", "info", "packaging", "readme"),
     *("native_build", "native_compat", "native_cpu", "native_load", "transformers", "triton_compile"),
 )
@@ -160,6 +169,8 @@ def bench_stages(pytest_args: Sequence[str] = ()) -> list[Stage]:
         _bench("forward", "gpu-forward", 520),
         _overhead(),
         _bench("step", "gpu-step", 520),
+        _block(),
+        _dram(),
         _bench("compiled", "gpu-compile", 520),
         _bench("step-compiled", "gpu-step-compile", 520),
     ]
@@ -187,6 +198,32 @@ def _overhead() -> Stage:
     cells = ("--preset", "gpu-overhead", "--only", "out_features=4096", "p=0.0")
     command = (*PACKAGE, "bench", *cells, "--profile", "{result}")
     return Stage("overhead", command, 25, "overhead.json", False, judge_json, True)
+
+
+def judge_block(path: Path) -> str:
+    """Counts the cells; passes too where transformers or PEFT is missing, and says so."""
+    document = json.loads(path.read_text())
+    if failed := [cell["failed"] for cell in document["cells"] if cell["failed"]]:
+        raise ValueError(failed[0])
+    return document["left_out"] or f"{len(document['cells'])} cells"
+
+
+def judge_dram(path: Path) -> str:
+    """Counts what was measured; passes too where Nsight Compute is missing, and says so."""
+    document = json.loads(path.read_text())
+    found = sum("gib" in (cell["measured"] or {}) for cell in document["cells"])
+    return document["not_measured"] or f"{found} of {len(document['cells'])} measured"
+
+
+def _block() -> Stage:
+    command = (*PACKAGE, "bench", "--preset", "gpu-block", "--budget", "40", "--json", "{result}")
+    return Stage("block", command, 120, "block.json", False, judge_block, True)
+
+
+def _dram() -> Stage:
+    """Under Nsight Compute, which replays every kernel."""
+    command = (sys.executable, "bench/dram_bytes.py", "--json", "{result}")
+    return Stage("dram", command, 240, "dram.json", False, judge_dram, True)
 
 
 def files_of_tests() -> list[str]:

@@ -52,7 +52,8 @@ def outer_ways(machine: Machine, cell: Cell, columns: int) -> list[DaConfig]:
     if machine.interpreter:
         return [base, replace(base, splits=3)]
     ways = [base]
-    for block_k in (b for b in (16, 32, 64) if b >= base.block_k):
+    widest = 32 if machine.capability >= 100 and base.block_r > 32 else 64  # wider, the mask takes the registers
+    for block_k in (b for b in (16, 32, 64) if base.block_k <= b <= widest):
         programs = -(-columns // block_k) * -(-cell.r // base.block_r)
         ways += [
             replace(base, block_k=block_k, splits=splits)

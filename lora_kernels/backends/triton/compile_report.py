@@ -254,7 +254,8 @@ def _jobs_of(case: Case, arch: int) -> Iterator[Job]:
         for backward in backward_plans_of(machine, back):
             launch.run_backward(backward, dy, x, weight, lora_a, lora_b, None, h, 2.5, p, state)
             launch.run_backward(backward, dy, x, weight, lora_a, lora_b, None, None, 2.5, p, state)
-        parts.row_norms(weight, lora_a, lora_b, 2.5)
+        if case.parts or r > 128:
+            parts.row_norms(weight, lora_a, lora_b, 2.5)
         if case.parts:
             parts.gain_grad(dy, dy, gain, bias)
             parts.output_grads(dy, lora_b, h, bias, 2.5)

@@ -161,6 +161,7 @@ def backward(
     k = lora_a.shape[1]
     if m == 0 or n == 0 or k == 0:
         return _backward_of_nothing(dy, x, weight, lora_a, lora_b, bias, h, scaling)
+    h = None if h is None else h.contiguous()
     key = _backward_key(dy, x, weight, lora_a, lora_b, bias, h, p, state)
     arguments = (dy, x, weight, lora_a, lora_b, h, float(scaling), state)
     with on_device(dy.device):

@@ -232,7 +232,7 @@ def _input_grad_steps(c: BackwardCall, ranks: Sequence[int], members: int) -> li
         starts.append(starts[-1] + rank)
     config = expand_config(c.machine, c.r, c.dtype.itemsize, c.precision == "tf32")
     if len(starts) > 2:  # every member has a mask and an accumulator of its own: less of them at once
-        config = replace(config, block_m=32, block_r=16)
+        config = replace(config, block_m=32, block_n=config.block_n // 2, block_r=16)
     return [input_grad_step(config, c, tuple(starts))]
 
 
