@@ -30,18 +30,10 @@ __all__ = [
 TUNED = "tuned.json"
 # Tests of what a GPU changes nothing about; all others run.
 NOT_HERE = (
-    *(
-        "benchmark",
-        "benchmark_block",
-        "benchmark_dram",
-        "benchmark_gpu",
-        "benchmark_profile",
-        "benchmark_results",
-        "benchmark_targets",
-        "scripts",
-    ),
-    *("cli", "cuda_kernels", "cuda_report", "demo", "doctests", "examples", "import", "info", "packaging", "readme"),
-    *("native_build", "native_compat", "native_cpu", "native_load", "transformers", "triton_compile"),
+    *("benchmark", "benchmark_block", "benchmark_dram", "benchmark_gpu", "benchmark_profile", "benchmark_results"),
+    *("benchmark_targets", "cli", "cuda_kernels", "cuda_report", "demo", "distributed", "doctests", "examples"),
+    *("import", "info", "native_build", "native_compat", "native_cpu", "native_load", "packaging", "readme", "scripts"),
+    *("transformers", "triton_compile"),
 )
 KNOWS_A_GPU = re.compile(r"\bmark\.gpu\b|\btriton_device\b|\bBACKENDS\b")
 NO_GPU = re.compile(r"\b(no|needs?|requires?|wants?|without)\b.*\b(cuda|gpu)\b", re.IGNORECASE)

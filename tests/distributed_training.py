@@ -81,7 +81,7 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
 def trained(
     model: nn.Module,
     device: str,
-    steps: range = range(STEPS),
+    steps: range | None = None,
     mesh: DeviceMesh | None = None,
     pieces: int = 1,
     optimizer: torch.optim.Optimizer | None = None,
@@ -92,7 +92,7 @@ def trained(
     """
     optimizer = optimizer or adamw(model)
     losses = []
-    for step in steps:
+    for step in steps or range(STEPS if world() < 4 else STEPS // 3):  # four processes take long on two cores
         ids = tokens(step, device)
         if mesh is not None:
             ids = ids.chunk(mesh.size())[mesh.get_local_rank()]
@@ -130,23 +130,32 @@ class Cast(nn.Module):
         return torch.func.functional_call(self.model, cast, (ids,))
 
 
-_single: dict[Any, tuple[Tensor, Tensor]] = {}
+_single: dict[Any, list[Tensor]] = {}
 
 
 def same_losses(name: str, losses: Tensor, device: str, compute: torch.dtype = torch.float32, **made: Any) -> None:
-    """Compares with the model of :func:`adapted` in one process: in float64, and by plain PyTorch in ``compute``.
-
-    The latter with whole batches and with parts of them, for the order of a sum is not the model's to choose.
-    """
+    """Compares with the model of :func:`adapted` in one process; see :func:`alone`."""
     key = (len(losses), compute, *made.items())
     if key not in _single:
-        steps = range(len(losses))
-        exact = trained(adapted(device, **made).double(), device, steps)
-        with use_backend("eager"):
-            ways = [trained(Cast(adapted(device, **made), compute), device, steps, pieces=n) for n in (1, 2)]
-        _single[key] = exact, max(ways, key=lambda way: float((way - exact).norm()))
+        _single[key] = alone(lambda: adapted(device, **made), device, range(len(losses)), compute)
     check(name, losses, *_single[key], compute)
     assert losses[-3:].mean() < losses[:3].mean() - 0.1
+
+
+def alone(make: Callable[[], nn.Module], device: str, steps: range, compute: torch.dtype) -> list[Tensor]:
+    """What the first process finds without the others: exact losses, in float64, and those of plain PyTorch.
+
+    The latter with whole batches and with halves, for the order of a sum is not the model's to choose.
+    """
+    results = [torch.zeros(len(steps), dtype=torch.float64, device=device) for _ in range(2)]
+    if distributed.get_rank() == 0:
+        exact = trained(make().double(), device, steps)
+        with use_backend("eager"):
+            ways = [trained(Cast(make(), compute), device, steps, pieces=pieces) for pieces in (1, 2)]
+        results = [exact, max(ways, key=lambda way: float((way - exact).norm()))]
+    for result in results:
+        distributed.broadcast(result, 0)
+    return results
 
 
 def by_blocks(model: nn.Module, mesh: DeviceMesh, **arguments: Any) -> nn.Module:
@@ -207,7 +216,7 @@ def check_losses_under_fsdp_and_tensor_parallelism(device: str, folder: Path) ->
 
 
 def some() -> int:
-    """How many of two kinds of layers: four processes take long where there are two cores."""
+    """How many of two kinds of layers, likewise."""
     return 2 if world() < 4 else 1
 
 
@@ -256,8 +265,9 @@ def check_merging_whole_models(device: str, folder: Path) -> None:
         model = adapted(device, **arguments)
         split, _ = STYLES[style](copy.deepcopy(model), device)
         exact = copy.deepcopy(model).double()
+        state = {name: whole(tensor).clone() for name, tensor in split.state_dict().items()}
+        before = split(ids).detach()  # FSDP2's root keeps what it has gathered, for a backward
         with torch.no_grad():
-            before, state = split(ids), {name: whole(t).clone() for name, t in split.state_dict().items()}
             for part in (model, exact, split):
                 merge_lora(part)
             check(style, split(ids), exact(ids), model(ids), torch.float32)
@@ -370,9 +380,7 @@ def check_live_peft_models(device: str, folder: Path) -> None:
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["up", "down", "head"], init_lora_weights=False)
     stock = peft.get_peft_model(Net(), config).to(device)
     steps = range(STEPS // 3)
-    exact = trained(copy.deepcopy(stock).double(), device, steps)
-    ways = [trained(copy.deepcopy(stock), device, steps, pieces=pieces) for pieces in (1, 2)]
-    yardstick = max(ways, key=lambda way: float((way - exact).norm()))
+    exact, yardstick = alone(lambda: copy.deepcopy(stock), device, steps, torch.float32)
     for style in ("DDP", "FSDP2"):
         model = copy.deepcopy(stock)
         fuse_peft(model)

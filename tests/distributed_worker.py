@@ -1,8 +1,8 @@
 """Several processes that run the same checks: ``launch`` starts them, ``main`` is what each of them does.
 
-They meet over a file, so no port is taken. All of them are forked from one process that has done the imports, which
-take longer than most checks. A check that fails in one process may leave the others waiting for it: they give up after
-``PATIENCE``, and their parent after ``LIMIT``, so a hang is a failure with a name.
+They meet over a file, so no port is taken. On the CPU all of them are forked from one process that has done the
+imports, which take longer than most checks. A check that fails in one process may leave the others waiting for it: they
+give up after ``PATIENCE``, and their parent after ``LIMIT``, so a hang is a failure with a name.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ def launch(worlds: list[int], device: str, folder: Path, only: tuple[str, ...] =
     clear = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LORA_KERNELS_BACKEND")
     env = {key: value for key, value in os.environ.items() if key not in clear}
     env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-    env |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # a process that has asked CUDA cannot be forked
     command = [sys.executable, str(Path(__file__)), device, str(folder), ",".join(map(str, worlds)), *only]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
@@ -92,7 +91,7 @@ def main(device: str, folder: Path, worlds: list[int], only: list[str]) -> None:
         import peft  # noqa: F401
 
     checks = {name: getattr(__import__(file), name) for file in FILES for name in names() if _is_in(file, name)}
-    context = multiprocessing.get_context("fork")
+    context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")  # CUDA does not survive a fork
     for world in worlds:
         chosen = {name: checks[name] for name in only or names(world == worlds[0])}
         (folder / str(world)).mkdir()

@@ -1,4 +1,4 @@
-"""DDP, FSDP2, tensor parallelism and FSDP2 with it: several processes, on the CPU here, by NCCL where there are GPUs.
+"""DDP, FSDP2, tensor parallelism and both: several processes on the CPU; GPUs: ``test_distributed_device.py``.
 
 The checks are in ``distributed_layers.py`` and ``distributed_training.py``; ``distributed_worker.py`` runs them.
 """
@@ -18,18 +18,11 @@ import distributed_worker
 from distributed_worker import ROOT, Outcomes, launch
 
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
-GPUS = torch.cuda.device_count()
-CPU_WORLDS, GPU_WORLDS = [2, 4], [2 if GPUS > 1 else 1]
 
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return launch(CPU_WORLDS, "cpu", tmp_path_factory.mktemp("gloo"))
-
-
-@pytest.fixture(scope="module")
-def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return launch(GPU_WORLDS, "cuda", tmp_path_factory.mktemp("nccl"))
+    return launch([2, 4], "cpu", tmp_path_factory.mktemp("gloo"))
 
 
 @needs_gloo
@@ -42,14 +35,6 @@ def test_with_two_processes(name: str, on_cpu: Outcomes) -> None:
 @pytest.mark.parametrize("name", distributed_worker.names(once=False))
 def test_with_four_processes(name: str, on_cpu: Outcomes) -> None:
     assert not on_cpu[4, name], on_cpu[4, name]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not GPUS, reason="needs a CUDA GPU: NCCL runs on nothing else")
-@pytest.mark.parametrize("name", distributed_worker.names())
-def test_on_gpus(name: str, on_gpu: Outcomes) -> None:
-    (world,) = GPU_WORLDS
-    assert not on_gpu[world, name], on_gpu[world, name]
 
 
 def test_a_check_that_does_not_end_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
