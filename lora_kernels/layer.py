@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import dora, initialisation, residual, sharded
+from . import dora, fsdp, initialisation, residual, sharded
 from .branches import Branch
 from .config import scaling_of
 from .dispatch import Problem
@@ -124,11 +124,11 @@ class LoRALayer(nn.Module):
             wide = torch.promote_types(self.lora_A.dtype, torch.float32)
             slots = (_whole_like(parameter, wide) for parameter in (self.lora_A, self.lora_B))
             for parameter, value in zip((self.lora_A, self.lora_B), initialisation.draw(init, *slots), strict=True):
-                sharded.fill(parameter, value)
+                sharded.put(parameter, value)
         if self.lora_bias is not None:
             bound = self.r**-0.5 if init is False else 0.0
             drawn = _whole_like(self.lora_bias, torch.promote_types(self.lora_bias.dtype, torch.float32))
-            sharded.fill(self.lora_bias, nn.init.uniform_(drawn, -bound, bound))
+            sharded.put(self.lora_bias, nn.init.uniform_(drawn, -bound, bound))
         self._reset_magnitude()
 
     def _offset(self, bias: Tensor | None, lora_bias: Tensor) -> Tensor:
@@ -145,8 +145,7 @@ class LoRALayer(nn.Module):
     @torch.no_grad()
     def _reset_magnitude(self) -> None:
         if self.lora_magnitude_vector is not None and not self.weight.is_meta:
-            put = sharded.write if sharded.is_sharded(self.lora_magnitude_vector) else Tensor.copy_
-            put(self.lora_magnitude_vector, self._row_norms())
+            sharded.put(self.lora_magnitude_vector, self._row_norms())
 
     @property
     def merged(self) -> bool:
@@ -193,7 +192,7 @@ class LoRALayer(nn.Module):
                 ``fully_shard`` (:func:`merge_lora` does those), or the merged values are not finite where the base's
                 are; the layer is left as it was.
         """
-        sharded.check_own(self, "merge")
+        fsdp.check_own(self, "merge")
         self._merge()
 
     @torch.no_grad()
@@ -211,8 +210,8 @@ class LoRALayer(nn.Module):
         aside.register_parameter("weight", self.weight)
         if bias is not self.bias:
             aside.register_parameter("bias", self.bias)
-        if sharded.is_managed(self):
-            sharded.merge_in_place(self, aside, weight, bias)
+        if fsdp.is_managed(self):
+            fsdp.merge_in_place(self, aside, weight, bias)
         else:
             self.weight, self.bias = nn.Parameter(weight, requires_grad=False), bias
         object.__setattr__(self, "_base", aside)
@@ -252,7 +251,7 @@ class LoRALayer(nn.Module):
         Raises:
             LoRAStateError: the layer is not merged, or ``fully_shard`` manages it (:func:`unmerge_lora` does those).
         """
-        sharded.check_own(self, "unmerge")
+        fsdp.check_own(self, "unmerge")
         self._unmerge()
 
     def _unmerge(self) -> None:
@@ -260,8 +259,8 @@ class LoRALayer(nn.Module):
             raise LoRAStateError("unmerge was called on a layer that is not merged. Call merge() first.")
         weight, bias = self.base_weight, self.base_bias
         object.__setattr__(self, "_base", None)
-        if sharded.is_managed(self):
-            sharded.unmerge_in_place(self, weight, bias)
+        if fsdp.is_managed(self):
+            fsdp.unmerge_in_place(self, weight, bias)
         else:
             self.weight, self.bias = weight, bias
 

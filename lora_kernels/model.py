@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import sharded
+from . import fsdp
 from .adapter import forget, remember, remembered_within
 from .config import BIAS_CHOICES, LoRAConfig, as_tuple
 from .errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, LoRAStateError
@@ -120,7 +120,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     """
     check_bias(bias)
     layers = [layer for _, layer in some_lora_layers(model, "mark_only_lora_as_trainable")]
-    sharded.settle(model)
+    fsdp.settle(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in layers:
@@ -149,14 +149,14 @@ def merge_lora(model: nn.Module) -> None:
         True
     """
     layers = some_lora_layers(model, "merge_lora")
-    sharded.settle_for(model, layers, "merge_lora")
+    fsdp.settle_for(model, layers, "merge_lora")
     if merged := [name for name, layer in layers if layer.merged]:
         raise LoRAStateError(
             f"merge_lora was called on a model where {listed(merged)} is merged already. Call unmerge_lora(model) "
             "first, or merge() on the layers that are not."
         )
     for name, layer in layers:
-        if sharded.is_managed(layer) and (tied := _untied_from(model, layer)):
+        if fsdp.is_managed(layer) and (tied := _untied_from(model, layer)):
             raise LoRAStateError(
                 f"the weight of {name!r} is also {tied[0]}, and fully_shard (FSDP2) has one memory for both: merging "
                 "would change that one too. Save the adapter, and merge it on the plain model."
@@ -190,7 +190,7 @@ def unmerge_lora(model: nn.Module) -> None:
         False
     """
     layers = some_lora_layers(model, "unmerge_lora")
-    sharded.settle_for(model, layers, "unmerge_lora")
+    fsdp.settle_for(model, layers, "unmerge_lora")
     if unmerged := [name for name, layer in layers if not layer.merged]:
         raise LoRAStateError(
             f"unmerge_lora was called on a model where {listed(unmerged)} is not merged. Call merge_lora(model) first, "
@@ -230,7 +230,7 @@ def restore_linear(model: nn.Module) -> RestoreReport:
             "restore_linear was called on a FusedLoRALinear itself, which has no parent to put an nn.Linear into. Call "
             "its to_linear() instead."
         )
-    if managed := [name for name, layer in layers if sharded.is_managed(layer)]:
+    if managed := [name for name, layer in layers if fsdp.is_managed(layer)]:
         raise LoRAStateError(
             f"restore_linear was called on a model where fully_shard (FSDP2) manages {listed(managed)}: it would go on "
             "with the layers that are replaced. Save the adapter, and merge or restore the plain model."
@@ -277,7 +277,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     check_bias(bias)
     tensors: dict[str, Tensor] = {}
     layers = some_lora_layers(model, "lora_state_dict")
-    sharded.settle(model)
+    fsdp.settle(model)
     for prefix, layer in layers:
         tensors |= {joined(prefix, name): tensor.detach() for name, tensor in (layer.adapter | layer.initial).items()}
         if bias == "lora_only" and layer.base_bias is not None:

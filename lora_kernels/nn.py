@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import dora, sharded
+from . import dora, fsdp, sharded
 from .branches import Branch, apply_branches
 from .config import check_hyperparameters, check_layer_activation, check_lora_bias
 from .dispatch import COMPUTE_DTYPES
@@ -286,7 +286,7 @@ def _acting(layer: LoRALayer) -> tuple[Any, Any]:
     """Weight and bias of a layer that is merged or switched off."""
     if layer._lora_enabled or not layer.merged:
         return layer.weight, layer.bias
-    return sharded.kept_aside(layer.base_weight, layer.weight), sharded.kept_aside(layer.base_bias, layer.bias)
+    return fsdp.kept_aside(layer.base_weight, layer.weight), fsdp.kept_aside(layer.base_bias, layer.bias)
 
 
 def _forward_dora(layer: LoRALayer, x: Tensor, p: float) -> Tensor:

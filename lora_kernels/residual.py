@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import dora
+from . import dora, sharded
 from .errors import LoRAStateError
 from .initialisation import check_weight, split, splits
 
@@ -55,8 +55,8 @@ def start(layer: LoRALayer) -> None:
         )
     first, second = _initial(layer)
     if layer._initial_scaling is not None:
-        layer.lora_A.copy_(first)
-        layer.lora_B.copy_(second * (layer._initial_scaling / layer.scaling))
+        sharded.put(layer.lora_A, first)
+        sharded.put(layer.lora_B, second * (layer._initial_scaling / layer.scaling))
         return
     init, weight = layer.init_lora_weights, layer.weight
     check_weight(init, layer.r, layer.in_features, layer.out_features, weight)
@@ -76,6 +76,11 @@ def before_loading(layer: LoRALayer, state_dict: Mapping[str, Any], prefix: str)
         return None
     initial = zip(NAMES, _initial(layer), strict=True)
     changed = [name for name, held in initial if not _same(state_dict.get(prefix + name, held), held)]
+    if changed and sharded.is_sharded(layer.weight):
+        raise LoRAStateError(
+            f"a state dict with {changed[0]} and without the weight that goes with it was given to a layer whose "
+            "weight is sharded. Load it onto the plain model first, then distribute it; or load the weight too."
+        )
     return plain_weight(layer) if changed else None
 
 
@@ -105,9 +110,11 @@ def after_loading(layer: LoRALayer, state_dict: Mapping[str, Any], prefix: str, 
 @torch.no_grad()
 def _moved(layer: LoRALayer, weight: nn.Parameter, scaling: float) -> nn.Parameter:
     """``weight`` + scaling B0 A0 as it is stored, computed in fp32 or wider and rounded once."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    moved = dora.adapted_rows(layer.matrix(weight), *_initial(layer), scaling, slice(None), wide)
-    stored = layer.matrix(moved.to(weight.dtype)).contiguous()
+    if sharded.is_sharded(weight):
+        stored = sharded.moved_weight(layer, weight, *_initial(layer), scaling)
+    else:
+        moved = dora.merged(layer.matrix(weight), *_initial(layer), scaling, None, None)
+        stored = layer.matrix(moved).contiguous()
     return nn.Parameter(stored, requires_grad=weight.requires_grad)
 
 
@@ -124,4 +131,4 @@ def _set_initial(layer: LoRALayer, a: Tensor, b: Tensor) -> None:
 
 
 def _same(given: Any, held: Tensor) -> bool:
-    return isinstance(given, Tensor) and torch.equal(given.to(held), held)
+    return isinstance(given, Tensor) and (given is held or torch.equal(given.to(held), held))

@@ -21,16 +21,15 @@ on its first dimension, so A is gathered from ranks of R; ``RowwiseParallel`` le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import dora
 from .dispatch import backend
-from .errors import InvalidTypeError, LoRAStateError
+from .errors import InvalidTypeError
 from .functional import apply, prepare
 from .ops import operators
 from .reference import drop
@@ -39,22 +38,14 @@ if TYPE_CHECKING:
     from .layer import LoRALayer
 
 __all__ = [
-    "check_own",
-    "fill",
+    "everywhere",
     "forward",
     "is_finite",
-    "is_managed",
     "is_sharded",
-    "kept_aside",
-    "merge_in_place",
     "merged_weight",
-    "once",
-    "plain_class",
+    "moved_weight",
+    "put",
     "row_norms",
-    "settle",
-    "settle_for",
-    "unmerge_in_place",
-    "write",
 ]
 
 _STEP = 0x9E3779B97F4A7C15  # odd, so no two parts of x ever have one seed; far from small numbers, as seeds often are
@@ -63,51 +54,6 @@ _STEP = 0x9E3779B97F4A7C15  # odd, so no two parts of x ever have one seed; far 
 def is_sharded(tensor: object) -> bool:
     """Whether ``tensor`` is a DTensor. By name: torch.distributed.tensor takes a second to import."""
     return type(tensor).__name__ == "DTensor"
-
-
-def is_managed(layer: nn.Module) -> bool:
-    """Whether ``fully_shard`` manages the Parameters of ``layer``: it exchanges them around each forward."""
-    return getattr(layer, "_is_fsdp_managed_module", False)
-
-
-def settle(model: nn.Module) -> None:
-    """Has FSDP2 put the sharded Parameters back wherever it holds gathered ones: those may be in a narrower dtype."""
-    for module in model.modules():
-        if _is_fsdp(module):
-            fsdp: Any = module
-            fsdp.reshard()
-
-
-def plain_class(module: nn.Module) -> type:
-    """``module``'s class before ``fully_shard`` put one of its own in front of it."""
-    kind = type(module)
-    return kind.__bases__[-1] if _is_fsdp(module) and kind.__name__.startswith("FSDP") else kind
-
-
-def check_own(layer: LoRALayer, function: str) -> None:
-    """Raises where FSDP2 manages the weight: it may hold a gathered copy now, and a change of that would be lost."""
-    if is_managed(layer):
-        raise LoRAStateError(
-            f"{function} was called on a layer that fully_shard (FSDP2) manages. Call {function}_lora(model) with the "
-            "module that was given to fully_shard, which puts the shards in their places first."
-        )
-
-
-def settle_for(model: nn.Module, layers: Iterable[tuple[str, LoRALayer]], function: str) -> None:
-    """:func:`settle`, or an error where FSDP2 manages one of the layers from outside of ``model``."""
-    within = {part for module in model.modules() if _is_fsdp(module) for part in module.modules()}
-    outside = [name for name, layer in layers if is_managed(layer) and layer not in within]
-    if outside:
-        raise LoRAStateError(
-            f"{function} was called on a part of a model, and fully_shard (FSDP2) manages its layer {outside[0]!r} "
-            f"from outside. Call {function} with the module that was given to fully_shard."
-        )
-    settle(model)
-
-
-def _is_fsdp(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` was given ``module``; by what it can do, for the import takes long."""
-    return hasattr(module, "reshard") and hasattr(module, "set_reshard_after_forward")
 
 
 @dataclass(frozen=True)
@@ -269,12 +215,19 @@ def _dora(layer: LoRALayer, layout: Layout, own: _Parts, bias: Tensor | None, p:
     return dora.forward(own.x, own.weight, own.a, own.b, bias, layer.scaling, gains, p, dropped)
 
 
-def _at_rest(layer: LoRALayer) -> tuple[Layout, _Parts]:
-    """The parts of W, A and B that this process has for what is computed of the weight alone."""
-    weight: Any = layer.matrix(layer.base_weight)
+def _at_rest(weight: Any, lora_a: Any, lora_b: Any) -> tuple[Layout, _Parts]:
+    """What this process has of W (N, K), A and B, for what is computed of the weight alone."""
     layout = Layout.of(weight)
     w = _local(weight, layout.weight)
-    return layout, _Parts(w, w, _local(layer.lora_A, layout.a), _local(layer.lora_B, layout.b))
+    a, b = (tensor if is_sharded(tensor) else everywhere(tensor, layout.mesh) for tensor in (lora_a, lora_b))
+    return layout, _Parts(w, w, _local(a, layout.a), _local(b, layout.b))
+
+
+def everywhere(tensor: Tensor, mesh: Any) -> Any:
+    """A tensor that all processes have alike, as a DTensor."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 @torch.no_grad()
@@ -282,7 +235,7 @@ def row_norms(layer: LoRALayer) -> Any:
     """‖W + s B A‖ of each row, (N,), a DTensor that lies as W's rows do."""
     from torch.distributed.tensor import DTensor
 
-    layout, own = _at_rest(layer)
+    layout, own = _at_rest(layer.matrix(layer.base_weight), layer.lora_A, layer.lora_B)
     norms = layout.sum_squares(dora.row_norms(own.weight, own.a, own.b, layer.scaling))
     return DTensor.from_local(
         norms, layout.mesh, layout.vector, run_check=False, shape=torch.Size((layer.out_features,)), stride=(1,)
@@ -292,17 +245,29 @@ def row_norms(layer: LoRALayer) -> Any:
 @torch.no_grad()
 def merged_weight(layer: LoRALayer) -> Any:
     """The merged weight as it is stored: each process computes its own part."""
-    from torch.distributed.tensor import DTensor
-
-    layout, own = _at_rest(layer)
+    layout, own = _at_rest(layer.matrix(layer.weight), layer.lora_A, layer.lora_B)
     magnitude, norms = layer.lora_magnitude_vector, None
     if magnitude is not None:
         magnitude = _local(magnitude, layout.vector)  # type: ignore[assignment]
         norms = layout.sum_squares(dora.row_norms(own.weight, own.a, own.b, layer.scaling))
-    merged = layer.matrix(dora.merged(own.weight, own.a, own.b, layer.scaling, magnitude, norms)).contiguous()
+    return _stored(layer, dora.merged(own.weight, own.a, own.b, layer.scaling, magnitude, norms))
+
+
+@torch.no_grad()
+def moved_weight(layer: LoRALayer, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Any:
+    """``weight`` + scaling B A as it is stored, likewise; A and B may be plain, and are the same everywhere then."""
+    _, own = _at_rest(layer.matrix(weight), lora_a, lora_b)
+    return _stored(layer, dora.merged(own.weight, own.a, own.b, scaling, None, None))
+
+
+def _stored(layer: LoRALayer, local: Tensor) -> Any:
+    """This process's part (N, K) of a weight, put together as ``layer.weight`` lies."""
+    from torch.distributed.tensor import DTensor
+
     like: Any = layer.weight
+    stored = layer.matrix(local).contiguous()
     return DTensor.from_local(
-        merged, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        stored, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
 
@@ -319,85 +284,17 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def write(target: Any, value: Any) -> None:
-    """Writes the DTensor ``value`` into ``target``'s memory, which FSDP2 holds on to."""
-    target.to_local().copy_(value.redistribute(placements=target.placements).to_local())
+def put(target: Any, value: Any) -> None:
+    """Writes ``value`` into ``target``'s memory, which FSDP2 holds on to; each may be sharded or plain.
 
-
-@torch.no_grad()
-def fill(target: Any, value: Tensor) -> None:
-    """Writes the plain ``value``, the first process's of it, into ``target``, sharded or plain."""
+    Plain values for a sharded target are the first process's.
+    """
     if not is_sharded(target):
         target.copy_(value)
         return
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh, value = target.device_mesh, value.contiguous()
-    for i in range(mesh.ndim):
-        torch.distributed.broadcast(value, group=mesh.get_group(i), group_src=0)
-    write(target, DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False))
-
-
-def merge_in_place(layer: LoRALayer, aside: nn.Module, weight: Any, bias: Any) -> None:
-    """Writes merged values into the Parameters that FSDP2 manages; copies of the former ones go into ``aside``."""
-    merged = {"weight": weight} | ({"bias": bias} if "bias" in aside._parameters else {})
-    if aside._parameters.get("bias", weight) is None:
-        raise LoRAStateError(
-            "merging gives a layer without bias one, for its lora_bias, and fully_shard (FSDP2) would not know of it. "
-            "Save the adapter, and merge it on the plain model."
-        )
-    for name, value in merged.items():
-        former: Any = getattr(layer, name)
-        aside.register_parameter(name, nn.Parameter(former.detach().clone(), requires_grad=former.requires_grad))
-        write(former, value)
-
-
-def unmerge_in_place(layer: LoRALayer, weight: Any, bias: Any) -> None:
-    """Writes the former values back."""
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value is not getattr(layer, name):
-            write(getattr(layer, name), value)
-
-
-def kept_aside(tensor: Any, now: Any) -> Any:
-    """A weight or bias that merging has put aside, as FSDP2 has gathered ``now``, the one in its place."""
-    if not is_sharded(tensor) or (is_sharded(now) and now.device_mesh == tensor.device_mesh):
-        return tensor
-    whole = tensor.full_tensor().to(now.dtype)
-    if not is_sharded(now):
-        return whole
-    from torch.distributed.tensor import DTensor, Replicate
-
-    copied = DTensor.from_local(whole, now.device_mesh, [Replicate()] * now.device_mesh.ndim, run_check=False)
-    return copied.redistribute(placements=now.placements)
-
-
-def once(tensors: Iterable[Any], action: Callable[[], None]) -> None:
-    """Does ``action`` in one of the processes that hold parts of ``tensors``; where it raises there, all raise.
-
-    That is the first process of the largest mesh. Where nothing is sharded, each process that calls this acts.
-    """
-    meshes = [tensor.device_mesh for tensor in tensors if is_sharded(tensor)]
-    if not meshes:
-        action()
-        return
-    mesh = max(meshes, key=lambda mesh: mesh.size())
-    if any(mesh.get_coordinate()):
-        failure = _told(mesh, None)
-        if failure is not None:
-            raise LoRAStateError(f"the first process of the mesh, which acts for all, has failed: {failure}")
-        return
-    try:
-        action()
-    except BaseException as error:
-        _told(mesh, str(error) or type(error).__name__)
-        raise
-    _told(mesh, None)
-
-
-def _told(mesh: Any, message: str | None) -> str | None:
-    """The first process's ``message``, in all processes of the mesh, passed on along one dimension after the other."""
-    told = [message]
-    for i in range(mesh.ndim):
-        torch.distributed.broadcast_object_list(told, group=mesh.get_group(i), group_src=0)
-    return told[0]
+    if not is_sharded(value):
+        value = value.contiguous()
+        for i in range(target.device_mesh.ndim):
+            torch.distributed.broadcast(value, group=target.device_mesh.get_group(i), group_src=0)
+        value = everywhere(value, target.device_mesh)
+    target.to_local().copy_(value.redistribute(placements=target.placements).to_local())

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_kernels import FusedLoRALinear, LoRAConfig, merge_lora, replace_linear, restore_linear, save_adapter
 from lora_kernels.accuracy import run_reference
 from lora_kernels.errors import InvalidTypeError, LoRAStateError
-from models import acting
+from models import acting, disturb
 from numerics import check, check_all, same_bits
 
 K, N, R, SCALING = 22, 26, 3, 4 / 3  # none of them is a multiple of four: the last process has less
@@ -201,6 +201,25 @@ def check_sharded_layers_start_like_whole_ones(device: str, folder: Path) -> Non
         exact = (weight + layer.scaling * b @ a).norm(dim=1)
         magnitude = layer.lora_magnitude_vector
         check("magnitude", whole(split.lora_magnitude_vector), exact, magnitude, torch.float32)
+
+
+def check_residuals_of_sharded_layers(device: str, folder: Path) -> None:
+    """PiSSA: the adapter can start again and the weight be put back; other initial values need their own weight."""
+    mesh = init_device_mesh(device, (world(),))
+    for plan in ("columns", "rows"):
+        layer = make(device, init_lora_weights="pissa")
+        split = parallelize_module(copy.deepcopy(layer), mesh, PLANS[plan]())
+        exact = copy.deepcopy(layer).double()
+        started = {name: value.detach().clone() for name, value in layer.adapter.items()}
+        disturb(split)
+        split.reset_lora_parameters()
+        assert all(same_bits(whole(split.adapter[name]), value) for name, value in started.items())
+        check("weight", whole(split.plain_weight), exact.plain_weight, layer.plain_weight, torch.float32)
+        assert split.plain_weight.placements == split.weight.placements
+        other = {name: tensor * 2 for name, tensor in split.state_dict().items() if "initial" in name}
+        load = lambda split=split, other=other: split.load_state_dict(other, strict=False)  # noqa: E731
+        layer_refused_here(split, load, LoRAStateError, "lora_initial_A", "plain model first")
+        split.load_state_dict({name: tensor.clone() for name, tensor in split.state_dict().items()})
 
 
 def distribute(value: Tensor, like: Any) -> DTensor:

@@ -17,10 +17,10 @@ from torch import nn
 from ..adapter import Adapter, plain_name
 from ..config import LoRAConfig, pattern_value
 from ..errors import InvalidArgumentError, LoRAKernelsError, LoRAStateError
+from ..fsdp import plain_class
 from ..layer import LoRALayer
 from ..matching import is_all_linear, name_matches, selects
 from ..nn import FusedLoRAConv1D
-from ..sharded import plain_class
 from .plain_form import PlainForm
 
 __all__ = ["compose", "parse"]

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from ..adapter import Adapter, plain_name, remembered_within, unwrapped
 from ..config import LoRAConfig, as_tuple
 from ..errors import InvalidArgumentError, LoRAStateError
+from ..fsdp import settle_for
 from ..layer import LoRALayer
 from ..matching import trained_whole
 from ..model import check_bias, some_lora_layers
-from ..sharded import once, settle_for
 from . import files, peft_config
+from .collective import once
 from .plain_form import PlainForm, plain_form, whole
 
 __all__ = ["PREFIX", "save_adapter"]
