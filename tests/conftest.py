@@ -18,6 +18,22 @@ if TYPE_CHECKING:
     from stand_in import StandIn
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--random-problems",
+        default="1000",
+        metavar="N",
+        help="how many random problems to solve, or FIRST:END (default: 1000; see tests/test_random_problems.py)",
+    )
+
+
+@pytest.fixture(scope="session")
+def random_problems(request: pytest.FixtureRequest) -> range:
+    """The numbers of the random problems to solve."""
+    first, colon, end = request.config.getoption("--random-problems").partition(":")
+    return range(int(first), int(end)) if colon else range(int(first))
+
+
 @pytest.fixture(scope="session")
 def triton_device() -> str:
     """Where Triton kernels run: on the GPU, or on the CPU in Triton's interpreter."""

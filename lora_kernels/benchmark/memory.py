@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .providers import Layer, Setup
 
-__all__ = ["Kept", "bytes_kept", "peak_of_step"]
+__all__ = ["Kept", "bytes_kept", "peak_of", "peak_of_step"]
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,7 @@ def bytes_kept(layer: Layer, setup: Setup) -> Kept:
 
 
 def peak_of_step(layer: Layer, setup: Setup) -> int:
-    """The most bytes that a forward and backward hold at once beyond what was held before it, results included.
-
-    CUDA: the caching allocator's own maximum. CPU: the running sum of torch's allocations, from the profiler's events;
-    what a library allocates by itself is not in it.
-    """
+    """The most bytes that a forward and backward hold at once beyond what was held before it, results included."""
 
     def step() -> None:
         with layer.context():
@@ -68,7 +65,16 @@ def peak_of_step(layer: Layer, setup: Setup) -> int:
             torch.autograd.grad(y, [setup.x, *layer.trainable], setup.dy)
 
     step()
-    if setup.device.type == "cuda":
+    return peak_of(step, setup.device.type)
+
+
+def peak_of(step: Callable[[], object], device_type: str) -> int:
+    """The most bytes that ``step`` holds at once beyond what was held before it.
+
+    CUDA: the caching allocator's own maximum. CPU: the running sum of torch's allocations, from the profiler's events;
+    what a library allocates by itself is not in it.
+    """
+    if device_type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
