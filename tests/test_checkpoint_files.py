@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import random
 import signal
 import stat
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -265,3 +267,36 @@ def test_what_a_killed_save_left_is_neither_read_nor_kept(tmp_path: Path) -> Non
     save_adapter(adapted(**LATTER), tmp_path)
     assert state_of(tmp_path) == STATES["latter"]
     assert set(contents(tmp_path)) == set(whole)
+
+
+def save_for_ever(folder: Path, ready: int) -> None:
+    """One adapter after the other, until it is killed; a byte goes to ``ready`` once the first is saved."""
+    former, latter = adapted(**FORMER), adapted(**LATTER)
+    while True:
+        for model in (latter, former):
+            save_adapter(model, folder)
+            os.write(ready, b".")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_hundred_saves_killed_at_any_moment_leave_a_whole_adapter(tmp_path: Path) -> None:
+    save_adapter(adapted(**FORMER), tmp_path)
+    moments, cut_short, found = random.Random(0), 0, []
+    for _ in range(100):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # a parent that is gone kills nobody
+            save_for_ever(tmp_path, writing)
+        os.read(reading, 1)
+        time.sleep(moments.uniform(0.0, 0.02))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading), os.close(writing)
+        cut_short += len(contents(tmp_path)) > 2
+        found.append(state_of(tmp_path))
+        assert found[-1] in STATES.values()
+    assert cut_short  # some were in the middle of it
+    assert all(state in found for state in STATES.values())
+    save_adapter(adapted(**LATTER), tmp_path)
+    assert set(contents(tmp_path)) == {CONFIG, WEIGHTS}
