@@ -1,4 +1,4 @@
-"""What the runs of ``convergence.py`` say: how far providers lie apart beside the seeds, as a table and as a picture."""
+"""What ``convergence.py``'s runs say: how far providers lie apart beside the seeds, as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -141,9 +141,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def _curves(result: dict[str, Any], provider: str, p: float) -> dict[int, list[float]]:
     """The held-out losses of each seed."""
     return {
-        run["seed"]: run["held_out"]
-        for run in result["runs"]
-        if (run["provider"], run["dropout"]) == (provider, p)
+        run["seed"]: run["held_out"] for run in result["runs"] if (run["provider"], run["dropout"]) == (provider, p)
     }
 
 

@@ -112,8 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=RESULT, metavar="FILE", help="default: the committed result")
     parser.add_argument("--small", action="store_true", help="a tiny model and two settings, to see that it runs")
     args = parser.parse_args(arguments)
-    sizes = Sizes(64, 96, 1) if args.small else Sizes(512, 1376, 4)
-    result = run(sizes, SETTINGS[:2] if args.small else SETTINGS, 1 if args.small else BATCH, 16 if args.small else LENGTH)
+    if args.small:
+        result = run(Sizes(64, 96, 1), SETTINGS[:2], 1, 16)
+    else:
+        result = run(Sizes(512, 1376, 4), SETTINGS, BATCH, LENGTH)
     args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name in MEASURED:
         print(PROVIDERS[name], *(f"{cell['bytes'][name]['peak'] / 1e6:.1f}" for cell in result["cells"]), "MB at most")
