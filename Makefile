@@ -18,8 +18,8 @@ export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test lint format compile-gate sanitize native-variants verify bench tables gpu-check gpu-bench \
-  set-up clean
+.PHONY: help demo build test lint format compile-gate sanitize native-variants verify bench convergence tables gpu-check \
+  gpu-bench set-up clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -62,7 +62,12 @@ verify: $(STAMP) ## forward and every gradient of every backend against float64
 bench: $(STAMP) ## side by side with PEFT, addmm_, torch.compile and the frozen nn.Linear
 	$(BIN)/lora-kernels bench $(BENCH_ARGS)
 
-tables: $(STAMP) ## write the README's tables from the committed results
+convergence: $(STAMP) ## fine-tune a small Llama by PEFT and by this package: curves, memory, and their tables in docs/training.md
+	$(BIN)/python bench/convergence.py
+	$(BIN)/python bench/model_memory.py
+	$(BIN)/python bench/tables.py --write
+
+tables: $(STAMP) ## write the tables in README.md and docs/ from the committed results
 	$(BIN)/python bench/tables.py --write
 
 GPU = $(PYTHON) scripts/gpu_check.py --out "$(OUT)" $(if $(RESUME),--resume $(filter-out 1,$(RESUME)))

@@ -1,4 +1,4 @@
-"""Writes the tables of README and docs/benchmarks.md from committed results, so that no number is typed by hand.
+"""Writes the tables in README.md and docs/ from committed results, so that no number there is typed by hand.
 
 A table stands between two marker comments and is named after what it shows::
 
@@ -11,21 +11,26 @@ PRESET the latest is taken, joined by earlier runs of the same machine and versi
 ``beside:`` puts what the model of the machine predicted beside what was measured, with wins and losses; ``predicted:``
 shows a prediction alone, from a file that ``bench --predict`` wrote, and says so in its heading. ``ratios:`` puts DoRA
 beside LoRA and PEFT beside this package, of the presets ``ratios`` and ``gpu-ratios``; ``subject=dora`` chooses.
+``model:convergence`` and ``model:memory`` are what ``bench/convergence.py`` and ``bench/model_memory.py`` found of whole
+models.
 ``--check`` exits with 1 where a table is not what the results say; ``--write`` makes it so.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lora_kernels.benchmark.beside import beside  # noqa: E402  (after the path)
+from bench import convergence_report, model_memory  # noqa: E402  (after the path)
+from lora_kernels.benchmark.beside import beside  # noqa: E402
 from lora_kernels.benchmark.grid import grid  # noqa: E402
 from lora_kernels.benchmark.ratios import ratios  # noqa: E402
 from lora_kernels.benchmark.report import legend, markdown, table  # noqa: E402
@@ -35,8 +40,12 @@ from lora_kernels.errors import InvalidArgumentError  # noqa: E402
 
 _KINDS = "table|grid|beside|predicted|ratios"
 _MARKED = re.compile(rf"(<!-- (?P<kind>{_KINDS}):(?P<name>\S+) -->\n).*?(<!-- /(?P=kind) -->)", re.DOTALL)
-
-
+_OF_MODELS = re.compile(r"(<!-- model:(?P<name>\S+) -->\n).*?(<!-- /model -->)", re.DOTALL)
+_PICTURE = "![Held-out loss of each way to train, and its distance to PEFT's](convergence.svg)\n\n"
+_MODELS = {  # the result's file, what makes the table of it, what stands above
+    "convergence": ("convergence.json", convergence_report.table, _PICTURE),
+    "memory": ("model-memory.json", model_memory.table, ""),
+}
 _MAKERS = {"table": table, "grid": grid, "beside": beside, "predicted": beside, "ratios": ratios}
 
 
@@ -92,31 +101,45 @@ def fill(text: str, results: Path) -> str:
         notes = [note for note in legend(result) if note.partition(":")[0] in " ".join(content.header)]
         return "".join([match[1], "\n", markdown(content), *(f" {n}" for n in notes), "\n\n", match[4]])
 
-    return _MARKED.sub(written, text)
+    return _OF_MODELS.sub(partial(_of_model, results), _MARKED.sub(written, text))
+
+
+def _of_model(results: Path, match: re.Match[str]) -> str:
+    """The table of a benchmark of whole models, or that there is none yet."""
+    if match["name"] not in _MODELS:
+        raise InvalidArgumentError(f"model:{match['name']} is none of {', '.join(_MODELS)}: mend the marker.")
+    name, maker, above = _MODELS[match["name"]]
+    path = results / name
+    if not path.is_file():
+        return f"{match[1]}\nNot measured yet.\n\n{match[3]}"
+    content = markdown(maker(json.loads(path.read_text(encoding="utf-8"))))
+    return f"{match[1]}\n{above}{content}\n\n{match[3]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Checks or writes; returns the exit status."""
-    parser = argparse.ArgumentParser(description="tables of README and docs from bench/results")
+    parser = argparse.ArgumentParser(description="the tables of README.md and docs/ from bench/results")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--check", action="store_true", help="exit with 1 where a file is stale")
     mode.add_argument("--write", action="store_true", help="write the files")
-    parser.add_argument("--file", type=Path, nargs="+", default=[ROOT / "README.md", ROOT / "docs" / "benchmarks.md"])
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    parser.add_argument("--file", type=Path, nargs="+", default=pages, help="default: README.md and docs/*.md")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     args = parser.parse_args(arguments)
-    texts = {file: file.read_text(encoding="utf-8") for file in args.file}
-    try:
-        filled = {file: fill(text, args.results) for file, text in texts.items()}
-    except InvalidArgumentError as error:
-        print(f"tables: {error}", file=sys.stderr)
-        return 1
-    stale = [file for file, text in texts.items() if filled[file] != text]
-    for file in stale:
-        if args.write:
-            file.write_text(filled[file], encoding="utf-8")
-        else:
+    stale = 0
+    for file in args.file:
+        text = file.read_text(encoding="utf-8")
+        try:
+            filled = fill(text, args.results)
+        except InvalidArgumentError as error:
+            print(f"tables: {file}: {error}", file=sys.stderr)
+            return 1
+        if filled != text and args.write:
+            file.write_text(filled, encoding="utf-8")
+        elif filled != text:
             print(f"tables: {file} is stale: run python bench/tables.py --write.", file=sys.stderr)
-    return 1 if stale and not args.write else 0
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":
