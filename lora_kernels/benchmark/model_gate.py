@@ -21,9 +21,10 @@ __all__ = ["judge"]
 def judge(layer: Layer, setup: ModelSetup, tf32: bool) -> list[accuracy.Accuracy]:
     """The verdicts on every output and, where the cell has a backward, on dx and each adapter's gradients."""
     actual = _by(layer, setup)
-    exact, yardstick = (
-        _by(_reference(setup, dtype, layer.dora), setup, dtype) for dtype in (torch.float64, setup.dtype)
-    )
+    if layer.dora not in setup.expected:
+        dtypes = (torch.float64, setup.dtype)
+        setup.expected[layer.dora] = [_by(_reference(setup, dtype, layer.dora), setup, dtype) for dtype in dtypes]
+    exact, yardstick = setup.expected[layer.dora]
     return [
         accuracy.judge(name, value, exact[name], yardstick[name], setup.dtype, tf32, setup.depth)
         for name, value in actual.items()

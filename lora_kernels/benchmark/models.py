@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,7 @@ class ModelSetup(Setup):
         sites: by the names of the linear layers in it.
         rows: of a mixed batch, each row's adapter.
         output_grads: for each output; empty where no gradient is due.
+        expected: what the gate has found to be right, with LoRA and with DoRA, for every provider to come.
     """
 
     base: nn.Module
@@ -55,6 +56,7 @@ class ModelSetup(Setup):
     sites: dict[str, Site]
     rows: tuple[str, ...] | None
     output_grads: tuple[Tensor, ...]
+    expected: dict[bool, Any] = field(default_factory=dict)
 
     @property
     def dys(self) -> tuple[Tensor, ...]:

@@ -42,7 +42,7 @@ def _ratios() -> Iterator[Workload]:
     for dtype in ("float32", "bfloat16"):
         yield from grid(("step",), (512,), (*square, *attention), (16,), (dtype,), subject="dora")
         yield from grid(("step",), (512,), square, (16,), (dtype,), (0.1,), subject="dora")
-        yield from grid(("step",), (512,), block, (16,), (dtype,), subject="decoder-block")
+        yield from grid(("step",), (256,), block, (16,), (dtype,), subject="decoder-block")
         yield from grid(("step",), (512,), square, (16,), (dtype,), subject="three-layers")
         for subject in ("two-adapters", "three-adapters"):
             yield from grid(("step",), (512,), square, (16,), (dtype,), subject=subject)
@@ -100,6 +100,7 @@ PRESETS = {
             MODEL_PEERS,
             device="cpu",
             budget=800.0,
+            min_rounds=5,
             max_call=3.0,
         ),
         Preset(
