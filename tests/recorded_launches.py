@@ -1,4 +1,4 @@
-"""Runs forward three times by each plan for a described GPU, with a driver that records in the place of launching.
+"""Runs both passes by each plan, and the part operators, three times for a described GPU, with a driver that records.
 
 Run as a program, without ``TRITON_INTERPRET``; prints JSON. Triton compiles, binds and launches as ever, but for the
 last step: so what the first call (bound by Triton) and the third (ready-made) hand to the device can be compared.
@@ -7,6 +7,7 @@ last step: so what the first call (bound by Triton) and the third (ready-made) h
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,12 +17,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from cases import Case, make
-from lora_kernels.backends.triton import configs, launch
-from lora_kernels.backends.triton.compile_report import ARCHITECTURES, plans_of
+from lora_kernels.backends.triton import configs, launch, parts
+from lora_kernels.backends.triton.compile_report import ARCHITECTURES, backward_plans_of, plans_of
 from lora_kernels.backends.triton.configs import FEW_TOKENS
 from lora_kernels.backends.triton.plans import Cell, FewTokens
 
 CASES = [Case(m=m, k=256, n=128, r=16, dtype=torch.bfloat16, p=0.1) for m in (8, 128)]
+STATE = torch.tensor([1, 2])
 launched: list[dict[str, Any]] = []
 
 
@@ -59,22 +61,49 @@ class Driver:
         return 77
 
 
+def _three_times(plan: object, run: Callable[[], object]) -> dict[str, Any]:
+    calls = []
+    for _ in range(3):
+        launched.clear()
+        run()
+        calls.append(list(launched))
+    return {"plan": str(plan), "first": calls[0], "third": calls[2]}
+
+
+def _forward(case: Case) -> Iterator[dict[str, Any]]:
+    i = make(case)
+    tensors = [t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.bias)]
+    cell = Cell("forward", case.m, case.k, case.n, case.r, "bfloat16", True)
+    few = case.m <= FEW_TOKENS
+    for plan in (plan for plan in plans_of(ARCHITECTURES[90], cell) if few == isinstance(plan, FewTokens)):
+        given = (*tensors, case.scaling, case.p, STATE)
+        yield _three_times(plan, lambda plan=plan, given=given: launch.run_plan(plan, *given))
+
+
+def _backward(case: Case) -> Iterator[dict[str, Any]]:
+    i = make(case)
+    tensors = [t.detach() for t in (i.dy, i.x, i.weight, i.lora_a, i.lora_b, i.bias)]
+    cell = Cell("backward", case.m, case.k, case.n, case.r, "bfloat16", True)
+    for plan in backward_plans_of(ARCHITECTURES[90], cell):
+        given = (*tensors, torch.ones(case.m, case.r), case.scaling, case.p, STATE)
+        yield _three_times(plan, lambda plan=plan, given=given: launch.run_backward(plan, *given))
+
+
+def _parts(case: Case) -> Iterator[dict[str, Any]]:
+    i = make(case)
+    x, weight, a, b, bias = (t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.bias))
+    gain, h = torch.ones(case.n), torch.ones(case.m, case.r + 8)[:, 8:]
+    several = ([i.dy] * 2, [weight] * 2, [h] * 2, [a] * 2, case.p, [STATE] * 2)
+    yield _three_times("product", lambda: parts.product(x, weight, b, h, bias, gain, case.scaling, True))
+    yield _three_times("input_grad", lambda: parts.input_grad(*several))
+    yield _three_times("gain_grad", lambda: parts.gain_grad(i.dy, i.dy, gain, bias))
+    yield _three_times("row_norms", lambda: parts.row_norms(weight, a, b, case.scaling))
+
+
 def main() -> None:
     driver.set_active(Driver())
     configs.machine_of = lambda device: ARCHITECTURES[90]
-    results = []
-    for case in CASES:
-        i = make(case)
-        tensors = [t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.bias)]
-        cell = Cell("forward", case.m, case.k, case.n, case.r, "bfloat16", True)
-        few = case.m <= FEW_TOKENS
-        for plan in (plan for plan in plans_of(ARCHITECTURES[90], cell) if few == isinstance(plan, FewTokens)):
-            calls = []
-            for _ in range(3):
-                launched.clear()
-                launch.run_plan(plan, *tensors, case.scaling, case.p, torch.tensor([1, 2]))
-                calls.append(list(launched))
-            results.append({"plan": str(plan), "first": calls[0], "third": calls[2]})
+    results = [found for case in CASES for found in (*_forward(case), *_backward(case), *_parts(case))]
     print(json.dumps(results))
 
 

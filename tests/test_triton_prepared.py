@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cases import Case, make
-from lora_kernels.backends.triton import forward_plans, launch, plans
+from lora_kernels.backends.triton import backward_plans, forward_plans, launch, plans
 from lora_kernels.backends.triton.prepared import Cache, Launch, ScratchLaunch
 
 BF16 = torch.bfloat16
@@ -113,6 +113,50 @@ def test_what_is_specialised_on_is_in_the_key(kernels: dict[str, Kernel], change
     once = bound(kernels)
     forward(*change(*given))
     assert bound(kernels) > once
+
+
+@pytest.fixture
+def backward_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Kernel]]:
+    """All kernels of backward replaced."""
+    stand_ins = {}
+    for module in (backward_plans, forward_plans):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            stand_ins[name] = Kernel(name, [])
+            monkeypatch.setattr(module, name, stand_ins[name])
+    launch.forget()
+    yield stand_ins
+    launch.forget()
+
+
+def backward(given: list[Tensor], scaling: float = 0.5, **changes: Any) -> None:
+    x, weight, a, b, bias = given
+    tensors = {"dy": x.new_ones(x.shape[0], weight.shape[0]), "h": torch.ones(x.shape[0], a.shape[0])}
+    tensors |= {"x": x, "weight": weight, "a": a, "b": b, "bias": bias} | changes
+    launch.backward(*(tensors[n] for n in ("dy", "x", "weight", "a", "b", "bias", "h")), scaling, 0.0, None)
+
+
+BACKWARD_CHANGES = {
+    "another stride of dy": lambda x, w, a, b, bias: {"dy": x.new_ones(w.shape[0], x.shape[0]).t()},
+    "dy off 16 bytes": lambda x, w, a, b, bias: {"dy": _moved(x.new_ones(x.shape[0], w.shape[0]))},
+    "another stride of x": lambda x, w, a, b, bias: {"x": x.t().contiguous().t()},
+    "another stride of W": lambda x, w, a, b, bias: {"weight": w.t().contiguous().t()},
+    "fp32 adapters": lambda x, w, a, b, bias: {"a": a.float(), "b": b.float()},
+    "no bias": lambda x, w, a, b, bias: {"bias": None},
+    "no h": lambda x, w, a, b, bias: {"h": None},
+}
+
+
+@pytest.mark.parametrize("change", BACKWARD_CHANGES.values(), ids=BACKWARD_CHANGES)
+def test_backward_is_bound_once_and_anew_where_it_is_specialised(
+    backward_kernels: dict[str, Kernel], change: Any
+) -> None:
+    given = tensors(Case(m=35, dtype=BF16))
+    backward(given)
+    once = bound(backward_kernels)
+    backward(given, scaling=1)
+    assert bound(backward_kernels) == once
+    backward(given, **change(*given))
+    assert bound(backward_kernels) > once
 
 
 def test_an_int_is_not_compiled_in(kernels: dict[str, Kernel]) -> None:
