@@ -75,7 +75,7 @@ GPU = $(PYTHON) scripts/gpu_check.py --out "$(OUT)" $(if $(RESUME),--resume $(fi
 gpu-check: ## on a machine with a GPU, with its own python3 and no network: tests, verify, tune, a short bench, into $OUT
 	$(GPU)
 
-gpu-bench: ## likewise: tune, then the forward grid, nine minutes a call; RESUME=1 goes on
+gpu-bench: ## likewise: tune, then the grids of both passes, nine minutes a call; RESUME=1 goes on
 	$(GPU) --plan bench
 
 set-up: $(STAMP) ## only set up .venv

@@ -23,20 +23,22 @@ pytestmark = [
 SIZES = ["--shapes", "1024x512", "--ranks", "16", "--candidates", "6"]
 
 
-@pytest.mark.parametrize(("tokens", "dropout"), [(8, False), (256, True)])
+@pytest.mark.parametrize(
+    ("direction", "tokens", "dropout"), [("forward", 8, False), ("forward", 256, True), ("backward", 256, True)]
+)
 def test_what_is_tuned_runs_and_is_right(
-    tokens: int, dropout: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    direction: str, tokens: int, dropout: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
     tuned.forget()
     launch.forget()
-    options = [*SIZES, "--tokens", str(tokens), "--dropout", "0.1" if dropout else "0"]
+    options = [*SIZES, "--tokens", str(tokens), "--dropout", "0.1" if dropout else "0", "--directions", direction]
     assert main(["tune", *options, "--json", str(tmp_path / "tune.json")]) == 0
     (found,) = json.loads((tmp_path / "tune.json").read_text())["cells"]
     assert (found["status"], len(found["measured"]) >= 4) == ("tuned", True)
     assert {entry["clock"] for entry in found["measured"]} == {"graph"}
     device = torch.device("cuda", torch.cuda.current_device())
-    cell = Cell("forward", tokens, 1024, 512, 16, "bfloat16", dropout)
+    cell = Cell(direction, tokens, 1024, 512, 16, "bfloat16", dropout)
     chosen = plan_for(device, machine_of(device), cell)
     assert plan_to_json(chosen) == found["row"]["plan"]
     assert fits(machine_of(device), cell, chosen)

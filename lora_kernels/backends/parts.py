@@ -1,4 +1,4 @@
-"""The part operators of ``ops.py`` in PyTorch's own: eager's, and what a fused backend runs where it has no kernel.
+"""The part operators of ``ops.py`` in PyTorch's own: eager's, and what a native library runs where it has no kernel.
 
 *LoRA first*, for many tokens, ``bias + s h Bᵀ`` and then the large GEMM onto it (beta = 1); *base first*, for few,
 ``x Wᵀ + bias`` and then the low-rank product onto it, in place. ``bench/results/*/eager-order.json`` has both's times.
