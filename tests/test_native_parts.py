@@ -27,7 +27,7 @@ SEEDS = (torch.tensor([-(2**62) - 12345, 2**63 - 7]), torch.tensor([11, -5]))
 BOUNDARIES = [
     *[Case(m=m, k=45, n=53, r=5, dtype=dtype, p=0.1) for m in TOKENS for dtype in DTYPES],
     *[Case(m=m, k=k, n=n, r=3, dtype=dtype) for m in (7, 35)
-      for k, n in zip(FEATURES, reversed(FEATURES), strict=True) for dtype in DTYPES[::2]],
+      for k, n in zip(FEATURES, FEATURES[8:] + FEATURES[:8], strict=True) for dtype in DTYPES[::2]],
     *[Case(m=m, k=48, n=40, r=r, dtype=dtype, p=0.1) for m, r, dtype in product((2, 35), RANKS, DTYPES[::2])],
     *[Case(m=m, k=k, n=n, r=r, dtype=dtype, p=p) for m, k, n in ((200, 519, 390), (600, 258, 1030))
       for r, dtype, p in ((16, torch.float32, 0.0), (80, torch.bfloat16, 0.1))],
@@ -114,13 +114,13 @@ def turn(tensor: Tensor, axes: str, order: dict[str, Tensor]) -> Tensor:
 
 
 def exact_and_yardstick(case: Case, g: Parts, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Exact, and of several orders of summation in ``dtype`` each result's least exact one."""
+    """Exact, and of several orders of summation in ``dtype``, the given strides too, each result's least exact one."""
     ones = torch.ones(g.x.shape)
     masks = [reference.philox_keep_mask(seed, *g.x.shape, case.p) if case.p else ones for seed in SEEDS]
     both = (torch.arange(case.n) < case.n // 2).double()
     exact = formulas(case, g, torch.float64, both, masks)
-    worst: dict[str, Tensor] = {}
-    for seed in range(5):
+    worst = formulas(case, g, dtype, both.to(dtype), masks)
+    for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
         sizes = (*g.x.shape, case.n, case.r)
         order = dict(zip("mknr", (torch.randperm(size, generator=generator) for size in sizes), strict=True))
@@ -130,7 +130,7 @@ def exact_and_yardstick(case: Case, g: Parts, dtype: torch.dtype) -> tuple[dict[
         again = formulas(case, turned, dtype, turn(both, "n", order).to(dtype), turned_masks)
         for name, axes in RESULTS.items():
             result = turn(again[name], axes, back)
-            if name not in worst or (result - exact[name]).norm() > (worst[name] - exact[name]).norm():
+            if (result - exact[name]).norm() > (worst[name] - exact[name]).norm():
                 worst[name] = result
     return exact, worst
 
@@ -246,7 +246,7 @@ def test_every_output_is_written(operators: Operators, case: Case) -> None:
     assert all(same_bits(usual[name], filled[name]) for name in usual)
 
 
-@pytest.mark.parametrize("m", [3, 64])
+@pytest.mark.parametrize("m", [3, 16])
 def test_one_rounding_of_several_layers_input_gradients(operators: Operators, m: int) -> None:
     """dx in bf16, where the kernels have all products: its error is below that of layers rounded one by one."""
     case = Case(m=m, k=128, n=32, r=16, dtype=torch.bfloat16)

@@ -11,7 +11,7 @@ namespace LORA_CAPABILITY {
 // sum is whole in one of them; it grows in T over RUN tokens, and over the runs in fp64.
 template <class T, class E>
 struct GainGradients {
-    static constexpr int64_t RUN = 64, COLUMNS = 512;
+    static constexpr int64_t RUN = 16, COLUMNS = 512;
 
     int64_t m, n;
     const E* dy;
