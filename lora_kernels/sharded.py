@@ -136,9 +136,15 @@ class Layout:
 
 
 def _local(tensor: Any, placements: tuple[Any, ...], grads: tuple[Any, ...] | None = None) -> Tensor:
-    """What this process has of ``tensor`` once it lies as ``placements``; its gradient there lies as ``grads``."""
-    moved: Tensor = tensor.redistribute(placements=placements).to_local(grad_placements=grads)
-    return moved
+    """What this process has of ``tensor`` once it lies as ``placements``; its gradient there lies as ``grads``.
+
+    A tensor that lies so already goes through ``redistribute``, which takes time, for the sake of a gradient alone.
+    """
+    sums = tensor.requires_grad and grads is not None and grads != placements
+    if sums or tensor.placements != placements:
+        tensor = tensor.redistribute(placements=placements)
+    local: Tensor = tensor.to_local(grad_placements=grads)
+    return local
 
 
 def forward(layer: LoRALayer, x: Any, p: float) -> Tensor:
