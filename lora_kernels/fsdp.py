@@ -29,8 +29,12 @@ __all__ = [
 
 
 def is_managed(layer: nn.Module) -> bool:
-    """Whether ``fully_shard`` manages the Parameters of ``layer``: it exchanges them around each forward."""
-    return getattr(layer, "_is_fsdp_managed_module", False)
+    """Whether ``fully_shard`` manages the Parameters of ``layer``: it exchanges them around each forward.
+
+    ``FullyShardedDataParallel``, the former FSDP, marks modules alike, and its Parameters besides.
+    """
+    marked = getattr(layer, "_is_fsdp_managed_module", False) and getattr(layer, "_fsdp_use_orig_params", False)
+    return marked and not hasattr(layer.weight, "_fsdp_flattened")
 
 
 def settle(model: nn.Module) -> None:

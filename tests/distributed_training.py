@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -317,6 +317,16 @@ def check_adapters_are_saved_whole(device: str, folder: Path) -> None:
         save_adapter(split, blocked)
     with pytest.raises(LoRAStateError, match="the meta device or sharded"):
         load_adapter(split, here)
+
+
+def check_the_former_fsdp_saves_within_its_context(device: str, folder: Path) -> None:
+    model, rank = adapted(device), distributed.get_rank()
+    save_adapter(model, folder / f"before-{rank}")
+    where = torch.device(device, rank if device == "cuda" else None)
+    split = FullyShardedDataParallel(model, use_orig_params=True, device_id=where)
+    with FullyShardedDataParallel.summon_full_params(split):
+        save_adapter(split.module, folder / f"after-{rank}")
+    assert same_files(folder / f"before-{rank}", folder / f"after-{rank}")
 
 
 def same_files(left: Path, right: Path) -> bool:

@@ -32,6 +32,7 @@ START = 60  # seconds for the imports
 ONCE = (
     *("check_policies_of_fsdp", "check_live_peft_models", "check_losses_under_ddp"),
     *("check_checkpoints_become_adapters", "check_what_cannot_be_is_a_sentence"),
+    "check_the_former_fsdp_saves_within_its_context",
 )
 
 Outcomes = dict[tuple[int, str], str]
