@@ -13,6 +13,7 @@ import lora_kernels
 from lora_kernels import LoRAConfig, replace_linear, restore_linear, use_backend
 from lora_kernels.model import lora_layers
 from models import Net
+from numerics import same_bits
 
 # transformers
 
@@ -66,6 +67,31 @@ def test_a_llama_runs_trains_merges_and_is_restored(llama: nn.Module) -> None:
     restore_linear(model)
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, base)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("fused", [False, True], ids=["replaced", "fused"])
+def test_activation_checkpointing_changes_no_bit(llama: nn.Module, fused: bool, reentrant: bool) -> None:
+    """Of the loss and of every gradient, with dropout."""
+    settings = {"r": 4, "lora_dropout": 0.3, "target_modules": "all-linear", "init_lora_weights": False}
+    model: Any = copy.deepcopy(llama)
+    if fused:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(**settings))
+        lora_kernels.fuse_peft(model)
+    else:
+        replace_linear(model, LoRAConfig(**settings))
+        lora_kernels.mark_only_lora_as_trainable(model)
+    tokens, results = torch.arange(12).reshape(2, 6), []
+    for checkpointing in (False, True):
+        model.train().zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(1)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        results.append([loss.detach().reshape(1), *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(same_bits(recomputed, plain) for plain, recomputed in zip(*results, strict=True))
 
 
 def test_the_parts_of_a_peft_layer_are_left_alone() -> None:
