@@ -24,10 +24,11 @@ _WHY_NOT = dispatch.backend("native").why_not(Problem("cpu", torch.float32))
 pytestmark = pytest.mark.skipif(bool(_WHY_NOT), reason=" ".join(_WHY_NOT))
 
 SEEDS = (torch.tensor([-(2**62) - 12345, 2**63 - 7]), torch.tensor([11, -5]))
+OUTPUTS = (*FEATURES[8:], 5, 6, *FEATURES[2:8])  # beside FEATURES; of one or two norms the error is a matter of luck
 BOUNDARIES = [
     *[Case(m=m, k=45, n=53, r=5, dtype=dtype, p=0.1) for m in TOKENS for dtype in DTYPES],
     *[Case(m=m, k=k, n=n, r=3, dtype=dtype) for m in (7, 35)
-      for k, n in zip(FEATURES, FEATURES[8:] + FEATURES[:8], strict=True) for dtype in DTYPES[::2]],
+      for k, n in zip(FEATURES, OUTPUTS, strict=True) for dtype in DTYPES[::2]],
     *[Case(m=m, k=48, n=40, r=r, dtype=dtype, p=0.1) for m, r, dtype in product((2, 35), RANKS, DTYPES[::2])],
     *[Case(m=m, k=k, n=n, r=r, dtype=dtype, p=p) for m, k, n in ((200, 519, 390), (600, 258, 1030))
       for r, dtype, p in ((16, torch.float32, 0.0), (80, torch.bfloat16, 0.1))],
