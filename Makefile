@@ -30,6 +30,8 @@ demo: $(STAMP) ## set up .venv where it is missing, then run the worked example
 build: $(STAMP) ## compile the native library for this machine into the user's cache, where the sources have changed
 	$(BIN)/lora-kernels build
 
+# Idle threads sleep rather than spin: several processes test at once, each with as many threads as there are cores.
+test: export OMP_WAIT_POLICY ?= PASSIVE
 test: $(STAMP) ## set up .venv where it is missing, then run all tests (doctests and benchmarks' own checks too)
 	$(BIN)/lora-kernels build cpu
 	$(BIN)/python -m pytest tests $(wildcard bench) --benchmark-disable -n auto --dist loadfile $(PYTEST_ARGS)
