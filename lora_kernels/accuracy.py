@@ -30,7 +30,7 @@ TF32_CEILING = 2e-3
 TF32_EPS = 2.0**-10
 FROBENIUS_FACTOR, ROW_FACTOR = 2.0, 3.0
 
-OUTPUTS = ("y", "dx", "da", "db", "dbias")
+OUTPUTS = ("y", "dx", "da", "db", "dbias", "dgain")
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 from .replacing import joined, listed
 from .report import ShareReport
-from .shared_input import attach, detach
+from .shared_input import attach, detach, shared_inputs
 
 __all__ = ["FusedLoRAGroup", "share_found", "share_inputs", "unshare_inputs"]
 
@@ -77,7 +78,17 @@ class FusedLoRAGroup(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Each member's output (..., N_i) for x (..., K), in the members' order."""
-        return tuple(member(x) for member in self.children())
+        common = self._outputs_while_compiling(x) if torch.compiler.is_compiling() else {}
+        return tuple(common[i] if i in common else member(x) for i, member in enumerate(self.children()))
+
+    def _outputs_while_compiling(self, x: Tensor) -> dict[int, Tensor]:
+        """What members give in common, by their places, where outputs cannot wait from call to call; see there."""
+        members: list[Any] = list(self.children())
+        for shared in shared_inputs(self) if self.training else ():
+            if not any(member._forward_hooks for member in shared.members):
+                places = [members.index(member) for member in shared.members]
+                return {places[i]: y for i, y in shared.outputs(x).items()}
+        return {}
 
 
 def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] | None = None) -> ShareReport:
@@ -88,7 +99,8 @@ def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] | None = None)
     with another tensor runs by itself, and so does one that is merged, switched off or changed in between.
 
     ``replace_linear`` and ``fuse_peft`` call it. By itself it finds q, k, v and gate, up in modules whose ``forward``
-    takes one activation, as in transformers' self-attention and gated MLPs; cross-attention takes two.
+    takes one activation, as in transformers' self-attention and gated MLPs; cross-attention takes two. Under
+    ``torch.compile`` layers that are found or named run by themselves, and a :class:`FusedLoRAGroup` in common.
 
     Args:
         model: a module that holds ``FusedLoRALinear`` layers, or a PEFT model that ``fuse_peft`` was called on.

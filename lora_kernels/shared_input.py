@@ -52,7 +52,8 @@ class SharedInput:
 
     Members share a pass in training mode only: there x is read once for all h and once for all da, and dx is one sum.
     In evaluation each layer's own pass is as quick, for few tokens quicker. The mode decides, not whether gradients are
-    recorded now: reentrant checkpointing runs forward without and again with them, and wants the same bits.
+    recorded now: reentrant checkpointing runs forward without and again with them, and wants the same bits. Under
+    ``torch.compile`` outputs cannot wait, and only who asks for :meth:`outputs` has them in common.
     """
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
@@ -65,7 +66,8 @@ class SharedInput:
     @property
     def members(self) -> list[Any]:
         """Those that are still there."""
-        return [member for ref in self._members if (member := ref()) is not None]
+        members = [ref() for ref in self._members]
+        return [member for member in members if member is not None]
 
     def __reduce__(self) -> tuple[Any, ...]:
         members = self.members
@@ -73,43 +75,44 @@ class SharedInput:
 
     def take(self, index: int, x: Tensor) -> Tensor | None:
         """The output of the member ``index`` for ``x``, by a common pass; None: it is to run by itself."""
-        compiling = torch.compiler.is_compiling()
-        if type(x) not in _PLAIN_TENSORS or _may_not_wait(x, compiling):
+        if _may_not_wait(x):
             return None
-        thread = 0 if compiling else threading.get_ident()
+        thread = threading.get_ident()
         pending = self._pending.pop(thread, None)
         if pending is None or pending.x is not x:
-            if pending is not None and not compiling:
+            if pending is not None:
                 self._miss()
-            return self._start(index, x, thread, compiling)
+            outputs = self.outputs(x, needed=index)
+            y = outputs.pop(index, None)
+            if outputs:
+                states = {i: (other, self._state(i, x)) for i, other in outputs.items()}
+                self._pending[thread] = _Pending(x, x._version, states)
+            return y
         y, state = pending.outputs.pop(index, (None, ()))
         if pending.outputs:
             self._pending[thread] = pending
         else:
             self._missed = 0
-        return y if compiling or (pending.version, state) == (x._version, self._state(index, x)) else None
+        return y if (pending.version, state) == (x._version, self._state(index, x)) else None
 
-    def _start(self, index: int, x: Tensor, thread: int, compiling: bool) -> Tensor | None:
-        """Runs all members that can, keeps the others' outputs and returns this one's."""
+    def outputs(self, x: Tensor, needed: int | None = None) -> dict[int, Tensor]:
+        """The outputs of all members that can run in one pass over ``x`` now, with ``needed`` if it is given.
+
+        Empty where they are fewer than two, or ``needed`` is not among them.
+        """
         parts: dict[int, tuple[Branch, float]] = {}
         for i, ref in enumerate(self._members):
             member: Any = ref()
             part = None if member is None or _intercepted(member) else member.shared_branch(x)
             if part is not None:
                 parts[i] = part
-        if index not in parts:
-            return None
-        own, p = parts[index]
+        if not parts or (needed is not None and needed not in parts):
+            return {}
+        own, p = next(iter(parts.values())) if needed is None else parts[needed]
         parts = {i: part for i, part in parts.items() if part[1] == p and _fits(part[0], own)}
-        branches = [branch for branch, _ in parts.values()]
-        if len(branches) < 2:
-            return None
-        ys = dict(zip(parts, apply_branches(x, branches, p), strict=True))
-        y = ys.pop(index)
-        version = 0 if compiling else x._version
-        waiting = {i: (other, () if compiling else self._state(i, x)) for i, other in ys.items()}
-        self._pending[thread] = _Pending(x, version, waiting)
-        return y
+        if len(parts) < 2:
+            return {}
+        return dict(zip(parts, apply_branches(x, [branch for branch, _ in parts.values()], p), strict=True))
 
     def _state(self, index: int, x: Tensor) -> tuple[Any, ...]:
         member: Any = self._members[index]()
@@ -149,13 +152,12 @@ def detach(holder: nn.Module) -> int:
     return len(found)
 
 
-def _may_not_wait(x: Tensor, compiling: bool) -> bool:
-    """Whether outputs must not wait from call to call: an exporter, a tracer or a function transform records, or x is
-    an inference tensor, which does not tell whether it was written to in between."""
-    if compiling:
-        return torch.compiler.is_exporting()
-    recording = torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
-    return recording or x.is_inference()
+def _may_not_wait(x: Tensor) -> bool:
+    """Whether outputs must not wait from call to call: a compiler, a tracer or a function transform records (a graph of
+    a checkpointed block may not change what lies outside of it), or x does not tell whether it was written to since."""
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS or x.is_inference():
+        return True
+    return torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
 
 
 def _intercepted(member: nn.Module) -> bool:

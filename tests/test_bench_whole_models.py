@@ -46,7 +46,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert (tmp_path / "curves.svg").read_text() == first
     rows = convergence_report.summary(result)
     assert [(row.dropout, row.provider) for row in rows] == [(p, name) for p in (0.0, 0.1) for name in ("peft", "ours")]
-    assert rows[0].apart == 0.0 < rows[1].apart < rows[0].spread
+    assert rows[0].apart == 0.0 <= rows[1].apart < rows[0].spread
     with pytest.raises(SystemExit, match="other settings"):
         convergence.main([*arguments, "--steps", "5"])
 

@@ -404,8 +404,30 @@ def test_a_llama_compiles_in_one_graph_and_once() -> None:
     for _ in range(2):
         loss = compiled(input_ids=architectures.TOKENS, labels=architectures.TOKENS).loss
     assert counter.frame_count == 1
-    assert torch.equal(loss, model(input_ids=architectures.TOKENS, labels=architectures.TOKENS).loss)
     assert not waiting(model)
+    unshare_inputs(model)  # a compiler has found layers run by themselves
+    assert torch.equal(loss, model(input_ids=architectures.TOKENS, labels=architectures.TOKENS).loss)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_group_compiles_in_one_graph_and_runs_in_common(checkpointed: bool) -> None:
+    together, x = group(), draw()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+
+    def step(x: Tensor) -> Any:
+        return checkpoint(together, x, use_reentrant=False) if checkpointed else together(x)
+
+    ys = torch.compile(step, backend=counter, fullgraph=True)(x)
+    assert counter.frame_count == 1
+    assert all(same_bits(y, given) for y, given in zip(ys, together(x), strict=True))
+    assert all(y.grad_fn is ys[0].grad_fn for y in ys)
+
+
+def test_a_member_with_a_hook_compiles_with_it() -> None:
+    together, x = group(), draw()
+    together.v.register_forward_hook(lambda layer, args, y: y + 100.0)
+    ys = torch.compile(together, backend="eager", fullgraph=True)(x)
+    assert ys[2].min() > 50.0
 
 
 def test_one_can_name_them_oneself() -> None:

@@ -140,14 +140,17 @@ def write_pair(folder: PathLike, fields: Mapping[str, Any], tensors: Mapping[str
 
 
 def _write(path: Path, text: bytes, tensors: Mapping[str, Tensor]) -> None:
-    save_file = import_module("safetensors.torch").save_file
+    # Not save_file: it writes to a file of a name of its own beside the given one, which stays where it is killed.
+    serialised = import_module("safetensors.torch").save(
+        dict(tensors), metadata={"format": "pt", _DIGEST: _digest(text)}
+    )
     token = secrets.token_hex(4)
     order = (WEIGHTS, CONFIG)
     saving, former = ({name: path / f".{name}.{token}{end}" for name in order} for end in (_SAVING, _FORMER))
     leftover = [*saving.values(), *former.values()]
     try:
         saving[CONFIG].write_bytes(text)
-        save_file(dict(tensors), saving[WEIGHTS], metadata={"format": "pt", _DIGEST: _digest(text)})
+        saving[WEIGHTS].write_bytes(serialised)
         for name in order:
             _keep(path / name, former[name])
             _sync(saving[name])
