@@ -1,14 +1,16 @@
 """PEFT's own test suite with every LoRA linear fused, beside the same suite on stock PEFT.
 
-Usage: ``python scripts/peft_suite.py ARCHIVE [FILE ...] [--json FILE] [--resume]``. ARCHIVE is the source distribution
-of the installed PEFT, which holds its tests: ``pip download --no-deps --no-binary :all: --no-build-isolation
-peft==VERSION``. FILE is one of its test files, by default ``test_custom_models.py``; further arguments after ``--`` go
-to pytest. Nothing of PEFT is edited: its official hook for custom layers is called on each ``LoraConfig`` that a test
-makes, so that PEFT builds fused layers wherever it would build its ``lora.Linear`` (``with_fused_layers``).
+Usage: ``python scripts/peft_suite.py ARCHIVE [FILE ...] [--json FILE] [--resume] [--hub FOLDER]``. ARCHIVE is the
+source distribution of the installed PEFT, which holds its tests: ``pip download --no-deps --no-binary :all:
+--no-build-isolation peft==VERSION``. FILE is one of its test files, by default ``test_custom_models.py``; further
+arguments after ``--`` go to pytest. Nothing of PEFT is edited: its official hook for custom layers is called on each
+``LoraConfig`` that a test makes, so that PEFT builds fused layers wherever it would build its ``lora.Linear``
+(``with_fused_layers``).
 
 The result holds, for each file, the outcomes of both runs, the tests that pass on stock PEFT alone (there must be none:
 the exit status says so), and how many calls were fused, with the reasons for the others. Tests that load models from
-the network fail in both runs where there is none.
+the network fail in both runs where there is none; with ``--hub`` they find models of our own in that folder, which is
+filled where it has to be (``peft_hub.py``).
 """
 
 from __future__ import annotations
@@ -27,8 +29,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts import peft_hub  # noqa: E402  (after the path)
+
 WORK = ROOT / "out" / "peft-suite"  # git ignores it
 KIND, OUTCOMES = "LORA_KERNELS_PEFT_SUITE", "LORA_KERNELS_PEFT_OUTCOMES"
+HUB = "LORA_KERNELS_PEFT_HUB"
 STOCK, FUSED = "stock", "fused"
 
 _outcomes: dict[str, str] = {}
@@ -42,6 +49,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("files", nargs="*", default=["test_custom_models.py"], metavar="FILE")
     parser.add_argument("--json", type=Path, default=WORK / "result.json", metavar="FILE")
     parser.add_argument("--resume", action="store_true", help="keep what the JSON has, and run what it has not")
+    parser.add_argument("--hub", type=Path, metavar="FOLDER", help="a cache of small models in place of the network")
     own, theirs = (
         (arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :])
         if "--" in arguments
@@ -49,16 +57,18 @@ def main(arguments: list[str]) -> int:
     )
     chosen = parser.parse_args(own)
     suite = unpack(chosen.archive)
+    if chosen.hub:
+        peft_hub.fill(chosen.hub)
     result = json.loads(chosen.json.read_text()) if chosen.resume and chosen.json.exists() else {"files": {}}
     result |= described()
     for name in chosen.files:
         if name in result["files"]:
             continue
-        stock, fused = (run(suite, name, kind, theirs) for kind in (STOCK, FUSED))
+        stock, fused = (run(suite, name, kind, theirs, chosen.hub) for kind in (STOCK, FUSED))
         if stock is None or fused is None:
             print(f"{name} did not run: see its logs in {WORK}.", flush=True)
             continue
-        result["files"][name] = {"arguments": theirs} | compared(stock, fused)
+        result["files"][name] = {"arguments": theirs, "hub": bool(chosen.hub)} | compared(stock, fused)
         result["total"] = added(list(result["files"].values()))
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
         chosen.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -88,12 +98,14 @@ def described() -> dict[str, Any]:
     return {"versions": versions | {"python": platform.python_version()}, "commit": head.stdout.strip()}
 
 
-def run(suite: Path, name: str, kind: str, arguments: list[str]) -> dict[str, Any] | None:
+def run(suite: Path, name: str, kind: str, arguments: list[str], hub: Path | None) -> dict[str, Any] | None:
     """One file in a process of its own: outcomes by test, calls by path, seconds; None where it could not start."""
     outcomes = WORK / f"{kind}.json"
     outcomes.unlink(missing_ok=True)
     paths = [str(ROOT / "scripts"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, KIND: kind, OUTCOMES: str(outcomes), "PYTHONPATH": os.pathsep.join(paths)}
+    if hub:
+        environment |= {HUB: "1", **peft_hub.environment(hub)}
     command = [sys.executable, "-m", "pytest", "-p", "peft_suite", "-p", "no:cacheprovider", "-o", "addopts=", "-q"]
     command += ["--tb=short", f"tests/{name}", *arguments]
     began = time.monotonic()
@@ -152,6 +164,12 @@ def pytest_configure(config: Any) -> None:
 
     peft.LoraConfig.__post_init__ = prepare_fused
     setattr(layer, "counter", lambda module: _calls)  # noqa: B010
+
+
+def pytest_collection_finish(session: Any) -> None:
+    """As pytest's plugin, with a hub of our own: no test of PEFT looks for another one."""
+    if HUB in os.environ and (theirs := sys.modules.get("tests.testing_utils")):
+        setattr(theirs, "_HUB_MODEL_ACCESSES", peft_hub.Visited())  # noqa: B010
 
 
 def pytest_runtest_logreport(report: Any) -> None:

@@ -8,10 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import peft_suite
+from peft_suite import peft_hub
 
 STOCK = {"outcomes": {"a": "passed", "b": "passed", "c": "failed", "d": "skipped"}, "calls": {}, "seconds": 3}
 FUSED = STOCK | {
@@ -47,3 +50,23 @@ def test_a_test_has_the_worst_outcome_of_its_parts(phases: Any, outcome: str, mo
     for when, result in phases:
         peft_suite.pytest_runtest_logreport(SimpleNamespace(when=when, outcome=result, nodeid="t"))
     assert seen == {"t": outcome}
+
+
+def test_the_hub_of_our_own_answers_as_the_cache_of_the_real_one(tmp_path: Path) -> None:
+    name = "trl-internal-testing/tiny-random-LlamaForCausalLM"
+    peft_hub.fill(tmp_path, [name])
+    loaded = AutoModelForCausalLM.from_pretrained(name, cache_dir=tmp_path, local_files_only=True)
+    made = peft_hub.build(name).state_dict()
+    assert made.keys() == loaded.state_dict().keys()
+    assert all(torch.equal(made[key], value) for key, value in loaded.state_dict().items())
+
+
+def test_the_hub_writes_what_it_lacks_and_each_time_the_same(tmp_path: Path) -> None:
+    name = "peft-internal-testing/tiny-random-OPTForCausalLM"
+    peft_hub.fill(tmp_path / "a", [name])
+    peft_hub.fill(tmp_path / "b", [name])
+    (first,), (second,) = (list((tmp_path / folder).rglob("model.safetensors")) for folder in "ab")
+    assert first.read_bytes() == second.read_bytes()
+    first.unlink()
+    peft_hub.fill(tmp_path / "a", [name])
+    assert not first.exists()
