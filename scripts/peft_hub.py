@@ -35,7 +35,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": ("GPT2LMHeadModel", _gpt | _gpt_ends),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": ("GPTJForCausalLM", _gpt | _gpt_ends | {"rotary_dim": 4}),
-    "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", _rotary),
+    "trl-internal-testing/tiny-random-LlamaForCausalLM": (
+        "LlamaForCausalLM",
+        _rotary | {"num_key_value_heads": HEADS},  # a test takes rank 20, which must not exceed the values' width
+    ),
     "peft-internal-testing/tiny-dummy-qwen2": ("Qwen2ForCausalLM", _rotary),
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": ("Gemma3ForCausalLM", _rotary | {"head_dim": 8}),
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": (
