@@ -15,7 +15,7 @@ from torch import nn
 from .config import LoRAConfig, as_tuple
 from .matching import plain_name, trained_whole
 
-__all__ = ["Adapter", "forget", "plain_name", "remember", "remembered", "remembered_within", "unwrapped"]
+__all__ = ["Adapter", "forget", "remember", "remembered", "remembered_within", "unwrapped"]
 
 _ATTRIBUTE = "_lora_adapter"
 _WIDER = ("none", "lora_only", "all")  # bias, each training more than the one before

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import architectures
+from common_passes import passes
 from lora_kernels import fuse_peft, share_inputs, unfuse_peft
 from lora_kernels.shared_input import shared_inputs
 from numerics import check, check_all
@@ -18,7 +19,6 @@ from numerics import check, check_all
 peft = pytest.importorskip("peft")
 from lora_kernels.peft import calls  # noqa: E402
 from peft_models import OPTIONS, Option, Small, SmallConv1D, lora_layers, results  # noqa: E402
-from test_shared_inputs import passes  # noqa: E402
 
 
 class Beside(Small):

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..adapter import plain_name
 from ..config import ADAPTER_DTYPES, LoRAConfig, as_tuple, pattern_value
 from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 from ..layer import LoRALayer
-from ..matching import close_names, is_all_linear, is_linear, selects, trained_whole
+from ..matching import close_names, is_all_linear, is_linear, plain_name, selects, trained_whole
 from ..replaceable import is_conv1d, why_not_replaceable
 from ..replacing import listed
 from .saving import NAMES, PREFIX

@@ -6,12 +6,12 @@ import warnings
 
 from torch import Tensor, nn
 
-from ..adapter import Adapter, plain_name, remembered_within, unwrapped
+from ..adapter import Adapter, remembered_within, unwrapped
 from ..config import LoRAConfig, as_tuple
 from ..errors import InvalidArgumentError, LoRAStateError
 from ..fsdp import settle_for
 from ..layer import LoRALayer
-from ..matching import trained_whole
+from ..matching import plain_name, trained_whole
 from ..model import check_bias, some_lora_layers
 from . import files, peft_config
 from .collective import once

@@ -1,0 +1,33 @@
+"""What tests ask of passes in common: how many there were, and what still waits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_kernels import shared_input as module
+
+
+@contextmanager
+def passes() -> Iterator[list[int]]:
+    """How many branches each common pass had."""
+    counted: list[int] = []
+    run = module.apply_branches
+
+    def counting(x: Tensor, branches: Any, p: float) -> list[Tensor]:
+        counted.append(len(branches))
+        return run(x, branches, p)
+
+    module.apply_branches = counting
+    try:
+        yield counted
+    finally:
+        module.apply_branches = run
+
+
+def waiting(model: nn.Module) -> list[Any]:
+    """What still waits for its layer's call."""
+    return [held for holder in model.modules() for shared in module.shared_inputs(holder) for held in shared._pending]
