@@ -2,7 +2,7 @@
 
 ``python bench/convergence.py`` runs what ``bench/results/convergence.json`` does not hold yet (a run that was
 interrupted goes on from there), draws ``docs/convergence.svg`` and tells how far the curves lie apart;
-``python bench/tables.py --write`` then writes the table in ``docs/training.md``. About twelve minutes on two cores.
+``python bench/tables.py --write`` then writes the table in ``docs/training.md``. About half an hour on two cores.
 
 The model reads bytes. It is first trained whole on Python's licence and on sources of the standard library, once, and
 kept in a file; then its adapters learn Python's own documentation (``pydoc_data/topics.py``), which it has not seen.
@@ -48,8 +48,8 @@ class Settings:
     length: int = 128
     batch: int = 4
     pretraining: int = 60
-    steps: int = 80
-    every: int = 10
+    steps: int = 200
+    every: int = 20
     rate: float = 2e-3
     r: int = 8
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=RESULT, metavar="FILE", help="default: the committed result")
     parser.add_argument("--plot", type=Path, default=PICTURE, metavar="FILE", help="default: the committed picture")
     parser.add_argument("--base", type=Path, default=BASE, metavar="FOLDER", help="where the trained base is kept")
-    parser.add_argument("--steps", type=int, metavar="N", help="of each run (default: 80)")
+    parser.add_argument("--steps", type=int, metavar="N", help="of each run (default: 200)")
     parser.add_argument("--small", action="store_true", help="a tiny model and few steps, to see that it runs")
     args = parser.parse_args(arguments)
     settings = SMALL if args.small else Settings()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -142,36 +141,3 @@ def test_a_fault_is_caught(
     monkeypatch.setattr(Launch, "__call__", faulty)
     with pytest.raises(AssertionError, match="FAILS"):
         judge(plan, case, i)
-
-
-def test_a_second_stream_is_forked_and_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``beside``, on streams that only note: da begins after what was launched before, and what follows waits."""
-    from lora_kernels.backends.triton import side_stream
-
-    done: list[str] = []
-
-    class Stream:
-        cuda_stream = 5
-
-        def __init__(self, name: Any = "side") -> None:
-            self.name = name if isinstance(name, str) else "side"
-
-        def wait_stream(self, other: Stream) -> None:
-            done.append(f"{self.name} waits for {other.name}")
-
-    main = Stream("main")
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: main)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: done.append(f"kept for {stream.name}"))
-    monkeypatch.setattr(side_stream, "_streams", {})
-
-    def piece(name: str) -> Callable[[int | None], Tensor]:
-        return lambda stream: (done.append(f"{name} on {stream}"), torch.zeros(1))[1]
-
-    beside = side_stream.Beside(torch.device("cuda", 0))
-    beside(3, piece("dx"), piece("da"))
-    forked = ["side waits for main", "da on 5", "dx on 3", "main waits for side", "kept for main"]
-    assert done == forked
-    assert beside(3, piece("dx"), None)[1] is None
-    assert done == [*forked, "dx on 3"]

@@ -1,4 +1,4 @@
-"""Forward's plans on a GPU: what the interpreter cannot show (dependent launch, captured graphs, prepared launches)."""
+"""Plans on a GPU: what the interpreter cannot show (dependent launch, captured graphs, prepared launches)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from cases import CUDA, Case, make
-from lora_kernels.backends.triton.compile_report import backward_plans_of
+from lora_kernels import use_backend
+from lora_kernels.backends.triton import launch, tuned
 from lora_kernels.backends.triton.configs import machine_of
-from lora_kernels.backends.triton.plans import BaseFirst, FewTokens, Fused, Plan
+from lora_kernels.backends.triton.plans import BackwardPlan, BaseFirst, Cell, FewTokens, Plan, candidates
+from models import acting
 from numerics import same_bits
 from test_triton_backward import by_plan as backward_by_plan
 from test_triton_plans import by_plan, cell_of, judge, plans_of
@@ -29,16 +31,12 @@ CASES = [
 
 
 def sample(case: Case) -> list[Plan]:
-    """The best predicted plan of each kind, variant, launch and split."""
+    """The best predicted plan of each kind, variant, launch, stream and split."""
     found: dict[Any, Plan] = {}
     for plan in plans_of(case, "cuda"):
         splits = plan.splits if isinstance(plan, FewTokens) else plan.shrink.splits
-        kind = (
-            plan.kind,
-            plan.variant if isinstance(plan, Fused) else "",
-            not isinstance(plan, BaseFirst) and plan.pdl,
-        )
-        found.setdefault((*kind, splits > 1), plan)
+        flavour = (getattr(plan, name, None) for name in ("kind", "variant", "pdl", "beside"))
+        found.setdefault((*flavour, splits > 1), plan)
     return list(found.values())
 
 
@@ -105,14 +103,43 @@ def test_a_second_call_does_without_triton_s_own_launch(
     assert all(same_bits(first[name], second[name]) for name in first)
 
 
+def beside_plans(cell: Cell) -> list[BackwardPlan]:
+    """The best predicted of each kind of backward, beside: by dh alone, and by dh and db in one read."""
+    found: dict[Any, BackwardPlan] = {}
+    for plan in candidates(machine_of(torch.device("cuda", torch.cuda.current_device())), cell):
+        if plan.beside:
+            found.setdefault((plan.kind, getattr(plan, "variant", ""), plan.hidden.joint), plan)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_steps_join_their_streams(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward beside, under torch.compile and in its CUDA graphs: the bits of the layer that is not."""
+    layer = acting(1024, 1408, r=16, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(1000, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    leaves = [x, layer.lora_A, layer.lora_B]
+
+    def beside(device: torch.device, cell: Cell) -> Plan | BackwardPlan:
+        return next(plan for plan in candidates(machine_of(device), cell) if getattr(plan, "beside", False))
+
+    monkeypatch.setattr(tuned, "lookup", beside)
+    launch.forget()
+    with use_backend("triton"):
+        wanted = torch.autograd.grad(layer(x).float().square().sum(), leaves)
+        compiled = torch.compile(layer, fullgraph=True, mode=mode)
+        for _ in range(4):  # the graphs are taken in the second call, and replayed after
+            found = torch.autograd.grad(compiled(x).float().square().sum(), leaves)
+            assert all(same_bits(*pair) for pair in zip(found, wanted, strict=True))
+    launch.forget()
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_backward_beside_changes_no_bit_and_can_be_captured(p: float) -> None:
-    """da on a second stream: the same bits as in turn, many times, and from a graph on other numbers."""
+    """Small kernels on a second stream: the same bits as in turn, many times, and from a graph on other numbers."""
     case = Case(m=1000, k=1024, n=1408, r=16, dtype=torch.bfloat16, adapter_dtype=torch.float32, p=p)
     cell = replace(cell_of(case), direction="backward")
-    plans = backward_plans_of(machine_of(torch.device("cuda", torch.cuda.current_device())), cell)
     i, other = make(case, "cuda"), make(case, "cuda", seed=1)
-    for plan in plans:
+    for plan in beside_plans(cell):
         beside, in_turn = replace(plan, beside=True), replace(plan, beside=False)
         wanted = [backward_by_plan(in_turn, case, inputs) for inputs in (i, other)]
         for _ in range(25):

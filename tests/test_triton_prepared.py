@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cases import Case, make
-from lora_kernels.backends.triton import backward_plans, forward_plans, launch, plans
+from lora_kernels.backends.triton import backward_steps, forward_plans, launch, plans
 from lora_kernels.backends.triton.prepared import Cache, Launch, ScratchLaunch
 
 BF16 = torch.bfloat16
@@ -119,7 +119,7 @@ def test_what_is_specialised_on_is_in_the_key(kernels: dict[str, Kernel], change
 def backward_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Kernel]]:
     """All kernels of backward replaced."""
     stand_ins = {}
-    for module in (backward_plans, forward_plans):
+    for module in (backward_steps, forward_plans):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             stand_ins[name] = Kernel(name, [])
             monkeypatch.setattr(module, name, stand_ins[name])

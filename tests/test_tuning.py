@@ -48,9 +48,11 @@ def test_every_flavour_is_tried_and_the_model_s_best(machine: Machine, cell: Cel
 
 
 def test_a_limit_leaves_one_of_each_flavour() -> None:
-    flavours = [(plan.kind, getattr(plan, "variant", ""), getattr(plan, "pdl", "")) for plan in shortlist(H200, FEW, 1)]
+    names = ("kind", "variant", "pdl", "beside")
+    flavours = [tuple(getattr(plan, name, "") for name in names) for plan in shortlist(H200, FEW, 1)]
     assert len(set(flavours)) == len(flavours)
-    assert set(flavours) >= {("few_tokens", "", False), ("fused", "persistent", True), ("base_first", "", "")}
+    assert set(flavours) >= {("few_tokens", "", False, ""), ("fused", "persistent", True, "")}
+    assert set(flavours) >= {("base_first", "", "", False), ("base_first", "", "", True)}
 
 
 # What wins

@@ -111,9 +111,8 @@ def shortlist(machine: Machine, cell: Cell, limit: int = CANDIDATES) -> list[Pla
     """The plans worth measuring, best predicted first.
 
     The best of each flavour (kind, variant, early launch, a second stream) is always among them, so the compositions
-    are. Then, up to
-    ``limit`` in all, those within a factor of the best: first one for each further tile of the product, for what the
-    ways to compute h differ by is little, then the rest.
+    are. Then, up to ``limit`` in all, those within a factor of the best: first one for each further tile of the
+    product, for what the ways to compute h differ by is little, then the rest.
     """
     every = candidates(machine, cell)
     predicted = {plan: predicted_seconds(machine, cell, plan) for plan in every}

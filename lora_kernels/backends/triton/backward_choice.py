@@ -33,15 +33,19 @@ def shrink_ways(machine: Machine, cell: Cell, columns: int, most: int) -> list[S
     base = shrink_config(machine, cell.tokens, cell.r, cell.itemsize, cell.tf32)
     if machine.interpreter:
         return [base, replace(base, splits=3)]
+    rows = sorted({base.block_m, *(b for b in (2 * base.block_m, 4 * base.block_m) if b <= 64)})
+    kinds = [replace(base, block_m=block_m) for block_m in rows]
+    if base.block_r == 128 and cell.itemsize == 2:  # every block of rows reads all of A, from L2
+        kinds.append(replace(base, block_m=128, block_k=32, num_warps=8, num_stages=4))
     ways = [base]
-    for block_m in sorted({base.block_m, *(b for b in (2 * base.block_m, 4 * base.block_m) if b <= 64)}):
-        programs = -(-cell.tokens // block_m) * -(-cell.r // base.block_r)
+    for kind in kinds:
+        programs = -(-cell.tokens // kind.block_m) * -(-cell.r // kind.block_r)
         ways += [
-            replace(base, block_m=block_m, splits=splits)
+            replace(kind, splits=splits)
             for splits in _SPLITS[1:]
             if splits <= most
             and programs * splits <= _MOST_PROGRAMS * machine.sm_count
-            and columns >= 2 * splits * base.block_k
+            and columns >= 2 * splits * kind.block_k
         ]
     return ways
 
@@ -51,14 +55,18 @@ def outer_ways(machine: Machine, cell: Cell, columns: int) -> list[DaConfig]:
     base = da_config(machine, columns, cell.r, cell.itemsize, cell.tf32)
     if machine.interpreter:
         return [base, replace(base, splits=3)]
-    ways = [base]
     widest = 32 if machine.capability >= 100 and base.block_r > 32 else 64  # wider, the mask takes the registers
-    for block_k in (b for b in (16, 32, 64) if base.block_k <= b <= widest):
-        programs = -(-columns // block_k) * -(-cell.r // base.block_r)
+    kinds = [replace(base, block_k=block_k) for block_k in (16, 32, 64) if base.block_k <= block_k <= widest]
+    if base.block_r == 64 and cell.itemsize == 2:  # every block of columns reads all of dh, from L2
+        block_r = 64 if cell.r <= 64 else 128
+        kinds.append(replace(base, block_m=32, block_k=128, block_r=block_r, num_warps=8))
+    ways = [base]
+    for kind in kinds:
+        programs = -(-columns // kind.block_k) * -(-cell.r // kind.block_r)
         ways += [
-            replace(base, block_k=block_k, splits=splits)
+            replace(kind, splits=splits)
             for splits in _SPLITS[1:]
-            if programs * splits <= _MOST_PROGRAMS * machine.sm_count and cell.tokens >= 4 * splits * base.block_m
+            if programs * splits <= _MOST_PROGRAMS * machine.sm_count and cell.tokens >= 4 * splits * kind.block_m
         ]
     return ways
 
@@ -78,11 +86,15 @@ def backward_plans(machine: Machine, cell: Cell) -> Iterator[BackwardPlan]:
         yield from (DxLoraFirst(*apart, expand), DxBaseFirst(*joint, expand))
         return
     for hidden, da in small:
-        for beside in (False, True):
-            for variant, configs in gemms.items():
-                yield from (DxFused(hidden, da, gemm, variant, beside) for gemm in configs)
-            yield DxLoraFirst(hidden, da, expand, beside)
-            yield DxBaseFirst(hidden, da, expand, beside)
+        for variant, configs in gemms.items():
+            yield from (DxFused(hidden, da, gemm, variant) for gemm in configs)
+        yield from (DxLoraFirst(hidden, da, expand), DxBaseFirst(hidden, da, expand))
+    da = small[0][1]
+    for hidden in _hiddens(machine, cell):  # dx waits for dh alone, or for one read of dy that makes db as well
+        for variant, configs in gemms.items():
+            yield from (DxFused(hidden, da, gemm, variant, beside=True) for gemm in configs)
+        yield DxLoraFirst(hidden, da, expand, beside=True)
+    yield DxBaseFirst(*small[0], expand, beside=True)
 
 
 def backward_fits(machine: Machine, cell: Cell, plan: BackwardPlan) -> bool:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .configs import DaConfig, DhDbConfig, Machine, ShrinkConfig
-from .model import ASSUMED, Model
-from .plan_kinds import BackwardPlan, Cell, DxFused, DxLoraFirst, Hidden
+from .model import ASSUMED, Model, beside
+from .plan_kinds import BackwardPlan, Cell, DxBaseFirst, DxFused, DxLoraFirst, Hidden
 
 __all__ = ["BackwardModel", "backward_seconds"]
 
 
 def backward_seconds(machine: Machine, cell: Cell, plan: BackwardPlan) -> float:
-    """What ``plan`` should take for ``cell`` with dx, da and db due, in seconds.
-
-    ``beside`` gains nothing here: what two kernels that share a machine take is for a clock to say.
-    """
+    """What ``plan`` should take for ``cell`` with dx, da and db due, in seconds."""
     model = BackwardModel(machine, cell)
-    seconds = model.hidden(plan.hidden) + model.dx(plan) + model.da(plan.da)
-    return seconds + (ASSUMED.launch if plan.beside else 0.0)
+    first, rest, dx = model.first(plan.hidden), model.rest(plan), model.dx(plan)
+    if not plan.beside:
+        return first + rest + dx
+    if isinstance(plan, DxBaseFirst):
+        base = model.turned.library(accumulate=False)
+        return beside(base, first + rest) + dx - base
+    return first + beside(dx, rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +36,19 @@ class BackwardModel:
         return Model(self.machine, replace(self.cell, k=self.cell.n, n=self.cell.k))
 
     def hidden(self, way: Hidden) -> float:
-        if way.joint:
-            return self.dh_db(way.dh_db)
-        return self.dh(way.shrink) + self.outer(way.db, self.cell.n, dropout=False)
+        """dh and db."""
+        return self.first(way) + self._db(way)
+
+    def first(self, way: Hidden) -> float:
+        """What dx waits for."""
+        return self.dh_db(way.dh_db) if way.joint else self.dh(way.shrink)
+
+    def rest(self, plan: BackwardPlan) -> float:
+        """What waits for nobody but dh."""
+        return self._db(plan.hidden) + self.da(plan.da)
+
+    def _db(self, way: Hidden) -> float:
+        return 0.0 if way.joint else self.outer(way.db, self.cell.n, dropout=False)
 
     def dh(self, config: ShrinkConfig) -> float:
         """One read of dy, and the sum of the parts."""

@@ -350,7 +350,8 @@ def da_config(machine: Machine, columns: int, r: int, itemsize: int, tf32: bool)
         block_k //= 2
     if itemsize == 4 and not tf32:
         return DaConfig(32, block_k, min(block_r, 32), 4, 3)
-    block_m = 32 if block_r > 16 and (r % 16 or block_r == 32) else 64
+    # sm_100 has no registers for taller blocks of a large rank.
+    block_m = 32 if block_r > 16 and (r % 16 or block_r == 32 or machine.capability >= 100) else 64
     return DaConfig(block_m, block_k, block_r, 4, 4 if block_r <= 32 else 3)
 
 

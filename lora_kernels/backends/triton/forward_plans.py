@@ -22,6 +22,7 @@ from .kernels.forward import expand_kernel, forward_kernel, shrink_kernel
 from .kernels.persistent import persistent_kernel
 from .plan_kinds import BaseFirst, Cell, FewTokens, ForwardPlan, Fused, LoraFirst
 from .prepared import Launch, ScratchLaunch
+from .side_stream import together_on
 
 __all__ = ["Call", "Product", "Run", "blocks", "ready", "ready_product", "shrink_launch"]
 
@@ -122,7 +123,10 @@ def ready(plan: ForwardPlan, call: Call) -> Run:
     """
     if isinstance(plan, FewTokens):
         return _few_tokens(plan, call)
-    hidden, product = _Hidden.of(plan.shrink, call, getattr(plan, "pdl", False)), ready_product(plan, call)
+    hidden = _Hidden.of(plan.shrink, call, getattr(plan, "pdl", False))
+    if isinstance(plan, BaseFirst):
+        return _base_and_hidden(plan, hidden, call)
+    product = ready_product(plan, call)
 
     def run(
         stream: int | None,
@@ -136,6 +140,27 @@ def ready(plan: ForwardPlan, call: Call) -> Run:
     ) -> tuple[Tensor, Tensor]:
         h, h_sum = hidden(stream, x, lora_a, state)
         y = product(stream, x, weight, lora_b, bias, None, h, h_sum, None, scaling)
+        return y, h if h_sum is None else h_sum
+
+    return run
+
+
+def _base_and_hidden(plan: BaseFirst, hidden: _Hidden, c: Call) -> Run:
+    """Neither waits for the other."""
+    together, add = together_on(c.device, plan.beside), _expand(plan.expand, c, plan.shrink.splits, True, False)
+
+    def run(
+        stream: int | None,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        y, (h, h_sum) = together(stream, lambda own: torch.mm(x, weight.t()), lambda own: hidden(own, x, lora_a, state))
+        add(stream, lora_b, bias, None, h, h_sum, y, None, scaling)
         return y, h if h_sum is None else h_sum
 
     return run

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ...reference import dropout_threshold
 from . import configs, parts
-from .backward_plans import BackwardCall, BackwardRun, ready_backward
+from .backward_plans import BackwardRun, ready_backward
+from .backward_steps import BackwardCall
 from .forward_plans import Call, Run, blocks, ready
 from .kernels.philox import mask_kernel
 from .plan_kinds import BackwardPlan, ForwardPlan

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from .configs import Machine
 from .plan_kinds import Cell, FewTokens, ForwardPlan, Fused, LoraFirst
 
-__all__ = ["ASSUMED", "Assumptions", "Model", "forward_seconds"]
+__all__ = ["ASSUMED", "Assumptions", "Model", "beside", "forward_seconds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,7 @@ class Assumptions:
         memory: share of the data sheet's bandwidth that a kernel reaches; ``l2`` times that from the L2 cache.
         multiprocessor: how many times its even share of the bandwidth one multiprocessor can draw.
         launch, early_launch: seconds that a launch costs, in order and by programmatic dependent launch.
+        overlap: share of the shorter of two pieces that a second stream hides: none, until a clock says otherwise.
         low_rank_step: seconds that one wave of tiles waits for h and B.
         philox: 32-bit operations that drawing and applying the mask takes an element.
         adapter_bytes: bytes of an element of lora_a and lora_b: fp32 over a 16-bit base is the default.
@@ -47,6 +48,7 @@ class Assumptions:
     multiprocessor: float = 2.0
     launch: float = 2e-6
     early_launch: float = 0.7e-6
+    overlap: float = 0.0
     low_rank_step: float = 1e-6
     philox: float = 12.0
     adapter_bytes: int = 4
@@ -71,7 +73,13 @@ def forward_seconds(machine: Machine, cell: Cell, plan: ForwardPlan) -> float:
         return seconds + model.fused(plan, parts)
     if isinstance(plan, LoraFirst):
         return seconds + model.expand(parts, 1, plan.pdl) + model.library(accumulate=True)
-    return seconds + model.library(accumulate=False) + model.expand(parts, 2, early=False)
+    base, add = model.library(accumulate=False), model.expand(parts, 2, early=False)
+    return (beside(base, seconds) if plan.beside else base + seconds) + add
+
+
+def beside(left: float, right: float) -> float:
+    """Two pieces on two streams, and what forking and joining them takes."""
+    return left + right - ASSUMED.overlap * min(left, right) + ASSUMED.launch
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import configs
 from .backward_choice import da_for, hidden_for, shrink_for
-from .backward_plans import (
+from .backward_steps import (
     BackwardCall,
     Step,
     da_step,

@@ -22,7 +22,8 @@ DxLoraFirst D * (dh A), then the library's product accumulates onto it (beta = 1
 DxBaseFirst the library's product, then D * (dh A) is added onto it in place                        5 to 7
 =========== ======================================================================================= =================
 
-With ``beside``, da runs on a second stream beside dx: a small kernel that reads memory beside a large one that counts.
+With ``beside`` small kernels, which read memory, run on a second stream beside the large one, which counts: in backward
+whatever dx does not wait for; and beside a base that comes first all of them, in forward too.
 """
 
 from __future__ import annotations
@@ -140,12 +141,15 @@ class LoraFirst:
 
 @dataclass(frozen=True, slots=True)
 class BaseFirst:
+    """``beside``: h is computed on a second stream meanwhile."""
+
     kind: ClassVar[str] = "base_first"
     shrink: ShrinkConfig
     expand: ExpandConfig
+    beside: bool = False
 
     def __str__(self) -> str:
-        return f"base_first {_shrink(self.shrink)} {_expand(self.expand)}"
+        return f"base_first {_shrink(self.shrink)} {_expand(self.expand)}{_beside(self.beside)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +235,10 @@ def _pdl(pdl: bool) -> str:
     return " pdl" if pdl else ""
 
 
+def _beside(beside: bool) -> str:
+    return " beside" if beside else ""
+
+
 def _shrink(c: ShrinkConfig) -> str:
     return f"shrink {c.block_m}x{c.block_k}/{c.num_stages} splits={c.splits}"
 
@@ -244,7 +252,7 @@ def _da(c: DaConfig) -> str:
 
 
 def _rest(plan: BackwardPlan) -> str:
-    return f"{plan.hidden} da {_da(plan.da)}{' beside' if plan.beside else ''}"
+    return f"{plan.hidden} da {_da(plan.da)}{_beside(plan.beside)}"
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:

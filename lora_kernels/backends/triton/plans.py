@@ -147,7 +147,9 @@ def _all(machine: Machine, cell: Cell) -> Iterator[ForwardPlan]:
     expand = expand_config(machine, cell.r, cell.itemsize, cell.tf32)
     for shrink in shrinks:
         yield from (LoraFirst(shrink, expand, pdl) for pdl in early)
-        yield BaseFirst(shrink, expand)
+        yield from (
+            BaseFirst(shrink, expand, beside) for beside in ((False,) if machine.interpreter else (False, True))
+        )
 
 
 def _few_tokens(machine: Machine, cell: Cell) -> Iterator[tuple[FewTokensConfig, int]]:
