@@ -1,7 +1,8 @@
-"""Memory of a training step of a 4-layer Llama, beside PEFT: what is kept for backward, and the most that is held.
+"""Memory of a training step beside PEFT, of a 4-layer Llama and of one decoder block of Llama-3-8B's sizes.
 
 ``python bench/model_memory.py`` measures and writes ``bench/results/model-memory.json``; ``python bench/tables.py
---write`` then writes the table in ``docs/training.md``. Bytes do not depend on how busy the machine is.
+--write`` then writes the tables in ``docs/training.md``. Bytes do not depend on how busy the machine is. The block is
+in bfloat16 with the adapters of ``lora-kernels bench --preset gpu-block``, and takes some minutes on two cores.
 
 *Kept* is every storage that forward hands to autograd, counted once, without parameters. *Peak* is the most that
 forward and backward hold at once beyond what was held before, gradients included: on a CPU the running sum of torch's
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench.llamas import PROVIDERS, Sizes, adapted, llama  # noqa: E402  (after the path)
+from lora_kernels.benchmark import block  # noqa: E402
 from lora_kernels.benchmark.memory import peak_of  # noqa: E402
 from lora_kernels.benchmark.report import Table  # noqa: E402
 from lora_kernels.benchmark.results import environment  # noqa: E402
@@ -31,6 +33,7 @@ from lora_kernels.benchmark.results import environment  # noqa: E402
 RESULT = ROOT / "bench" / "results" / "model-memory.json"
 MEASURED = ("peft", "ours")
 RANK, BATCH, LENGTH = 16, 2, 512
+_KEPT = "bytes kept over PEFT's"
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,20 @@ def measure(base: Any, setting: Setting, provider: str, batch: int, length: int)
     return {"kept": held, "peak": peak}
 
 
-def run(sizes: Sizes, settings: Sequence[Setting], batch: int, length: int) -> dict[str, Any]:
-    """Every setting with every provider; progress on stderr."""
+def measure_block(sizes: block.BlockSizes) -> dict[str, Any]:
+    """Bytes of one decoder block at every length, with and without dropout; progress on stderr."""
+    cells = []
+    for tokens in sizes.tokens:
+        for p in block.DROPOUTS:
+            print(f"model-memory: a block of {tokens} tokens, dropout {p:g}", file=sys.stderr, flush=True)
+            cells.append({"tokens": tokens, "p": p, **block.block_bytes(sizes, tokens, p, "cpu", torch.bfloat16)})
+    return {"sizes": asdict(sizes), "dtype": "bfloat16", "target": block.TARGETS[_KEPT], "cells": cells}
+
+
+def run(
+    sizes: Sizes, settings: Sequence[Setting], batch: int, length: int, block_sizes: block.BlockSizes
+) -> dict[str, Any]:
+    """Every setting with every provider, and the block; progress on stderr."""
     cells: list[dict[str, Any]] = []
     for number, setting in enumerate(settings, 1):
         base = llama(sizes, getattr(torch, setting.dtype))
@@ -84,7 +99,7 @@ def run(sizes: Sizes, settings: Sequence[Setting], batch: int, length: int) -> d
         found = {provider: measure(base, setting, provider, batch, length) for provider in MEASURED}
         cells.append(asdict(setting) | {"bytes": found})
     shape = {"sizes": asdict(sizes), "r": RANK, "batch": batch, "length": length}
-    return shape | {"environment": environment("cpu"), "cells": cells}
+    return shape | {"environment": environment("cpu"), "cells": cells, "block": measure_block(block_sizes)}
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -106,6 +121,27 @@ def table(result: dict[str, Any]) -> Table:
     return Table(caption, header, rows, frozenset(), frozenset(), [])
 
 
+def block_table(result: dict[str, Any]) -> Table:
+    """Megabytes and ratios of the block, a row for each length and dropout."""
+    header = ["tokens", "dropout"]
+    header += [f"{what}, {name}" for what in ("kept", "peak") for name in ("PEFT, MB", "ours, MB", "ratio")]
+    rows = []
+    for cell in result["block"]["cells"]:
+        row = [str(cell["tokens"]), f"{cell['p']:g}"]
+        for what in ("bytes_kept", "bytes_peak"):
+            theirs, ours = cell["peft"][what], cell["auto"][what]
+            row += [f"{theirs / 1e6:.0f}", f"{ours / 1e6:.0f}", f"{ours / theirs:.2f}"]
+        rows.append(row)
+    sizes, versions = block.BlockSizes(**result["block"]["sizes"]), result["environment"]["versions"]
+    caption = (
+        f"A training step of one decoder block (hidden {sizes.hidden}, inner {sizes.inner}, {sizes.heads} heads, "
+        f"{sizes.key_heads} of keys; {result['block']['dtype']} base, fp32 adapters of rank 16 on its seven "
+        f"projections) on a CPU; torch {versions['torch']}, PEFT {versions['peft']}. The aim is to keep at most "
+        f"{result['block']['target']:g} of PEFT's."
+    )
+    return Table(caption, header, rows, frozenset(), frozenset(), [])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and writes the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -113,9 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="a tiny model and two settings, to see that it runs")
     args = parser.parse_args(arguments)
     if args.small:
-        result = run(Sizes(64, 96, 1), SETTINGS[:2], 1, 16)
+        result = run(Sizes(64, 96, 1), SETTINGS[:2], 1, 16, block.BlockSizes(64, 96, 4, 2, (24,)))
     else:
-        result = run(Sizes(512, 1376, 4), SETTINGS, BATCH, LENGTH)
+        result = run(Sizes(512, 1376, 4), SETTINGS, BATCH, LENGTH, block.BlockSizes())
     args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name in MEASURED:
         print(PROVIDERS[name], *(f"{cell['bytes'][name]['peak'] / 1e6:.1f}" for cell in result["cells"]), "MB at most")

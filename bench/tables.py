@@ -11,8 +11,8 @@ PRESET the latest is taken, joined by earlier runs of the same machine and versi
 ``beside:`` puts what the model of the machine predicted beside what was measured, with wins and losses; ``predicted:``
 shows a prediction alone, from a file that ``bench --predict`` wrote, and says so in its heading. ``ratios:`` puts DoRA
 beside LoRA and PEFT beside this package, of the presets ``ratios`` and ``gpu-ratios``; ``subject=dora`` chooses.
-``model:convergence`` and ``model:memory`` are what ``bench/convergence.py`` and ``bench/model_memory.py`` found of
-whole models.
+``model:convergence``, ``model:memory`` and ``model:block-memory`` are what ``bench/convergence.py`` and
+``bench/model_memory.py`` found of whole models.
 ``--check`` exits with 1 where a table is not what the results say; ``--write`` makes it so.
 """
 
@@ -45,6 +45,7 @@ _PICTURE = "![Held-out loss of each way to train, and its distance to PEFT's](co
 _MODELS = {  # the result's file, what makes the table of it, what stands above
     "convergence": ("convergence.json", convergence_report.table, _PICTURE),
     "memory": ("model-memory.json", model_memory.table, ""),
+    "block-memory": ("model-memory.json", model_memory.block_table, ""),
 }
 _MAKERS = {"table": table, "grid": grid, "beside": beside, "predicted": beside, "ratios": ratios}
 

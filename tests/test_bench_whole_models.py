@@ -67,15 +67,19 @@ def test_a_provider_that_learns_something_else_is_not_within_the_seeds() -> None
 def test_memory_is_measured_and_stands_in_a_table(tmp_path: Path) -> None:
     """With dropout PEFT keeps what this package does not."""
     assert model_memory.main(["--small", "--json", str(tmp_path / "model-memory.json")]) == 0
-    cells = json.loads((tmp_path / "model-memory.json").read_text())["cells"]
-    assert [cell["bytes"]["ours"]["kept"] < cell["bytes"]["peft"]["kept"] for cell in cells] == [False, True]
+    result = json.loads((tmp_path / "model-memory.json").read_text())
+    assert [cell["bytes"]["ours"]["kept"] < cell["bytes"]["peft"]["kept"] for cell in result["cells"]] == [False, True]
+    for cell in result["block"]["cells"]:  # over 16 bits PEFT keeps casts of x as well
+        assert 0 < cell["auto"]["bytes_kept"] < cell["peft"]["bytes_kept"] < cell["peft"]["bytes_peak"]
     page = tmp_path / "page.md"
-    page.write_text("<!-- model:memory -->\n<!-- /model -->\n<!-- model:convergence -->\n<!-- /model -->\n")
+    names = ("memory", "block-memory", "convergence")
+    page.write_text("".join(f"<!-- model:{name} -->\n<!-- /model -->\n" for name in names))
     where = ["--file", str(page), "--results", str(tmp_path)]
     assert tables.main(["--check", *where]) == 1
     assert tables.main(["--write", *where]) == 0
     assert tables.main(["--check", *where]) == 0
     assert "| float32 | 0.1 | no |" in page.read_text()
+    assert "| 24 | 0.05 |" in page.read_text()
     assert "Not measured yet." in page.read_text()
     page.write_text("<!-- model:speed -->\n<!-- /model -->\n")
     assert tables.main(["--check", *where]) == 1

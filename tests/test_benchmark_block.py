@@ -40,6 +40,8 @@ def test_ours_keeps_less_than_pefts(document: dict[str, Any]) -> None:
         kept = {name: n["bytes_kept"] for name, n in cell["providers"].items()}
         assert kept["linear"] < kept["auto"] <= kept["peft"] * (1.0 if cell["p"] == 0.0 else 0.8)
         assert cell["reached"]["bytes kept over PEFT's"] == kept["auto"] / kept["peft"]
+        peak = {name: n["bytes_peak"] for name, n in cell["providers"].items()}
+        assert all(peak[name] > kept[name] for name in peak)
 
 
 def test_it_is_told_line_by_line(document: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A decoder block of transformers, trained for a step: tokens a second and bytes kept, ours beside PEFT's.
+"""A decoder block of transformers, trained for a step: tokens a second and memory, ours beside PEFT's.
 
 One block of Llama's kind with random weights and rank-16 adapters on its seven projections, x and dy random. The floor
 is the same block without adapters: forward, and backward to x. Every provider has a copy of the weights, and the same
@@ -22,10 +22,11 @@ from ..config import LoRAConfig
 from ..console import Progress
 from ..errors import InvalidArgumentError
 from ..model import replace_linear
+from .memory import peak_of
 from .results import environment
 from .timing import Candidate, Timing, measure
 
-__all__ = ["BLOCK", "DROPOUTS", "TARGETS", "BlockSizes", "kept_bytes", "missing", "run_block", "sizes_of", "told"]
+__all__ = ["BLOCK", "DROPOUTS", "TARGETS", "BlockSizes", "block_bytes", "missing", "run_block", "sizes_of", "told"]
 
 BLOCK = "gpu-block"
 DROPOUTS = (0.0, 0.05)
@@ -113,13 +114,7 @@ def run_block(
 
 
 def _cell(sizes: BlockSizes, tokens: int, p: float, device: str, budget: float, seed: int) -> dict[str, Any]:
-    torch.manual_seed(seed)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    plain = _plain(sizes, device, dtype, tokens)
-    entries = {"linear": _Entry(plain, []), "peft": _peft(plain, p), "auto": _ours(plain, p)}
-    _same_adapters(entries["peft"].model, entries["auto"].model)
-    x = torch.randn(1, tokens, sizes.hidden, device=device).to(dtype).requires_grad_()
-    dy = torch.randn_like(x)
+    entries, x, dy = _made(sizes, tokens, p, device, torch.bfloat16 if device == "cuda" else torch.float32, seed)
     verdict = _judged(entries, x)
     if not verdict.passed:
         return {"tokens": tokens, "p": p, "failed": str(verdict)}
@@ -128,13 +123,38 @@ def _cell(sizes: BlockSizes, tokens: int, p: float, device: str, budget: float, 
         return Candidate(name, lambda i: entries[name].step(x, dy))
 
     timings = measure([candidate(name) for name in entries], "linear", budget, 5, device)
-    found = {name: _numbers(timings[name], tokens, kept_bytes(entries[name], x)) for name in entries}
+    found = {name: {**_numbers(timings[name], tokens), **_bytes(entry, x, dy)} for name, entry in entries.items()}
     ours, theirs = found["auto"], found["peft"]
     reached = {
         "tokens a second over PEFT's": ours["tokens_per_second"] / theirs["tokens_per_second"],
         "bytes kept over PEFT's": ours["bytes_kept"] / theirs["bytes_kept"],
     }
     return {"tokens": tokens, "p": p, "failed": None, "error": verdict.error, "providers": found, "reached": reached}
+
+
+def block_bytes(
+    sizes: BlockSizes, tokens: int, p: float, device: str, dtype: torch.dtype, seed: int = 0
+) -> dict[str, dict[str, int]]:
+    """``bytes_kept`` and ``bytes_peak`` of PEFT's block ("peft") and of ours ("auto"), without a clock."""
+    entries, x, dy = _made(sizes, tokens, p, device, dtype, seed)
+    return {name: _bytes(entries[name], x, dy) for name in ("peft", "auto")}
+
+
+def _made(
+    sizes: BlockSizes, tokens: int, p: float, device: str, dtype: torch.dtype, seed: int
+) -> tuple[dict[str, _Entry], Tensor, Tensor]:
+    """The providers, x and dy."""
+    torch.manual_seed(seed)
+    plain = _plain(sizes, device, dtype, tokens)
+    entries = {"linear": _Entry(plain, []), "peft": _peft(plain, p), "auto": _ours(plain, p)}
+    _same_adapters(entries["peft"].model, entries["auto"].model)
+    x = torch.randn(1, tokens, sizes.hidden, device=device).to(dtype).requires_grad_()
+    return entries, x, torch.randn_like(x)
+
+
+def _bytes(entry: _Entry, x: Tensor, dy: Tensor) -> dict[str, int]:
+    """What forward keeps for backward, and the most that both hold at once, their gradients included."""
+    return {"bytes_kept": _kept(entry, x), "bytes_peak": peak_of(lambda: entry.step(x, dy), x.device.type)}
 
 
 def _plain(sizes: BlockSizes, device: str, dtype: torch.dtype, tokens: int) -> nn.Module:
@@ -199,7 +219,7 @@ def _judged(entries: dict[str, _Entry], x: Tensor) -> accuracy.Accuracy:
     return accuracy.judge("y", ours, exact, theirs, x.dtype)
 
 
-def kept_bytes(entry: _Entry, x: Tensor) -> int:
+def _kept(entry: _Entry, x: Tensor) -> int:
     """Bytes of the storages that forward keeps for backward, each once, without x's and the parameters'."""
     saved: dict[int, Tensor] = {}  # held, so that no address is used twice
 
@@ -214,10 +234,9 @@ def kept_bytes(entry: _Entry, x: Tensor) -> int:
     return sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in owned)
 
 
-def _numbers(timing: Timing, tokens: int, kept: int) -> dict[str, Any]:
+def _numbers(timing: Timing, tokens: int) -> dict[str, Any]:
     return {
         "tokens_per_second": tokens / timing.median,
-        "bytes_kept": kept,
         "ms": 1e3 * timing.median,
         "ratio": timing.ratio,
         "ratio_p20": timing.ratio_p20,
@@ -239,8 +258,11 @@ def told(document: dict[str, Any]) -> Sequence[str]:
             continue
         for name, title in (("linear", "frozen block"), ("peft", "PEFT"), ("auto", "lora_kernels")):
             n = cell["providers"][name]
-            kept = f"{n['bytes_kept'] / 2**20:.1f} MiB kept"
-            lines.append(f"{place}: {title}: {n['tokens_per_second']:.0f} tokens/s, {n['ratio']:.3f}, {kept}")
+            kept, peak = (f"{n[name] / 2**20:.1f} MiB" for name in ("bytes_kept", "bytes_peak"))
+            lines.append(
+                f"{place}: {title}: {n['tokens_per_second']:.0f} tokens/s, {n['ratio']:.3f}, "
+                f"{kept} kept, at most {peak}"
+            )
         speed, kept_ratio = (cell["reached"][name] for name in TARGETS)
         least, most = TARGETS.values()
         lines.append(
