@@ -1,7 +1,8 @@
-"""Bytes of device memory that one forward and backward moves: counted, and measured by Nsight Compute where it is.
+"""Launches and bytes of device memory of one forward and backward: counted, and measured by Nsight Compute.
 
 ``python bench/dram_bytes.py [--json FILE]``: M = 8192, r = 16, p = 0.1, bf16, layers of 4096² and 8192². *Counted* is
-every tensor once for each kernel that touches it, and needs no GPU. *Measured* is the sum of ``dram__bytes_read`` and
+every tensor once for each kernel that touches it, and needs no GPU; ``bench/results/step-traffic.json``, of
+which ``bench/tables.py`` makes a table. *Measured* is the sum of ``dram__bytes_read`` and
 ``dram__bytes_write`` over a step's kernels, caches cold before each kernel, as ``ncu`` leaves them by default. Beside
 them stand LoRAFusion's published figures (arXiv 2510.00206) for its own kernels and for eager PEFT.
 """
@@ -22,10 +23,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lora_kernels.benchmark import roofline
+from lora_kernels.benchmark.report import Table
 from lora_kernels.benchmark.workloads import Workload
 
 SIZES = (4096, 8192)
-PROVIDERS = ("linear", "auto", "lorafusion", "peft16", "addmm")
+TITLES = {
+    "linear": "frozen nn.Linear",
+    "auto": "lora_kernels",
+    "lorafusion": "LoRAFusion",
+    "peft16": "PEFT, 16-bit adapters",
+    "addmm": "base, then addmm_",
+}
+PROVIDERS = tuple(TITLES)
 PUBLISHED = {4096: {"lorafusion": 1.258, "peft16": 2.008}, 8192: {"lorafusion": 4.044, "peft16": 5.289}}
 _METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 _UNITS = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
@@ -37,10 +46,11 @@ def workload(size: int) -> Workload:
     return Workload("step", 8192, size, size, 16, "bfloat16", p=0.1)
 
 
-def counted(provider: str, size: int) -> float:
-    """GiB of one step by the kernels' own tensors; ours with both products fused, where a composition moves more."""
+def counted(provider: str, size: int) -> tuple[int, float]:
+    """Launches, and GiB by the kernels' own tensors, of one step; ours with both products fused, where a composition
+    takes more of both."""
     work = roofline.kernels("triton" if provider == "auto" else provider, workload(size)) or []
-    return float(sum(kernel.bytes for kernel in work)) / _GIB
+    return len(work), float(sum(kernel.bytes for kernel in work)) / _GIB
 
 
 def measured(provider: str, size: int, ncu: str) -> dict[str, Any]:
@@ -109,25 +119,38 @@ def report() -> dict[str, Any]:
     reason, cells = why_not_measured(), []
     for size in SIZES:
         for provider in PROVIDERS:
-            cell: dict[str, Any] = {"size": size, "provider": provider, "counted_gib": counted(provider, size)}
+            launches, gib = counted(provider, size)
+            cell: dict[str, Any] = {"size": size, "provider": provider, "launches": launches, "counted_gib": gib}
             cell["published_gib"] = PUBLISHED[size].get(provider)
             cell["measured"] = None if reason else measured(provider, size, str(shutil.which("ncu")))
             cells.append(cell)
     return {"workload": str(workload(SIZES[0])), "sizes": SIZES, "not_measured": reason, "cells": cells}
 
 
-def lines(document: dict[str, Any]) -> list[str]:
-    """A table, and why there are no measurements where there are none."""
-    shown = [f"{'layer':>6} {'provider':11} {'counted':>8} {'measured':>9} {'published':>9}  (GiB)"]
+def table(document: dict[str, Any]) -> Table:
+    """A row for each layer and provider."""
+    rows = []
     for cell in document["cells"]:
-        found = (cell["measured"] or {}).get("gib")
-        numbers = [f"{value:.3f}" if value is not None else "–" for value in (found, cell["published_gib"])]
-        shown.append(
-            f"{cell['size']:>5}² {cell['provider']:11} {cell['counted_gib']:8.3f} {numbers[0]:>9} {numbers[1]:>9}"
-        )
-        if reason := (cell["measured"] or {}).get("why_not"):
-            shown.append(f"       {reason}")
-    return [*shown, *([f"Nothing was measured: {document['not_measured']}."] if document["not_measured"] else [])]
+        found = (cell["measured"] or {}).get("gib"), cell["published_gib"]
+        numbers = [f"{value:.3f}" if value is not None else "–" for value in (cell["counted_gib"], *found)]
+        rows.append([f"{cell['size']}²", TITLES[cell["provider"]], str(cell["launches"]), *numbers])
+    caption = (
+        "One forward and backward of 8192 tokens, r = 16, p = 0.1, bf16: launches, and GiB of device memory, by the "
+        "tensors that each kernel touches, by Nsight Compute, and as LoRAFusion published them of its own kernels and "
+        "of eager PEFT (arXiv 2510.00206)."
+    )
+    if document["not_measured"]:
+        caption += f" Nothing was measured: {document['not_measured']}."
+    header = ["layer", "by", "launches", "GiB counted", "GiB measured", "GiB published"]
+    return Table(caption, header, rows, frozenset(), frozenset(), [])
+
+
+def lines(document: dict[str, Any]) -> list[str]:
+    """The table as text, and why a provider has no measurement."""
+    shown = table(document)
+    text = [" ".join(f"{value:>14}" for value in row) for row in (shown.header, *shown.rows)]
+    reasons = [(cell["provider"], (cell["measured"] or {}).get("why_not")) for cell in document["cells"]]
+    return [shown.caption, *text, *(f"{name}: {reason}" for name, reason in reasons if reason)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

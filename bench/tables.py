@@ -12,7 +12,7 @@ PRESET the latest is taken, joined by earlier runs of the same machine and versi
 shows a prediction alone, from a file that ``bench --predict`` wrote, and says so in its heading. ``ratios:`` puts DoRA
 beside LoRA and PEFT beside this package, of the presets ``ratios`` and ``gpu-ratios``; ``subject=dora`` chooses.
 ``model:convergence``, ``model:memory`` and ``model:block-memory`` are what ``bench/convergence.py`` and
-``bench/model_memory.py`` found of whole models.
+``bench/model_memory.py`` found of whole models, ``model:traffic`` what ``bench/dram_bytes.py`` counted or measured.
 ``--check`` exits with 1 where a table is not what the results say; ``--write`` makes it so.
 """
 
@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import convergence_report, model_memory  # noqa: E402  (after the path)
+from bench import convergence_report, dram_bytes, model_memory  # noqa: E402  (after the path)
 from lora_kernels.benchmark.beside import beside  # noqa: E402
 from lora_kernels.benchmark.grid import grid  # noqa: E402
 from lora_kernels.benchmark.ratios import ratios  # noqa: E402
@@ -46,6 +46,7 @@ _MODELS = {  # the result's file, what makes the table of it, what stands above
     "convergence": ("convergence.json", convergence_report.table, _PICTURE),
     "memory": ("model-memory.json", model_memory.table, ""),
     "block-memory": ("model-memory.json", model_memory.block_table, ""),
+    "traffic": ("step-traffic.json", dram_bytes.table, ""),
 }
 _MAKERS = {"table": table, "grid": grid, "beside": beside, "predicted": beside, "ratios": ratios}
 

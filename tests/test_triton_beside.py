@@ -147,3 +147,26 @@ def test_dx_waits_for_dh_alone_where_db_can_run_beside_it() -> None:
     """Among the candidates db comes beside dx as well, though one read of dy would give dh and db."""
     found = candidates(H200, BACKWARD)
     assert {plan.hidden.joint for plan in found if plan.beside and not isinstance(plan, DxBaseFirst)} == {True, False}
+
+
+def test_with_a_full_overlap_the_model_foresees_the_targets_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it could be worth on an H200: all targets but the square layer's without dropout, which is close."""
+    from bench.gpu_targets import STEP_BOUNDS
+    from lora_kernels.backends.triton import model
+
+    def missed(overlap: float) -> list[tuple[int, int, float]]:
+        monkeypatch.setattr(model, "ASSUMED", replace(model.ASSUMED, overlap=overlap))
+        found = []
+        for (k, n), bounds in STEP_BOUNDS.items():
+            for p, bound in zip((0.0, 0.1), bounds, strict=True):
+                cell = Cell("forward", 8192, k, n, 16, "bfloat16", p > 0)
+                floor = 2 * model.Model(H200, cell).library(accumulate=False)
+                step = sum(
+                    predicted_seconds(H200, way, plans.candidates.__wrapped__(H200, way)[0])
+                    for way in (cell, replace(cell, direction="backward"))
+                )
+                found += [(k, n, p)] if step > bound * floor else []
+        return found
+
+    assert missed(1.0) == [(4096, 4096, 0.0)]
+    assert len(missed(0.0)) == 9
