@@ -7,7 +7,8 @@ interrupted goes on from there), draws ``docs/convergence.svg`` and tells how fa
 The model reads bytes. It is first trained whole on Python's licence and on sources of the standard library, once, and
 kept in a file; then its adapters learn Python's own documentation (``pydoc_data/topics.py``), which it has not seen.
 A seed stands for the adapters' first values, the order of the data and dropout's masks; the first two are the same for
-every provider, the masks are each one's own.
+every provider, the masks are each one's own. "PEFT again" is what such differences alone amount to: PEFT with lora_A
+one rounding away, and with masks of another seed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.llamas import PROVIDERS, Sizes, adapted, adapters, llama  # noqa: E402  (after the path)
+from bench.llamas import AGAIN, PROVIDERS, Sizes, adapted, adapters, llama  # noqa: E402  (after the path)
 from lora_kernels.benchmark.results import environment  # noqa: E402
 from lora_kernels.console import json_text  # noqa: E402
 
@@ -130,7 +131,7 @@ def fine_tune(base: Any, settings: Settings, provider: str, p: float, seed: int)
     data = blocks(("pydoc_data/topics.py",), settings.length)
     model = adapted(base, provider, settings.r, p, seed)
     generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + (1000 if provider == AGAIN else 0))
     label, began = f"{PROVIDERS[provider]}, dropout {p:g}, seed {seed}", time.monotonic()
     parameters = list(adapters(model).values())
     curves = train(

@@ -8,14 +8,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.llamas import PROVIDERS, Sizes
+from bench.llamas import AGAIN, PROVIDERS, Sizes
 from lora_kernels.benchmark.report import Table
 from lora_kernels.console import optional
 
 __all__ = ["Row", "draw", "summary", "table"]
 
 REFERENCE = "peft"
-_STYLES = {"peft": ("#D55E00", "-"), "ours": ("#000000", "--"), "compiled": ("#0072B2", ":")}
+_STYLES = {"peft": ("#D55E00", "-"), AGAIN: ("#CC79A7", "-."), "ours": ("#000000", "--"), "compiled": ("#0072B2", ":")}
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 import lora_kernels
 from lora_kernels import LoRAConfig
 
-__all__ = ["PROVIDERS", "Sizes", "adapted", "adapters", "llama"]
+__all__ = ["AGAIN", "PROVIDERS", "Sizes", "adapted", "adapters", "llama"]
 
-PROVIDERS = {"peft": "PEFT", "ours": "lora_kernels", "compiled": "lora_kernels, blocks compiled"}
+AGAIN = "again"  # PEFT with lora_A one rounding away, and with masks of another seed
+PROVIDERS = {"peft": "PEFT", AGAIN: "PEFT again", "ours": "lora_kernels", "compiled": "lora_kernels, blocks compiled"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def adapted(base: Any, provider: str, r: int, p: float, seed: int = 0) -> Any:
     """A copy of ``base`` with adapters on all its linear layers but the head, training; fp32 adapters in any case."""
     arguments: dict[str, Any] = {"r": r, "lora_alpha": 2 * r, "lora_dropout": p, "target_modules": "all-linear"}
     model = copy.deepcopy(base)
-    if provider == "peft":
+    if provider in ("peft", AGAIN):
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(model, LoraConfig(**arguments))
@@ -68,6 +69,7 @@ def adapted(base: Any, provider: str, r: int, p: float, seed: int = 0) -> Any:
             if "lora_A" in name:
                 bound = parameter.shape[1] ** -0.5
                 parameter.uniform_(-bound, bound, generator=generator)
+                parameter.mul_(1.0 + torch.finfo(parameter.dtype).eps if provider == AGAIN else 1.0)
             else:
                 parameter.zero_()
     return model.train()

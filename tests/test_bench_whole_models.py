@@ -40,13 +40,15 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert convergence.main(arguments) == 0
     result = json.loads((tmp_path / "runs.json").read_text())
     assert result["runs"][:3] == made
-    assert len(result["runs"]) == 2 * 2 * 2
+    assert len(result["runs"]) == 2 * 2 * 3
     first = (tmp_path / "curves.svg").read_text()
     convergence_report.draw(result, tmp_path / "curves.svg")
     assert (tmp_path / "curves.svg").read_text() == first
     rows = convergence_report.summary(result)
-    assert [(row.dropout, row.provider) for row in rows] == [(p, name) for p in (0.0, 0.1) for name in ("peft", "ours")]
+    names = ("peft", "again", "ours")
+    assert [(row.dropout, row.provider) for row in rows] == [(p, name) for p in (0.0, 0.1) for name in names]
     assert rows[0].apart == 0.0 <= rows[1].apart < rows[0].spread
+    assert 0.0 <= rows[2].apart < rows[0].spread
     with pytest.raises(SystemExit, match="other settings"):
         convergence.main([*arguments, "--steps", "5"])
 

@@ -253,17 +253,19 @@ def persistent_configs(
 ) -> tuple[GemmConfig, ...]:
     """The persistent variant's tiles; none where there is no TMA, or for fp32.
 
-    With ``dropout`` (dx's) a second step of R leaves no tile its registers.
+    With ``dropout`` (dx's) a second step of R leaves the larger tiles no registers.
     """
     if machine.interpreter:
         return (GemmConfig(32, 32, 32, 16, 2, 4, 1),)
-    if machine.capability < 90 or itemsize != 2 or (dropout and r > 16):
+    if machine.capability < 90 or itemsize != 2:
         return ()
+    steps = dropout and r > 16
     return tuple(
         GemmConfig(rows, width, depth, 16, 8, warps, stages)  # wider steps of R leave the widest tile no registers
         for rows, width, depth, warps, stages in _TILES_PERSISTENT
         if stages * (rows + width) * depth * itemsize <= machine.shared_memory - 4096
         and rows * width <= (128 * 256 if machine.capability < 100 else 128 * 128)
+        and not (steps and (width > 128 or rows * width > 64 * 32 * warps))
     )
 
 
