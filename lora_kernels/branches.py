@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import functional
 from .activations import check_activation
 from .autograd import apply_function
 from .autograd import forward_only as plain_forward_only
 from .branches_autograd import BranchesFunction, apply_branches_function, forward_only
-from .dispatch import backend
 from .errors import InvalidArgumentError
 
 __all__ = ["Branch", "apply_branches"]
@@ -67,11 +67,10 @@ def apply_branches(x: Tensor, branches: Sequence[Branch], p: float, backend_name
 def _run(x: Tensor, branches: Sequence[Branch], p: float, backend_name: str | None, autocast: bool) -> list[Tensor]:
     for branch in branches:
         _check(x, branch, autocast)
+    if forward_ad._current_level >= 0:
+        functional.refuse_tangents(x, *(tensor for branch in branches for tensor in branch.tensors))
     x, name = functional.prepare(x, backend_name)
-    states: list[Tensor] = []
-    if p > 0.0:
-        flat = x.reshape(-1, x.shape[-1])
-        states = [backend(name).dropout_state(flat, p) for _ in branches]
+    states = [functional.draw_state(x, p, name) for _ in branches] if p != 0.0 else []
     if not torch.compiler.is_compiling() and _are_apart(x, branches):
         return [_run_plain(x, b, p, states[i] if states else None, name) for i, b in enumerate(branches)]
     tensors = [tensor for branch in branches for tensor in branch.tensors]

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .autograd import LoRALinearFunction, apply_function, forward_only
 from .dispatch import COMPUTE_DTYPES, backend, select
-from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedTransformError
+from .errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, UnsupportedTransformError
 
-__all__ = ["apply", "check", "check_dropout_p", "device_type_of", "is_autocast_enabled", "lora_linear", "prepare"]
+__all__ = [
+    "apply",
+    "check",
+    "check_dropout_p",
+    "device_type_of",
+    "draw_state",
+    "is_autocast_enabled",
+    "lora_linear",
+    "prepare",
+    "refuse_tangents",
+]
 
 
 def lora_linear(
@@ -54,9 +67,10 @@ def lora_linear(
     Raises:
         InvalidArgumentError: shapes that do not fit (all of them are told), p outside [0, 1), an unknown backend or
             activation.
-        InvalidTypeError: a dtype that is not floating, x and weight of different dtypes, tensors on different devices.
+        InvalidTypeError: a dtype that is not one of these, x and weight of different dtypes, tensors on different
+            devices, something else in the place of a tensor or a number.
         BackendUnavailableError: the backend that was named cannot run here.
-        UnsupportedTransformError: called under ``torch.func`` or ``vmap``.
+        UnsupportedTransformError: called under ``torch.func`` or ``vmap``, or with forward-mode derivatives.
 
     Example:
         >>> import torch
@@ -69,6 +83,7 @@ def lora_linear(
     """
     check_dropout_p(dropout_p)
     p = dropout_p if training else 0.0
+    scaling = _number(scaling)
     if activation != "identity":
         from .branches import Branch, apply_branches
 
@@ -113,8 +128,10 @@ def _run(
     share: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     check(x, weight, lora_a, lora_b, bias, autocast)
+    if forward_ad._current_level >= 0:
+        refuse_tangents(x, weight, lora_a, lora_b, bias)
     x, name = prepare(x, backend_name)
-    state = backend(name).dropout_state(x.reshape(-1, x.shape[-1]), p) if p > 0.0 else None
+    state = draw_state(x, p, name) if p != 0.0 else None
     if share is not None and state is not None:
         state = share(state)
     if torch.is_grad_enabled() and (
@@ -168,60 +185,104 @@ def is_autocast_enabled(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch knows no autocast of meta
 
 
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raises where one of them has a forward-mode derivative (``torch.autograd.forward_ad``): it would be lost."""
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor is not None):
+        raise UnsupportedTransformError(
+            "lora_linear was given a dual tensor (torch.autograd.forward_ad, torch.func.jvp), and it has no "
+            "forward-mode derivative. Differentiate backward, or use lora_kernels.reference.forward, which is plain "
+            "PyTorch."
+        )
+
+
+def draw_state(x: Tensor, p: float, backend_name: str) -> Tensor:
+    """What regenerates dropout's mask of x (..., K): see ``ops.py``. A layer's p may have been set to anything."""
+    check_dropout_p(p)
+    return backend(backend_name).dropout_state(x.reshape(-1, x.shape[-1]), p)
+
+
 def check_dropout_p(p: float) -> None:
     """Raises unless 0 <= p < 1."""
-    if not 0.0 <= p < 1.0:
+    try:
+        allowed = 0.0 <= p < 1.0
+    except TypeError:
+        allowed = False
+    if not allowed:
         raise InvalidArgumentError(
-            f"dropout probability {p} was given: it must lie in [0, 1). Use 0.0 to switch dropout off."
+            f"dropout probability {p!r} was given: it must lie in [0, 1). Use 0.0 to switch dropout off."
         )
+
+
+def _number(scaling: Any) -> float:
+    """``scaling``, as a plain number."""
+    if isinstance(scaling, (int, float)):
+        return scaling
+    if isinstance(scaling, Real) or (isinstance(scaling, Tensor) and scaling.dim() == 0 and not scaling.requires_grad):
+        return float(scaling)
+    raise InvalidTypeError(
+        f"scaling={scaling!r} was given: it must be a number, such as lora_alpha / r, and gets no gradient. To learn "
+        "it, give 1.0 and multiply lora_b by it."
+    )
 
 
 def check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, autocast: bool) -> None:
     """The quick test of what may be run; the sentences are composed only where something is wrong."""
-    if x.is_nested:
-        raise InvalidTypeError(
-            "a nested tensor was given: LoRA's products need plain tensors. Pad it first, with "
-            "torch.nested.to_padded_tensor(x, 0.0)."
-        )
+    try:
+        device, dtype = x.device, x.dtype
+        if (
+            not x.is_nested
+            and _shapes_fit(x, weight, lora_a, lora_b, bias)
+            and device == weight.device == lora_a.device == lora_b.device
+            and (weight.dtype is dtype or (autocast and weight.dtype.is_floating_point))
+            and dtype in COMPUTE_DTYPES
+            and lora_a.dtype in COMPUTE_DTYPES
+            and lora_b.dtype in COMPUTE_DTYPES
+            and (bias is None or (bias.device == device and bias.dtype in COMPUTE_DTYPES))
+        ):
+            return
+    except AttributeError:  # something that is no tensor
+        pass
+    raise _refusal(x, weight, lora_a, lora_b, bias)
+
+
+def _shapes_fit(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> bool:
     shape, a_shape, b_shape = weight.shape, lora_a.shape, lora_b.shape
-    if not (
+    return (
         len(shape) == len(a_shape) == len(b_shape) == 2
         and x.dim() >= 1
         and x.shape[-1] == shape[1] == a_shape[1]
         and b_shape[0] == shape[0]
         and b_shape[1] == a_shape[0] >= 1
         and (bias is None or bias.shape == shape[:1])
-    ):
-        raise InvalidArgumentError(_shape_sentence(x, weight, lora_a, lora_b, bias))
-    device, dtype = x.device, x.dtype
-    if not (device == weight.device == lora_a.device == lora_b.device and (bias is None or bias.device == device)):
-        tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
-        listed = ", ".join(f"{name} on {t.device}" for name, t in tensors.items() if t is not None)
-        raise InvalidTypeError(f"tensors on different devices were given: {listed}. Move all of them to one device.")
-    if not (
-        (weight.dtype is dtype or (autocast and weight.dtype.is_floating_point))
-        and dtype in COMPUTE_DTYPES
-        and lora_a.dtype.is_floating_point
-        and lora_b.dtype.is_floating_point
-        and (bias is None or bias.dtype.is_floating_point)
-    ):
-        raise InvalidTypeError(_dtype_sentence(x, weight, lora_a, lora_b, bias))
-
-
-def _shape_sentence(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> str:
-    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
-    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items() if t is not None)
-    return (
-        f"shapes that do not fit were given: {shapes}. They must be x (..., K), weight (N, K), lora_a (R, K), "
-        "lora_b (N, R) with R >= 1, and bias (N,) or None; make K, N and R agree in all of them."
     )
 
 
-def _dtype_sentence(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> str:
-    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
-    dtypes = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items() if t is not None)
-    return (
-        f"dtypes that cannot run together were given: {dtypes}. All must be floating (torch.float16, torch.bfloat16, "
-        "torch.float32, torch.float64), and x and weight must share one dtype; lora_a, lora_b and bias may differ. "
-        "Convert x with x.to(weight.dtype), or run under torch.autocast."
+def _refusal(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> LoRAKernelsError:
+    """What :func:`check` raises: the first of kinds, shapes, devices and dtypes that is wrong, told of all tensors."""
+    given: dict[str, Any] = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
+    given |= {} if bias is None else {"bias": bias}
+    if kinds := [f"{name} of type {type(t).__name__}" for name, t in given.items() if not isinstance(t, Tensor)]:
+        return InvalidTypeError(
+            f"{', '.join(kinds)} was given where a torch.Tensor is expected. A NumPy array becomes one by "
+            "torch.from_numpy; bias alone may be None."
+        )
+    if x.is_nested:
+        return InvalidTypeError(
+            "a nested tensor was given: LoRA's products need plain tensors. Pad it first, with "
+            "torch.nested.to_padded_tensor(x, 0.0)."
+        )
+    if not _shapes_fit(x, weight, lora_a, lora_b, bias):
+        return InvalidArgumentError(
+            f"shapes that do not fit were given: {', '.join([f'{name} {tuple(t.shape)}' for name, t in given.items()])}"
+            ". They must be x (..., K), weight (N, K), lora_a (R, K), lora_b (N, R) with R >= 1, and bias (N,) or "
+            "None; make K, N and R agree in all of them."
+        )
+    if len({t.device for t in given.values()}) > 1:
+        listed = ", ".join([f"{name} on {t.device}" for name, t in given.items()])
+        return InvalidTypeError(f"tensors on different devices were given: {listed}. Move all of them to one device.")
+    return InvalidTypeError(
+        f"dtypes that cannot run together were given: {', '.join([f'{name} {t.dtype}' for name, t in given.items()])}. "
+        "All must be floating (torch.float16, torch.bfloat16, torch.float32, torch.float64), and x and weight must "
+        "share one dtype; lora_a, lora_b and bias may differ. Convert x with x.to(weight.dtype), or run under "
+        "torch.autocast."
     )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from cases import BACKENDS, Case, expected, keep_mask, make
@@ -86,6 +87,19 @@ def test_transforms_are_refused_with_a_sentence() -> None:
         torch.vmap(lambda row: lora_linear(row, i.weight, a, b))(x)
     with pytest.raises(LoRAKernelsError, match=r"torch\.func"):
         torch.func.grad(lambda t: lora_linear(t, i.weight, a, b).sum())(x)
+
+
+@pytest.mark.parametrize("of", ["x", "lora_A", "lora_magnitude_vector"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_forward_mode_derivative_is_refused_not_lost(of: str, grad: bool) -> None:
+    layer, x = FusedLoRALinear(6, 5, r=2, use_dora=of == "lora_magnitude_vector"), torch.randn(3, 6)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        assert layer(x).shape == (3, 5)
+        tensor = x if of == "x" else getattr(layer, of).detach()
+        dual = {of: forward_ad.make_dual(tensor, torch.ones_like(tensor))}
+        arguments = ({}, dual["x"]) if of == "x" else (dual, x)
+        with pytest.raises(UnsupportedTransformError, match=r"dual tensor.*reference\.forward"):
+            torch.func.functional_call(layer, *arguments)
 
 
 @every_backend

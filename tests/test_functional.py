@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,6 +63,8 @@ def test_shapes_that_do_not_fit_are_all_told(wrong: dict[str, torch.Tensor]) -> 
         {"lora_a": torch.ones(2, 6, dtype=torch.int32)},
         {"lora_b": torch.ones(4, 2, dtype=torch.complex64)},
         {"bias": torch.ones(4, dtype=torch.int64)},
+        {"lora_a": torch.ones(2, 6).to(torch.float8_e4m3fn)},
+        {"bias": torch.ones(4).to(torch.float8_e5m2)},
         {"x": torch.ones(5, 6).to(torch.float8_e4m3fn), "weight": torch.ones(4, 6).to(torch.float8_e4m3fn)},
     ],
     ids=lambda wrong: ",".join(f"{name}:{t.dtype}" for name, t in wrong.items()),
@@ -76,9 +80,33 @@ def test_tensors_on_different_devices_are_told() -> None:
         lora_linear(**_tensors(lora_b=torch.empty(4, 2, device="meta")))
 
 
-@pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, math.nan])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"x": [1.0]}, {"weight": np.ones((4, 6))}, {"lora_a": None}, {"bias": 1.0}],
+    ids=lambda wrong: str([*wrong]),
+)
+def test_what_is_no_tensor_is_named_with_its_type(wrong: dict[str, Any]) -> None:
+    ((name, value),) = wrong.items()
+    with pytest.raises(InvalidTypeError, match=f"^{name} of type {type(value).__name__} was given"):
+        lora_linear(**_tensors(**wrong))
+
+
+@pytest.mark.parametrize("scaling", [None, "2", 1j, torch.tensor(2.0, requires_grad=True), torch.ones(2)], ids=repr)
+def test_a_scaling_that_is_no_number_is_told(scaling: Any) -> None:
+    """One that wants a gradient too: it would get none."""
+    with pytest.raises(InvalidTypeError, match=r"scaling=.* must be a number"):
+        lora_linear(**_tensors(), scaling=scaling)
+
+
+@pytest.mark.parametrize("scaling", [2, np.float32(2.0), torch.tensor(2.0)], ids=repr)
+def test_other_kinds_of_numbers_are_a_scaling(scaling: Any) -> None:
+    t = _tensors()
+    assert same_bits(lora_linear(**t, scaling=scaling), lora_linear(**t, scaling=2.0))
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, math.nan, "0.1", None])
 @pytest.mark.parametrize("training", [True, False])
-def test_dropout_outside_its_range(p: float, training: bool) -> None:
+def test_dropout_outside_its_range(p: Any, training: bool) -> None:
     with pytest.raises(InvalidArgumentError, match=r"\[0, 1\)"):
         lora_linear(**_tensors(), dropout_p=p, training=training)
 

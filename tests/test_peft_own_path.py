@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from numerics import same_bits
@@ -46,6 +47,11 @@ def _wrap(model: Any) -> None:
 
 def _by_vmap(model: Any, x: Tensor) -> Tensor:
     return torch.vmap(model)(x)
+
+
+def _by_dual(model: Any, x: Tensor) -> Tensor:
+    with torch.no_grad(), forward_ad.dual_level():
+        return forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
 
 
 def _by_trace(model: Any, x: Tensor) -> Tensor:
@@ -121,6 +127,7 @@ OWN_PATHS = [
     OwnPath("wrapped lora_A", "wrapped", prepare=_wrap),
     OwnPath("no casting", "casting", prepare=_no_casting, call=_under_autocast, dtype=torch.bfloat16),
     OwnPath("vmap", "vmap", call=_by_vmap),
+    OwnPath("forward mode", "forward-mode", call=_by_dual),
     OwnPath("jit.trace", "jit.trace", call=_by_trace),
     OwnPath("export", "", call=_by_export),
     OwnPath("dora, then lora", "before other", ({}, {"r": 3, **DORA}), _active("a1", "a0")),

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
@@ -44,6 +45,8 @@ def why_call(x: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> s
         return "torch.export is recording" if torch.compiler.is_exporting() else None
     if torch._C._are_functorch_transforms_active():
         return "torch.func or vmap is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives are active"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace is recording"
     if torch_module._has_any_global_hook():
