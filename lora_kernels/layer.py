@@ -171,8 +171,12 @@ class LoRALayer(nn.Module):
 
     @property
     def adapter(self) -> dict[str, nn.Parameter]:
-        """The adapter's Parameters by name: lora_A, lora_B, and lora_bias and lora_magnitude_vector where they are."""
-        return {name: p for name, p in self.named_parameters(recurse=False) if name.startswith("lora_")}
+        """The adapter's Parameters by name: lora_A, lora_B, and lora_bias and lora_magnitude_vector where they are.
+
+        Of one that is parametrized or pruned, what it is computed from.
+        """
+        named = self.named_parameters()
+        return {name: p for name, p in named if name.removeprefix("parametrizations.").startswith("lora_")}
 
     @property
     def initial(self) -> dict[str, Tensor]:
@@ -202,6 +206,12 @@ class LoRALayer(nn.Module):
         if self.weight.is_meta:
             raise LoRAStateError("merge was called on a layer on the meta device. Load its weights first.")
         self.check_is_lora("merge")
+        if "weight" not in self._parameters or "bias" not in self._parameters:
+            raise LoRAStateError(
+                "merge was called on a layer whose weight or bias is parametrized or pruned, so nothing can be put in "
+                "its place. Call torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove "
+                "first."
+            )
         weight, bias = self._merged_weight(), self._merged_bias()
         _check_finite("weight", weight, self.weight)
         if bias is not None:
@@ -328,9 +338,10 @@ class LoRALayer(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._base is not None:
-            for name in self._base._parameters:
-                destination.pop(prefix + name, None)  # a bias that is there only while merged
             self._base._save_to_state_dict(destination, prefix, keep_vars)
+            for name, aside in self._base._parameters.items():
+                if aside is None:
+                    destination.pop(prefix + name, None)  # a bias that is there only while merged
 
     def check_rank(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
         """Raises ``InvalidArgumentError`` if the adapter under ``prefix`` in ``state_dict`` has another rank."""

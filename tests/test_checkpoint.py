@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import lora_kernels
 from lora_kernels import LoRAConfig, load_adapter, replace_linear, save_adapter
@@ -153,6 +154,8 @@ def test_no_folder_and_a_folder_of_adapters_are_sentences(tmp_path: Path) -> Non
     refused(
         Net(), lambda model: load_adapter(model, "org/name"), InvalidArgumentError, "'org/name'", "snapshot_download"
     )
+    refused(Net(), lambda model: load_adapter(model, None), InvalidTypeError, "None", "pathlib.Path")
+    refused(adapted(), lambda model: save_adapter(model, 3), InvalidTypeError, "3", "pathlib.Path")
 
 
 def test_models_that_an_adapter_cannot_be_put_onto(tmp_path: Path) -> None:
@@ -172,10 +175,12 @@ def test_models_that_an_adapter_cannot_be_put_onto(tmp_path: Path) -> None:
 
 def test_models_that_cannot_be_saved(tmp_path: Path) -> None:
     save = lambda model: save_adapter(model, tmp_path / "adapter")  # noqa: E731
-    mixed, meta = adapted(), adapted()
+    mixed, meta, pruned = adapted(), adapted(), adapted()
+    prune.l1_unstructured(pruned.blocks[0]["up"], "lora_A", amount=1)
     mixed.blocks[1]["up"].lora_dropout = 0.5
     meta.blocks[1]["up"].to("meta")
     refused(Net(), save, LoRAStateError, "save_adapter", "replace_linear")
+    refused(pruned, save, LoRAStateError, "blocks.0.up.lora_A_orig", "prune.remove")
     refused(mixed, save, LoRAStateError, "'blocks.0.up' and 'blocks.1.up' differ in lora_dropout")
     refused(meta, save, LoRAStateError, "blocks.1.up.lora_A.weight", "meta device")
     refused(adapted().blocks[0]["up"], save, LoRAStateError, "a LoRA layer itself")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import lora_kernels
-from lora_kernels import FusedLoRALinear, lora_linear
+from lora_kernels import FusedLoRALinear, lora_linear, lora_state_dict, mark_only_lora_as_trainable
 from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 from models import acting, layer_refused
 from numerics import check, same_bits
@@ -246,6 +246,14 @@ def test_a_parametrization_put_on_later_is_followed(name: str) -> None:
     assert same_bits(layer(x).detach(), doubled(x).detach())
 
 
+def test_a_parametrized_adapter_is_named_by_what_it_is_computed_from_and_trains() -> None:
+    model, doubled = nn.Sequential(acting()), "parametrizations.lora_A.original"
+    parametrize.register_parametrization(model[0], "lora_A", _Doubled())
+    mark_only_lora_as_trainable(model)
+    assert {f"0.{doubled}", "0.lora_B"} == set(lora_state_dict(model)) <= set(model.state_dict())
+    assert model.get_parameter(f"0.{doubled}").requires_grad
+
+
 # The meta device
 
 
@@ -274,3 +282,11 @@ def test_dropout_acts_in_training_only() -> None:
     plain.lora_dropout = 0.0
     assert not torch.equal(layer(x), plain(x))
     assert torch.equal(layer.eval()(x), plain(x))
+
+
+@pytest.mark.parametrize("p", [1.0, -0.5, float("nan")])
+def test_a_dropout_that_is_set_outside_its_range_is_told(p: float) -> None:
+    layer = acting()
+    layer.lora_dropout = p
+    with pytest.raises(InvalidArgumentError, match=r"\[0, 1\)"):
+        layer(torch.ones(2, 8))

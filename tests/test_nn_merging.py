@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 from lora_kernels import FusedLoRALinear
 from lora_kernels.errors import LoRAStateError
@@ -75,6 +76,7 @@ def test_while_merged_the_state_dict_is_the_base_layers() -> None:
     before = layer_state(layer)
     layer.merge()
     assert same_state(layer_state(layer), before)
+    assert list(layer.state_dict()) == list(acting().state_dict())
     assert layer.state_dict(keep_vars=True)["weight"] is layer.base_weight
     other = nn.Linear(8, 6)
     layer.load_state_dict(other.state_dict(), strict=False)
@@ -92,6 +94,9 @@ def test_merging_twice_unmerging_twice_and_what_cannot_be_merged() -> None:
         layer = acting()
         layer.lora_A.data[0, 0] = bad
         layer_refused(layer, layer.merge, LoRAStateError, "not finite", "lora_A")
+    layer = acting()
+    prune.l1_unstructured(layer, "weight", amount=1)
+    layer_refused(layer, layer.merge, LoRAStateError, "pruned", "prune.remove")
     layer = acting(dtype=torch.float16)
     layer.scaling = 1e8
     layer_refused(layer, layer.merge, LoRAStateError, "not finite", "torch.float16")

@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import InvalidArgumentError, LoRAStateError, MissingExtraError
+from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError, MissingExtraError
 
 __all__ = ["CONFIG", "WEIGHTS", "PathLike", "read_config", "read_pair", "write_pair"]
 
@@ -43,6 +43,7 @@ def read_pair(folder: PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Raises:
         InvalidArgumentError: a file is missing, may not be read, or cannot be read as what it should be.
+        InvalidTypeError: ``folder`` is no path.
         LoRAStateError: another process has been saving into the folder all the time.
         MissingExtraError: safetensors is not installed.
     """
@@ -68,8 +69,15 @@ def read_pair(folder: PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     raise InvalidArgumentError(f"{path} has no {WEIGHTS}: it is no whole adapter. Save it again, or copy the file too.")
 
 
+def _path(folder: PathLike) -> Path:
+    try:
+        return Path(folder)
+    except TypeError as error:
+        raise InvalidTypeError(f"{folder!r} was given as a folder: it must be a string or a pathlib.Path.") from error
+
+
 def _folder(folder: PathLike) -> Path:
-    path = Path(folder)
+    path = _path(folder)
     if not path.is_dir():
         raise InvalidArgumentError(
             f"{str(folder)!r} is no folder: give the one that holds {CONFIG} and {WEIGHTS}. An adapter of a model hub "
@@ -118,10 +126,11 @@ def write_pair(folder: PathLike, fields: Mapping[str, Any], tensors: Mapping[str
     """Writes both files; where it raises, what was in the folder is as it was.
 
     Raises:
+        InvalidTypeError: ``folder`` is no path.
         LoRAStateError: a file cannot be written, or others have been reading or saving there all the time.
         MissingExtraError: safetensors is not installed.
     """
-    path, created = Path(folder), False
+    path, created = _path(folder), False
     safetensors = _safetensors()
     text = json.dumps(fields, indent=2, sort_keys=True).encode()
     try:

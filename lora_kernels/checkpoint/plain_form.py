@@ -16,6 +16,8 @@ from ..sharded import is_sharded
 
 __all__ = ["PlainForm", "plain_form", "whole"]
 
+_OWN = ("lora_A", "lora_B", "lora_bias", "lora_magnitude_vector")
+
 
 @dataclass(frozen=True)
 class PlainForm:
@@ -50,13 +52,18 @@ def plain_form(name: str, layer: LoRALayer) -> PlainForm:
     rows of W plus that, which is the same sum, so its magnitudes stay.
 
     Raises:
-        LoRAStateError: the scaling is not finite, an activation stands between A and B, or a tensor that is computed
-            with is not here; see :func:`whole`.
+        LoRAStateError: the scaling is not finite, an activation stands between A and B, a tensor is parametrized or
+            pruned, or one that is computed with is not here; see :func:`whole`.
     """
     layer.check_is_lora("save_adapter")
     if not math.isfinite(layer.scaling):
         raise LoRAStateError(f"the scaling of {name!r} is {layer.scaling}, which no file can hold. Set it first.")
     tensors = {own: parameter.detach() for own, parameter in layer.adapter.items()}
+    if computed := [own for own in tensors if own not in _OWN]:
+        raise LoRAStateError(
+            f"{name}.{computed[0]} is no tensor of PEFT's files: the layer's own is computed from it. Call "
+            "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove first."
+        )
     alpha = layer.lora_alpha if layer.scaling == scaling_of(layer.r, layer.lora_alpha, layer.use_rslora) else None
     s, s0 = layer.scaling, layer._initial_scaling
     if s0 is None:
