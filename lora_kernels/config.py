@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,8 +68,8 @@ class LoRAConfig:
 
     Raises:
         InvalidArgumentError: a value outside what is said above.
-        InvalidTypeError: an ``adapter_dtype`` that is not a floating ``torch.dtype``, names that are not strings, or
-            numbers of layers that are not integers.
+        InvalidTypeError: an ``adapter_dtype`` that is not a floating ``torch.dtype``, names that are not strings,
+            patterns that are no dictionaries, or numbers of layers that are not integers.
 
     Example:
         >>> from lora_kernels import LoRAConfig
@@ -96,6 +97,8 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         check_hyperparameters(self.r, self.lora_alpha, self.lora_dropout, self.init_lora_weights, self.adapter_dtype)
+        for name in ("rank_pattern", "alpha_pattern"):
+            _check_pattern(name, getattr(self, name))
         for rank in self.rank_pattern.values():
             check_hyperparameters(rank, self.lora_alpha, self.lora_dropout, self.init_lora_weights, self.adapter_dtype)
         for alpha in self.alpha_pattern.values():
@@ -155,6 +158,15 @@ def _check_names(argument: str, names: Any) -> None:
     if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
         raise InvalidTypeError(
             f"{argument}={names!r} was given: it must be a list of names of modules, or one regular expression."
+        )
+
+
+def _check_pattern(argument: str, pattern: Any) -> None:
+    """Raises unless ``pattern`` is a dictionary whose keys are strings."""
+    if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
+        raise InvalidTypeError(
+            f"{argument}={pattern!r} was given: it must be a dictionary from regular expressions over the ends of "
+            f'names to numbers, such as {{"q_proj": 4}}, or {{}}.'
         )
 
 

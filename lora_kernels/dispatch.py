@@ -247,6 +247,7 @@ def explain(layer_or_problem: HasProblem) -> Explanation:
     """Which backend runs this layer or :class:`Problem` under the current choice, and why each other one does not.
 
     Raises:
+        InvalidTypeError: it was given something else, such as a whole model.
         BackendUnavailableError: the named backend cannot run it, as the call itself would raise.
 
     Example:
@@ -255,7 +256,13 @@ def explain(layer_or_problem: HasProblem) -> Explanation:
         ...     lora_kernels.explain(lora_kernels.FusedLoRALinear(8, 8, r=2)).backend
         'eager'
     """
-    problem = layer_or_problem.problem
+    problem = getattr(layer_or_problem, "problem", None)
+    if not isinstance(problem, Problem):
+        raise InvalidTypeError(
+            f"explain was given a {type(layer_or_problem).__name__}: it takes one layer, a FusedLoRALinear or a layer "
+            "that fuse_peft has fused (model.get_submodule(name) gives a model's layer by its name in the report), or "
+            "a lora_kernels.dispatch.Problem."
+        )
     name = _choose(problem, None)
     chosen: Callable[[str], Backend] = backend
     return Explanation(

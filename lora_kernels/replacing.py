@@ -18,7 +18,15 @@ from torch.nn.parameter import is_lazy
 from .config import LoRAConfig, pattern_value
 from .errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, LoRAStateError
 from .layer import LoRALayer
-from .matching import Match, close_names, is_all_linear, linear_names, trained_whole, unmatched_names
+from .matching import (
+    Match,
+    close_names,
+    is_all_linear,
+    linear_names,
+    name_matches,
+    trained_whole,
+    unmatched_names,
+)
 from .nn import around
 from .replaceable import is_conv1d, why_not_replaceable
 from .report import ReplacedLayer, ReplaceReport, ShareReport, SkippedLayer
@@ -133,6 +141,15 @@ def nothing_to_replace(model: nn.Module, config: LoRAConfig, skipped: list[Skipp
             f"target_modules={target!r} matches {listed([layer.name for layer in skipped])} in {kind}, and nothing of "
             f"it can be replaced: {' '.join(reasons)}"
         )
+    if config.layers_to_transform is not None:  # target_modules is a list then
+        named = [name for name, _ in model.named_modules() if name and name_matches(target or (), name)]
+        if named:
+            return InvalidArgumentError(
+                f"target_modules={target!r} matches {listed(named)} in {kind}, and none of it is in "
+                f"layers_to_transform={config.layers_to_transform!r}. Without layers_pattern a block's number is the "
+                "first one that stands below two names (model.layers.3); for blocks at the top give "
+                "layers_pattern='layers', or whatever their list is called."
+            )
     names = linear_names(model)
     if not names:
         return InvalidArgumentError(f"target_modules={target!r} was given, but {kind} has no nn.Linear to replace.")

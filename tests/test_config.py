@@ -34,6 +34,8 @@ REFUSED = {
     "rank pattern key": ({"rank_pattern": {"(": 4}}, InvalidArgumentError, ["'('", "regular expression"]),
     "rank pattern value": ({"rank_pattern": {"q": 0}}, InvalidArgumentError, ["r=0", "at least 1"]),
     "alpha pattern value": ({"alpha_pattern": {"q": -1.0}}, InvalidArgumentError, ["lora_alpha=-1.0"]),
+    "rank pattern none": ({"rank_pattern": None}, InvalidTypeError, ["rank_pattern=None", "dictionary"]),
+    "alpha pattern key": ({"alpha_pattern": {3: 4.0}}, InvalidTypeError, ["alpha_pattern={3: 4.0}", "expressions"]),
     "targets a number": ({"target_modules": 3}, InvalidTypeError, ["target_modules=3", "list of names"]),
     "targets of numbers": ({"target_modules": ["q", 3]}, InvalidTypeError, ["target_modules=['q', 3]", "names"]),
     "bias of B with DoRA": ({"lora_bias": True, "use_dora": True}, InvalidArgumentError, ["use_dora=True"]),

@@ -88,6 +88,12 @@ def test_explain_takes_layers_and_problems() -> None:
         assert explain(CPU).source == "use_backend('eager')"
 
 
+@pytest.mark.parametrize("other", [torch.nn.Linear(2, 2), torch.nn.Sequential(), None])
+def test_explain_of_something_else_says_what_it_takes(other: object) -> None:
+    with pytest.raises(InvalidTypeError, match=f"a {type(other).__name__}: .*FusedLoRALinear.*get_submodule"):
+        explain(other)
+
+
 def test_every_reason_names_a_remedy_or_a_fact() -> None:
     for name in dispatch.ORDER:
         for device, dtype in (

@@ -55,6 +55,12 @@ REFUSED = {
     ),
     "close": (Net, {"target_modules": ["dwn", "hed"]}, InvalidArgumentError, ["Close names are 'down', 'head'"]),
     "no match of a pattern": (Net, {"target_modules": "up"}, InvalidArgumentError, ["whole dotted name", "'up'"]),
+    "no such block": (
+        Net,
+        {"target_modules": ["up"], "layers_to_transform": [1]},
+        InvalidArgumentError,
+        ["'blocks.0.up', 'blocks.1.up'", "layers_to_transform=[1]", "layers_pattern"],
+    ),
     "none": (Net, {}, InvalidArgumentError, ["target_modules=None", "all-linear"]),
     "no linear": (
         lambda: nn.Sequential(nn.ReLU()),
