@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 __all__ = [
     "MissingExtraError",
     "Progress",
+    "check_plot",
     "check_writable",
     "json_text",
+    "names",
     "one_thread",
     "optional",
     "progress_bars",
@@ -124,3 +126,24 @@ def check_writable(option: str, path: Path) -> None:
         raise InvalidArgumentError(
             f"{option} {path} cannot be written: name a file in a folder that exists and that you may write to."
         )
+
+
+def check_plot(option: str, path: Path) -> None:
+    """Raises, before any work is done, unless a figure can be written to ``path``.
+
+    Raises:
+        InvalidArgumentError: as :func:`check_writable`, or matplotlib knows no format of that name.
+        MissingExtraError: matplotlib is not installed.
+    """
+    check_writable(option, path)
+    formats = optional("matplotlib.backend_bases").FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in formats:
+        raise InvalidArgumentError(
+            f"{option} {path}: matplotlib writes no {path.suffix} files. Let its name end with .png, .svg, .pdf or "
+            f"another of {', '.join(formats)}."
+        )
+
+
+def names(given: Sequence[str] | None) -> list[str] | None:
+    """The names that an option of several was given, with spaces or commas between them; None if it was not."""
+    return None if given is None else [name for item in given for name in item.split(",") if name]

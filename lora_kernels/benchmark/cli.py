@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..console import Progress, check_writable, progress_bars, progress_lines, stdout_console
+from ..console import Progress, check_plot, check_writable, names, progress_bars, progress_lines, stdout_console
 from ..errors import InvalidArgumentError
 from .presets import PRESETS, preset
 from .workloads import DIRECTIONS, DTYPES, FIELDS, LAYER
@@ -39,13 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--peers",
-        metavar="NAMES",
-        help="comma-separated: peft, peft16, compile, addmm, lora_first, auto, a backend's name, or 'ours' for auto "
+        nargs="+",
+        metavar="NAME",
+        help="peft, peft16, compile, addmm, lora_first, auto, a backend's name, or 'ours' for auto "
         "and all backends; of the presets with DoRA and several layers, "
         "peft-lora, peft-dora, fused-lora, fused-dora, ours-lora, ours-dora, group (default: the preset's). The floor, "
         "the frozen nn.Linear, always runs",
     )
-    parser.add_argument("--dtype", metavar="NAMES", help=f"comma-separated, of {', '.join(DTYPES)} (default: all)")
+    parser.add_argument("--dtype", nargs="+", metavar="NAME", help=f"of {', '.join(DTYPES)} (default: all)")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -89,13 +90,14 @@ def run(args: argparse.Namespace) -> int:
         return _block(args)
     shown = None if args.show is None else _load(args.show)
     chosen = _narrowed(preset(args.preset if shown is None else shown.preset), args)
-    peers = args.peers.split(",") if args.peers else None
+    peers = names(args.peers) or None
     providers = expand_peers(chosen.peers if peers is None else peers)
     if args.plot:
         from .plot import check_plottable
 
         check_plottable(chosen)
-    for option, path in (("--json", args.json), ("--plot", args.plot), ("--profile", args.profile)):
+        check_plot("--plot", args.plot)
+    for option, path in (("--json", args.json), ("--profile", args.profile)):
         if path is not None:
             check_writable(option, path)
     if shown is not None:
@@ -154,8 +156,8 @@ def _block(args: argparse.Namespace) -> int:
 
 def _narrowed(chosen: Preset, args: argparse.Namespace) -> Preset:
     """With the cells that --dtype and --only leave."""
-    if args.dtype:
-        chosen = chosen.only({"dtype": tuple(args.dtype.split(","))})
+    if dtypes := names(args.dtype):
+        chosen = chosen.only({"dtype": tuple(dtypes)})
     return chosen.only(dict(_condition(text) for text in args.only)) if args.only else chosen
 
 

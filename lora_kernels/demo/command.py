@@ -6,7 +6,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..console import Progress, check_writable, json_text, optional, progress_bars, progress_lines, stdout_console
+from ..console import (
+    Progress,
+    check_plot,
+    check_writable,
+    json_text,
+    optional,
+    progress_bars,
+    progress_lines,
+    stdout_console,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,14 +47,13 @@ def run_command(args: argparse.Namespace) -> int:
     """Prints the report; 1 if the fused layer did not train as the reference one did.
 
     Raises:
-        InvalidArgumentError: a count below 1, an unknown device, a file that cannot be written.
+        InvalidArgumentError: a count below 1, an unknown device, a file or format that cannot be written.
         MissingExtraError: rich or matplotlib is not installed, and is needed.
     """
     only_json = args.json is not None and str(args.json) == "-"
     plot = None if args.no_plot else args.plot or (None if only_json else PLOT)
     if plot is not None:
-        check_writable("--plot", plot)
-        optional("matplotlib")
+        check_plot("--plot", plot)
     if args.json is not None and not only_json:
         check_writable("--json", args.json)
     if only_json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ..console import json_text, optional, progress_bars, progress_lines, stdout_console
+from ..console import json_text, names, optional, progress_bars, progress_lines, stdout_console
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,7 +28,8 @@ def run_command(args: argparse.Namespace) -> int:
     """Prints the report; 1 if anything failed."""
     from .checks import run
 
-    options = {"backends": args.backend, "dtypes": args.dtype, "device": args.device, "seed": args.seed}
+    chosen = {"backends": names(args.backend), "dtypes": names(args.dtype)}
+    options = {**chosen, "device": args.device, "seed": args.seed}
     if args.json:
         report = run(**options, progress=progress_lines("verify"))
         print(json_text(report.to_dict()))
