@@ -145,7 +145,11 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> _GradInputs:
 
 def flatten(tensor: Tensor) -> Tensor:
     """(..., F) as (M, F)."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+    if tensor.dim() == 2:
+        return tensor
+    features = tensor.shape[-1]
+    rows = -1 if features else tensor.shape[:-1].numel()  # of no features, torch cannot tell how many rows
+    return tensor.reshape(rows, features)
 
 
 def unflatten(matrix: Tensor, shape: torch.Size) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .autograd import LoRALinearFunction, apply_function, forward_only
+from .autograd import LoRALinearFunction, apply_function, flatten, forward_only
 from .dispatch import COMPUTE_DTYPES, backend, select
 from .errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, UnsupportedTransformError
 
@@ -198,7 +198,7 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
 def draw_state(x: Tensor, p: float, backend_name: str) -> Tensor:
     """What regenerates dropout's mask of x (..., K): see ``ops.py``. A layer's p may have been set to anything."""
     check_dropout_p(p)
-    return backend(backend_name).dropout_state(x.reshape(-1, x.shape[-1]), p)
+    return backend(backend_name).dropout_state(flatten(x), p)
 
 
 def check_dropout_p(p: float) -> None:

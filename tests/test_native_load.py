@@ -114,6 +114,20 @@ def test_the_variable_forbids_to_compile(native: StandIn, monkeypatch: pytest.Mo
     assert load.why_not("cpu") == []
 
 
+@pytest.mark.parametrize(
+    ("variable", "word"), [("LORA_KERNELS_CPU_CAPABILITY", "avx512"), ("LORA_KERNELS_CPU_PRODUCT", "own")]
+)
+def test_a_choice_that_the_library_does_not_know_is_not_passed_over(
+    variable: str, word: str, native: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "sse")
+    with pytest.raises(BackendUnavailableError, match=f"{variable}=sse was given: .*{word}"):
+        load.load("cpu")
+    native.forget()
+    monkeypatch.setenv(variable, word)
+    assert load.why_not("cpu") == []
+
+
 def test_a_failed_compile_warns_once_and_the_next_backend_runs(
     native: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:

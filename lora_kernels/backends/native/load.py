@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ...env import BUILD_VARIABLE
+from ...env import BUILD_VARIABLE, CPU_CHOICES
 from ...errors import BackendUnavailableError
 from . import cache
 from .build import (
@@ -251,6 +251,9 @@ def _blocked(kind: str) -> str | None:
             "torch.version.cuda is None: this is a CPU build of torch, and the native CUDA library needs libtorch_cuda "
             "to load. Install a CUDA build of torch, or move the tensors to the CPU."
         )
+    for variable, known in CPU_CHOICES.items() if kind == "cpu" else ():
+        if (named := os.environ.get(variable)) and named not in known:
+            return f"{variable}={named} was given: it must be one of {', '.join(known)}. Set one of them, or unset it."
     return None
 
 
