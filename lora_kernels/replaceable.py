@@ -24,6 +24,8 @@ def is_conv1d(module: nn.Module) -> bool:
 def why_not_replaceable(module: nn.Module) -> str | None:
     """A sentence that says why ``module`` cannot become a LoRA layer, or None if it can."""
     kind = type(module).__name__
+    if kind == "Linear" and type(module) is not nn.Linear:  # a quantized one, for example
+        kind = f"{type(module).__module__}.{kind}"
     if parametrize.is_parametrized(module):
         return f"{kind} has parametrized weights: call torch.nn.utils.parametrize.remove_parametrizations first."
     if type(module) is not nn.Linear and not is_conv1d(module):

@@ -102,12 +102,19 @@ def _why_left_alone(match: Match, modules: Mapping[str, nn.Module]) -> str | Non
     if match.whole is not None:
         return f"modules_to_save names it ({match.whole!r}), so it trains whole."
     for place in match.places:
-        ancestors = (modules[place[: dot.start()]] for dot in re.finditer(r"\.", place))
-        if any(hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names") for module in ancestors):
-            return "it is a part of a PEFT layer, which has an adapter already: exclude it, or unload PEFT's first."
+        ends = [*(dot.start() for dot in re.finditer(r"\.", place)), len(place)]
+        if any(_is_pefts(modules[place[:end]]) for end in ends):
+            return (
+                "it is PEFT's, or a part of a layer of PEFT's, which has an adapter already: exclude it, or unload "
+                "PEFT's first. lora_kernels.fuse_peft(model) has PEFT's LoRA layers run fused as they are."
+            )
     if isinstance(match.module, torch.jit.ScriptModule):
         return "it is a ScriptModule: call replace_linear before torch.jit.script or torch.jit.trace."
     return why_not_replaceable(match.module)
+
+
+def _is_pefts(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
 
 
 def _tied_outside(model: nn.Module, targets: list[Match], bias: str) -> dict[str, str]:

@@ -94,6 +94,12 @@ REFUSED = {
         InvalidTypeError,
         ["Own", "plain"],
     ),
+    "of the same name": (
+        lambda: nn.Sequential(type("Linear", (nn.Linear,), {})(4, 4)),
+        {"target_modules": ["0"]},
+        InvalidTypeError,
+        [f"{__name__}.Linear is not a plain torch.nn.Linear"],
+    ),
     "attention's": (
         lambda: nn.Sequential(nn.MultiheadAttention(4, 2)),
         {"target_modules": "all-linear"},

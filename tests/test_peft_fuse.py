@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lora_kernels
 from lora_kernels import fuse_peft, unfuse_peft
 from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
-from models import Snapshot, refused
+from models import Snapshot, refused, replacing
 from numerics import check, same_bits
 
 peft = pytest.importorskip("peft")
@@ -339,6 +339,8 @@ def _ia3() -> Any:
         (lambda: "model", fuse_peft, InvalidTypeError, ["str"]),
         (Small, fuse_peft, InvalidArgumentError, ["get_peft_model", "replace_linear"]),
         (_ia3, fuse_peft, InvalidArgumentError, ["IA3"]),
+        (make, replacing(target_modules=["lin0"]), InvalidTypeError, ["PEFT's", "fuse_peft"]),
+        (make, replacing(target_modules="all-linear"), InvalidTypeError, ["a part of", "fuse_peft"]),
         (make, unfuse_peft, LoRAStateError, ["nothing"]),
         (make, calls, LoRAStateError, ["fuse_peft(model)"]),
         (lambda: 3, calls, InvalidTypeError, ["int"]),
