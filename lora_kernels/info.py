@@ -225,7 +225,7 @@ def _text(report: dict[str, Any]) -> str:
         elif section == "tuned_table" and "error" not in content:
             lines += _table_lines(content)
         elif isinstance(content, dict):
-            lines += [f"  {key:<22}{value}" for key, value in _told(section, content)]
+            lines += [f"  {key:<21} {value}" for key, value in _told(section, content)]
         elif isinstance(content, list):
             lines += [f"  {_device_line(device)}" for device in content]
         else:

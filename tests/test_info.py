@@ -43,6 +43,7 @@ def test_the_text_tells_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert torch.__version__.split("+")[0] in text
     assert "eager on cpu          available: fp32, bf16, fp16, fp64." in text
+    assert all(f"  {name} " in text for name in info.VARIABLES)
     assert all(section.replace("_", " ") in text.splitlines() for section in SECTIONS)
 
 
