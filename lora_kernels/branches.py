@@ -58,9 +58,8 @@ def apply_branches(x: Tensor, branches: Sequence[Branch], p: float, backend_name
     """
     device_type = functional.device_type_of(x)
     if torch._C._is_any_autocast_enabled() and functional.is_autocast_enabled(device_type):
-        compute = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
-            return _run(x.to(compute), branches, p, backend_name, autocast=True)
+            return _run(functional.autocast_input(x, device_type), branches, p, backend_name, autocast=True)
     return _run(x, branches, p, backend_name, autocast=False)
 
 

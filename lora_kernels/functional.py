@@ -16,6 +16,7 @@ from .errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, Un
 
 __all__ = [
     "apply",
+    "autocast_input",
     "check",
     "check_dropout_p",
     "device_type_of",
@@ -108,10 +109,10 @@ def apply(
     """
     # One question that most programs answer with no, before those that take longer to answer.
     if torch._C._is_any_autocast_enabled() and is_autocast_enabled(device_type := device_type_of(x)):
-        compute = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
+        x = autocast_input(x, device_type)
         with torch.autocast(device_type, enabled=False):
             # The cast of W is made again in backward rather than saved; so its dtype may differ from x's here.
-            return _run(x.to(compute), weight, lora_a, lora_b, bias, scaling, p, backend_name, True, share)
+            return _run(x, weight, lora_a, lora_b, bias, scaling, p, backend_name, True, share)
     return _run(x, weight, lora_a, lora_b, bias, scaling, p, backend_name, False, share)
 
 
@@ -177,7 +178,10 @@ _select_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def device_type_of(x: Tensor) -> str:
     """``x.device.type``."""
-    return "cpu" if x.is_cpu else x.device.type  # the string takes PyTorch a microsecond
+    try:
+        return "cpu" if x.is_cpu else x.device.type  # the string takes PyTorch a microsecond
+    except AttributeError as error:
+        raise _kind_refusal({"x": x}) from error
 
 
 def is_autocast_enabled(device_type: str) -> bool:
@@ -199,6 +203,13 @@ def draw_state(x: Tensor, p: float, backend_name: str) -> Tensor:
     """What regenerates dropout's mask of x (..., K): see ``ops.py``. A layer's p may have been set to anything."""
     check_dropout_p(p)
     return backend(backend_name).dropout_state(flatten(x), p)
+
+
+def autocast_input(x: Tensor, device_type: str) -> Tensor:
+    """x in autocast's dtype; as it is where autocast leaves it alone: fp64, and what is not floating (and refused)."""
+    if x.dtype == torch.float64 or not x.is_floating_point():
+        return x
+    return x.to(torch.get_autocast_dtype(device_type))
 
 
 def check_dropout_p(p: float) -> None:
@@ -261,11 +272,8 @@ def _refusal(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Te
     """What :func:`check` raises: the first of kinds, shapes, devices and dtypes that is wrong, told of all tensors."""
     given: dict[str, Any] = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
     given |= {} if bias is None else {"bias": bias}
-    if kinds := [f"{name} of type {type(t).__name__}" for name, t in given.items() if not isinstance(t, Tensor)]:
-        return InvalidTypeError(
-            f"{', '.join(kinds)} was given where a torch.Tensor is expected. A NumPy array becomes one by "
-            "torch.from_numpy; bias alone may be None."
-        )
+    if not all(isinstance(tensor, Tensor) for tensor in given.values()):
+        return _kind_refusal(given)
     if x.is_nested:
         return InvalidTypeError(
             "a nested tensor was given: LoRA's products need plain tensors. Pad it first, with "
@@ -285,4 +293,12 @@ def _refusal(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Te
         "All must be floating (torch.float16, torch.bfloat16, torch.float32, torch.float64), and x and weight must "
         "share one dtype; lora_a, lora_b and bias may differ. Convert x with x.to(weight.dtype), or run under "
         "torch.autocast."
+    )
+
+
+def _kind_refusal(given: dict[str, Any]) -> InvalidTypeError:
+    kinds = [f"{name} of type {type(t).__name__}" for name, t in given.items() if not isinstance(t, Tensor)]
+    return InvalidTypeError(
+        f"{', '.join(kinds)} was given where a torch.Tensor is expected. A NumPy array becomes one by "
+        "torch.from_numpy; bias alone may be None."
     )

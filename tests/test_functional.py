@@ -91,6 +91,16 @@ def test_what_is_no_tensor_is_named_with_its_type(wrong: dict[str, Any]) -> None
         lora_linear(**_tensors(**wrong))
 
 
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_input_that_is_no_tensor_is_told_wherever_it_goes(autocast: bool, activation: str) -> None:
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(InvalidTypeError, match=r"^x of type list was given"),
+    ):
+        lora_linear(**_tensors(x=[1.0]), activation=activation)
+
+
 @pytest.mark.parametrize("scaling", [None, "2", 1j, torch.tensor(2.0, requires_grad=True), torch.ones(2)], ids=repr)
 def test_a_scaling_that_is_no_number_is_told(scaling: Any) -> None:
     """One that wants a gradient too: it would get none."""
@@ -154,6 +164,13 @@ def test_autocast_leaves_float64_and_disabled_regions_alone() -> None:
     i = make(Case())
     with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
         assert lora_linear(i.x, i.weight, i.lora_a, i.lora_b).dtype == torch.float32
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_autocast_makes_nothing_floating_that_is_not(dtype: torch.dtype, activation: str) -> None:
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InvalidTypeError, match=f"x {dtype}"):
+        lora_linear(**_tensors(x=torch.ones(5, 6, dtype=dtype)), activation=activation)
 
 
 def test_autocast_casts_mixed_base_dtypes() -> None:
