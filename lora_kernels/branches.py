@@ -73,7 +73,7 @@ def _run(x: Tensor, branches: Sequence[Branch], p: float, backend_name: str | No
     if not torch.compiler.is_compiling() and _are_apart(x, branches):
         return [_run_plain(x, b, p, states[i] if states else None, name) for i, b in enumerate(branches)]
     tensors = [tensor for branch in branches for tensor in branch.tensors]
-    scalings = tuple(float(branch.scaling) for branch in branches)
+    scalings = tuple(float(functional.number(branch.scaling)) for branch in branches)
     activations = tuple(branch.activation for branch in branches)
     if torch.is_grad_enabled() and _any_requires_grad(x, *tensors):
         record = BranchesFunction.apply if torch.compiler.is_compiling() else apply_branches_function
@@ -93,7 +93,7 @@ def _run_plain(x: Tensor, branch: Branch, p: float, state: Tensor | None, name: 
     run = plain_forward_only
     if torch.is_grad_enabled() and _any_requires_grad(x, *b.tensors):
         run = apply_function
-    return run(x, b.weight, b.lora_a, b.lora_b, b.bias, float(b.scaling), p, state, name)
+    return run(x, b.weight, b.lora_a, b.lora_b, b.bias, float(functional.number(b.scaling)), p, state, name)
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

@@ -23,6 +23,7 @@ __all__ = [
     "draw_state",
     "is_autocast_enabled",
     "lora_linear",
+    "number",
     "prepare",
     "refuse_tangents",
 ]
@@ -84,7 +85,6 @@ def lora_linear(
     """
     check_dropout_p(dropout_p)
     p = dropout_p if training else 0.0
-    scaling = _number(scaling)
     if activation != "identity":
         from .branches import Branch, apply_branches
 
@@ -129,6 +129,8 @@ def _run(
     share: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     check(x, weight, lora_a, lora_b, bias, autocast)
+    if type(scaling) is not float:  # a layer's may have been set to anything
+        scaling = number(scaling)
     if forward_ad._current_level >= 0:
         refuse_tangents(x, weight, lora_a, lora_b, bias)
     x, name = prepare(x, backend_name)
@@ -224,7 +226,7 @@ def check_dropout_p(p: float) -> None:
         )
 
 
-def _number(scaling: Any) -> float:
+def number(scaling: Any) -> float:
     """``scaling``, as a plain number."""
     if isinstance(scaling, (int, float)):
         return scaling

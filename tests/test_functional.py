@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from cases import BACKENDS, Case, expected, make
-from lora_kernels import LoRAKernelsError, lora_linear
+from lora_kernels import FusedLoRALinear, LoRAKernelsError, lora_linear
 from lora_kernels.errors import InvalidArgumentError, InvalidTypeError
 from numerics import check, same_bits
 
@@ -101,11 +101,15 @@ def test_an_input_that_is_no_tensor_is_told_wherever_it_goes(autocast: bool, act
         lora_linear(**_tensors(x=[1.0]), activation=activation)
 
 
+@pytest.mark.parametrize("activation", ["identity", "relu"])
 @pytest.mark.parametrize("scaling", [None, "2", 1j, torch.tensor(2.0, requires_grad=True), torch.ones(2)], ids=repr)
-def test_a_scaling_that_is_no_number_is_told(scaling: Any) -> None:
-    """One that wants a gradient too: it would get none."""
-    with pytest.raises(InvalidTypeError, match=r"scaling=.* must be a number"):
-        lora_linear(**_tensors(), scaling=scaling)
+def test_a_scaling_that_is_no_number_is_told(scaling: Any, activation: str) -> None:
+    """One that wants a gradient too: it would get none. And one that a layer's was set to."""
+    layer = FusedLoRALinear(6, 4, r=2, activation=activation)
+    layer.scaling = scaling
+    for call in (layer, lambda x: lora_linear(**_tensors(x=x), scaling=scaling, activation=activation)):
+        with pytest.raises(InvalidTypeError, match=r"scaling=.* must be a number"):
+            call(torch.ones(5, 6))
 
 
 @pytest.mark.parametrize("scaling", [2, np.float32(2.0), torch.tensor(2.0)], ids=repr)
