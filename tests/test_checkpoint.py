@@ -112,7 +112,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], list[str]]] = {
     "an embedding's": (
         set_tensors(lambda t: t.update({f"{PREFIX}embed.lora_A.weight": torch.ones(2, 10)})),
         InvalidTypeError,
-        ["'embed'", "Embedding"],
+        ["'embed'", "a torch.nn.modules.sparse.Embedding", "plain model"],
     ),
     "a diagonal": (
         set_tensors(lambda t: t.update({f"{FIRST}.lora_diag": torch.ones(2)})),

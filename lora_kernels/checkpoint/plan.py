@@ -101,9 +101,11 @@ def _find_modules(plan: Plan, model: nn.Module, modules: Mapping[str, nn.Module]
         )
     for name in plan.adapters:
         if not is_linear(modules[name]):
+            kind = type(modules[name])
             raise InvalidTypeError(
-                f"{where} has an adapter for {name!r}, which is {type(modules[name]).__name__}: only nn.Linear and "
-                "transformers' Conv1D are adapted here. Load it with peft.PeftModel.from_pretrained."
+                f"{where} has an adapter for {name!r}, which is a {kind.__module__}.{kind.__name__}: only nn.Linear "
+                "and transformers' Conv1D are adapted here. Load it with peft.PeftModel.from_pretrained, or onto the "
+                "plain model."
             )
     plan.modules = {name: module for name, module in modules.items() if name in plan.adapters}
     first = {module: name for name, module in reversed(plan.modules.items())}
