@@ -16,7 +16,7 @@ from lora_kernels.backends.triton.compile_report import backward_plans_of
 from lora_kernels.backends.triton.configs import INTERPRETER, machine_of
 from lora_kernels.backends.triton.plans import BackwardPlan, candidates
 from numerics import check_all, same_bits
-from test_triton_plans import SEED, Fault, _less, _without, cell_of
+from test_triton_plans import SEED, Fault, _less, _without, cell_of, seed_on
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 CASES = [
@@ -40,12 +40,13 @@ def hidden_of(case: Case, i: Inputs, mask: Tensor | None) -> Tensor:
     return reference.drop(x, mask, case.p) @ a.t()
 
 
-def by_plan(plan: BackwardPlan, case: Case, i: Inputs) -> dict[str, Tensor | None]:
+def by_plan(plan: BackwardPlan, case: Case, i: Inputs, h: Tensor | None = None) -> dict[str, Tensor | None]:
+    """All gradients; ``h`` as ``hidden_of`` gives it, which a captured graph cannot compute."""
     from lora_kernels.backends.triton import launch
 
     x, weight, lora_a, lora_b = (t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b))
-    state = torch.tensor(SEED, device=x.device) if case.p else None
-    h = hidden_of(case, i, mask_of(case, i))
+    state = seed_on(x.device) if case.p else None
+    h = hidden_of(case, i, mask_of(case, i)) if h is None else h
     given = (i.dy, x, weight, lora_a, lora_b, i.bias, h, case.scaling, case.p, state)
     return dict(zip(("dx", "da", "db", "dbias"), launch.run_backward(plan, *given), strict=True))
 

@@ -17,6 +17,7 @@ from lora_kernels.backends.triton.plans import BackwardPlan, BaseFirst, Cell, Fe
 from models import acting
 from numerics import same_bits
 from test_triton_backward import by_plan as backward_by_plan
+from test_triton_backward import hidden_of, mask_of
 from test_triton_plans import by_plan, cell_of, judge, plans_of
 
 pytestmark = [
@@ -146,14 +147,14 @@ def test_backward_beside_changes_no_bit_and_can_be_captured(p: float) -> None:
             for inputs, right in zip((i, other), wanted, strict=True):
                 found = backward_by_plan(beside, case, inputs)
                 assert all(same_bits(found[name], right[name]) for name in ("dx", "da", "db"))
-        own = replace(i, dy=i.dy.clone())
+        own, h = replace(i, dy=i.dy.clone()), hidden_of(case, i, mask_of(case, i))
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
-            captured = backward_by_plan(beside, case, own)
+            captured = backward_by_plan(beside, case, own, h)
         for inputs in (i, other):
             own.dy.copy_(inputs.dy)
             graph.replay()
-            right = backward_by_plan(in_turn, case, own)
+            right = backward_by_plan(in_turn, case, own, h)
             torch.cuda.synchronize()
             assert all(same_bits(captured[name], right[name]) for name in ("dx", "da", "db"))
