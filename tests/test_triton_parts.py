@@ -95,6 +95,21 @@ def test_dx_of_several_members(triton_device: str, ranks: tuple[int, ...], p: fl
     check_all({"dx": dx}, expected(torch.float64), expected(case.dtype), case.dtype)
 
 
+def test_dx_of_a_layer_without_outputs(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a described GPU too, of which no model says what a product over nothing takes."""
+    from lora_kernels.backends.triton import configs, parts
+    from lora_kernels.backends.triton.compile_report import ARCHITECTURES
+
+    monkeypatch.setattr(configs, "machine_of", lambda device: ARCHITECTURES[80])
+    parts.forget()
+    case = Case(m=20, k=24, r=2)
+    i, dh = make(case, triton_device), hidden(case, triton_device)
+    dx = parts.input_grad([i.dy[:, :0]], [i.weight[:0]], [dh], [i.lora_a.detach()], 0.0, [])
+    parts.forget()
+    exact, yardstick = (dh.to(dtype) @ i.lora_a.detach().to(dtype) for dtype in (torch.float64, torch.float32))
+    check_all({"dx": dx}, {"dx": exact}, {"dx": yardstick}, torch.float32)
+
+
 @pytest.mark.usefixtures("fixed_choices")
 def test_launches_of_a_dora_step(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """W is read once for the norms and once for y; dy once for the gain and once for dh and db."""

@@ -224,7 +224,7 @@ def _joined(
 
 
 def _input_grad_steps(c: BackwardCall, ranks: Sequence[int], members: int) -> list[Step]:
-    if members == 1:
+    if members == 1 and c.n:
         chosen = plan_for(c.device, c.machine, c.cell)
         return [dx_step(plan, c) for plan in dict.fromkeys([chosen, *candidates(c.machine, c.cell)])]
     starts = [0]
@@ -233,7 +233,10 @@ def _input_grad_steps(c: BackwardCall, ranks: Sequence[int], members: int) -> li
     config = expand_config(c.machine, c.r, c.dtype.itemsize, c.precision == "tf32")
     if len(starts) > 2:  # every member has a mask and an accumulator of its own: less of them at once
         config = replace(config, block_m=32, block_n=config.block_n // 2, block_r=16)
-    return [input_grad_step(config, c, tuple(starts))]
+    step = input_grad_step(config, c, tuple(starts))
+    if members == 1:  # of no columns: nobody has a plan for that
+        return [lambda stream, dy, weight, *others: step(stream, [dy], [weight], *others)]
+    return [step]
 
 
 def a_grad(dh: Tensor, x: Tensor, p: float, state: Tensor | None) -> Tensor:
