@@ -24,6 +24,7 @@ __all__ = [
     "judge_bench",
     "judge_json",
     "judge_tests",
+    "judge_verify",
     "stages",
 ]
 
@@ -133,6 +134,27 @@ def judge_tune(path: Path) -> str:
     return f"{tuned} of {len(cells)} cells"
 
 
+def judge_verify(path: Path) -> str:
+    """Names the dtypes that passed; a failure, and a dtype that there was no time for, is told."""
+    document = json.loads(path.read_text())
+    reports = document["reports"]
+    passed = [dtype for dtype in document["planned"] if dtype in reports and reports[dtype]["passed"]]
+    account = f"{', '.join(passed) or 'no dtype'} passed"
+    if missing := [dtype for dtype in document["planned"] if dtype not in reports]:
+        account += f", {', '.join(missing)} not done"
+    told = [
+        f"{dtype}: {found.get('backend', '')} {found.get('case', found.get('name', ''))} "
+        f"{found.get('sentence', found.get('detail', ''))}"
+        for dtype, report in reports.items()
+        for found in (*report.get("failures", ()), *(c for c in report.get("checks", ()) if not c["passed"]))
+    ]
+    if told:
+        account += f"; {len(told)} failures, first: {told[0][:300]}"
+    if not document["passed"]:
+        raise ValueError(account)
+    return account
+
+
 PACKAGE = (sys.executable, "-m", "lora_kernels")
 
 
@@ -140,12 +162,13 @@ def stages(pytest_args: Sequence[str] = ()) -> list[Stage]:
     """``gpu-check``: by worth; all but the last have their time for certain."""
     pytest = (sys.executable, "-m", "pytest", "-q", "-rs", "--junit-xml={result}")
     tests = (*pytest, *workers(), *pytest_args, *files_of_tests())
+    verify = (sys.executable, "scripts/gpu_verify.py", "--json", "{result}")
     report = (sys.executable, "-m", "lora_kernels.backends.triton.compile_report", "--check", "--json", "{result}")
     return [
         _info(),
         Stage("build", (*PACKAGE, "build", "all", "--json"), 70, "build.json", True, judge_json, True, every_time=True),
-        Stage("tests", tests, 130, "tests.xml", False, judge_tests),
-        Stage("verify", (*PACKAGE, "verify", "--json"), 90, "verify.json", True, judge_json),
+        Stage("tests", tests, 145, "tests.xml", False, judge_tests),
+        Stage("verify", verify, 75, "verify.json", False, judge_verify),
         _tune("tune", "quick", 105),
         _bench("bench", "gpu-quick", 90),
         _overhead(),

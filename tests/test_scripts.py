@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import gpu_check  # noqa: E402
 import torch_build  # noqa: E402
 
-from scripts import gpu_stages  # noqa: E402
+from scripts import gpu_stages, gpu_verify  # noqa: E402
 from scripts.gpu_stages import Stage, judge_json, judge_tests  # noqa: E402
 
 
@@ -129,6 +129,40 @@ def test_cells_that_were_not_reached_do_not_count_as_tuned(tmp_path: Path) -> No
     path.write_text('{"cells": [{"row": null}]}')
     with pytest.raises(ValueError, match="no cell was tuned"):
         gpu_stages.judge_tune(path)
+
+
+VERIFIES = """
+import json, sys
+failures = [{'backend': 'b', 'dtype': sys.argv[1], 'case': 'square', 'sentence': 'y is off'}]
+print(json.dumps({'passed': sys.argv[1] != 'bad', 'failures': failures * (sys.argv[1] == 'bad'), 'checks': []}))
+sys.exit(sys.argv[1] == 'broken' and print('no report') or 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "account"),
+    [
+        (["bf16", "fp32"], "bf16, fp32 passed"),
+        (["bf16", "bad"], "bf16 passed; 1 failures, first: bad: b square y is off"),
+        (["broken"], "no dtype passed; 1 failures, first: broken:   it ended with status 0 and no report"),
+    ],
+)
+def test_verify_runs_each_dtype_in_a_process_of_its_own(tmp_path: Path, dtypes: list[str], account: str) -> None:
+    path = tmp_path / "verify.json"
+    sound = gpu_verify.run(path, dtypes, (sys.executable, "-c", VERIFIES)) == 0
+    if sound:
+        assert gpu_stages.judge_verify(path) == account
+    else:
+        with pytest.raises(ValueError, match=f"^{account}"):
+            gpu_stages.judge_verify(path)
+    assert sound == (dtypes[-1] not in ("bad", "broken"))
+
+
+def test_a_dtype_that_there_was_no_time_for_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "verify.json"
+    path.write_text(json.dumps({"passed": False, "planned": ["bf16", "fp64"], "reports": {"bf16": {"passed": True}}}))
+    with pytest.raises(ValueError, match=r"^bf16 passed, fp64 not done$"):
+        gpu_stages.judge_verify(path)
 
 
 @pytest.mark.parametrize("plan", gpu_stages.PLANS)
