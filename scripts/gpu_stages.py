@@ -167,8 +167,8 @@ def stages(pytest_args: Sequence[str] = ()) -> list[Stage]:
     return [
         _info(),
         Stage("build", (*PACKAGE, "build", "all", "--json"), 70, "build.json", True, judge_json, True, every_time=True),
-        Stage("tests", tests, 145, "tests.xml", False, judge_tests),
-        Stage("verify", verify, 75, "verify.json", False, judge_verify),
+        Stage("tests", tests, 135, "tests.xml", False, judge_tests),
+        Stage("verify", verify, 70, "verify.json", False, judge_verify),
         _tune("tune", "quick", 105),
         _bench("bench", "gpu-quick", 90),
         _overhead(),
@@ -195,7 +195,7 @@ PLANS = {"check": stages, "bench": bench_stages}
 
 
 def _info() -> Stage:
-    return Stage("info", (*PACKAGE, "info", "--json"), 20, "info.json", True, judge_info, True, every_time=True)
+    return Stage("info", (*PACKAGE, "info", "--json"), 35, "info.json", True, judge_info, True, every_time=True)
 
 
 def _tune(name: str, preset: str, limit_s: float) -> Stage:

@@ -14,15 +14,27 @@ import pytest
 FOLDER = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def results() -> list[dict[str, Any]]:
+def program(name: str, *arguments: str) -> Any:
+    """What the program ``tests/<name>.py`` prints, as JSON."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(FOLDER), str(FOLDER.parent), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(FOLDER / "recorded_launches.py")]
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = program("recorded_launches")
     return found
+
+
+def test_what_is_kept_is_what_would_be_made_anew() -> None:
+    """4000 random calls: what Triton specialises on, and what a launch holds, follows from its key."""
+    found = program("bound_launches", "4000")
+    assert found["wrong"] == []
+    assert found["again"] > 1000
 
 
 def test_ready_made_launches_are_triton_s(results: list[dict[str, Any]]) -> None:
