@@ -30,6 +30,19 @@ def test_automatic_on_the_cpu_is_never_the_interpreter() -> None:
     assert explain(CPU).reasons["triton"]
 
 
+@pytest.mark.parametrize(
+    ("triton", "numpy", "fault"),
+    [("3.6.0", "2.5.2", "Triton 3.6 fails with NumPy 2.5"), ("3.6.0+git1", "2.3.9", None), ("3.7.0", "2.5.2", None)],
+)
+def test_an_interpreter_that_fails_is_not_offered(
+    triton: str, numpy: str, fault: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", {"triton": triton, "numpy": numpy}.__getitem__)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert (fault or "") in " ".join(dispatch.backend("triton").why_not(CPU))
+    assert bool(dispatch.backend("triton").why_not(CPU)) == bool(fault)
+
+
 def test_argument_beats_context_beats_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_environment", "no-such")
     with pytest.raises(InvalidArgumentError, match="no-such"):

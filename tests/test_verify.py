@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_kernels import autograd, ops, verify
 from lora_kernels.accuracy import OUTPUTS
+from lora_kernels.backends.triton import interpreter_fault
 from lora_kernels.cli import main
 from lora_kernels.console import one_thread
 from lora_kernels.dispatch import select
@@ -232,6 +233,8 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_interpreter")
 def test_triton_passes_on_a_cpu_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
+    if fault := interpreter_fault():
+        pytest.skip(fault)
     few = "import sys; from lora_kernels.verify import cases, checks; checks.CASES = cases.CASES[3:4]; "
     few += "from lora_kernels.cli import main; sys.exit(main(sys.argv[3:]))"
     started: list[list[str]] = []

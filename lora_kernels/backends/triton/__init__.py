@@ -5,6 +5,8 @@ Importing this package imports neither Triton nor anything of CUDA; ``register``
 
 from __future__ import annotations
 
+import re
+from importlib import metadata
 from importlib.util import find_spec
 
 import torch
@@ -15,7 +17,7 @@ from ...dispatch import Problem
 from ...ops import OPERATOR_NAMES, register
 from .. import draw_seed
 
-__all__ = ["BACKEND"]
+__all__ = ["BACKEND", "interpreter_fault"]
 
 _MINIMUM_CAPABILITY = (8, 0)
 
@@ -48,6 +50,8 @@ class TritonBackend:
                 "backend='eager', or set TRITON_INTERPRET=1 before Python starts, for the kernels in the interpreter. "
                 + " ".join(_why_not_cuda())
             )
+        elif fault := interpreter_fault():
+            reasons.append(fault)
         return [reason.strip() for reason in reasons]
 
     def why_not_automatic(self, problem: Problem) -> list[str]:
@@ -75,6 +79,20 @@ class TritonBackend:
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
         return draw_seed(x)
+
+
+def interpreter_fault() -> str | None:
+    """A sentence where this Triton's interpreter fails with this NumPy: run-time loops stop at a TypeError."""
+    try:
+        triton, numpy = (tuple(map(int, re.findall(r"\d+", metadata.version(n))[:2])) for n in ("triton", "numpy"))
+    except metadata.PackageNotFoundError:
+        return None
+    if triton >= (3, 7) or numpy < (2, 4):
+        return None
+    return (
+        f"the interpreter of Triton {triton[0]}.{triton[1]} fails with NumPy {numpy[0]}.{numpy[1]}: "
+        "pip install 'numpy<2.4' or 'triton>=3.7', or use backend='eager'."
+    )
 
 
 def _hidden_dtype(compute: torch.dtype) -> torch.dtype:
