@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import reference
 
-__all__ = ["OUTPUTS", "Accuracy", "ceiling_of", "judge", "run_reference"]
+__all__ = ["OUTPUTS", "Accuracy", "ceiling_of", "judge", "run_reference", "tf32_allowed"]
 
 CEILINGS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 TF32_CEILING = 2e-3
@@ -108,6 +108,17 @@ def judge(
         row_limit=row_limit,
         finite=bool(torch.isfinite(actual).all()),
     )
+
+
+def tf32_allowed() -> bool:
+    """Whether torch may round what enters its fp32 products on CUDA to TF32.
+
+    By the setting that knows of all ways to say so: the older ``allow_tf32`` raises where a program has used this one.
+    """
+    setting = torch.backends.cuda.matmul.fp32_precision  # type: ignore[attr-defined]
+    if setting == "none":
+        setting = getattr(torch.backends, "fp32_precision", setting)
+    return bool(setting == "tf32")
 
 
 def ceiling_of(dtype: torch.dtype, tf32: bool = False, depth: int = 1) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import autograd, ops, verify
-from lora_kernels.accuracy import OUTPUTS
+from lora_kernels.accuracy import OUTPUTS, tf32_allowed
 from lora_kernels.backends.triton import interpreter_fault
 from lora_kernels.cli import main
 from lora_kernels.console import one_thread
@@ -292,3 +292,21 @@ def test_an_interpreter_that_dies_is_a_failure(monkeypatch: pytest.MonkeyPatch) 
     assert [failure.sentence for failure in found.failures] == [
         "Triton's interpreter stopped with status 139: Segmentation fault"
     ]
+
+
+@pytest.mark.parametrize(
+    ("everywhere", "products", "allowed"),
+    [("none", "none", False), ("tf32", "none", True), ("none", "tf32", True), ("tf32", "ieee", False)],
+)
+def test_tf32_is_seen_however_it_is_allowed(everywhere: str, products: str, allowed: bool) -> None:
+    """Where the older ``allow_tf32`` would raise, too."""
+    settings = (torch.backends, torch.backends.cuda.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting, value in zip(settings, (everywhere, products), strict=True):
+            setting.fp32_precision = value
+        assert tf32_allowed() == allowed
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+    assert [setting.fp32_precision for setting in settings] == before

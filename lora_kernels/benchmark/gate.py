@@ -53,7 +53,7 @@ def check(provider: Provider, layer: Layer, setup: Setup) -> Verdict:
 
 
 def _tf32(setup: Setup) -> bool:
-    return setup.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 and setup.dtype == torch.float32
+    return setup.device.type == "cuda" and setup.dtype == torch.float32 and accuracy.tf32_allowed()
 
 
 def _verdict(provider: Provider, setup: Setup, judged: list[accuracy.Accuracy]) -> Verdict:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..accuracy import tf32_allowed
 from ..backends.triton import plans
 from ..backends.triton.configs import machine_of, next_power_of_2
 from ..console import Progress
@@ -258,7 +259,7 @@ def _plan(setup: Setup) -> str | None:
     w, device = setup.workload, setup.device
     if _automatic(setup) != "triton" or w.subject != LAYER:
         return None
-    dtype = "tf32" if setup.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else w.dtype
+    dtype = "tf32" if setup.dtype == torch.float32 and tf32_allowed() else w.dtype
     tokens = next_power_of_2(w.tokens)
     cell = plans.Cell("forward", tokens, w.in_features, w.out_features, w.r, dtype, w.p > 0)
     return str(plans.plan_for(device, machine_of(device), cell))

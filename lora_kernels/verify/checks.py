@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..accuracy import OUTPUTS, Accuracy, judge, run_reference
+from ..accuracy import OUTPUTS, Accuracy, judge, run_reference, tf32_allowed
 from ..console import Progress, one_thread
 from ..errors import BackendUnavailableError, InvalidArgumentError
 from ..functional import lora_linear
@@ -188,8 +188,7 @@ def _judge_case(
     name: str, case: Case, dtype: torch.dtype, device: torch.device, seed: int, create_graph: bool = False
 ) -> list[Accuracy]:
     """The verdicts on all outputs of one case; dbias and dgain only where there is a bias, a gain."""
-    fp32_cuda = dtype == torch.float32 and device.type == "cuda"
-    tf32 = fp32_cuda and torch.get_float32_matmul_precision() != "highest"
+    tf32 = dtype == torch.float32 and device.type == "cuda" and tf32_allowed()
     if case.branched:
         return branches.judge_case(name, case, dtype, device, seed, tf32)
     inputs = make(case, dtype, device, seed)
