@@ -250,6 +250,9 @@ def files_of_tests() -> list[str]:
 
 
 def workers() -> tuple[str, ...]:
-    """Several test processes where pytest-xdist is there: most of the time compiles kernels, one core each."""
+    """Several test processes where pytest-xdist is there: most of the time compiles kernels, one core each.
+
+    Tests are handed out one by one, in order, so that no process is left with a whole file of slow ones.
+    """
     count = min(len(os.sched_getaffinity(0)) - 1, 12)
-    return ("-n", str(count)) if count > 1 and find_spec("xdist") else ()
+    return ("-n", str(count), "--dist", "loadgroup") if count > 1 and find_spec("xdist") else ()

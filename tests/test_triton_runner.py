@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).parent
+pytestmark = pytest.mark.xdist_group("recorded launches")
 
 
 def program(name: str, *arguments: str) -> Any:
