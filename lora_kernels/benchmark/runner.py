@@ -269,6 +269,6 @@ def _sets(workload: Workload, device: str) -> int:
     """On CUDA as many layers, each with its own weight, input and gradient, as exceed the L2 cache; on the CPU one."""
     if device != "cuda":
         return 1
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
     one = elements(workload) * (2 if workload.dtype != "float32" else 4)
     return max(1, min(_MAX_SETS, -(-_CACHE_TURNS * cache // one)))
