@@ -63,7 +63,7 @@ def measured(provider: str, size: int, ncu: str) -> dict[str, Any]:
         return {"why_not": f"{type(error).__name__}: {error}"}
     try:
         moved, kernels = total(done.stdout)
-    except ValueError as error:
+    except (ValueError, KeyError) as error:  # KeyError: a unit that is not known
         said = next(filter(None, reversed((done.stderr + done.stdout).splitlines())), "")
         return {"why_not": f"{error} {said}"[:300]}
     return {"gib": moved / _GIB, "kernels": kernels}
