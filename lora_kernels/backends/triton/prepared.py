@@ -17,6 +17,8 @@ from torch import Tensor
 from triton import set_allocator
 from triton.runtime import driver
 
+from ...accuracy import tf32_allowed
+
 __all__ = [
     "Cache",
     "Launch",
@@ -130,10 +132,4 @@ def on_device(device: torch.device) -> AbstractContextManager[None]:
 
 def precision_of(dtype: torch.dtype) -> str:
     """How fp32 products are taken: "tf32" where torch allows it for its own matmuls on CUDA, else "ieee"."""
-    if dtype != torch.float32:
-        return "ieee"
-    # The older allow_tf32 raises where a program has used both that and this.
-    setting = torch.backends.cuda.matmul.fp32_precision  # type: ignore[attr-defined]
-    if setting == "none":
-        setting = getattr(torch.backends, "fp32_precision", setting)
-    return "tf32" if setting == "tf32" else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
