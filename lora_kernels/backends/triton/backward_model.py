@@ -72,7 +72,7 @@ class BackwardModel:
         """dhᵀ (x * D) and dyᵀ h: every block of columns walks the rows, or its share of them."""
         c, model = self.cell, Model(self.machine, replace(self.cell, dropout=dropout))
         blocks = -(-columns // config.block_k) * -(-c.r // config.block_r)
-        programs = blocks * min(config.splits, -(-c.tokens // config.block_m))
+        programs = max(1, blocks * min(config.splits, -(-c.tokens // config.block_m)))
         moved = -(-c.r // config.block_r) * c.itemsize * c.tokens * columns + 4.0 * c.r * columns * config.splits
         busy = min(1.0, programs / self.machine.sm_count)
         from_l2 = model.l2(4.0 * c.tokens * config.block_r * blocks) / busy

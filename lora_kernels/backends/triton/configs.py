@@ -253,15 +253,16 @@ def persistent_configs(
 ) -> tuple[GemmConfig, ...]:
     """The persistent variant's tiles; none where there is no TMA, or for fp32.
 
-    With ``dropout`` (dx's) a second step of R leaves the larger tiles no registers.
+    With ``dropout`` (dx's) a second step of R leaves the larger tiles no registers; so ranks that can take steps of 32.
     """
     if machine.interpreter:
         return (GemmConfig(32, 32, 32, 16, 2, 4, 1),)
     if machine.capability < 90 or itemsize != 2:
         return ()
-    steps = dropout and r > 16
+    block_r = 32 if dropout and r % 32 == 0 else 16  # without a mask wider steps leave the widest tile no registers
+    steps = dropout and r > block_r
     return tuple(
-        GemmConfig(rows, width, depth, 16, 8, warps, stages)  # wider steps of R leave the widest tile no registers
+        GemmConfig(rows, width, depth, block_r, 8, warps, stages)
         for rows, width, depth, warps, stages in _TILES_PERSISTENT
         if stages * (rows + width) * depth * itemsize <= machine.shared_memory - 4096
         and rows * width <= (128 * 256 if machine.capability < 100 else 128 * 128)

@@ -15,7 +15,12 @@ def _low_rank(
     FIRST: tl.constexpr, LAST: tl.constexpr, stride_dhm: tl.constexpr, stride_ar, stride_ak, dtype: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """keep * keep_scale * (dh A) for ranks FIRST to LAST and a tile of dx: (BLOCK_M, BLOCK_K) fp32."""
+    """keep * keep_scale * (dh A) for ranks FIRST to LAST and a tile of dx: (BLOCK_M, BLOCK_K) fp32.
+
+    What is dropped is zero, also where dh is not finite. Where all ranks are one step the scale acts on dh, for the
+    tile's product with it takes the largest one's last registers; over several steps it is dh that has none to spare.
+    """
+    ONE_STEP: tl.constexpr = LAST - FIRST <= BLOCK_R
     BLOCK_M: tl.constexpr = offs_m.shape[0]
     offs_k = first_column.to(tl.int64) + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
@@ -27,10 +32,12 @@ def _low_rank(
         a_ptrs = lora_a_ptr + offs_r[:, None] * stride_ar + offs_k[None, :] * stride_ak
         dh = tl.load(dh_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # (BLOCK_M, BLOCK_R)
         a = tl.load(a_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)  # (BLOCK_R, BLOCK_K)
+        if ONE_STEP and seed_ptr is not None:
+            dh *= keep_scale
         acc = dot_hidden(dh, rounded(a, dtype), acc, SPLIT, PRECISION)
     if seed_ptr is not None:
         keep = keep_tile(load_seed(seed_ptr), offs_m, first_column, tl.cdiv(K, 8), threshold, BLOCK_K)
-        acc *= tl.where(keep, keep_scale, 0.0)
+        acc = tl.where(keep, acc if ONE_STEP else acc * keep_scale, 0.0)
     return acc
 
 
