@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from lora_kernels.backends.triton import configs, launch, parts, prepared
-from lora_kernels.backends.triton.compile_report import ARCHITECTURES
+from lora_kernels.backends.triton.compile_jobs import ARCHITECTURES
 from recorded_launches import Driver
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -18,7 +18,7 @@ from triton.runtime import driver
 
 from cases import Case, make
 from lora_kernels.backends.triton import configs, launch, parts
-from lora_kernels.backends.triton.compile_report import ARCHITECTURES, backward_plans_of, plans_of
+from lora_kernels.backends.triton.compile_jobs import ARCHITECTURES, backward_plans_of, plans_of
 from lora_kernels.backends.triton.configs import FEW_TOKENS
 from lora_kernels.backends.triton.plans import Cell, FewTokens
 

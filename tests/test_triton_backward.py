@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cases import Case, Inputs, expected, make
 from lora_kernels import reference
-from lora_kernels.backends.triton.compile_report import backward_plans_of
+from lora_kernels.backends.triton.compile_jobs import backward_plans_of
 from lora_kernels.backends.triton.configs import INTERPRETER, machine_of
 from lora_kernels.backends.triton.plans import BackwardPlan, candidates
 from numerics import check_all, same_bits

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cases import Case, make
 from lora_kernels.backends.triton import backward_plans, forward_plans, launch, plans, side_stream
-from lora_kernels.backends.triton.compile_report import ARCHITECTURES
+from lora_kernels.backends.triton.compile_jobs import ARCHITECTURES
 from lora_kernels.backends.triton.configs import INTERPRETER
 from lora_kernels.backends.triton.plans import BaseFirst, Cell, DxBaseFirst, candidates, predicted_seconds
 from test_triton_backward import judge as judge_backward

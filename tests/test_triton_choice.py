@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_kernels.backends.triton import backward_choice, plans, tuned
-from lora_kernels.backends.triton.compile_report import ARCHITECTURES
+from lora_kernels.backends.triton.compile_jobs import ARCHITECTURES
 from lora_kernels.backends.triton.configs import INTERPRETER, ExpandConfig, Machine, ShrinkConfig
 from lora_kernels.backends.triton.plans import BaseFirst, Cell, FewTokens, Fused, LoraFirst
 from lora_kernels.errors import InvalidArgumentError

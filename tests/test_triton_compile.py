@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from lora_kernels.backends.triton import compile_report, configs
-from lora_kernels.backends.triton.compile_report import ARCHITECTURES, Record
+from lora_kernels.backends.triton.compile_jobs import ARCHITECTURES
+from lora_kernels.backends.triton.compile_report import Record
 
 ROOT = Path(__file__).parents[1]
 MACHINES = [
@@ -58,6 +59,7 @@ GOOD = Record("persistent_kernel", 90, "bf16", False, 250, 0, 0, 100_000, 232_44
         ({"products": 3}, "has 3 HGMMA where a K step takes 4"),
         ({"tma_loads": 0}, "has no UTMALDG"),
         ({"waits": 0}, "has no ACQBULK"),
+        ({"chained": True}, "adds all its products up in one chain"),
     ],
 )
 def test_the_gate_can_fail(change: dict[str, object], sentence: str) -> None:

@@ -98,7 +98,7 @@ def test_dx_of_several_members(triton_device: str, ranks: tuple[int, ...], p: fl
 def test_dx_of_a_layer_without_outputs(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a described GPU too, of which no model says what a product over nothing takes."""
     from lora_kernels.backends.triton import configs, parts
-    from lora_kernels.backends.triton.compile_report import ARCHITECTURES
+    from lora_kernels.backends.triton.compile_jobs import ARCHITECTURES
 
     monkeypatch.setattr(configs, "machine_of", lambda device: ARCHITECTURES[80])
     parts.forget()

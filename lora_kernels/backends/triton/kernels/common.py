@@ -34,9 +34,15 @@ def rounded(value, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a @ b`` in fp32; PRECISION ("ieee" or "tf32") matters to fp32 operands only."""
+    """``acc + a @ b`` in fp32; PRECISION ("ieee" or "tf32") matters to fp32 operands only.
+
+    IEEE products of fp32 are summed block by block: one chain through all blocks would round several times worse.
+    """
+    # With an imprecise accumulator, which means nothing to fp32, the compiler does not make a chain of the sum.
     if INTERPRET:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    elif a.dtype == tl.float32 and PRECISION == "ieee":
+        return acc + tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
