@@ -26,14 +26,13 @@ sys.path.insert(0, str(ROOT))
 
 from bench.llamas import PROVIDERS, Sizes, adapted, llama  # noqa: E402  (after the path)
 from lora_kernels.benchmark import block  # noqa: E402
-from lora_kernels.benchmark.memory import peak_of  # noqa: E402
+from lora_kernels.benchmark.memory import peak_of, storages_kept  # noqa: E402
 from lora_kernels.benchmark.report import Table  # noqa: E402
 from lora_kernels.benchmark.results import environment  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "model-memory.json"
 MEASURED = ("peft", "ours")
 RANK, BATCH, LENGTH = 16, 2, 512
-_KEPT = "bytes kept over PEFT's"
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,6 @@ def measure(base: Any, setting: Setting, provider: str, batch: int, length: int)
     if setting.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     tokens = torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(0))
-    kept: dict[int, torch.Tensor] = {}  # the tensors are held, so that no address is used twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
 
     def step() -> None:
         model(input_ids=tokens, labels=tokens).loss.backward()
@@ -70,11 +64,9 @@ def measure(base: Any, setting: Setting, provider: str, batch: int, length: int)
 
     step()
     peak = peak_of(step, "cpu")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(input_ids=tokens, labels=tokens).loss
+    kept = storages_kept(lambda: model(input_ids=tokens, labels=tokens).loss)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     held = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
-    del loss
     return {"kept": held, "peak": peak}
 
 
@@ -85,7 +77,7 @@ def measure_block(sizes: block.BlockSizes) -> dict[str, Any]:
         for p in block.DROPOUTS:
             print(f"model-memory: a block of {tokens} tokens, dropout {p:g}", file=sys.stderr, flush=True)
             cells.append({"tokens": tokens, "p": p, **block.block_bytes(sizes, tokens, p, "cpu", torch.bfloat16)})
-    return {"sizes": asdict(sizes), "dtype": "bfloat16", "target": block.TARGETS[_KEPT], "cells": cells}
+    return {"sizes": asdict(sizes), "dtype": "bfloat16", "target": block.TARGETS[block.KEPT], "cells": cells}
 
 
 def run(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench import dram_bytes as dram
+
 PRINTED = """==PROF== Connected to process 7
 y of the program
 "ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
@@ -22,17 +21,7 @@ y of the program
 """
 
 
-@pytest.fixture
-def dram() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_dram_bytes", ROOT / "bench" / "dram_bytes.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_ours_moves_the_least_that_is_counted(dram: ModuleType) -> None:
+def test_ours_moves_the_least_that_is_counted() -> None:
     """Beside the frozen layer; and every count is below what was published, in which products read more than once."""
     for size in dram.SIZES:
         found = {provider: dram.counted(provider, size) for provider in dram.PROVIDERS}
@@ -44,20 +33,20 @@ def test_ours_moves_the_least_that_is_counted(dram: ModuleType) -> None:
         assert all(gib[name] < published for name, published in dram.PUBLISHED[size].items())
 
 
-def test_what_ncu_prints_is_summed(dram: ModuleType) -> None:
+def test_what_ncu_prints_is_summed() -> None:
     assert dram.total(PRINTED) == (1067.5e6 + 524e3 + 0.5e9 + 16, 2)
     with pytest.raises(ValueError, match="no memory traffic"):
         dram.total("==ERROR== no permission")
 
 
-def test_a_failure_of_ncu_is_told(dram: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_ncu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     denied = SimpleNamespace(stdout="", stderr="==ERROR== ERR_NVGPUCTRPERM\n")
     monkeypatch.setattr(dram.subprocess, "run", lambda *arguments, **options: denied)
     assert "ERR_NVGPUCTRPERM" in dram.measured("auto", 4096, "ncu")["why_not"]
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_the_report(there: bool, dram: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_report(there: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said: dict[str, Any] = {"gib": 1.25, "kernels": 6}
     monkeypatch.setattr(dram, "why_not_measured", lambda: None if there else "no CUDA device is visible")
     monkeypatch.setattr(dram, "measured", lambda provider, size, ncu: said)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from bench import tables, targets
 from lora_kernels import LoRAKernelsError
 from lora_kernels.benchmark import report, results, runner
 from lora_kernels.benchmark.grid import grid
@@ -18,8 +16,6 @@ from lora_kernels.benchmark.presets import preset
 from lora_kernels.benchmark.providers import FLOOR, PROVIDERS
 from lora_kernels.benchmark.workloads import Workload
 from made_results import STEP, made_cell, result_of
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(workload: Workload, *names: str) -> results.Cell:
@@ -95,22 +91,7 @@ def test_the_grid_has_a_row_for_each_shape_and_sums_up_every_rank() -> None:
     assert "bf16: PEFT was not timed" in content.notes[1]
 
 
-def _script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def tables() -> ModuleType:
-    return _script("tables")
-
-
 def test_targets_are_judged_cell_by_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    targets = _script("targets")
     workloads = preset("cpu-grid").workloads
 
     def status(path: str, **ratios: float) -> int:
@@ -131,17 +112,17 @@ def test_targets_are_judged_cell_by_cell(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_target_that_no_cell_speaks_of_is_not_reached(tmp_path: Path) -> None:
     result_of(made_cell(STEP, peft=1.8, auto=0.5)).save(tmp_path / "a.json")
-    assert _script("targets").main([str(tmp_path / "a.json")]) == 1
+    assert targets.main([str(tmp_path / "a.json")]) == 1
 
 
-def test_a_grid_is_written_too(tables: ModuleType, tmp_path: Path) -> None:
+def test_a_grid_is_written_too(tmp_path: Path) -> None:
     result_of(made_cell(peft=1.5, auto=1.25)).save(tmp_path / "box" / "a.json")
     text = tables.fill("<!-- grid:box/smoke/step/r=4 -->\n<!-- /grid -->\n", tmp_path)
     assert "| **1.25** |" in text
     assert tables.fill(text, tmp_path) == text
 
 
-def test_tables_are_written_from_the_newest_result_and_stale_ones_found(tables: ModuleType, tmp_path: Path) -> None:
+def test_tables_are_written_from_the_newest_result_and_stale_ones_found(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- table:box/smoke/step -->\n1.00\n<!-- /table -->\nafter\n", encoding="utf-8")
     arguments = ["--file", str(readme), "--results", str(tmp_path / "results")]
@@ -158,7 +139,7 @@ def test_tables_are_written_from_the_newest_result_and_stale_ones_found(tables: 
 
 
 @pytest.mark.parametrize("where", ["", "/float32", "/r=4", "/r=4,8/tokens=70"])
-def test_a_table_may_hold_some_cells_only(where: str, tables: ModuleType, tmp_path: Path) -> None:
+def test_a_table_may_hold_some_cells_only(where: str, tmp_path: Path) -> None:
     result_of(made_cell(auto=1.25)).save(tmp_path / "box" / "a.json")
     text = f"<!-- table:box/smoke/step{where} -->\n<!-- /table -->\n"
     assert "| **1.25** |" in tables.fill(text, tmp_path)
@@ -176,7 +157,7 @@ def test_a_table_may_hold_some_cells_only(where: str, tables: ModuleType, tmp_pa
         "none/smoke/step",
     ],
 )
-def test_a_table_without_a_result_is_an_error(name: str, tables: ModuleType, tmp_path: Path) -> None:
+def test_a_table_without_a_result_is_an_error(name: str, tmp_path: Path) -> None:
     result_of(made_cell(auto=1.25)).save(tmp_path / "box" / "a.json")
     (tmp_path / "README.md").write_text(f"<!-- table:{name} -->\n<!-- /table -->\n", encoding="utf-8")
     assert tables.main(["--check", "--file", str(tmp_path / "README.md"), "--results", str(tmp_path)]) == 1
@@ -190,7 +171,7 @@ def foreseen(cell: results.Cell, **ratios: float) -> results.Cell:
     return cell
 
 
-def test_predicted_stands_beside_measured_with_wins_and_losses(tables: ModuleType, tmp_path: Path) -> None:
+def test_predicted_stands_beside_measured_with_wins_and_losses(tmp_path: Path) -> None:
     cells = [
         foreseen(made_cell(replace(STEP, r=r), peft=1.5, auto=auto), peft=1.4, auto=1.05)
         for r, auto in ((4, 1.2), (5, 1.505), (6, 1.8))
@@ -208,7 +189,7 @@ def test_predicted_stands_beside_measured_with_wins_and_losses(tables: ModuleTyp
     assert "1 wins, 1 losses, 1 within 2 %" in text
 
 
-def test_a_prediction_is_a_table_of_its_own_and_never_a_measured_one(tables: ModuleType, tmp_path: Path) -> None:
+def test_a_prediction_is_a_table_of_its_own_and_never_a_measured_one(tmp_path: Path) -> None:
     cell = results.Cell(STEP, {})
     predicted = replace(
         result_of(foreseen(cell, peft=1.4, auto=1.05)),

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from bench import gpu_targets as judge
 from lora_kernels.benchmark import results
 from lora_kernels.benchmark.presets import preset
 from lora_kernels.benchmark.workloads import Workload
 from made_results import made_cell, result_of
 
-ROOT = Path(__file__).resolve().parents[1]
 CELLS = preset("gpu-forward").workloads
 HOST = Workload("overhead", 1, 4096, 4096, 16, "bfloat16")
-
-
-@pytest.fixture
-def judge() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_gpu_targets", ROOT / "bench" / "gpu_targets.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def host(ours: float, peft: float) -> results.Cell:
@@ -46,7 +33,7 @@ def files(folder: Path, *found: results.Result) -> list[str]:
 GOOD = [made_cell(w, auto=1.02, peft=1.9, addmm=1.3) for w in CELLS]
 
 
-def test_all_targets_can_be_reached(judge: ModuleType, tmp_path: Path) -> None:
+def test_all_targets_can_be_reached(tmp_path: Path) -> None:
     parts = result_of(*GOOD[:300]), result_of(*GOOD[300:], host(20.0, 40.0))
     assert judge.main(files(tmp_path, *parts)) == 0
 
@@ -64,7 +51,7 @@ def test_all_targets_can_be_reached(judge: ModuleType, tmp_path: Path) -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_target_that_is_missed_is_named_with_its_cell(
-    missed: results.Cell, target: str, judge: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    missed: results.Cell, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The later file counts, and adds to what the earlier one says of the cell's other providers."""
     late = result_of(missed, date="2026-02-01T00:00:00Z")
@@ -75,9 +62,7 @@ def test_a_target_that_is_missed_is_named_with_its_cell(
     assert str(missed.workload) in lines[0]
 
 
-def test_a_prediction_is_judged_and_told_and_not_mixed(
-    judge: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_prediction_is_judged_and_told_and_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells = [
         replace(
             c, providers={n: results.Entry("predicted", predicted={"ratio": 1.0}) for n in ("linear", "auto", "peft")}
@@ -100,7 +85,7 @@ GOOD_STEPS = [
 ]
 
 
-def test_the_step_s_targets_can_be_reached(judge: ModuleType, tmp_path: Path) -> None:
+def test_the_step_s_targets_can_be_reached(tmp_path: Path) -> None:
     assert judge.main(["--pass", "step", *files(tmp_path, result_of(*GOOD_STEPS))]) == 0
 
 
@@ -116,7 +101,7 @@ def test_the_step_s_targets_can_be_reached(judge: ModuleType, tmp_path: Path) ->
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_step_s_target_that_is_missed_is_named(
-    missed: results.Cell, target: str, judge: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    missed: results.Cell, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     late = result_of(missed, date="2026-02-01T00:00:00Z")
     assert judge.main(["--pass", "step", *files(tmp_path, result_of(*GOOD_STEPS), late)]) == 1

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import lora_kernels
 from cases import BACKENDS
 from lora_kernels import LoRAConfig, replace_linear, use_backend
+from lora_kernels.benchmark.memory import storages_kept
 from lora_kernels.branches import Branch, apply_branches
 from lora_kernels.console import one_thread
 from models import acting
@@ -26,16 +27,7 @@ SEED = 16  # bytes
 def kept(function: Any, *, but: Any = ()) -> list[Tensor]:
     """One tensor for each storage that ``function`` hands to autograd, without those of ``but``."""
     own = {tensor.untyped_storage().data_ptr() for tensor in but}
-    found: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = function()
-    del y
-    return [tensor for address, tensor in found.items() if address not in own]
+    return [tensor for address, tensor in storages_kept(function).items() if address not in own]
 
 
 def sizes(tensors: list[Tensor]) -> Counter[tuple[int, ...]]:

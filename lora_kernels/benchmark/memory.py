@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .providers import Layer, Setup
 
-__all__ = ["Kept", "bytes_kept", "peak_of", "peak_of_step"]
+__all__ = ["Kept", "bytes_kept", "peak_of", "peak_of_step", "storages_kept"]
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,10 @@ class Kept:
 
 
 def bytes_kept(layer: Layer, setup: Setup) -> Kept:
-    """Runs one forward under ``saved_tensors_hooks`` and counts what is handed over."""
-    saved: dict[int, Tensor] = {}  # the tensors are held, so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
+    """Of one forward."""
     x = setup.x
-    with layer.context(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = layer.call(x)
-    del y
+    with layer.context():
+        saved = storages_kept(lambda: layer.call(x))
     owned = [setup.linear.weight, *([] if setup.linear.bias is None else [setup.linear.bias]), *layer.trainable]
     of_x = x.untyped_storage().data_ptr()
     of_parameters = {t.untyped_storage().data_ptr() for t in owned}
@@ -54,6 +47,19 @@ def bytes_kept(layer: Layer, setup: Setup) -> Kept:
         rest=sum(sizes[a] for a in others),
         tensors=tuple(_describe(saved[a]) for a in saved if a in others),
     )
+
+
+def storages_kept(forward: Callable[[], object]) -> dict[int, Tensor]:
+    """Runs ``forward`` and tells what it hands to autograd: by its address, one tensor of each storage."""
+    saved: dict[int, Tensor] = {}  # the tensors are held, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return saved
 
 
 def peak_of_step(layer: Layer, setup: Setup) -> int:

@@ -14,9 +14,14 @@ from ..errors import LoRAStateError
 from ..layer import LoRALayer
 from ..sharded import is_sharded
 
-__all__ = ["PlainForm", "plain_form", "whole"]
+__all__ = ["NAMES", "PlainForm", "plain_form", "whole"]
 
-_OWN = ("lora_A", "lora_B", "lora_bias", "lora_magnitude_vector")
+NAMES = {  # ours by PEFT's
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_B.bias": "lora_bias",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def plain_form(name: str, layer: LoRALayer) -> PlainForm:
     if not math.isfinite(layer.scaling):
         raise LoRAStateError(f"the scaling of {name!r} is {layer.scaling}, which no file can hold. Set it first.")
     tensors = {own: parameter.detach() for own, parameter in layer.adapter.items()}
-    if computed := [own for own in tensors if own not in _OWN]:
+    if computed := [own for own in tensors if own not in NAMES.values()]:
         raise LoRAStateError(
             f"{name}.{computed[0]} is no tensor of PEFT's files: the layer's own is computed from it. Call "
             "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove first."

@@ -16,7 +16,8 @@ from ..layer import LoRALayer
 from ..matching import close_names, is_all_linear, is_linear, plain_name, selects, trained_whole
 from ..replaceable import is_conv1d, why_not_replaceable
 from ..replacing import listed
-from .saving import NAMES, PREFIX
+from .plain_form import NAMES
+from .saving import PREFIX
 
 __all__ = ["Plan", "make_plan"]
 

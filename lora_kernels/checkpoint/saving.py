@@ -15,7 +15,7 @@ from ..matching import plain_name, trained_whole
 from ..model import check_bias, some_lora_layers
 from . import files, peft_config
 from .collective import once
-from .plain_form import PlainForm, plain_form, whole
+from .plain_form import NAMES, PlainForm, plain_form, whole
 
 __all__ = ["PREFIX", "save_adapter"]
 
@@ -24,12 +24,6 @@ _HEADS = {  # modules that PEFT always saves whole for a task
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
-}
-NAMES = {  # ours by PEFT's
-    "lora_A.weight": "lora_A",
-    "lora_B.weight": "lora_B",
-    "lora_B.bias": "lora_bias",
-    "lora_magnitude_vector": "lora_magnitude_vector",
 }
 
 
