@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -76,7 +76,7 @@ CASES = [
 
 
 @pytest.fixture
-def branches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def branches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Both branches in turn, the small one first, as their kernels may run: what it cannot need is not there yet."""
     noted: list[str] = []
 
@@ -91,7 +91,8 @@ def branches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module in (forward_plans, backward_plans):
         monkeypatch.setattr(module, "together_on", together_on)
     launch.forget()
-    return noted
+    yield noted
+    launch.forget()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
