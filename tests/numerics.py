@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lora_kernels.accuracy import Accuracy, judge
+from lora_kernels.rounding import Arithmetic
 
 
 def check(
-    name: str, actual: Tensor, exact: Tensor, yardstick: Tensor, dtype: torch.dtype, tf32: bool = False
+    name: str,
+    actual: Tensor,
+    exact: Tensor,
+    yardstick: Tensor,
+    dtype: torch.dtype,
+    tf32: bool = False,
+    expected: Tensor | None = None,
 ) -> Accuracy:
     """Asserts that ``actual`` passes the policy; returns the measured accuracy."""
-    accuracy = judge(name, actual, exact, yardstick, dtype, tf32)
+    accuracy = judge(name, actual, exact, yardstick, dtype, tf32, expected=expected)
     assert accuracy.passed, str(accuracy)
     return accuracy
 
@@ -23,10 +33,12 @@ def check_all(
     yardstick: dict[str, Tensor],
     dtype: torch.dtype,
     tf32: bool = False,
+    expected: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Asserts that every result that is there passes; one message tells all that do not."""
+    expected = expected or {}
     verdicts = [
-        judge(name, value, exact[name], yardstick[name], dtype, tf32)
+        judge(name, value, exact[name], yardstick[name], dtype, tf32, expected=expected.get(name))
         for name, value in actual.items()
         if value is not None
     ]
@@ -39,3 +51,31 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+
+
+def three_ways(
+    dtype: torch.dtype, formulas: Callable[[Callable[[Tensor], Any]], dict[str, Any]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Exact, the yardstick in ``dtype``, and the error to expect of each element of it.
+
+    ``formulas(number)`` computes every result by name from what ``number`` makes of tensors: float64, ``dtype``, or
+    numbers that carry their expected error.
+    """
+    numbers: tuple[Callable[[Tensor], Any], ...] = (
+        lambda tensor: tensor.detach().double().contiguous(),
+        lambda tensor: tensor.detach().to(dtype).contiguous(),
+        Arithmetic(dtype).of,
+    )
+    exact, yardstick, noisy = map(formulas, numbers)
+    return exact, yardstick, {name: value.error for name, value in noisy.items()}
+
+
+def check_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Asserts that ``y`` is x Wᵀ + bias by the policy, for x of at least two dimensions."""
+
+    def formula(number: Callable[[Tensor], Any]) -> dict[str, Any]:
+        product = number(x.flatten(0, -2)) @ number(weight).t()
+        return {"y": product if bias is None else product + number(bias)}
+
+    exact, yardstick, errors = three_ways(x.dtype, formula)
+    check_all({"y": y.flatten(0, -2)}, exact, yardstick, x.dtype, expected=errors)

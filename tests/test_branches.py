@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from cases import BACKENDS, Case, make
 from lora_kernels import LoRAKernelsError, dispatch, lora_linear, ops
-from lora_kernels.accuracy import run_reference
+from lora_kernels.accuracy import expected_errors, run_reference
 from lora_kernels.activations import ACTIVATIONS
 from lora_kernels.branches import Branch, apply_branches
 from numerics import check, check_all, same_bits
@@ -79,35 +77,24 @@ def run(group: Group, x: Tensor, branches: list[Branch], dys: list[Tensor], back
     return {f"y{i}": y.detach() for i, y in enumerate(ys)} | dict(zip(named, gradients, strict=True))
 
 
-def expected(
-    group: Group, x: Tensor, branches: list[Branch], dys: list[Tensor], backend: str, dtype: torch.dtype, order: Tensor
-) -> dict[str, Tensor]:
-    """The reference in ``dtype``, its sums over K taken in ``order``."""
+def measures(
+    group: Group, x: Tensor, branches: list[Branch], dys: list[Tensor], backend: str
+) -> tuple[dict[str, Tensor], ...]:
+    """Exact, the yardstick, and the error to expect of each element; dx's terms are the branches'."""
     torch.manual_seed(1)
-    p, results, dxs = group.case.p, {}, []
+    p, dtype = group.case.p, group.case.dtype
     states = [dispatch.backend(backend).dropout_state(x.detach(), p) for _ in branches] if p else []
+    exact, yardstick, errors, dxs = {}, {}, {}, []
     for i, (b, dy) in enumerate(zip(branches, dys, strict=True)):
-        mask = ops.operators(backend).mask(states[i], *x.shape, p)[:, order] if p else None
-        given = (x[:, order], b.weight[:, order], b.lora_a[:, order], b.lora_b, b.bias, dy)
-        own = run_reference(dtype, *given, b.scaling, mask, p, b.gain, b.activation)
-        dxs.append(own.pop("dx")[:, order.argsort()])
-        results |= {f"{name}{i}": value for name, value in own.items()}
-        results[f"da{i}"] = results[f"da{i}"][:, order.argsort()]
-    return results | {"dx": sum(dxs)}
-
-
-def expected_and_yardstick(group: Group, *given: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Exact, and of several equally right orders each output's least exact one: at M = 1 one order may be lucky."""
-    k = group.case.k
-    orders = [torch.randperm(k, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
-    device = given[0].device
-    exact = expected(group, *given, torch.float64, torch.arange(k, device=device))
-    tries = [expected(group, *given, group.case.dtype, order.to(device)) for order in orders]
-
-    def error(name: str) -> Callable[[dict[str, Tensor]], float]:
-        return lambda found: float((found[name] - exact[name]).norm())
-
-    return exact, {name: max(tries, key=error(name))[name] for name in exact}
+        mask = ops.operators(backend).mask(states[i], *x.shape, p) if p else None
+        given = (x, b.weight, b.lora_a, b.lora_b, b.bias, dy, b.scaling, mask, p, b.gain, b.activation)
+        owns = run_reference(torch.float64, *given), run_reference(dtype, *given), expected_errors(dtype, *given)
+        dxs.append([own.pop("dx") for own in owns])
+        for results, own in zip((exact, yardstick, errors), owns, strict=True):
+            results |= {f"{name}{i}": value for name, value in own.items()}
+    exact["dx"], yardstick["dx"] = (sum(values) for values in list(zip(*dxs, strict=True))[:2])
+    errors["dx"] = torch.stack([dx[2] for dx in dxs]).norm(dim=0)
+    return exact, yardstick, errors
 
 
 @every_backend
@@ -115,8 +102,8 @@ def expected_and_yardstick(group: Group, *given: Any) -> tuple[dict[str, Tensor]
 def test_against_float64(group: Group, backend: str, device: str) -> None:
     x, branches, dys = draw(group, device)
     actual = run(group, x, branches, dys, backend)
-    exact, yardstick = expected_and_yardstick(group, x, branches, dys, backend)
-    check_all(actual, exact, yardstick, group.case.dtype)
+    exact, yardstick, errors = measures(group, x, branches, dys, backend)
+    check_all(actual, exact, yardstick, group.case.dtype, expected=errors)
     named = leaves(x, branches)
     assert {name: actual[name].dtype for name in named} == {name: leaf.dtype for name, leaf in named.items()}
 
@@ -190,13 +177,13 @@ def test_each_gradient_alone(names: set[str], backend: str, device: str) -> None
     """What is not due is not needed: the values are right without it."""
     group = SEVERAL[2]
     x, branches, dys = draw(group, device)
-    exact, yardstick = expected_and_yardstick(group, x, branches, dys, backend)
+    exact, yardstick, errors = measures(group, x, branches, dys, backend)
     for name, leaf in leaves(x, branches).items():
         leaf.requires_grad_(name in names)
     named = {name: leaf for name, leaf in leaves(x, branches).items() if name in names}
     ys = apply_branches(x, branches, group.case.p, backend)
     gradients = torch.autograd.grad(ys, list(named.values()), dys)
-    check_all(dict(zip(named, gradients, strict=True)), exact, yardstick, group.case.dtype)
+    check_all(dict(zip(named, gradients, strict=True)), exact, yardstick, group.case.dtype, expected=errors)
 
 
 @every_backend

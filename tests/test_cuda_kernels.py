@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import DOUBLE, MIXED, SHAPES, Case, expected, make
+from cases import DOUBLE, MIXED, SHAPES, Case, make, measures
+from lora_kernels.accuracy import sum_error
 from lora_kernels.reference import philox_keep_mask
 from native_host.emulation import GRADIENT, SHRINK, Dropout, Emulation, compile_host
 from numerics import check, check_all, same_bits
@@ -48,8 +49,9 @@ def judged(case: Case, actual: dict[str, Tensor]) -> None:
     """The numerics policy, with the specification's mask."""
     inputs = make(case)
     mask = philox_keep_mask(SEED, case.m, case.k, case.p) if case.p else None
-    exact, yardstick = (expected(case, inputs, mask, dtype) for dtype in (torch.float64, case.dtype))
-    check_all({name: value for name, value in actual.items() if name != "h"}, exact, yardstick, case.dtype)
+    exact, yardstick, errors = measures(case, inputs, mask)
+    found = {name: value for name, value in actual.items() if name != "h"}
+    check_all(found, exact, yardstick, case.dtype, expected=errors)
 
 
 def judged_hidden(emulation: Emulation) -> None:
@@ -58,7 +60,9 @@ def judged_hidden(emulation: Emulation) -> None:
     x = torch.randn(300, 72, generator=generator).half()
     hidden = torch.randn(300, 20, generator=generator)
     actual = emulation.gradient(x, hidden, Dropout(None, 0), 1.0, False, torch.empty(20, 72))
-    check("da", actual, hidden.double().t() @ x.double(), hidden.t() @ x.float(), torch.float32)
+    expected = sum_error(hidden.t(), x)
+    exact, yardstick = hidden.double().t() @ x.double(), hidden.t() @ x.float()
+    check("da", actual, exact, yardstick, torch.float32, expected=expected)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import BACKENDS, Case, expected, keep_mask, make, run
+from cases import BACKENDS, Case, keep_mask, make, measures, run
 from lora_kernels import dispatch, ops
 from lora_kernels.ops import Operators
 from numerics import check_all
@@ -50,6 +50,33 @@ def _last_row_unwritten(true: Operators, given: Given) -> Any:
     return y, h
 
 
+def _one_term_missing(true: Operators, given: Given) -> Any:
+    """One feature's product with W."""
+    weight = given["weight"].clone()
+    weight[:, -1] = 0
+    return true.forward(**given | {"weight": weight})
+
+
+def _coarse(tensor: Tensor, bits: int) -> Tensor:
+    """fp32 with that many bits of significand: 11 are TF32's and fp16's, 8 bf16's."""
+    scale = 2.0 ** (24 - bits) + 1.0  # Veltkamp's splitting
+    return scale * tensor - (scale * tensor - tensor)
+
+
+def _hidden_once_in_16_bits(true: Operators, given: Given) -> Any:
+    x, lora_b, s = given["x"], given["lora_b"], given["scaling"]
+    keep = true.mask(given["state"], *x.shape, given["p"]) / (1.0 - given["p"])
+    h = _coarse((x * keep) @ given["lora_a"].t(), 11)
+    return x @ given["weight"].t() + s * h @ lora_b.t() + given["bias"], h
+
+
+def _in_tf32(true: Operators, given: Given) -> Any:
+    """What enters the large product alone."""
+    y, h = true.forward(**given)
+    x, weight = given["x"], given["weight"]
+    return y + (_coarse(x, 11) @ _coarse(weight, 11).t() - x @ weight.t()), h
+
+
 # Faults of one gradient: what a wrong ``backward`` returns for it.
 
 
@@ -81,6 +108,18 @@ def _stale_h(true: Operators, given: Given) -> Tensor:
     return true.backward(**given | {"h": torch.roll(given["h"], 1, dims=0)})[DB]
 
 
+def _hidden_gradient_once_in_16_bits(true: Operators, given: Given) -> Tensor:
+    x, p = given["x"], given["p"]
+    dh = _coarse(given["scaling"] * given["dy"] @ given["lora_b"], 11)
+    return dh.t() @ (x * true.mask(given["state"], *x.shape, p) / (1.0 - p))
+
+
+def _one_token_missing(true: Operators, given: Given) -> Tensor:
+    h = given["h"].clone()
+    h[-1] = 0
+    return true.backward(**given | {"h": h})[DB]
+
+
 def _last_row_of_dy_skipped(true: Operators, given: Given) -> Tensor:
     return true.backward(**given | {"dy": given["dy"].clone().index_fill_(0, torch.tensor([CASE.m - 1]), 0.0)})[DBIAS]
 
@@ -105,6 +144,14 @@ FAULTS = {
     "stale h": ("db", _stale_h),
     "unscaled db": ("db", _unscaled(DB)),
     "last row of dy skipped": ("dbias", _last_row_of_dy_skipped),
+    "one term missing": ("y", _one_term_missing),
+    "one token missing": ("db", _one_token_missing),
+}
+# What plain PyTorch does too in 16 bits, so that only fp32 can tell it.
+FAULTS_IN_FP32 = {
+    "h once in 16 bits": ("y", _hidden_once_in_16_bits),
+    "the base in TF32": ("y", _in_tf32),
+    "dh once in 16 bits": ("da", _hidden_gradient_once_in_16_bits),
 }
 
 
@@ -121,9 +168,16 @@ def _with_fault(true: Operators, output: str, fault: Callable[[Operators, Given]
     return replace(true, forward=forward) if output == "y" else replace(true, backward=backward)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+EACH = [
+    pytest.param(*fault, dtype, id=f"{name}-{dtype}")
+    for faults, dtypes in ((FAULTS, (torch.float32, torch.bfloat16)), (FAULTS_IN_FP32, (torch.float32,)))
+    for dtype in dtypes
+    for name, fault in faults.items()
+]
+
+
 @pytest.mark.parametrize(("backend", "device"), [pair for pair in BACKENDS if pair[1] == "cpu"])
-@pytest.mark.parametrize(("output", "fault"), FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize(("output", "fault", "dtype"), EACH)
 def test_fault_is_caught(
     output: str,
     fault: Callable[[Operators, Given], Any],
@@ -135,10 +189,10 @@ def test_fault_is_caught(
     case = replace(CASE, dtype=dtype)
     inputs = make(case, device)
     mask = keep_mask(case, inputs, backend)
-    exact, yardstick = expected(case, inputs, mask, torch.float64), expected(case, inputs, mask, dtype)
-    check_all(run(case, inputs, backend), exact, yardstick, dtype)
+    exact, yardstick, errors = measures(case, inputs, mask)
+    check_all(run(case, inputs, backend), exact, yardstick, dtype, expected=errors)
 
     dispatch.select(device, dtype, backend)
     monkeypatch.setitem(ops._direct, backend, _with_fault(ops.operators(backend), output, fault))
     with pytest.raises(AssertionError, match=rf"\b{output} FAILS"):
-        check_all(run(case, inputs, backend), exact, yardstick, dtype)
+        check_all(run(case, inputs, backend), exact, yardstick, dtype, expected=errors)

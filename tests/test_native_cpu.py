@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import DOUBLE, HALF, MIXED, SHAPES, Case, Inputs, expected, make, worst_yardstick
+from cases import DOUBLE, HALF, MIXED, SHAPES, Case, Inputs, expected, make, measures
 from lora_kernels import FusedLoRALinear, dispatch, ops, reference, use_backend
 from lora_kernels.accuracy import run_reference
 from lora_kernels.dispatch import Problem
@@ -74,8 +74,8 @@ def check(operators: Operators, case: Case, i: Inputs) -> None:
     mask = reference.philox_keep_mask(torch.tensor(SEED), *i.x.shape, case.p) if case.p else None
     # fp64 over coarser adapters: no gradient can be closer than their rounding, and float64 judges by a ceiling alone.
     judged_as = torch.float32 if case.dtype is torch.float64 and case.adapter_dtype else case.dtype
-    exact = expected(case, i, mask, torch.float64)
-    check_all(run(operators, case, i), exact, worst_yardstick(case, i, mask, exact, judged_as), judged_as)
+    exact, yardstick, errors = measures(case, i, mask, judged_as)
+    check_all(run(operators, case, i), exact, yardstick, judged_as, expected=errors)
 
 
 @pytest.mark.parametrize("case", [*SHAPES, *MIXED, *DOUBLE, *BOUNDARIES, *ADAPTERS, *LARGE], ids=str)

@@ -8,15 +8,15 @@ import warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import lora_kernels
-from lora_kernels import FusedLoRALinear, lora_linear, lora_state_dict, mark_only_lora_as_trainable
+from cases import BACKENDS
+from lora_kernels import FusedLoRALinear, lora_linear, lora_state_dict, mark_only_lora_as_trainable, use_backend
 from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 from models import acting, layer_refused
-from numerics import check, same_bits
+from numerics import check, check_linear, same_bits
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -36,7 +36,20 @@ def test_it_is_an_nn_linear_with_an_adapter_that_starts_at_zero() -> None:
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
     assert layer.scaling == 4.0
     x = torch.randn(5, 8)
-    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    check_linear(layer(x), x, layer.weight, layer.bias)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_while_b_is_zero_no_bit_depends_on_the_adapter(dtype: torch.dtype, backend: str, device: str) -> None:
+    """Not the bits of ``F.linear``: a backend may make the base product itself."""
+    layer = FusedLoRALinear(40, 24, r=3, device=device, dtype=dtype)
+    with use_backend(backend):
+        for x in torch.randn(1, 40, device=device), torch.randn(70, 40, device=device):
+            first = layer(x.to(dtype))
+            check_linear(first, x.to(dtype), layer.weight, layer.bias)
+            layer.lora_A.data.normal_()
+            assert same_bits(layer(x.to(dtype)), first)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -72,7 +85,7 @@ def test_rank_stabilised_scaling_and_one_that_is_set() -> None:
     layer, x = acting(r=4, lora_alpha=8, use_rslora=True), torch.randn(2, 8)
     assert layer.scaling == 4.0
     layer.scaling = 0.0
-    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    check_linear(layer(x), x, layer.weight, layer.bias)
 
 
 @pytest.mark.parametrize("init", [True, "gaussian", False])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import BACKENDS, CUDA, Case, expected, keep_mask, make, run, worst_yardstick
+from cases import BACKENDS, CUDA, Case, keep_mask, make, measures, run
 from numerics import check_all
 
 _dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -44,5 +44,5 @@ def _check(case: Case, seed: int, backend: str, device: str) -> None:
     inputs = make(case, device, seed)
     actual = run(case, inputs, backend, seed)
     mask = keep_mask(case, inputs, backend, seed)
-    exact = expected(case, inputs, mask, torch.float64)
-    check_all(actual, exact, worst_yardstick(case, inputs, mask, exact), case.dtype)
+    exact, yardstick, errors = measures(case, inputs, mask)
+    check_all(actual, exact, yardstick, case.dtype, expected=errors)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import BACKENDS, CUDA, Case, expected, keep_mask, make, worst_yardstick
+from cases import BACKENDS, CUDA, Case, keep_mask, make, measures
 from lora_kernels import dispatch, lora_linear
-from lora_kernels.accuracy import judge
+from lora_kernels.accuracy import judge, sum_error
 from lora_kernels.console import one_thread
 from lora_kernels.verify.cases import Inputs
 
@@ -66,20 +66,14 @@ def wrong(number: int, backend: str, device: str) -> list[str]:
     found = solve(i, case, due, rows, backend, number)
     mask = keep_mask(case, i, backend, number)
 
-    def of_weight(dtype: torch.dtype) -> dict[str, Tensor]:
-        return {"dw": i.dy.to(dtype).t() @ i.x.detach().to(dtype)}
-
-    exact = expected(case, i, mask, torch.float64) | of_weight(torch.float64)
-    yardstick = expected(case, i, mask, case.dtype) | of_weight(case.dtype)
-
-    def verdicts() -> list[str]:
-        judged = [judge(name, found[name], exact[name], yardstick[name], case.dtype) for name in found]
-        return [str(one) for one in judged if not one.passed]
-
-    failed = verdicts()
-    if failed and case.m:  # the yardstick may have been lucky; its other orders of summation say how lucky
-        yardstick |= worst_yardstick(case, i, mask, exact)
-        failed = verdicts()
+    exact, yardstick, errors = measures(case, i, mask)
+    dy, x = i.dy.contiguous(), i.x.detach().contiguous()
+    exact["dw"], yardstick["dw"] = dy.double().t() @ x.double(), dy.t() @ x
+    errors["dw"] = sum_error(dy.t(), x, case.dtype)
+    judged = [
+        judge(name, found[name], exact[name], yardstick[name], case.dtype, expected=errors[name]) for name in found
+    ]
+    failed = [str(one) for one in judged if not one.passed]
     told = f"--random-problems {number}:{number + 1} (backend {backend} on {device}, {case}, due {', '.join(due)})"
     return [f"{told}: {sentence}" for sentence in failed]
 

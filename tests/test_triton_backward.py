@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import Case, Inputs, expected, make
+from cases import Case, Inputs, make, measures
 from lora_kernels import reference
 from lora_kernels.backends.triton.compile_jobs import backward_plans_of
 from lora_kernels.backends.triton.configs import INTERPRETER, machine_of
@@ -57,8 +57,8 @@ def mask_of(case: Case, i: Inputs) -> Tensor | None:
 
 
 def judge(plan: BackwardPlan, case: Case, i: Inputs) -> None:
-    exact, yardstick = (expected(case, i, mask_of(case, i), dtype) for dtype in (torch.float64, case.dtype))
-    check_all(by_plan(plan, case, i), exact, yardstick, case.dtype)
+    exact, yardstick, errors = measures(case, i, mask_of(case, i))
+    check_all(by_plan(plan, case, i), exact, yardstick, case.dtype, expected=errors)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cases import CUDA, HALF, Case, Inputs, make
 from lora_kernels import reference
-from numerics import check_all, same_bits
+from numerics import check_all, same_bits, three_ways
 from test_triton_plans import by_plan, plans_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -55,23 +55,22 @@ def run(launch: ModuleType, case: Case, i: Inputs, dy: Tensor | None = None) -> 
     return found if i.bias is None else found | {"dbias": dbias}
 
 
-def expected(case: Case, i: Inputs, dtype: torch.dtype, dy: Tensor | None = None) -> dict[str, Tensor]:
-    """The reference's results in ``dtype``, with the mask that the seed means."""
-    x, weight, lora_a, lora_b, dy = (
-        t.detach().to(i.x.dtype).to(dtype) for t in (i.x, i.weight, i.lora_a, i.lora_b, i.dy if dy is None else dy)
-    )
-    bias = None if i.bias is None else i.bias.detach().to(i.x.dtype).to(dtype)
-    seed = torch.tensor(SEED, device=x.device)
-    mask = reference.philox_keep_mask(seed, x.shape[0], x.shape[1], case.p) if case.p else None
+def formulas(case: Case, i: Inputs, dy: Tensor | None, number: Callable[[Tensor], Any]) -> dict[str, Any]:
+    """The reference's results on what ``number`` makes of the tensors, with the mask that the seed means."""
+    given = (i.x, i.weight, i.lora_a, i.lora_b, i.dy if dy is None else dy)
+    x, weight, lora_a, lora_b, dy_ = (number(t.detach().to(i.x.dtype)) for t in given)
+    bias = None if i.bias is None else number(i.bias.detach().to(i.x.dtype))
+    seed = torch.tensor(SEED, device=i.x.device)
+    mask = reference.philox_keep_mask(seed, *i.x.shape, case.p) if case.p else None
     y, h = reference.forward(x, weight, lora_a, lora_b, bias, case.scaling, mask, case.p)
-    g = reference.backward(dy, x, weight, lora_a, lora_b, case.scaling, mask, case.p)
-    dh = case.scaling * (dy @ lora_b)
+    g = reference.backward(dy_, x, weight, lora_a, lora_b, case.scaling, mask, case.p)
+    dh = case.scaling * (dy_ @ lora_b)
     return {"y": y, "h": h, "dh": dh, "dh_alone": dh, "dx": g.dx, "da": g.da, "db": g.db, "dbias": g.dbias}
 
 
 def check(launch: ModuleType, case: Case, i: Inputs, dy: Tensor | None = None) -> None:
-    exact, yardstick = (expected(case, i, dtype, dy) for dtype in (torch.float64, case.dtype))
-    check_all(run(launch, case, i, dy), exact, yardstick, case.dtype)
+    exact, yardstick, errors = three_ways(case.dtype, lambda number: formulas(case, i, dy, number))
+    check_all(run(launch, case, i, dy), exact, yardstick, case.dtype, expected=errors)
 
 
 @pytest.mark.parametrize("case", RANKS + FORMS, ids=str)
@@ -168,7 +167,7 @@ def test_one_rounding(launch: ModuleType, triton_device: str, m: int) -> None:
     that of one rounding of y where h was rounded before."""
     case = Case(m=m, k=128, n=96, r=16, dtype=torch.bfloat16)
     i = make(case, triton_device)
-    exact, h = (expected(case, i, torch.float64)[name] for name in ("y", "h"))
+    exact, h = (formulas(case, i, None, Tensor.double)[name] for name in ("y", "h"))
     plan = next(plan for plan in plans_of(case, triton_device) if plan.kind in ("few_tokens", "fused"))
     y = by_plan(plan, case, i)["y"]
     base = torch.nn.functional.linear(i.x.detach(), i.weight, i.bias.detach())

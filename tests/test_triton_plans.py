@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import Case, Inputs, expected, make
+from cases import Case, Inputs, make, measures
 from lora_kernels import reference
 from lora_kernels.backends.triton.configs import INTERPRETER, machine_of
 from lora_kernels.backends.triton.plans import Cell, FewTokens, Plan, candidates
-from numerics import check_all, same_bits
+from numerics import check_all, same_bits, three_ways
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 SEED = (2**61 + 5, -77)
@@ -66,17 +66,15 @@ def judge(plan: Plan, case: Case, i: Inputs) -> None:
     """
     seed = torch.tensor(SEED, device=i.x.device)
     mask = reference.philox_keep_mask(seed, case.m, case.k, case.p) if case.p else None
-    exact, yardstick = (expected(case, i, mask, dtype) for dtype in (torch.float64, case.dtype))
-    for values, dtype in ((exact, torch.float64), (yardstick, torch.float32)):
-        x, a = (t.detach().to(case.dtype) for t in (i.x, i.lora_a))
-        if dtype == torch.float32 and x.is_cuda and case.dtype.itemsize == 2:
-            kept = x if mask is None else x * mask
-            values["h"] = torch.mm(kept, a.t(), out_dtype=torch.float32) / (1.0 - case.p)
-        else:
-            values["h"] = reference.drop(x.to(dtype), mask, case.p) @ a.to(dtype).t()
+    exact, yardstick, errors = measures(case, i, mask)
+    x, a = (t.detach().to(case.dtype) for t in (i.x, i.lora_a))
+    hidden = three_ways(torch.float32, lambda number: {"h": reference.drop(number(x), mask, case.p) @ number(a).t()})
+    if x.is_cuda and case.dtype.itemsize == 2:
+        kept = x if mask is None else x * mask
+        hidden[1]["h"] = torch.mm(kept, a.t(), out_dtype=torch.float32) / (1.0 - case.p)
     result = by_plan(plan, case, i)
-    check_all({"y": result["y"]}, exact, yardstick, case.dtype)
-    check_all({"h": result["h"]}, exact, yardstick, torch.float32)
+    check_all({"y": result["y"]}, exact, yardstick, case.dtype, expected=errors)
+    check_all({"h": result["h"]}, *hidden[:2], torch.float32, expected=hidden[2])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -6,9 +6,10 @@ rows. The floor is the frozen layer's product: x Wᵀ, or dy W.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol, TypeAlias
+from functools import cached_property, partial
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,11 +18,13 @@ from .. import accuracy, reference
 from ..backends.triton.plan_kinds import Cell, Plan
 from ..benchmark.providers import Setup
 from ..benchmark.workloads import Workload
+from ..rounding import Arithmetic
 
 __all__ = ["DROPOUT", "BackwardPass", "ForwardPass", "Inputs", "Pass", "pass_of", "workload_of"]
 
 DROPOUT = 0.1
 _ROWS = 256
+_FEW = 64
 _SEED = (0x5EED, 7)
 
 Results: TypeAlias = tuple[Tensor, ...]
@@ -77,9 +80,19 @@ class _Common:
         self._mask = None if self._state is None else mask(self._state, cell.tokens, cell.k, self._p)
         self._rows = torch.linspace(0, cell.tokens - 1, min(cell.tokens, _ROWS), device=x.device).long()
 
-    def _judge(self, name: str, found: Tensor, exact: Tensor, yardstick: Tensor) -> str | None:
-        verdict = accuracy.judge(name, found, exact, yardstick, self._sets[0].x.dtype, self._cell.tf32)
+    def _judge(self, name: str, found: Tensor, exact: Tensor, yardstick: Tensor, error: Tensor | None) -> str | None:
+        dtype = self._sets[0].x.dtype
+        verdict = accuracy.judge(name, found, exact, yardstick, dtype, self._cell.tf32, expected=error)
         return None if verdict.passed else str(verdict)
+
+    def _three_ways(self, run: Callable[[Callable[[Tensor], Any]], tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """``run`` in float64, in the compute dtype, and the errors to expect of few tokens: of more, none is lucky."""
+        dtype = self._sets[0].x.dtype
+        exact, yardstick = (run(partial(Tensor.to, dtype=number)) for number in (torch.float64, dtype))
+        errors: tuple[Any, ...] = (None,) * len(exact)
+        if self._cell.tokens <= _FEW:
+            errors = tuple(noisy.error for noisy in run(Arithmetic(dtype, self._cell.tf32).of))
+        return [exact, yardstick, errors]
 
 
 class ForwardPass(_Common):
@@ -101,11 +114,11 @@ class ForwardPass(_Common):
 
     def wrong(self, results: Results) -> str | None:
         y, h = results
-        (exact_y, exact_h), (yard_y, yard_h) = self._expected
+        of_y, of_h = zip(*self._expected, strict=True)
         dtype, tf32 = self._sets[0].x.dtype, self._cell.tf32
-        hidden = accuracy.judge("h", h[self._rows], exact_h, yard_h, dtype, tf32)
+        hidden = accuracy.judge("h", h[self._rows], of_h[0], of_h[1], dtype, tf32)
         ceiling = accuracy.TF32_CEILING if tf32 else accuracy.CEILINGS[dtype]
-        if found := self._judge("y", y[self._rows], exact_y, yard_y):
+        if found := self._judge("y", y[self._rows], *of_y):
             return found
         if not bool(torch.isfinite(y).all()):
             return "y has values that are not finite."
@@ -114,16 +127,16 @@ class ForwardPass(_Common):
         return None
 
     @cached_property
-    def _expected(self) -> tuple[Results, Results]:
-        """(y, h) of the chosen rows in float64 and, as the yardstick, in the compute dtype."""
+    def _expected(self) -> list[tuple[Any, ...]]:
+        """(y, h) of the chosen rows: exact, the yardstick, the errors to expect."""
         s = self._sets[0]
         kept = None if self._mask is None else self._mask[self._rows]
 
-        def run(dtype: torch.dtype) -> Results:
-            x, weight, a, b = (t.to(dtype) for t in (s.x[self._rows], s.weight, s.lora_a, s.lora_b))
+        def run(number: Callable[[Tensor], Any]) -> tuple[Any, ...]:
+            x, weight, a, b = (number(t) for t in (s.x[self._rows], s.weight, s.lora_a, s.lora_b))
             return reference.forward(x, weight, a, b, None, self._scaling, kept, self._p)
 
-        return run(torch.float64), run(s.x.dtype)
+        return self._three_ways(run)
 
 
 class BackwardPass(_Common):
@@ -160,15 +173,15 @@ class BackwardPass(_Common):
         return reference.drop(x, self._mask, self._p) @ a.t()
 
     @cached_property
-    def _expected(self) -> tuple[Results, Results]:
-        """dx of the chosen rows, da and db in float64 and, as the yardstick, in the compute dtype."""
+    def _expected(self) -> list[tuple[Any, ...]]:
+        """dx of the chosen rows, da and db: exact, the yardstick, the errors to expect."""
         s, rows = self._sets[0], self._rows
         kept = None if self._mask is None else self._mask[rows]
 
-        def run(dtype: torch.dtype) -> Results:
-            dy, x, weight, a, b, h = (t.to(dtype) for t in (s.dy, s.x, s.weight, s.lora_a, s.lora_b, self._hs[0]))
+        def run(number: Callable[[Tensor], Any]) -> tuple[Any, ...]:
+            dy, x, weight, a, b, h = map(number, (s.dy, s.x, s.weight, s.lora_a, s.lora_b, self._hs[0]))
             dh = self._scaling * (dy @ b)
             dx = dy[rows] @ weight + reference.drop(dh[rows] @ a, kept, self._p)
             return dx, dh.t() @ reference.drop(x, self._mask, self._p), self._scaling * (dy.t() @ h)
 
-        return run(torch.float64), run(s.x.dtype)
+        return self._three_ways(run)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..accuracy import Accuracy, judge, run_reference
+from ..accuracy import Accuracy, expected_errors, judge, run_reference
 from ..branches import Branch, apply_branches
 from .cases import SCALING, Case, Inputs, make
 from .draws import drawn_masks, seeded
@@ -27,8 +28,9 @@ def judge_case(
     if case.p:
         masks = [*drawn_masks(name, x, case.p, seed, len(branches))]
     exact, yardstick = (_expected(wide, x, branches, dys, masks, case.p) for wide in (torch.float64, dtype))
+    errors = _expected_errors(dtype, x, branches, dys, masks, case.p, tf32)
     return [
-        judge(output, value, exact[output, i], yardstick[output, i], dtype, tf32)
+        judge(output, value, exact[output, i], yardstick[output, i], dtype, tf32, expected=errors[output, i])
         for (output, i), value in actual.items()
     ]
 
@@ -74,9 +76,32 @@ def _expected(
     """The same by the reference in ``dtype``."""
     expected: dict[tuple[str, int], Tensor] = {}
     for i, (b, dy, mask) in enumerate(zip(branches, dys, masks, strict=True)):
-        given = x, b.weight, b.lora_a, b.lora_b, b.bias, dy, b.scaling, mask, p, b.gain, b.activation
-        own = run_reference(dtype, *given)
+        own = run_reference(dtype, *_given(x, b, dy, mask, p))
         dx = own.pop("dx")
         expected |= {(output, i): value for output, value in own.items()}
         expected["dx", 0] = expected["dx", 0] + dx if i else dx
     return expected
+
+
+def _expected_errors(
+    dtype: torch.dtype,
+    x: Tensor,
+    branches: list[Branch],
+    dys: list[Tensor],
+    masks: list[Tensor | None],
+    p: float,
+    tf32: bool,
+) -> dict[tuple[str, int], Tensor]:
+    """The errors to expect of them; dx's are the branches' together."""
+    errors: dict[tuple[str, int], Tensor] = {}
+    for i, (b, dy, mask) in enumerate(zip(branches, dys, masks, strict=True)):
+        own = expected_errors(dtype, *_given(x, b, dy, mask, p), tf32=tf32)
+        dx = own.pop("dx")
+        errors |= {(output, i): value for output, value in own.items()}
+        errors["dx", 0] = torch.hypot(errors["dx", 0], dx) if i else dx
+    return errors
+
+
+def _given(x: Tensor, b: Branch, dy: Tensor, mask: Tensor | None, p: float) -> tuple[Any, ...]:
+    """What the policy's functions take, for one branch."""
+    return x, b.weight, b.lora_a, b.lora_b, b.bias, dy, b.scaling, mask, p, b.gain, b.activation

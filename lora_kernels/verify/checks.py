@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..accuracy import OUTPUTS, Accuracy, judge, run_reference, tf32_allowed
+from ..accuracy import OUTPUTS, Accuracy, expected_errors, judge, run_reference, tf32_allowed
 from ..console import Progress, one_thread
 from ..errors import BackendUnavailableError, InvalidArgumentError
 from ..functional import lora_linear
@@ -196,7 +196,11 @@ def _judge_case(
     mask = drawn_mask(name, inputs.x, case.p, seed) if case.p > 0.0 else None
     arguments = (*vars(inputs).values(), SCALING, mask, case.p)
     exact, yardstick = run_reference(torch.float64, *arguments), run_reference(dtype, *arguments)
-    return [judge(output, actual[output], exact[output], yardstick[output], dtype, tf32) for output in actual]
+    errors = expected_errors(dtype, *arguments, tf32=tf32)
+    return [
+        judge(output, value, exact[output], yardstick[output], dtype, tf32, expected=errors[output])
+        for output, value in actual.items()
+    ]
 
 
 def outputs(name: str, inputs: Inputs, p: float, seed: int, create_graph: bool = False) -> dict[str, Tensor]:

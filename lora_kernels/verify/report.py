@@ -14,7 +14,7 @@ class Row:
     """One output of one backend in one dtype, over all cases.
 
     Attributes:
-        ratio: the largest error, over the cases, in units of the yardstick's own (plain PyTorch in the same dtype);
+        ratio: the largest error, over the cases, in units of plain PyTorch's in the same dtype, made or expected;
             None in float64, where the yardstick is the exact result itself, and where no case ran.
         error, limit: relative Frobenius error against float64, and what was allowed, in the case that came closest to
             its limit (the worst row of the tensor counts too).
