@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import BACKENDS, Case, make
 from lora_kernels import dispatch, ops
-from lora_kernels.backends import parts
+from lora_kernels.backends import eager, parts
 from lora_kernels.ops import Operators
 from lora_kernels.verify.cases import Inputs
-from numerics import check, check_all
+from numerics import check, check_all, same_bits
 
 every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 CASES = [
@@ -140,3 +142,53 @@ def test_in_pieces_as_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = {"dx": exact_norms(i, 0.5, torch.float64), "dgain": (i.dy.double() ** 2).sum(0)}
     monkeypatch.setattr(parts, "_NORM_ELEMENTS", 5 * 37)
     check_all(run(), exact, {name: value for name, value in whole.items() if value is not None}, torch.float32)
+
+
+class _RowsApart(TorchDispatchMode):
+    """Counts what products are given of matrices whose rows are ragged and lie apart; past W's rows none read."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight, self.found = weight.data_ptr(), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (
+            torch.ops.aten.mm,
+            torch.ops.aten.addmm,
+            torch.ops.aten.addmm_,
+            torch.ops.aten.linear,
+        ):
+            for given in args:
+                apart = isinstance(given, Tensor) and given.dim() == 2 and given.data_ptr() != self.weight
+                matrix = given.t() if apart and given.stride(0) == 1 else given
+                self.found += apart and not matrix.is_contiguous() and matrix.shape[1] % 32 != 0
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("m", [5, 80])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_product_is_given_rows_that_it_would_read_past(
+    dtype: torch.dtype, m: int, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a CPU with AMX: the copies change no bit, and without them products would be given such rows."""
+    g, counts, results = Given(Case(m=m, k=37, n=21, r=3, p=p, dtype=dtype), "eager", "cpu"), [], []
+    for name in ("x", "dy"):
+        tensor = getattr(g.i, name)
+        apart = tensor.new_full((m, tensor.shape[1] + 5), float("nan"))[:, 2:-3].copy_(tensor)
+        g.i = replace(g.i, **{name: apart})
+    for amx in (False, True):
+        monkeypatch.setattr(parts, "_READS_PAST_ROWS", amx)
+        with _RowsApart(g.i.weight) as watch:
+            given = [(name, arguments) for name, every in calls(g).items() for arguments in every]
+            results.append([eager._parts.operators[name](*arguments) for name, arguments in given])
+        counts.append(watch.found)
+    assert counts[0] > 0
+    assert counts[1] == 0
+    if not torch.cpu._is_amx_tile_supported():
+        assert all(same_bits(*pair) for pair in zip(*map(flat, results), strict=True))
+
+
+def flat(results: Any) -> list[Tensor]:
+    """The tensors of a list of tensors and tuples of them."""
+    return [results] if isinstance(results, Tensor) else [tensor for result in results for tensor in flat(result)]

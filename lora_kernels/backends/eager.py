@@ -15,7 +15,7 @@ from ..dispatch import Problem
 from ..ops import register
 from ..reference import dropout_threshold
 from . import draw_seed
-from .parts import Parts, sum_of_rows
+from .parts import Parts, in_one_piece, sum_of_rows
 
 __all__ = ["BACKEND"]
 
@@ -30,6 +30,7 @@ def forward(
     p: float,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    x = in_one_piece(x)  # once for both
     h = _parts.shrink(x, lora_a, p, state)
     return _parts.product(x, weight, lora_b, h, bias, None, scaling, False)[0], h
 
@@ -46,6 +47,7 @@ def backward(
     p: float,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy = in_one_piece(dy)
     dx, da, db = dy.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
     if weight is None and x is None and h is None:
         return dx, da, db, sum_of_rows(dy, bias)

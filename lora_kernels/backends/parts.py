@@ -14,10 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["MANY_TOKENS", "Parts"]
+__all__ = ["MANY_TOKENS", "Parts", "in_one_piece"]
 
 # Below this many tokens the forms that dispatch least are quicker.
 MANY_TOKENS = 64
+
+# PyTorch's own 16-bit product on CPUs with AMX was seen to read past a row whose length is no multiple of its tiles.
+_READS_PAST_ROWS = torch.cpu._is_amx_tile_supported()
+_TILE_ROW = 32  # 16-bit values in a row of a tile
 
 _NORM_ELEMENTS = 1 << 18  # of W, that are held in fp32 at once while norms are computed: they fit a core's cache
 
@@ -37,7 +41,7 @@ class Parts:
         return {method.__name__: method for method in methods}
 
     def shrink(self, x: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
-        right = _as(lora_a, x.dtype).t()
+        x, right = in_one_piece(x), _as(lora_a, x.dtype).t()
         z = x @ right if state is None else scaled_product(x * self.keep(x, p, state), right, 1.0 / (1.0 - p))
         return _as(z, self.hidden_dtype(x.dtype))
 
@@ -52,7 +56,7 @@ class Parts:
         scaling: float,
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
-        right, h = _as(lora_b, x.dtype).t(), _as(h, x.dtype)
+        x, right, h = in_one_piece(x), _as(lora_b, x.dtype).t(), in_one_piece(_as(h, x.dtype))
         added = None if gain is not None or bias is None else _as(bias, x.dtype)
         if x.shape[0] < MANY_TOKENS:
             linear = F.linear(x, weight, added).addmm_(h, right, alpha=scaling)
@@ -72,13 +76,15 @@ class Parts:
     def output_grads(
         self, dy: Tensor, lora_b: Tensor, h: Tensor | None, bias: Tensor | None, scaling: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        dy = in_one_piece(dy)
         dh = scaled_product(dy, _as(lora_b, dy.dtype), scaling)
         if h is None:
             db = lora_b.new_empty(0)
         elif dy.shape[0] < MANY_TOKENS:
-            db = scaled_product(dy.t(), _as(h, dy.dtype), scaling)
+            db = scaled_product(dy.t(), in_one_piece(_as(h, dy.dtype)), scaling)
         else:
-            db = scaled_product(_as(h, dy.dtype).t(), dy, scaling).t().contiguous()  # the quicker order of the product
+            left = in_one_piece(_as(h, dy.dtype)).t()  # the quicker order of the product
+            db = scaled_product(left, dy, scaling).t().contiguous()
         return _as(dh, self.hidden_dtype(dy.dtype)), _as(db, lora_b.dtype), sum_of_rows(dy, bias)
 
     def input_grad(
@@ -92,25 +98,25 @@ class Parts:
     ) -> Tensor:
         dtype = dys[0].dtype
         if not states:
-            dh = _as(dhs[0] if len(dhs) == 1 else torch.cat(dhs, 1), dtype)
+            dh = in_one_piece(_as(dhs[0] if len(dhs) == 1 else torch.cat(dhs, 1), dtype))
             lora_a = lora_as[0] if len(lora_as) == 1 else torch.cat([_as(a, dtype) for a in lora_as])
             dx = dh @ _as(lora_a, dtype)
         else:
             members = zip(dhs, lora_as, states, strict=True)
-            terms = (self._dropped_input_grad(_as(dh, dtype), _as(a, dtype), p, state) for dh, a, state in members)
+            terms = (self._dropped_input_grad(dh, a, dtype, p, state) for dh, a, state in members)
             dx = next(terms)
             for term in terms:
                 dx += term
         for dy, weight in zip(dys, weights, strict=True):
-            dx.addmm_(dy, weight)
+            dx.addmm_(in_one_piece(dy), weight)
         return dx
 
-    def _dropped_input_grad(self, dh: Tensor, lora_a: Tensor, p: float, state: Tensor) -> Tensor:
-        low_rank = scaled_product(dh, lora_a, 1.0 / (1.0 - p))
+    def _dropped_input_grad(self, dh: Tensor, lora_a: Tensor, dtype: torch.dtype, p: float, state: Tensor) -> Tensor:
+        low_rank = scaled_product(in_one_piece(_as(dh, dtype)), _as(lora_a, dtype), 1.0 / (1.0 - p))
         return low_rank.mul_(self.keep(low_rank, p, state))
 
     def a_grad(self, dh: Tensor, x: Tensor, p: float, state: Tensor | None) -> Tensor:
-        left = _as(dh, x.dtype).t()
+        x, left = in_one_piece(x), in_one_piece(_as(dh, x.dtype)).t()
         da = left @ x if state is None else scaled_product(left, x * self.keep(x, p, state), 1.0 / (1.0 - p))
         return _as(da, self.hidden_dtype(x.dtype))
 
@@ -141,6 +147,13 @@ class Parts:
             cross = torch.addmm(c, part, lora_a.t(), beta=scaling * scaling, alpha=2.0 * scaling)
             squares.append(torch.linalg.vector_norm(part, dim=1).square_() + (cross * b).sum(1))
         return torch.cat(squares).clamp_(min=0.0).sqrt_()
+
+
+def in_one_piece(matrix: Tensor) -> Tensor:
+    """``matrix``, or a copy of it where PyTorch's product would read what lies between its rows."""
+    if not _READS_PAST_ROWS or matrix.device.type != "cpu" or matrix.element_size() != 2 or matrix.is_contiguous():
+        return matrix
+    return matrix.contiguous() if matrix.stride(1) == 1 and matrix.shape[1] % _TILE_ROW else matrix
 
 
 def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
