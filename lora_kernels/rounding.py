@@ -13,7 +13,8 @@ E[s_j²] = Q j (n - j) / (n (n - 1)) + S² j (j - 1) / (n (n - 1)). Over all j, 
 
     E[error²] = c u² ((n + 1) Q / 6 + (n + 1) S² / 3 - Q / n  +  Q).
 
-Sums in several lanes or blocks, as kernels add, make less. Sums of 16-bit values are made in fp32 and then rounded.
+Sums in several lanes or blocks, as kernels add, make less. A sum of sums is one sum of all their terms, as a fused
+kernel has them in one accumulator. Sums of 16-bit values are made in fp32 and then rounded, each by itself.
 """
 
 from __future__ import annotations
@@ -65,12 +66,22 @@ class Arithmetic:
 
     def summed(self, value: Tensor, square: Tensor, terms: Tensor, n: int, products: bool) -> Noisy:
         """A sum of n terms whose squares add up to ``terms``; ``square`` is what their own errors come to."""
-        unit = _MEAN_SQUARE * (torch.finfo(self._sums).eps / 2.0) ** 2
-        of_terms = (n + 1) / 6.0 - 1.0 / max(n, 1) + (1.0 if products else 0.0)
-        square = square + unit * (of_terms * terms + (n + 1) / 3.0 * value.square()).clamp(min=0.0)
-        if self.tf32 and products:
-            square = square + 2.0 * _MEAN_SQUARE * (TF32_EPS / 2.0) ** 2 * terms
-        return Noisy(value, square, self) if self.dtype == self._sums else self.stored(value, square)
+        if products:
+            square = square + _MEAN_SQUARE * self._unit**2 * terms
+            if self.tf32:
+                square = square + 2.0 * _MEAN_SQUARE * (TF32_EPS / 2.0) ** 2 * terms
+        if self.dtype == self._sums:
+            return Noisy(value, square, self, terms, n)
+        return self.stored(value, square + self.of_sum(value, terms, n))
+
+    def of_sum(self, value: Tensor, terms: Tensor, n: int) -> Tensor:
+        """The expected square of the error of adding n terms up to ``value``."""
+        chain = (n + 1) * (terms / 6.0 + value.square() / 3.0) - terms / max(n, 1)
+        return _MEAN_SQUARE * self._unit**2 * chain.clamp(min=0.0)
+
+    @property
+    def _unit(self) -> float:
+        return torch.finfo(self._sums).eps / 2.0
 
 
 class Noisy:
@@ -79,8 +90,11 @@ class Noisy:
     It has those of a tensor's operations that the formulas of this package are written in.
     """
 
-    def __init__(self, value: Tensor, square: Tensor, arithmetic: Arithmetic) -> None:
-        self.value, self.square, self.arithmetic = value, square, arithmetic
+    def __init__(
+        self, value: Tensor, square: Tensor, arithmetic: Arithmetic, terms: Tensor | None = None, n: int = 1
+    ) -> None:
+        self.value, self.arithmetic = value, arithmetic
+        self._square, self._terms, self._n = square, terms, n  # of a sum: without the error of adding up
 
     dtype = torch.float64
 
@@ -89,12 +103,20 @@ class Noisy:
         return self.value.shape
 
     @property
+    def square(self) -> Tensor:
+        """The expected square of each element's error."""
+        if self._terms is None:
+            return self._square
+        return self._square + self.arithmetic.of_sum(self.value, self._terms, self._n)
+
+    @property
     def error(self) -> Tensor:
         """The root mean square error to expect of each element."""
         return self.square.sqrt()
 
     def _view(self, of: Callable[[Tensor], Tensor]) -> Noisy:
-        return Noisy(of(self.value), of(self.square), self.arithmetic)
+        terms = None if self._terms is None else of(self._terms)
+        return Noisy(of(self.value), of(self._square), self.arithmetic, terms, self._n)
 
     def t(self) -> Noisy:
         return self._view(lambda tensor: tensor.t())
@@ -112,16 +134,25 @@ class Noisy:
 
     def __add__(self, other: Noisy | Tensor | float) -> Noisy:
         other = self._other(other)
-        value, square = self.value + other.value, self.square + other.square
+        value = self.value + other.value
+        if self._terms is not None or other._terms is not None:  # one sum of all terms
+            left, right = (each.value.square() if each._terms is None else each._terms for each in (self, other))
+            return Noisy(value, self._square + other._square, self.arithmetic, left + right, self._n + other._n)
         exact = (self.value == 0.0) | (other.value == 0.0)
-        return Noisy(value, square + rounding_square(value, self.arithmetic.dtype).where(~exact, 0.0), self.arithmetic)
+        rounding = rounding_square(value, self.arithmetic.dtype).where(~exact, 0.0)
+        return Noisy(value, self._square + other._square + rounding, self.arithmetic)
 
     def __mul__(self, other: Noisy | Tensor | float) -> Noisy:
         other = self._other(other)
         value = self.value * other.value
-        square = self.square * other.value.square() + self.value.square() * other.square
         exact = _power_of_two(self.value) | _power_of_two(other.value)
-        return Noisy(value, square + rounding_square(value, self.arithmetic.dtype).where(~exact, 0.0), self.arithmetic)
+        rounding = rounding_square(value, self.arithmetic.dtype).where(~exact, 0.0)
+        for total, factor in ((self, other), (other, self)):
+            if total._terms is not None and not factor.square.any():  # a factor on each of its terms
+                by = factor.value.square()
+                return Noisy(value, total._square * by + rounding, self.arithmetic, total._terms * by, total._n)
+        square = self.square * other.value.square() + self.value.square() * other.square
+        return Noisy(value, square + rounding, self.arithmetic)
 
     def __matmul__(self, other: Noisy | Tensor) -> Noisy:
         other = self._other(other)
@@ -146,7 +177,7 @@ class Noisy:
         return self.value > bound
 
     def __neg__(self) -> Noisy:
-        return Noisy(-self.value, self.square, self.arithmetic)
+        return Noisy(-self.value, self._square, self.arithmetic, self._terms, self._n)
 
     def __truediv__(self, by: float) -> Noisy:
         return self * (1.0 / by)
