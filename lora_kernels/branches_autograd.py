@@ -107,7 +107,7 @@ class BranchesFunction(torch.autograd.Function):
         saved: list[Tensor | None] = [x if any_a or any(need.weight for need in needs) else None]
         for member, need, activation, z, linear in zip(members, needs, activations, zs, linears, strict=True):
             bends = activation != "identity" and (need_x or need.lora_a)
-            saved += _Saved(
+            own = _Saved(
                 weight=member.weight if need_x or need.gain else None,
                 lora_a=member.lora_a,
                 lora_b=member.lora_b,
@@ -116,6 +116,7 @@ class BranchesFunction(torch.autograd.Function):
                 z=z if need.lora_b or bends else None,
                 linear=linear if need.gain else None,
             )
+            saved.extend(own)  # PyTorch 2.11's dynamo lets a list grow by no named tuple with +=
         states = tensors[_PER_BRANCH * count :]
         ctx.save_for_backward(*saved, *(states if need_x or any_a else ()))
         weight_dtypes = tuple(member.weight.dtype for member in members)

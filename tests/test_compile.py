@@ -68,10 +68,10 @@ class Group(nn.Module):
         self.layers, self.p = nn.ModuleList(acting(24, n, lora_dropout=p) for n in (16, 8, 12)), p
         self.gain = nn.Parameter(torch.rand(8))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         own = [(e.weight, e.lora_A, e.lora_B, e.bias, e.scaling) for e in self.layers]
         branches = [Branch(*own[0]), Branch(*own[1], self.gain), Branch(*own[2], None, "silu")]
-        return torch.cat(apply_branches(x, branches, self.p if self.training else 0.0), -1)
+        return torch.cat(apply_branches(input, branches, self.p if self.training else 0.0), -1)
 
 
 BF16 = {"dtype": torch.bfloat16}
@@ -180,11 +180,11 @@ def exported(module: nn.Module, x: Tensor, **arguments: Any) -> Any:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("kind", ["dropout", "bias", "fp32 over bf16", "dora, dropout"])
+@pytest.mark.parametrize("kind", ["dropout", "bias", "fp32 over bf16", "dora, dropout", "group"])
 def test_export_for_inference(kind: str, strict: bool) -> None:
     """With gradients on or off, whether the adapters train or not; the operators stay in the program."""
     layer = KINDS[kind]().eval()
-    x = torch.randn(5, 24, dtype=layer.weight.dtype)
+    x = torch.randn(5, 24, dtype=next(layer.parameters()).dtype)
     program = exported(layer, x, strict=strict)
     names = {str(n.target) for g in program.graph_module.modules() if hasattr(g, "graph") for n in g.graph.nodes}
     assert any(name.startswith("lora_kernels.") for name in names)
