@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from cases import BACKENDS, Case, make
 from lora_kernels import FusedLoRALinear, lora_linear, use_backend
 from lora_kernels.accuracy import sum_error
+from lora_kernels.backends import parts
 from lora_kernels.branches import Branch, apply_branches
 from models import acting
 from numerics import check, same_bits
@@ -111,6 +112,32 @@ def test_every_kind_compiles_once_for_all_sizes_and_gives_the_same_bits(kind: st
         for m in (3, 7, 20, 64, 129):
             assert all(same_bits(ours, plain) for ours, plain in zip(run(compiled, m), run(module, m), strict=True))
     assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("reduce", [Tensor.sum, lambda y: (y * torch.arange(y.shape[-1])).sum()])
+@pytest.mark.parametrize("kind", ["dropout", "bias", "dora"])
+def test_what_libraries_sum_lies_alike_compiled_and_not(
+    kind: str, reduce: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient of a sum is one number, expanded; a GPU's library sums in an order that it chooses by the layout."""
+    seen: list[Any] = []
+
+    def recorded(function: Any) -> Any:
+        def called(*arguments: Any) -> Tensor:
+            seen.append([a.stride() for a in arguments if isinstance(a, Tensor)])
+            return function(*arguments)
+
+        return called
+
+    for name in ("scaled_product", "sum_of_rows"):
+        monkeypatch.setattr(parts, name, recorded(getattr(parts, name)))
+    module, x = KINDS[kind](), torch.randn(3, 2, 24, requires_grad=True)
+    with use_backend("eager"):
+        for function in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+            reduce(function(x)).backward()
+    middle = len(seen) // 2
+    assert middle > 1
+    assert seen[:middle] == seen[middle:]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

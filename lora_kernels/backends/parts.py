@@ -123,6 +123,7 @@ class Parts:
     def gain_grad(
         self, dy: Tensor, linear: Tensor | None, gain: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        dy = in_one_piece(dy)
         dlinear = torch.mul(dy, gain, out=torch.empty(dy.shape, dtype=dy.dtype, device=dy.device))
         if linear is None:
             dgain = gain.new_empty(0)
@@ -150,8 +151,17 @@ class Parts:
 
 
 def in_one_piece(matrix: Tensor) -> Tensor:
-    """``matrix``, or a copy of it where PyTorch's product would read what lies between its rows."""
-    if not _READS_PAST_ROWS or matrix.device.type != "cpu" or matrix.element_size() != 2 or matrix.is_contiguous():
+    """``matrix``, or a copy of it where PyTorch's product would read what lies between its rows, and where its elements
+    share their place.
+
+    Those of the gradient of ``y.sum()`` do. Each product would copy it for itself, to another layout than a compiled
+    program's dy has: a library may sum the two in different orders.
+    """
+    if matrix.is_contiguous():
+        return matrix
+    if 0 in matrix.stride():
+        return matrix.contiguous()
+    if not _READS_PAST_ROWS or matrix.device.type != "cpu" or matrix.element_size() != 2:
         return matrix
     return matrix.contiguous() if matrix.stride(1) == 1 and matrix.shape[1] % _TILE_ROW else matrix
 
