@@ -1,16 +1,21 @@
 # `make` lists the targets. Variables: PYTHON (the interpreter to start from), VENV (the environment's folder),
-# TORCH (what pip is given for PyTorch), PYTEST_ARGS, BENCH_ARGS; for gpu-check and gpu-bench OUT (where they write) and
-# RESUME=1 (go on in OUT) or RESUME=folder (go on from the files of an earlier run).
+# TORCH (what pip is given for PyTorch), TESTS (what pytest is given), PYTEST_ARGS, BENCH_ARGS; for gpu-check and gpu-bench
+# OUT (where they write) and RESUME=1 (go on in OUT) or RESUME=folder (go on from the files of an earlier run).
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= -r requirements/torch.txt
+TORCH_FILE ?= requirements/torch.txt
+TORCH ?= -r $(TORCH_FILE)
+TESTS ?= tests $(wildcard bench)
 OUT ?= out
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 CXX_FILES := $(wildcard csrc/*.h csrc/*/* tests/native_host/*.h tests/native_host/*.cpp)
 NATIVE_TESTS := tests/test_native_cpu.py tests/test_native_parts.py tests/test_philox.py
+# What another PyTorch, Triton or NumPy may change: capture, what autograd keeps, the library's ABI, the interpreter.
+OLDEST_TESTS := $(patsubst %,tests/test_%.py,compile branches training_memory native_compat native_parts ops parts \
+  import triton_kernels triton_parts)
 INPUTS := pyproject.toml setup.py $(wildcard requirements/*.txt)
 
 export MPLBACKEND ?= Agg
@@ -18,8 +23,8 @@ export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test lint format compile-gate sanitize native-variants verify bench convergence tables gpu-check \
-  gpu-bench set-up clean
+.PHONY: help demo build test test-oldest lint format compile-gate sanitize native-variants verify bench convergence \
+  tables gpu-check gpu-bench set-up clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -34,7 +39,12 @@ build: $(STAMP) ## compile the native library for this machine into the user's c
 test: export OMP_WAIT_POLICY ?= PASSIVE
 test: $(STAMP) ## set up .venv where it is missing, then run all tests (doctests and benchmarks' own checks too)
 	$(BIN)/lora-kernels build cpu
-	$(BIN)/python -m pytest tests $(wildcard bench) --benchmark-disable -n auto --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TESTS) --benchmark-disable -n auto --dist loadfile $(PYTEST_ARGS)
+
+# Where the usual environment is there too, its PyTorch loads the very library that the oldest one compiled.
+test-oldest: ## in .venv-oldest: what an older PyTorch may change, on the oldest PyTorch and Triton that are allowed
+	$(if $(wildcard $(STAMP)),LORA_KERNELS_OTHER_PYTHON="$(abspath $(BIN)/python)") \
+	  $(MAKE) test VENV=$(VENV)-oldest TORCH_FILE=requirements/torch-oldest.txt TESTS="$(OLDEST_TESTS)"
 
 lint: $(STAMP) ## ruff (rules and format), mypy, clang-format
 	$(BIN)/ruff check .
@@ -82,8 +92,9 @@ gpu-bench: ## likewise: tune, then the grids of both passes, nine minutes a call
 
 set-up: $(STAMP) ## only set up .venv
 
-clean: ## remove .venv and everything that was built
-	rm -rf "$(VENV)" build dist out ./*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+clean: ## remove .venv, .venv-oldest and everything that was built
+	rm -rf "$(VENV)" "$(VENV)-oldest" build dist out ./*.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): $(INPUTS)

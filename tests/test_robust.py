@@ -84,7 +84,13 @@ def own_bytes() -> int:
 
 @contextmanager
 def memory_left(size: int) -> Iterator[None]:
-    """Within the block this process may map ``size`` bytes more, and no more."""
+    """Within the block this process may map ``size`` bytes more, and no more.
+
+    OpenMP's threads are there before: where libgomp cannot create one it ends the process (``gomp_fatal``), whoever
+    opened the region. A region of fewer threads ends the others; MKL opens such where it chooses their number itself.
+    """
+    torch.set_num_threads(torch.get_num_threads())  # which makes MKL take as many as PyTorch
+    torch.ones(2**20).add_(1.0)  # a region of all threads
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (own_bytes() + size, hard))
     try:
