@@ -30,7 +30,10 @@ _FEW_TOKENS = 16
 
 @dataclass(frozen=True)
 class Branch:
-    """weight (N, K), lora_a (R, K), lora_b (N, R), bias (N,) or None, s, gain (N,) or None, σ's name."""
+    """weight (N, K), lora_a (R, K), lora_b (N, R), bias (N,) or None, s, gain (N,) or None, σ's name.
+
+    ``state``: dropout's, where it was drawn already.
+    """
 
     weight: Tensor
     lora_a: Tensor
@@ -39,6 +42,7 @@ class Branch:
     scaling: float = 1.0
     gain: Tensor | None = None
     activation: str = "identity"
+    state: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -52,7 +56,8 @@ class Branch:
 
 
 def apply_branches(x: Tensor, branches: Sequence[Branch], p: float, backend_name: str | None = None) -> list[Tensor]:
-    """Each branch's y (..., N_i) for x (..., K); a p above 0 draws a mask for each branch, in their order.
+    """Each branch's y (..., N_i) for x (..., K); a p above 0 draws a mask for each branch, in their order,
+    but where its state is there.
 
     Dtypes, autocast, backends and errors are ``lora_linear``'s; p is known to be valid, 0 where dropout does not act.
     """
@@ -69,7 +74,7 @@ def _run(x: Tensor, branches: Sequence[Branch], p: float, backend_name: str | No
     if forward_ad._current_level >= 0:
         functional.refuse_tangents(x, *(tensor for branch in branches for tensor in branch.tensors))
     x, name = functional.prepare(x, backend_name)
-    states = [functional.draw_state(x, p, name) for _ in branches] if p != 0.0 else []
+    states = [functional.draw_state(x, p, name) if b.state is None else b.state for b in branches] if p != 0.0 else []
     if not torch.compiler.is_compiling() and _are_apart(x, branches):
         return [_run_plain(x, b, p, states[i] if states else None, name) for i, b in enumerate(branches)]
     tensors = [tensor for branch in branches for tensor in branch.tensors]

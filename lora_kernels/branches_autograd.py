@@ -125,8 +125,10 @@ class BranchesFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Any) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, dys)
+        if not torch.compiler.is_compiling():
+            ctx.has_run = True  # what was saved may be gone: an output that waits for its layer is worth nothing now
+            if torch.is_grad_enabled():
+                return _differentiable_backward(ctx, dys)
         x_shape, weight_dtypes, state_count, backend_name, p, scalings, activations = ctx.settings
         count, need_x, ops = len(scalings), ctx.needs_input_grad[0], operators(backend_name)
         x, saved, states = _unpack(ctx.saved_tensors, count)

@@ -2,6 +2,12 @@
 
 Nothing of the model changes for it: each layer is called as ever, with its hooks. A layer that is called with another
 tensor than the first one (told by identity), or in another state, runs by itself.
+
+Checkpoints. What runs in a checkpointed region runs again in backward, there alone: it has to draw and to save the same
+again. So nothing passes a region's border. A region without reentry saves by hooks of its own: the first call under
+other hooks begins a pass, whatever was computed before. A reentrant region saves nothing in its first run, and sees
+another x, or another mode of recording, in its second. Random numbers are drawn at each layer's own call, as
+:mod:`.foreseen` says, wherever the border is.
 """
 
 from __future__ import annotations
@@ -10,14 +16,15 @@ import threading
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .branches import Branch, apply_branches
 from .dispatch import requested
+from .foreseen import Foreseen, foresee
 from .functional import device_type_of, is_autocast_enabled
 
 __all__ = ["Member", "SharedInput", "attach", "detach", "shared_inputs"]
@@ -38,13 +45,24 @@ class Member(Protocol):
         """All that its output depends on besides x and the random numbers, to be compared."""
 
 
+class _Waiting(NamedTuple):
+    """A member's output that waits for its call."""
+
+    y: Tensor
+    state: tuple[Any, ...]  # the member's, of when it was computed
+    draw: Foreseen | None
+
+
 @dataclass
 class _Pending:
-    """The outputs that wait for their layers' calls, each with its layer's state."""
+    """The outputs that wait for their layers' calls with x, and what they were computed under."""
 
     x: Tensor
     version: int
-    outputs: dict[int, tuple[Tensor, tuple[Any, ...]]]
+    hooks: Any
+    modes: tuple[Any, ...]
+    outputs: dict[int, _Waiting]
+    lost: bool = False  # whether one was thrown away
 
 
 class SharedInput:
@@ -77,48 +95,71 @@ class SharedInput:
         """The output of the member ``index`` for ``x``, by a common pass; None: it is to run by itself."""
         if _may_not_wait(x):
             return None
-        thread = threading.get_ident()
+        # The hooks themselves, not their ids: a checkpointed region's die with it, and an id may return.
+        hooks, thread = torch._C._autograd._top_saved_tensors_default_hooks(True), threading.get_ident()
         pending = self._pending.pop(thread, None)
-        if pending is None or pending.x is not x:
+        if pending is None or pending.x is not x or pending.hooks != hooks:
             if pending is not None:
                 self._miss()
-            outputs = self.outputs(x, needed=index)
-            y = outputs.pop(index, None)
-            if outputs:
-                states = {i: (other, self._state(i, x)) for i, other in outputs.items()}
-                self._pending[thread] = _Pending(x, x._version, states)
-            return y
-        y, state = pending.outputs.pop(index, (None, ()))
+            return self._begin(index, x, hooks, thread)
+        waiting, y = pending.outputs.pop(index, None), None
+        if waiting is not None and self._is_as_it_was(index, x, pending, waiting):
+            if not getattr(waiting.y.grad_fn, "has_run", False) and (waiting.draw is None or waiting.draw.comes_true()):
+                y = waiting.y
+            else:
+                pending.lost = True
         if pending.outputs:
             self._pending[thread] = pending
+        elif pending.lost:
+            self._miss()
         else:
             self._missed = 0
-        return y if (pending.version, state) == (x._version, self._state(index, x)) else None
+        return y
 
-    def outputs(self, x: Tensor, needed: int | None = None) -> dict[int, Tensor]:
-        """The outputs of all members that can run in one pass over ``x`` now, with ``needed`` if it is given.
+    def outputs(self, x: Tensor) -> dict[int, Tensor]:
+        """The outputs of all members that can run in one pass over ``x`` now; empty where they are fewer than two."""
+        parts = self._parts(x)
+        together = _together(parts, next(iter(parts), 0))
+        return _run(x, together, parts[next(iter(together))][1]) if together else {}
 
-        Empty where they are fewer than two, or ``needed`` is not among them.
-        """
+    def _begin(self, index: int, x: Tensor, hooks: Any, thread: int) -> Tensor | None:
+        """Runs the common pass at the call of the member ``index``, whose output it returns; the others' wait."""
+        parts = self._parts(x)
+        together = _together(parts, index)
+        if not together:
+            return None
+        p, draws = parts[index][1], {}
+        if p > 0.0:
+            # Calls are taken to come in the members' order; one that runs by itself draws in its place all the same.
+            order = sorted((i for i in parts if parts[i][1] > 0.0), key=lambda i: (i < index, i))
+            draws = dict(zip(order, foresee(x, [parts[i][1] for i in order]), strict=False))
+            if not draws:
+                return None
+            together = {i: replace(branch, state=draws[i].state) for i, branch in together.items()}
+        outputs = _run(x, together, p)
+        y = outputs.pop(index)
+        waiting = {i: _Waiting(other, self._state(i), draws.get(i)) for i, other in outputs.items()}
+        self._pending[thread] = _Pending(x, x._version, hooks, _modes(x), waiting)
+        return y
+
+    def _parts(self, x: Tensor) -> dict[int, tuple[Branch, float]]:
+        """By its place, the part of each member that can run in common with others over ``x`` now."""
         parts: dict[int, tuple[Branch, float]] = {}
         for i, ref in enumerate(self._members):
             member: Any = ref()
             part = None if member is None or _intercepted(member) else member.shared_branch(x)
             if part is not None:
                 parts[i] = part
-        if not parts or (needed is not None and needed not in parts):
-            return {}
-        own, p = next(iter(parts.values())) if needed is None else parts[needed]
-        parts = {i: part for i, part in parts.items() if part[1] == p and _fits(part[0], own)}
-        if len(parts) < 2:
-            return {}
-        return dict(zip(parts, apply_branches(x, [branch for branch, _ in parts.values()], p), strict=True))
+        return parts
 
-    def _state(self, index: int, x: Tensor) -> tuple[Any, ...]:
+    def _is_as_it_was(self, index: int, x: Tensor, pending: _Pending, waiting: _Waiting) -> bool:
+        """Whether the member would compute the same now."""
+        return pending.version == x._version and pending.modes == _modes(x) and waiting.state == self._state(index)
+
+    def _state(self, index: int) -> tuple[Any, ...]:
         member: Any = self._members[index]()
-        device_type = device_type_of(x)
-        autocast = is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
-        return (torch.is_grad_enabled(), autocast, requested(), *member.sharing_state())
+        state: tuple[Any, ...] = member.sharing_state()
+        return state
 
     def _miss(self) -> None:
         """Outputs were left that nobody took."""
@@ -126,8 +167,8 @@ class SharedInput:
         if self._missed == _MISSES:
             kinds = ", ".join(f"{member.in_features} -> {member.out_features}" for member in self.members)
             warnings.warn(
-                f"layers ({kinds}) that were taken to read one input were called with different ones {_MISSES} times, "
-                "so outputs were computed that nobody used. Results are right; call "
+                f"layers ({kinds}) that were taken to read one input were called with different ones, or in different "
+                f"checkpoints, {_MISSES} times, so outputs were computed that nobody used. Results are right; call "
                 "lora_kernels.unshare_inputs(model) to have each layer run by itself.",
                 stacklevel=5,
             )
@@ -153,11 +194,21 @@ def detach(holder: nn.Module) -> int:
 
 
 def _may_not_wait(x: Tensor) -> bool:
-    """Whether outputs must not wait from call to call: a compiler, a tracer or a function transform records (a graph of
-    a checkpointed block may not change what lies outside of it), or x does not tell whether it was written to since."""
+    """Whether outputs must not wait from call to call: a compiler, a tracer, a function transform or a dispatch mode
+    (selective checkpointing's among them) records each call, or x does not tell whether it was written to since."""
     if torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS or x.is_inference():
         return True
-    return torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+        return True
+    return torch._C._are_functorch_transforms_active()
+
+
+def _modes(x: Tensor) -> tuple[Any, ...]:
+    """What an output depends on besides x, the layer and the random numbers."""
+    device_type = device_type_of(x)
+    autocast = is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index) if device_type == "cuda" else None
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, requested(), stream)
 
 
 def _intercepted(member: nn.Module) -> bool:
@@ -169,3 +220,16 @@ def _intercepted(member: nn.Module) -> bool:
 def _fits(branch: Branch, own: Branch) -> bool:
     """Whether two branches may run in one pass."""
     return branch.weight.dtype is own.weight.dtype and branch.weight.device == own.weight.device
+
+
+def _together(parts: dict[int, tuple[Branch, float]], needed: int) -> dict[int, Branch]:
+    """Those that can run in one pass with ``needed``; empty where they are fewer than two."""
+    if needed not in parts:
+        return {}
+    own, p = parts[needed]
+    fitting = {i: branch for i, (branch, own_p) in parts.items() if own_p == p and _fits(branch, own)}
+    return fitting if len(fitting) > 1 else {}
+
+
+def _run(x: Tensor, branches: dict[int, Branch], p: float) -> dict[int, Tensor]:
+    return dict(zip(branches, apply_branches(x, list(branches.values()), p), strict=True))
