@@ -100,6 +100,8 @@ class BranchesFunction(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         count = len(scalings)
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)  # an output that nobody used gives no gradients, not zeros
         needs, members = _needs(ctx, count), _members(tensors, count)
         keeps = tuple(need.gain for need in needs)
         ys, zs, linears = forward_only(x, backend_name, p, scalings, activations, keeps, *tensors)
@@ -134,28 +136,26 @@ class BranchesFunction(torch.autograd.Function):
         x, saved, states = _unpack(ctx.saved_tensors, count)
         x = None if x is None else flatten(x)
         needs = _needs(ctx, count)
-        dlinears, dzs, grads = [], [], []
-        for dy, own, need, scaling, activation in zip(dys, saved, needs, scalings, activations, strict=True):
-            dlinear, dz, gradients = _of_output(ops, flatten(dy), own, need, need_x, scaling, activation)
-            if need.weight and x is not None:
-                gradients["weight"] = dlinear.t() @ x
-            dlinears.append(dlinear)
-            dzs.append(dz)
-            grads.append(gradients)
+        used = [i for i, dy in enumerate(dys) if dy is not None]
+        dlinears, dzs = {}, {}
+        grads: list[dict[str, Tensor]] = [{} for _ in needs]
+        for i in used:
+            of = flatten(dys[i]), saved[i], needs[i], need_x, scalings[i], activations[i]
+            dlinears[i], dzs[i], grads[i] = _of_output(ops, *of)
+            if needs[i].weight and x is not None:
+                grads[i]["weight"] = as_dtype(dlinears[i].t() @ x, weight_dtypes[i])
         dx = None
         if need_x:
-            weights = [as_dtype(own.weight, dl.dtype) for own, dl in zip(saved, dlinears, strict=True)]
-            dx = unflatten(ops.input_grad(dlinears, weights, dzs, [own.lora_a for own in saved], p, states), x_shape)
+            weights = [as_dtype(saved[i].weight, dlinears[i].dtype) for i in used]
+            lora_as, own = [saved[i].lora_a for i in used], [states[i] for i in used] if states else []
+            dx = ops.input_grad([dlinears[i] for i in used], weights, [dzs[i] for i in used], lora_as, p, own)
+            dx = unflatten(dx, x_shape)
         if x is not None:
-            due = [i for i, need in enumerate(needs) if need.lora_a]
+            due = [i for i in used if needs[i].lora_a]
             das = _a_grads(ops, [dzs[i] for i in due], x, p, [states[i] for i in due] if states else [])
             for i, da in zip(due, das, strict=True):
                 grads[i]["lora_a"] = as_dtype(da, saved[i].lora_a.dtype)
-        flat: list[Tensor | None] = []
-        for gradients, need, dtype in zip(grads, needs, weight_dtypes, strict=True):
-            if need.weight:
-                gradients["weight"] = as_dtype(gradients["weight"], dtype)
-            flat += [gradients.get(name) for name in _Needs._fields]
+        flat = [gradients.get(name) for gradients in grads for name in _Needs._fields]
         return (dx, None, None, None, None, *flat, *[None] * state_count)
 
 
@@ -239,7 +239,9 @@ def _differentiable_backward(ctx: Any, dys: Sequence[Tensor]) -> Any:
         outputs.append(y.to(x.dtype).reshape(*x_shape[:-1], -1))
     needed = [ctx.needs_input_grad[0], *(flag for need in _needs(ctx, len(scalings)) for flag in need)]
     due = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(outputs, due, dys, create_graph=True))
+    used = [i for i, dy in enumerate(dys) if dy is not None]
+    of = [outputs[i] for i in used], due, [dys[i] for i in used]
+    found = iter(torch.autograd.grad(*of, create_graph=True, allow_unused=True))
     dx, *rest = [next(found) if need else None for need in needed]
     return (dx, None, None, None, None, *rest, *[None] * state_count)
 

@@ -194,13 +194,11 @@ def detach(holder: nn.Module) -> int:
 
 
 def _may_not_wait(x: Tensor) -> bool:
-    """Whether outputs must not wait from call to call: a compiler, a tracer, a function transform or a dispatch mode
-    (selective checkpointing's among them) records each call, or x does not tell whether it was written to since."""
+    """Whether outputs must not wait from call to call: a compiler, a tracer or a function transform records (a graph of
+    a checkpointed block may not change what lies outside of it), or x does not tell whether it was written to since."""
     if torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS or x.is_inference():
         return True
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
-        return True
-    return torch._C._are_functorch_transforms_active()
+    return torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
 
 
 def _modes(x: Tensor) -> tuple[Any, ...]:
