@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_kernels.accuracy import ceiling_of
 from lora_kernels.benchmark import memory, results, roofline, runner, timing
 from lora_kernels.benchmark.presets import PRESETS, preset
 from lora_kernels.benchmark.providers import FLOOR, PROVIDERS, Layer, Provider, Setup, make_setups
@@ -83,6 +84,23 @@ def test_the_gate_stops_a_wrong_provider(build: object, ours: bool, monkeypatch:
     entry = run(STEP, "wrong").providers["wrong"]
     assert (entry.status, entry.numbers) == ("failed", {})
     assert "something else" in (entry.reason or "")
+
+
+def _a_little_off(setup: Setup) -> Layer:
+    """Each y is off by half the ceiling for rivals: far above what the policy allows a backend of ours."""
+    layer = PROVIDERS["addmm"].build(setup)
+    return Layer(lambda x: layer.call(x) * (1.0 + ceiling_of(setup.dtype, depth=setup.depth) / 2), layer.trainable)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("ours", "status"), [(False, "timed"), (True, "failed")])
+def test_our_own_backends_are_held_to_the_policy_and_rivals_to_the_ceiling(
+    ours: bool, status: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PROVIDERS, "off", Provider("off", "off", _a_little_off, ours=ours))
+    entry = run(replace(STEP, dtype=dtype), "off").providers["off"]
+    assert entry.status == status, entry.reason
+    assert ("something else" in (entry.reason or "")) == ours
 
 
 def test_a_provider_that_raises_or_is_missing_is_told_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,11 +110,11 @@ FAULTS: dict[str, tuple[str, str, Fault]] = {  # part of the plan's text, kernel
     "the persistent product draws no mask": ("dx_fused persistent", "dx_persistent_kernel", _without(4)),
     "the low-rank term overwrites the base": ("dx_base_first", "dx_low_rank_kernel", _less(11, True)),
     "the low-rank term is not masked": ("dx_lora_first", "dx_low_rank_kernel", _without(2)),
-    "the sum of da leaves out a part": ("da 32x32/1 splits=3", "reduce_kernel", _less(4, 1)),
+    "the sum of da leaves out a part": ("da 32x64/1 splits=3", "reduce_kernel", _less(4, 1)),
     "the sum of dh leaves out a part": ("dh shrink", "reduce_kernel", _less(3, 1)),
     "dh and db are not scaled": ("dh+db", "reduce_kernel", _without(6)),
-    "rows of da are skipped": ("da 32x32/1 splits=1", "da_kernel", _less(0, 1)),
-    "da's mask is forgotten": ("da 32x32/1 splits=3", "da_kernel", _without(2)),
+    "rows of da are skipped": ("da 32x64/1 splits=1", "da_kernel", _less(0, 1)),
+    "da's mask is forgotten": ("da 32x64/1 splits=3", "da_kernel", _without(2)),
 }
 
 

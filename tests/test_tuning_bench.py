@@ -142,6 +142,35 @@ def test_a_plan_that_is_wrong_is_refused_and_no_other(
     assert refused[bad].is_fault
 
 
+@pytest.mark.usefixtures("masks")
+@pytest.mark.parametrize("left_out", [0, 1], ids=["y", "h"])
+def test_what_a_plan_leaves_unwritten_is_seen_in_its_second_run(
+    left_out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run finds right values where it writes nothing, as after another plan's; the second what is there."""
+    bad, poison = PLANS[3], list[Tensor]()
+    fill = torch.full_like
+
+    def kept(tensor: Tensor, value: float) -> Tensor:
+        poison.append(fill(tensor, value))
+        return poison[-1]
+
+    def run_plan(plan: Plan, *arguments: Any) -> Any:
+        results = list(right(plan, *arguments))
+        if plan == bad and poison:
+            unwritten = poison[left_out]
+            unwritten[:, :-1] = results[left_out][:, :-1]
+            results[left_out] = unwritten
+        poison.clear()
+        return tuple(results)
+
+    monkeypatch.setattr(launch, "run_plan", run_plan)
+    monkeypatch.setattr(torch, "full_like", kept)
+    with trial() as opened:
+        refused = opened.admit(PLANS)
+    assert {plan: refusal.why for plan, refusal in refused.items()} == {bad: "is not deterministic"}
+
+
 BACKWARD = replace(SMALL, direction="backward", dropout=True)
 BACKWARD_FAULTS = {
     "dx without its last column": lambda dx, da, db: (torch.cat([dx[:, :-1], 0 * dx[:, -1:]], 1), da, db),

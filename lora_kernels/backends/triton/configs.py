@@ -58,7 +58,8 @@ class Machine:
     bandwidth: float = _BANDWIDTH
 
 
-# The interpreter pays per block and per element: small blocks, so that small tensors still meet every loop and edge.
+# The interpreter pays per block and per element: small blocks, so that small tensors still meet every loop and edge; no
+# two of a kernel's are equal, so that exchanged ones are seen.
 INTERPRETER = Machine(capability=0, sm_count=4, shared_memory=1 << 30, interpreter=True)
 
 
@@ -221,7 +222,7 @@ def gemm_configs(
     """The tiles that fit, the one that finishes (rows_power, columns) in the least time first: waves of tiles times a
     tile's work."""
     if machine.interpreter:
-        return (GemmConfig(32, 32, 32, 16, 2, 4, 1),)
+        return (GemmConfig(16, 32, 64, 16, 2, 4, 1),)
     # What the compiler's report (compile_report.py) allows without spills: a rank that is no multiple of 16 takes
     # narrow steps, and the widest tile is Hopper's; on sm_100 its two accumulators would overflow tensor memory.
     block_r = 16 if r % 16 or machine.capability < 90 or dropout else min(next_power_of_2(r), 32)
@@ -256,7 +257,7 @@ def persistent_configs(
     With ``dropout`` (dx's) a second step of R leaves the larger tiles no registers; so ranks that can take steps of 32.
     """
     if machine.interpreter:
-        return (GemmConfig(32, 32, 32, 16, 2, 4, 1),)
+        return (GemmConfig(64, 16, 32, 16, 2, 4, 1),)
     if machine.capability < 90 or itemsize != 2:
         return ()
     block_r = 32 if dropout and r % 32 == 0 else 16  # without a mask wider steps leave the widest tile no registers
@@ -274,7 +275,7 @@ def persistent_configs(
 def expand_config(machine: Machine, r: int, itemsize: int, tf32: bool) -> ExpandConfig:
     """Tiles of y wide enough for whole lines of memory, with little of h and B a tile."""
     if machine.interpreter:
-        return ExpandConfig(32, 32, 16, 4)
+        return ExpandConfig(32, 64, 16, 4)
     block_r = 16 if r % 16 or itemsize == 4 else min(next_power_of_2(r), 32)
     return ExpandConfig(64, 128 if itemsize == 2 or tf32 else 64, block_r, 4)
 
@@ -283,7 +284,7 @@ def expand_config(machine: Machine, r: int, itemsize: int, tf32: bool) -> Expand
 def shrink_config(machine: Machine, rows_power: int, r: int, itemsize: int, tf32: bool) -> ShrinkConfig:
     """Rows enough to give every multiprocessor a program, at most 64."""
     if machine.interpreter:
-        return ShrinkConfig(32, 32, min(max(next_power_of_2(r), 16), 64), 4, 1)
+        return ShrinkConfig(64, 32, min(max(next_power_of_2(r), 16), 64), 4, 1)
     block_r = min(max(next_power_of_2(r), 16), 128)
     block_m = 64
     while block_m > 16 and rows_power // block_m < machine.sm_count // 2:
@@ -306,7 +307,7 @@ def few_tokens_config(
         return None
     block_r = max(next_power_of_2(r), 16)
     if machine.interpreter:
-        return FewTokensConfig(FEW_TOKENS, 32, 32, block_r, 4, 1)
+        return FewTokensConfig(FEW_TOKENS, 32, 64, block_r, 4, 1)
     if block_n is None:
         block_n = 64
         while block_n > 16 and -(-columns // block_n) < machine.sm_count:
@@ -327,7 +328,7 @@ def few_tokens_config(
 def dh_db_config(machine: Machine, rows_power: int, columns: int, r: int, itemsize: int, tf32: bool) -> DhDbConfig:
     """Wide in N, so that few partial sums of dh are written; then rows enough a program that few of db are."""
     if machine.interpreter:
-        return DhDbConfig(16, 32, min(max(next_power_of_2(r), 16), 64), 32, 4, 1)
+        return DhDbConfig(16, 64, min(max(next_power_of_2(r), 16), 64), 32, 4, 1)
     block_r = min(max(next_power_of_2(r), 16), 64)
     block_m, block_n, warps, stages = 32, (256 if block_r <= 32 and r % 16 == 0 else 128), 4, 4
     if r > 64 or (block_r == 64 and machine.capability < 90):
@@ -346,7 +347,7 @@ def dh_db_config(machine: Machine, rows_power: int, columns: int, r: int, itemsi
 def da_config(machine: Machine, columns: int, r: int, itemsize: int, tf32: bool) -> DaConfig:
     """Columns few enough to give every multiprocessor a program without a split of M."""
     if machine.interpreter:
-        return DaConfig(32, 32, min(max(next_power_of_2(r), 16), 64), 4, 1)
+        return DaConfig(32, 64, min(max(next_power_of_2(r), 16), 64), 4, 1)
     block_r = min(max(next_power_of_2(r), 16), 64)
     block_k = 64
     while block_k > 16 and -(-columns // block_k) < machine.sm_count // 2 + 1:
@@ -362,7 +363,7 @@ def da_config(machine: Machine, columns: int, r: int, itemsize: int, tf32: bool)
 def row_norms_config(machine: Machine, rows: int, columns: int, r: int, itemsize: int) -> RowNormsConfig:
     """As many bytes of W in flight as registers allow, and rows few enough to give every multiprocessor a program."""
     if machine.interpreter:
-        return RowNormsConfig(16, 32, 16, 4, 1)
+        return RowNormsConfig(16, 64, 32, 4, 1)
     block_r = min(max(next_power_of_2(r), 16), 64 if itemsize == 2 else 32)
     block_n = 32 if rows >= 64 * machine.sm_count else 16
     block_k = min(128 if itemsize == 2 else 64, max(next_power_of_2(columns), 16))
@@ -373,7 +374,7 @@ def row_norms_config(machine: Machine, rows: int, columns: int, r: int, itemsize
 def gain_grad_config(machine: Machine, rows_power: int, columns: int, itemsize: int) -> GainGradConfig:
     """Whole lines of memory a row; rows enough a program that few partial sums are written."""
     if machine.interpreter:
-        return GainGradConfig(16, 32, 32, 4)
+        return GainGradConfig(16, 64, 32, 4)
     block_m, block_n = 16, 128 if itemsize == 2 else 64
     chunks = max(1, 4 * machine.sm_count // -(-columns // block_n))
     return GainGradConfig(block_m, block_n, max(next_power_of_2(-(-rows_power // chunks)), 2 * block_m), 4)

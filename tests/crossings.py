@@ -1,0 +1,3 @@
+"""x"""
+def missing(): return []
+def open_pairs(): return []
