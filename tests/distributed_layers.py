@@ -136,6 +136,48 @@ def check_dropout_takes_one_mask_for_a_whole_x_and_one_for_each_part(device: str
         check_all(found, exact, yardstick, torch.float32, expected=errors)
 
 
+# On a mesh of two dimensions: how W (N, K) and x (tokens, K) lie on "data" and on "model".
+ON_TWO: dict[str, tuple[tuple[Any, Any], tuple[Any, Any]]] = {
+    "columns": ((Replicate(), Shard(0)), (Shard(0), Replicate())),
+    "rows": ((Replicate(), Shard(1)), (Shard(0), Shard(1))),
+    "tokens apart twice": ((Replicate(), Replicate()), (Shard(0), Shard(0))),
+}
+
+
+def check_dropout_on_two_dimensions_has_a_mask_for_each_part_of_x(device: str, folder: Path) -> None:
+    mesh, p = init_device_mesh(device, (max(world() // 2, 1), 2), mesh_dim_names=("data", "model")), 0.5
+    for kind, (of_w, of_x) in ON_TWO.items():
+        layer = make(device, lora_dropout=p)
+        layer.weight.data.zero_()  # so that dx is zero where the mask is
+        x, dy = batch(device, torch.float32, tokens=4 * world())
+        tensors = x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, dy
+        # The bias and B lie as W's rows do, A as its columns do.
+        rows = [place if place == Shard(0) else Replicate() for place in of_w]
+
+        def lies(name: str, module: nn.Module, mesh: Any, of_w: Any = of_w, rows: Any = rows) -> None:
+            for own, parameter in list(module.named_parameters(recurse=False)):
+                places = of_w if own == "weight" else rows if own in ("bias", "lora_B") else [Replicate()] * 2
+                value = nn.Parameter(distribute_tensor(parameter.data, mesh, places), parameter.requires_grad)
+                module.register_parameter(own, value)
+
+        split = distribute_module(copy.deepcopy(layer), mesh, lies)
+        torch.manual_seed(100 + distributed.get_rank())  # the processes need not be seeded alike
+        given = distribute_tensor(x, mesh, of_x).requires_grad_()
+        y = split(given)
+        whole_dy = distribute_tensor(dy, mesh, [place if place == Shard(0) else Replicate() for place in of_x])
+        y.redistribute(placements=whole_dy.placements).backward(whole_dy)
+        dx = whole(given.grad)
+        mask = dx != 0
+        parts = [part for rows_ in mask.chunk(world() // (1 if kind == "tokens apart twice" else 2))
+                 for part in (rows_.chunk(2, 1) if kind == "rows" else (rows_,))]  # fmt: skip
+        assert not any(torch.equal(a, b) for i, a in enumerate(parts) for b in parts[:i] if a.shape == b.shape), kind
+        exact, yardstick = (
+            run_reference(dtype, *tensors, layer.scaling, mask, p) for dtype in (torch.float64, torch.float32)
+        )
+        actual = {"y": y.full_tensor().detach(), "dx": dx, "da": split.lora_A.grad, "db": split.lora_B.grad}
+        check_all({name: whole(value) for name, value in actual.items()}, exact, yardstick, torch.float32)
+
+
 def check_activation_checkpointing_drops_the_same_again(device: str, folder: Path) -> None:
     mesh = init_device_mesh(device, (world(),))
     for plan in ("columns", "rows"):
