@@ -307,7 +307,7 @@ def few_tokens_config(
         return None
     block_r = max(next_power_of_2(r), 16)
     if machine.interpreter:
-        return FewTokensConfig(FEW_TOKENS, 32, 64, block_r, 4, 1)
+        return FewTokensConfig(FEW_TOKENS, 64, 32, block_r, 4, 1)
     if block_n is None:
         block_n = 64
         while block_n > 16 and -(-columns // block_n) < machine.sm_count:
