@@ -15,9 +15,10 @@ from torch import nn
 from .config import LoRAConfig, as_tuple
 from .matching import plain_name, trained_whole
 
-__all__ = ["Adapter", "forget", "remember", "remembered", "remembered_within", "unwrapped"]
+__all__ = ["Adapter", "forget", "remember", "remember_bias", "remembered", "remembered_within", "unwrapped"]
 
 _ATTRIBUTE = "_lora_adapter"
+_INNER = {"OptimizedModule": "_orig_mod", "FullyShardedDataParallel": "_fsdp_wrapped_module"}
 _WIDER = ("none", "lora_only", "all")  # bias, each training more than the one before
 
 
@@ -35,13 +36,11 @@ class Adapter:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``."""
+    """The model inside of ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` and FSDP1."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        elif type(model).__name__ == "OptimizedModule" and isinstance(
-            inner := model._modules.get("_orig_mod"), nn.Module
-        ):
+        elif isinstance(inner := model._modules.get(_INNER.get(type(model).__name__, "")), nn.Module):
             model = inner
         else:
             return model
@@ -62,6 +61,13 @@ def remember(model: nn.Module, config: LoRAConfig, kept: Mapping[str, Any] | Non
         )
         kept = before.kept if kept is None else kept
     setattr(unwrapped(model), _ATTRIBUTE, Adapter(config, dict(kept or {})))
+
+
+def remember_bias(model: nn.Module, bias: str) -> None:
+    """Remembers that the biases ``bias`` train, so that they are saved, beside those that were to train before."""
+    before = remembered(model)
+    if bias != "none" and (before is None or before.config.bias != bias):
+        remember(model, replace(before.config if before else LoRAConfig(), bias=bias))
 
 
 def remembered(model: nn.Module) -> Adapter | None:

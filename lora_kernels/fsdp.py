@@ -1,5 +1,7 @@
 """What FSDP2 (``fully_shard``) manages: it exchanges Parameters around each forward, so they are changed in place.
 
+Those of FSDP1 and ZeRO-3 are changed in place too; where and when, :mod:`.storage` says.
+
 Nothing of torch.distributed is imported here: a model that is sharded has done so.
 """
 
@@ -8,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from . import storage
 from .errors import LoRAStateError
 from .sharded import everywhere, is_sharded, put
 
@@ -18,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_own",
+    "check_untied",
+    "in_place",
     "is_managed",
     "kept_aside",
     "merge_in_place",
@@ -31,10 +37,15 @@ __all__ = [
 def is_managed(layer: nn.Module) -> bool:
     """Whether ``fully_shard`` manages the Parameters of ``layer``: it exchanges them around each forward.
 
-    ``FullyShardedDataParallel``, the former FSDP, marks modules alike, and its Parameters besides.
+    ``FullyShardedDataParallel``, the former FSDP, marks modules alike: those are :mod:`.storage`'s.
     """
     marked = getattr(layer, "_is_fsdp_managed_module", False) and getattr(layer, "_fsdp_use_orig_params", False)
-    return marked and not hasattr(layer.weight, "_fsdp_flattened")
+    return marked and storage.owner(layer) is None
+
+
+def in_place(layer: nn.Module) -> bool:
+    """Whether merged values are written into the Parameters of ``layer``, which FSDP or ZeRO-3 holds on to."""
+    return is_managed(layer) or storage.owner(layer) in (storage.FSDP1, storage.ZERO3)
 
 
 def settle(model: nn.Module) -> None:
@@ -78,17 +89,30 @@ def _is_fsdp(module: nn.Module) -> bool:
 
 
 def merge_in_place(layer: LoRALayer, aside: nn.Module, weight: Any, bias: Any) -> None:
-    """Writes merged values into the Parameters that FSDP2 manages; copies of the former ones go into ``aside``."""
+    """Writes merged values into the Parameters that are another's; copies of the former ones go into ``aside``."""
     merged = {"weight": weight} | ({"bias": bias} if "bias" in aside._parameters else {})
     if aside._parameters.get("bias", weight) is None:
         raise LoRAStateError(
-            "merging gives a layer without bias one, for its lora_bias, and fully_shard (FSDP2) would not know of it. "
+            f"merging gives a layer without bias one, for its lora_bias, and {_holder(layer)} would not know of it. "
             "Save the adapter, and merge it on the plain model."
         )
     for name, value in merged.items():
         former: Any = getattr(layer, name)
         aside.register_parameter(name, nn.Parameter(former.detach().clone(), requires_grad=former.requires_grad))
         put(former, value)
+
+
+def _holder(layer: nn.Module) -> str:
+    return storage.owner(layer) or "fully_shard (FSDP2)"
+
+
+def check_untied(name: str, layer: nn.Module, tied: tuple[str, ...]) -> None:
+    """Raises where merging in place would change ``tied`` as well."""
+    if tied:
+        raise LoRAStateError(
+            f"the weight of {name!r} is also {tied[0]}, and {_holder(layer)} has one memory for both: merging would "
+            "change that one too. Save the adapter, and merge it on the plain model."
+        )
 
 
 def unmerge_in_place(layer: LoRALayer, weight: Any, bias: Any) -> None:
@@ -99,7 +123,9 @@ def unmerge_in_place(layer: LoRALayer, weight: Any, bias: Any) -> None:
 
 
 def kept_aside(tensor: Any, now: Any) -> Any:
-    """A weight or bias that merging has put aside, as FSDP2 has gathered ``now``, the one in its place."""
+    """A weight or bias that merging has put aside, as ``now``, the one in its place, was gathered."""
+    if isinstance(tensor, torch.Tensor) and not is_sharded(tensor) and not is_sharded(now) and now is not None:
+        return tensor.to(now.device, now.dtype)
     if not is_sharded(tensor) or (is_sharded(now) and now.device_mesh == tensor.device_mesh):
         return tensor
     whole = tensor.full_tensor().to(now.dtype)

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import dora, fsdp, initialisation, residual, sharded
+from . import dora, fsdp, initialisation, residual, sharded, storage
 from .branches import Branch
 from .config import scaling_of
 from .dispatch import Problem
@@ -110,9 +110,10 @@ class LoRALayer(nn.Module):
         meta device nothing happens: call it after ``to_empty``, with the base weights loaded.
 
         Raises:
-            LoRAStateError: the layer is merged; with PiSSA or OLoRA, the weight is not finite or ``scaling`` not
-                positive.
+            LoRAStateError: the layer is merged; FSDP1, ZeRO-3 or accelerate's offloading has its values; with PiSSA or
+                OLoRA, the weight is not finite or ``scaling`` not positive.
         """
+        storage.check_free("reset_lora_parameters", [("", self)])
         if self.merged:
             raise LoRAStateError("reset_lora_parameters was called on a merged layer. Call unmerge() first.")
         if self.lora_A.is_meta:
@@ -194,13 +195,18 @@ class LoRALayer(nn.Module):
         Raises:
             LoRAStateError: merged already, on the meta device, with an activation between A and B, managed by
                 ``fully_shard`` (:func:`merge_lora` does those), or the merged values are not finite where the base's
-                are; the layer is left as it was.
+                are; or FSDP1 or ZeRO-3 would not keep the merged values. The layer is left as it was.
         """
         fsdp.check_own(self, "merge")
+        storage.check_merging("merge", [("", self)])
         self._merge()
 
     @torch.no_grad()
     def _merge(self) -> None:
+        with storage.onloaded(self):
+            self._merge_here()
+
+    def _merge_here(self) -> None:
         if self.merged:
             raise LoRAStateError("merge was called on a layer that is merged already. Call unmerge() first.")
         if self.weight.is_meta:
@@ -217,10 +223,10 @@ class LoRALayer(nn.Module):
         if bias is not None:
             _check_finite("bias", bias, self.bias)
         aside = nn.Module()
-        aside.register_parameter("weight", self.weight)
+        aside.register_parameter("weight", storage.at_rest(self, "weight"))
         if bias is not self.bias:
-            aside.register_parameter("bias", self.bias)
-        if fsdp.is_managed(self):
+            aside.register_parameter("bias", storage.at_rest(self, "bias"))
+        if fsdp.in_place(self):
             fsdp.merge_in_place(self, aside, weight, bias)
         else:
             self.weight, self.bias = nn.Parameter(weight, requires_grad=False), bias
@@ -259,20 +265,23 @@ class LoRALayer(nn.Module):
         """Puts the original weight and bias back, exactly.
 
         Raises:
-            LoRAStateError: the layer is not merged, or ``fully_shard`` manages it (:func:`unmerge_lora` does those).
+            LoRAStateError: the layer is not merged, ``fully_shard`` manages it (:func:`unmerge_lora` does those), or
+                FSDP1 or ZeRO-3 would not keep the original values.
         """
         fsdp.check_own(self, "unmerge")
+        storage.check_merging("unmerge", [("", self)])
         self._unmerge()
 
     def _unmerge(self) -> None:
         if self._base is None:
             raise LoRAStateError("unmerge was called on a layer that is not merged. Call merge() first.")
-        weight, bias = self.base_weight, self.base_bias
-        object.__setattr__(self, "_base", None)
-        if fsdp.is_managed(self):
-            fsdp.unmerge_in_place(self, weight, bias)
-        else:
-            self.weight, self.bias = weight, bias
+        with storage.onloaded(self):
+            weight, bias = self.base_weight, self.base_bias
+            object.__setattr__(self, "_base", None)
+            if fsdp.in_place(self):
+                fsdp.unmerge_in_place(self, weight, bias)
+            else:
+                self.weight, self.bias = weight, bias
 
     def enable_lora(self: Layer, enabled: bool = True) -> _RestoreEnabled[Layer]:
         """Switches the adapter on or off (then: base output only, merged or not). In a ``with``, for its block only.
@@ -293,7 +302,7 @@ class LoRALayer(nn.Module):
         """See :class:`~lora_kernels.shared_input.Member`. DoRA with dropout needs two products of W: not in common."""
         p = self.lora_dropout
         plain = all(type(own) in (Tensor, nn.Parameter) for own in self._parameters.values() if own is not None)
-        acts = self.training and self._lora_enabled and self._base is None
+        acts = self.training and self._lora_enabled and self._base is None and storage.is_here(self)
         if not acts or not plain or (p > 0.0 and self.use_dora):
             return None
         bias = self.bias if self.lora_bias is None else self._offset(self.bias, self.lora_bias)
@@ -355,6 +364,7 @@ class LoRALayer(nn.Module):
         self.check_rank(state_dict, prefix)
         merged = self.merged
         if merged:
+            storage.check_merging("load_state_dict", [(prefix.rstrip("."), self)])
             self._unmerge()
         plain = residual.before_loading(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)

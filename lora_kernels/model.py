@@ -11,15 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import fsdp
-from .adapter import forget, remember, remembered_within
-from .config import BIAS_CHOICES, LoRAConfig, as_tuple
-from .errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, LoRAStateError
+from . import fsdp, storage
+from .adapter import Adapter, forget, remember, remember_bias, remembered_within
+from .config import LoRAConfig, as_tuple
+from .errors import InvalidTypeError, LoRAKernelsError, LoRAStateError
 from .grouping import share_found, unshare_inputs
 from .layer import LoRALayer
 from .matching import find_matches, trained_whole
 from .replacing import build, check_model, decide, joined, listed, make_report, nothing_to_replace
 from .report import ReplaceReport, RestoredLayer, RestoreReport, ShareReport
+from .trained import biases, check_bias, train_biases, train_whole, warn_of_left_out, whole_tensors
 
 __all__ = [
     "lora_layers",
@@ -98,14 +99,15 @@ def replace_linear(model: nn.Module, config: LoRAConfig) -> ReplaceReport:
     return make_report(model, config, matches, layers, targets, skipped, shared)
 
 
-def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+def mark_only_lora_as_trainable(model: nn.Module, bias: str | None = None) -> None:
     """Freezes every parameter but those of the adapters: lora_A, lora_B, lora_bias and lora_magnitude_vector.
 
     Modules that :func:`replace_linear` was told to train whole, with ``modules_to_save``, go on training.
 
     Args:
         model: a module that holds ``FusedLoRALinear`` layers.
-        bias: which biases train too: ``"none"``, ``"lora_only"`` (those of the LoRA layers) or ``"all"``.
+        bias: which biases train too: ``"none"``, ``"lora_only"`` (those of the LoRA layers) or ``"all"``. None: as
+            ``LoRAConfig.bias`` said. Biases that train are saved with the adapter.
 
     Raises:
         InvalidArgumentError: another ``bias``.
@@ -120,6 +122,8 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     """
     check_bias(bias)
     layers = [layer for _, layer in some_lora_layers(model, "mark_only_lora_as_trainable")]
+    adapter = remembered_within(model) or Adapter(LoRAConfig())
+    bias = adapter.config.bias if bias is None else bias
     fsdp.settle(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -130,8 +134,8 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
         for parameter in layer.adapter.values():
             parameter.requires_grad_(True)
     train_biases(model, layers, bias)
-    if (adapter := remembered_within(model)) is not None:
-        train_whole(model, adapter.config)
+    train_whole(model, adapter.config)
+    remember_bias(model, bias)
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -139,7 +143,8 @@ def merge_lora(model: nn.Module) -> None:
 
     Raises:
         LoRAStateError: the model holds no LoRA layer, one is merged already, or one cannot be merged (its weights are
-            on the meta device, or would not be finite); the layers that were merged until then are unmerged again.
+            on the meta device, or would not be finite), or FSDP1 or ZeRO-3 would not keep merged values now; the
+            layers that were merged until then are unmerged again.
 
     Example:
         >>> from lora_kernels import FusedLoRALinear
@@ -155,12 +160,10 @@ def merge_lora(model: nn.Module) -> None:
             f"merge_lora was called on a model where {listed(merged)} is merged already. Call unmerge_lora(model) "
             "first, or merge() on the layers that are not."
         )
+    storage.check_merging("merge_lora", layers)
     for name, layer in layers:
-        if fsdp.is_managed(layer) and (tied := _untied_from(model, layer)):
-            raise LoRAStateError(
-                f"the weight of {name!r} is also {tied[0]}, and fully_shard (FSDP2) has one memory for both: merging "
-                "would change that one too. Save the adapter, and merge it on the plain model."
-            )
+        if fsdp.in_place(layer):
+            fsdp.check_untied(name, layer, _untied_from(model, layer))
     done: list[LoRALayer] = []
     try:
         for name, layer in layers:
@@ -179,7 +182,8 @@ def unmerge_lora(model: nn.Module) -> None:
     """Puts the original weights of every ``FusedLoRALinear`` back, exactly.
 
     Raises:
-        LoRAStateError: the model holds no LoRA layer, or one is not merged; nothing is changed then.
+        LoRAStateError: the model holds no LoRA layer, one is not merged, or FSDP1 or ZeRO-3 would not keep the original
+            values now; nothing is changed then.
 
     Example:
         >>> from lora_kernels import FusedLoRALinear
@@ -196,6 +200,7 @@ def unmerge_lora(model: nn.Module) -> None:
             f"unmerge_lora was called on a model where {listed(unmerged)} is not merged. Call merge_lora(model) first, "
             "or unmerge() on the layers that are."
         )
+    storage.check_merging("unmerge_lora", layers)
     for _, layer in layers:
         layer._unmerge()
 
@@ -212,7 +217,8 @@ def restore_linear(model: nn.Module) -> RestoreReport:
         A report to print: of which layers the adapter was kept or dropped, and which merged weights are tied no longer.
 
     Raises:
-        LoRAStateError: the model holds no ``FusedLoRALinear``, or is one itself.
+        LoRAStateError: the model holds no ``FusedLoRALinear``, is one itself, or another (FSDP, ZeRO-3, accelerate's
+            offloading) holds the values of a layer.
 
     Example:
         >>> from lora_kernels import FusedLoRALinear
@@ -235,6 +241,7 @@ def restore_linear(model: nn.Module) -> RestoreReport:
             f"restore_linear was called on a model where fully_shard (FSDP2) manages {listed(managed)}: it would go on "
             "with the layers that are replaced. Save the adapter, and merge or restore the plain model."
         )
+    storage.check_free("restore_linear", layers)
     modules = dict(model.named_modules(remove_duplicate=False))
     places: dict[LoRALayer, list[str]] = {layer: [] for _, layer in layers}
     for name, module in modules.items():
@@ -254,20 +261,25 @@ def restore_linear(model: nn.Module) -> RestoreReport:
     return RestoreReport(restored)
 
 
-def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
+def lora_state_dict(model: nn.Module, bias: str | None = None) -> dict[str, Tensor]:
     """The adapters' tensors by their names in ``model.state_dict()``; a shared layer's once, under its first name.
+
+    With them are the biases that train and the modules of ``modules_to_save``, whole; a warning names what else may
+    have been trained.
 
     ``model.load_state_dict(tensors, strict=False)`` loads them back. As in ``state_dict()`` they are detached, on their
     device, and no copies: clone them to keep their values while training goes on. Layers that PiSSA or OLoRA
     initialised add their initial values: loaded into a model with the same base, its weights are set to go with them.
+    Of what accelerate has offloaded they are the values that it keeps.
 
     Args:
         model: a module that holds ``FusedLoRALinear`` layers.
-        bias: which biases are added: ``"none"``, ``"lora_only"`` (those of the LoRA layers) or ``"all"``.
+        bias: which biases are added: ``"none"``, ``"lora_only"`` (those of the LoRA layers) or ``"all"``. None: as
+            ``LoRAConfig.bias`` or :func:`mark_only_lora_as_trainable` said.
 
     Raises:
         InvalidArgumentError: another ``bias``.
-        LoRAStateError: the model holds no ``FusedLoRALinear``.
+        LoRAStateError: the model holds no ``FusedLoRALinear``, or values that FSDP1 or ZeRO-3 holds are not gathered.
 
     Example:
         >>> from lora_kernels import FusedLoRALinear
@@ -275,16 +287,26 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
         ['0.lora_A', '0.lora_B']
     """
     check_bias(bias)
-    tensors: dict[str, Tensor] = {}
     layers = some_lora_layers(model, "lora_state_dict")
     fsdp.settle(model)
+    adapter = remembered_within(model) or Adapter(LoRAConfig())
+    entire = as_tuple(adapter.config.modules_to_save)
+    found = list(biases(model, adapter.config.bias if bias is None else bias))
+    check_adapters_here("lora_state_dict", layers)
+    storage.check_here("lora_state_dict", ((name, module, ["bias"]) for name, module, _ in found))
+    tensors: dict[str, Tensor] = {}
     for prefix, layer in layers:
-        tensors |= {joined(prefix, name): tensor.detach() for name, tensor in (layer.adapter | layer.initial).items()}
-        if bias == "lora_only" and layer.base_bias is not None:
-            tensors[joined(prefix, "bias")] = layer.base_bias.detach()
-    if bias == "all":
-        tensors |= {name: parameter.detach() for name, parameter in _biases(model)}
-    return tensors
+        own = layer.adapter | layer.initial
+        tensors |= {joined(prefix, name): storage.value(layer, name, tensor) for name, tensor in own.items()}
+    seen: set[Tensor] = set()
+    for prefix, module, parameter in found:
+        if parameter not in seen:
+            tensors[joined(prefix, "bias")] = storage.value(module, "bias", parameter)
+            seen.add(parameter)
+    tensors |= whole_tensors(model, entire, "lora_state_dict")
+    seen |= {parameter for _, module in trained_whole(entire, model) for parameter in module.parameters()}
+    warn_of_left_out(model, seen, "lora_state_dict", stacklevel=2)
+    return {storage.state_name(name): tensor for name, tensor in tensors.items()}
 
 
 def put_layers(model: nn.Module, layers: Mapping[tuple[str, ...], nn.Module]) -> ShareReport:
@@ -353,38 +375,11 @@ def some_lora_layers(model: nn.Module, function: str) -> list[tuple[str, LoRALay
     return layers
 
 
-def check_bias(bias: str) -> None:
-    if bias not in BIAS_CHOICES:
-        raise InvalidArgumentError(f"bias={bias!r} was given: it must be one of {BIAS_CHOICES}.")
-
-
-def train_biases(model: nn.Module, layers: list[LoRALayer], bias: str) -> None:
-    biases = [parameter for _, parameter in _biases(model)] if bias == "all" else []
-    if bias == "lora_only":
-        biases = [layer.base_bias for layer in layers if layer.base_bias is not None]
-    for parameter in biases:
-        _train(parameter)
-
-
-def train_whole(model: nn.Module, config: LoRAConfig) -> None:
-    """Has the modules of ``modules_to_save`` train, with all that is in them."""
-    for _, module in trained_whole(as_tuple(config.modules_to_save), model):
-        for parameter in module.parameters():
-            _train(parameter)
-
-
-def _train(parameter: nn.Parameter) -> None:
-    parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-
-
-def _biases(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Each bias of ``model``, a shared one once, by its first name; of a merged layer the one that was merged into."""
-    seen = set()
-    for prefix, module in model.named_modules():
-        bias = module.base_bias if isinstance(module, LoRALayer) else module._parameters.get("bias")
-        if bias is not None and bias not in seen:
-            seen.add(bias)
-            yield joined(prefix, "bias"), bias
+def check_adapters_here(function: str, layers: list[tuple[str, LoRALayer]]) -> None:
+    """Raises unless the adapters' values are here, or where they can be fetched from."""
+    names = ("lora_A", "lora_B", "lora_bias", "lora_magnitude_vector")
+    own = ((name, layer, [each for each in names if getattr(layer, each) is not None]) for name, layer in layers)
+    storage.check_here(function, own)
 
 
 def _untied_from(model: nn.Module, layer: LoRALayer) -> tuple[str, ...]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from . import storage
 from .errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 
 __all__ = ["lora_plus_groups"]
@@ -29,7 +31,8 @@ def lora_plus_groups(
     .create_loraplus_optimizer``, empty ones left out: lora_A and other matrices that train; adapters of embeddings;
     lora_B and vectors; and those of the latter that do not decay: biases (``bias`` in the name) and what is in an
     ``nn.LayerNorm``. Only parameters that train are in a group; make the groups after ``replace_linear`` or
-    ``get_peft_model``, with ``fuse_peft`` before or after.
+    ``get_peft_model``, with ``fuse_peft`` before or after; with FSDP and ZeRO-3 of the model that is distributed. What
+    is A and what B is told by names, and vectors by what holds them: shards have other shapes.
 
     Args:
         model: a model with LoRA layers, ours or PEFT's; PEFT is not needed.
@@ -44,7 +47,8 @@ def lora_plus_groups(
     Raises:
         InvalidArgumentError: a rate that is not a positive number, a ratio below 1, or a negative decay.
         InvalidTypeError: ``model`` is no module.
-        LoRAStateError: the model has no adapter that trains.
+        LoRAStateError: the model has no adapter that trains, or FSDP1 (``use_orig_params=False``) has one Parameter for
+            A and B, or accelerate has offloaded them.
 
     Example:
         >>> import torch
@@ -59,17 +63,22 @@ def lora_plus_groups(
     embedding: list[nn.Parameter] = []
     fast: list[nn.Parameter] = []
     fast_no_decay: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if _of_embedding(model, name):
-            embedding.append(parameter)
-        elif "lora_B" not in name and parameter.ndim != 1:
-            slow.append(parameter)
-        elif "bias" in name or _in_layer_norm(model, name):
-            fast_no_decay.append(parameter)
-        else:
-            fast.append(parameter)
+    dimensions, modules = storage.dimensions(model), dict(model.named_modules())
+    seen: set[nn.Parameter] = set()
+    for path, module in modules.items():
+        for own, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or parameter in seen:
+                continue
+            seen.add(parameter)
+            name = f"{path}.{own}"
+            if _of_embedding(modules, name):
+                embedding.append(parameter)
+            elif _learns_slowly(module, name, dimensions[parameter]):
+                slow.append(parameter)
+            elif "bias" in name or _in_layer_norm(modules, name):
+                fast_no_decay.append(parameter)
+            else:
+                fast.append(parameter)
     groups = (
         (slow, weight_decay, lr),
         (embedding, weight_decay, embedding_lr),
@@ -92,6 +101,7 @@ def _check(model: nn.Module, lr: float, lr_ratio: float, weight_decay: float, em
         )
     if not _is_finite(weight_decay) or weight_decay < 0:
         raise InvalidArgumentError(f"weight_decay={weight_decay!r} was given: it must be a number of at least 0.")
+    _check_storage(model)
     adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     if not adapters:
         raise LoRAStateError(
@@ -105,14 +115,39 @@ def _check(model: nn.Module, lr: float, lr_ratio: float, weight_decay: float, em
         )
 
 
+def _check_storage(model: nn.Module) -> None:
+    """Raises where the Parameters that an optimizer would get are not those of A and B."""
+    for name, module in model.named_modules():
+        if storage.is_flat(module) and storage.owns(module, "lora_"):
+            raise LoRAStateError(
+                f"lora_plus_groups was called on a model where FullyShardedDataParallel (FSDP1) has one flat parameter "
+                f"for A and B of {name!r}, which learns at one rate. Wrap the model with use_orig_params=True."
+            )
+        if storage.owner(module) == storage.OFFLOADED and ("lora_" in name or storage.owns(module, "lora_")):
+            raise LoRAStateError(
+                f"lora_plus_groups was called on a model where accelerate has offloaded {name!r}, whose parameters "
+                "take no gradients into an optimizer. Make the groups of a model that lies on its device."
+            )
+
+
 def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _of_embedding(model: nn.Module, name: str) -> bool:
+def _learns_slowly(module: nn.Module, name: str, dimensions: int) -> bool:
+    """Whether ``module``'s parameter called ``name`` has lora_A's rate: by what it is, for FSDP1 makes all flat."""
+    parts = name.split(".")
+    if "lora_A" in parts or "lora_B" in parts:
+        return "lora_A" in parts
+    if isinstance(module, (nn.Linear, nn.Embedding)) and not parts[-1].startswith("lora_"):
+        return parts[-1] == "weight"
+    return dimensions != 1 and not isinstance(module, nn.LayerNorm)
+
+
+def _of_embedding(modules: Mapping[str, nn.Module], name: str) -> bool:
     """Whether PEFT's layer around an embedding holds the parameter, itself or in one of its dictionaries."""
     path = name.rsplit(".", 2)[0] if name.count(".") >= 2 else ""
-    layer = model.get_submodule(path) if path else None
+    layer = modules[path] if path else None
     if layer is None or not all(hasattr(layer, own) for own in _EMBEDDING):
         return False
     base = getattr(layer, "base_layer", None)
@@ -121,11 +156,11 @@ def _of_embedding(model: nn.Module, name: str) -> bool:
     return isinstance(base, nn.Embedding)
 
 
-def _in_layer_norm(model: nn.Module, name: str) -> bool:
+def _in_layer_norm(modules: Mapping[str, nn.Module], name: str) -> bool:
     """Whether an ``nn.LayerNorm`` holds the parameter, itself or further down."""
     path = name.rpartition(".")[0]
     while path:
-        if isinstance(model.get_submodule(path), nn.LayerNorm):
+        if isinstance(modules[path], nn.LayerNorm):
             return True
         path = path.rpartition(".")[0]
     return False

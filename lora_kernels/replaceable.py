@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from . import storage
 from .dispatch import COMPUTE_DTYPES
 
 __all__ = ["is_conv1d", "why_not_replaceable"]
@@ -33,6 +34,8 @@ def why_not_replaceable(module: nn.Module) -> str | None:
             f"{kind} is not a plain torch.nn.Linear, and its own behaviour would be lost. Replace it with an nn.Linear "
             "first, or exclude it."
         )
+    if reason := storage.why_not_free(module):
+        return f"{kind} cannot be replaced: {reason}"
     if "forward" in vars(module):
         return (
             f"{kind} has a forward of its own on the instance (accelerate's offloading does that), and it would be "

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("distributed_layers", "distributed_training")
+FILES = ("distributed_layers", "distributed_training", "distributed_fsdp1")
 PATIENCE = 45  # seconds that a collective waits for the other processes
 LIMIT = 300  # seconds for all checks of one world size, on a machine that does other things too
 START = 60  # seconds for the imports
@@ -32,7 +32,9 @@ START = 60  # seconds for the imports
 ONCE = (
     *("check_policies_of_fsdp", "check_live_peft_models", "check_losses_under_ddp"),
     *("check_checkpoints_become_adapters", "check_what_cannot_be_is_a_sentence"),
-    "check_the_former_fsdp_saves_within_its_context",
+    *("check_the_former_fsdp_saves_within_its_context", "check_fsdp1_merges_in_its_context"),
+    *("check_fsdp1_is_refused_outside_its_context", "check_fsdp1_gives_and_takes_adapters_in_its_context"),
+    *("check_fsdp1_trains_like_one_process", "check_fsdp1_has_the_groups_of_the_plain_model"),
 )
 
 Outcomes = dict[tuple[int, str], str]

@@ -15,9 +15,10 @@ from ..config import pattern_value, scaling_of
 from ..errors import InvalidTypeError
 from ..layer import LoRALayer
 from ..matching import Match
-from ..model import put_layers, train_biases, train_whole, training_kept_on_failure
+from ..model import put_layers, training_kept_on_failure
 from ..replacing import build, check_model, decide
 from ..report import LoadReport, ReplacedLayer
+from ..trained import train_biases, train_whole
 from . import files, peft_config
 from .plan import Plan, make_plan
 
@@ -44,7 +45,8 @@ def load_adapter(model: nn.Module, folder: files.PathLike) -> LoadReport:
         InvalidArgumentError: a file is missing, truncated or not of its kind; no LoRA, or a kind that is not computed
             here; tensors or names that do not fit the model.
         InvalidTypeError: a layer that cannot be replaced; a dtype that is not floating.
-        LoRAStateError: a layer is merged, on the meta device, or has an adapter that the file does not have.
+        LoRAStateError: a layer is merged, on the meta device, or has an adapter that the file does not have; or FSDP1,
+            ZeRO-3 or accelerate's offloading would not keep what is loaded.
         MissingExtraError: safetensors is not installed.
         In all cases the model is as it was.
 

@@ -200,7 +200,7 @@ def _common(name: str, values: Mapping[str, Any]) -> Any:
 
 def _which(model: nn.Module, names: list[str], config: LoRAConfig) -> dict[str, Any]:
     """How the layers are named: by the rule that chose them, if it chooses them and no others, else one by one."""
-    every = [plain_name(name) for name, _ in model.named_modules() if name]
+    every = list(dict.fromkeys(plain_name(name) for name, _ in model.named_modules() if name))
     if not is_all_linear(config.target_modules) and [name for name in every if selects(config, name)] == names:
         return {
             "target_modules": _listed(config.target_modules),

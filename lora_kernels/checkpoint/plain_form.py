@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import storage
 from ..config import scaling_of
 from ..errors import LoRAStateError
 from ..layer import LoRALayer
@@ -63,7 +64,9 @@ def plain_form(name: str, layer: LoRALayer) -> PlainForm:
     layer.check_is_lora("save_adapter")
     if not math.isfinite(layer.scaling):
         raise LoRAStateError(f"the scaling of {name!r} is {layer.scaling}, which no file can hold. Set it first.")
-    tensors = {own: parameter.detach() for own, parameter in layer.adapter.items()}
+    held = layer.adapter | layer.initial
+    held = {own: storage.value(layer, own, tensor) for own, tensor in held.items()}
+    tensors = {own: held[own] for own in layer.adapter}
     if computed := [own for own in tensors if own not in NAMES.values()]:
         raise LoRAStateError(
             f"{name}.{computed[0]} is no tensor of PEFT's files: the layer's own is computed from it. Call "
@@ -75,7 +78,7 @@ def plain_form(name: str, layer: LoRALayer) -> PlainForm:
         if s < 0:
             tensors |= {own: -tensors[own] for own in ("lora_B", "lora_bias") if own in tensors}
         return PlainForm(layer.r, abs(s), alpha, layer.use_rslora, tensors)
-    here = {own: whole(f"{name}.{own}", tensor) for own, tensor in (layer.adapter | layer.initial).items()}
+    here = {own: whole(f"{name}.{own}", tensor) for own, tensor in held.items()}
     tensors["lora_A"] = torch.cat([here["lora_A"], here["lora_initial_A"]])
     tensors["lora_B"] = torch.cat([here["lora_B"] * (s / s0), -here["lora_initial_B"]], dim=1)
     return PlainForm(2 * layer.r, s0, None, layer.use_rslora, tensors)
@@ -95,7 +98,6 @@ def whole(name: str, tensor: Tensor) -> Tensor:
         raise LoRAStateError(f"{name} is on the meta device and has no values. Load the model's weights first.")
     if ".lora_" in name and tensor.numel() == 0:
         raise LoRAStateError(
-            f"{name} is empty: a sharding wrapper (FSDP, DeepSpeed ZeRO-3) holds its values. Save within its context "
-            "that gathers the parameters."
+            f"{name} is empty: something else holds its values. Save within its context that gathers the parameters."
         )
     return tensor.contiguous()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .. import storage
 from ..config import ADAPTER_DTYPES, LoRAConfig, as_tuple, pattern_value
 from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 from ..layer import LoRALayer
@@ -73,7 +74,9 @@ def make_plan(model: nn.Module, config: LoRAConfig, tensors: Mapping[str, Tensor
         )
     _check_parts(modules, rest, where)
     _find_modules(plan, model, modules, where)
-    _check_rule(plan, model, where)
+    _check_rule(plan, modules, where)
+    layers = [(name, module) for name, module in plan.modules.items() if isinstance(module, LoRALayer)]
+    storage.check_kept("load_adapter", ((name, layer, list(plan.adapters[name])) for name, layer in layers))
     for name, module in plan.modules.items():
         _check_layer(plan, name, module, where)
     _check_others_adapted(plan, model)
@@ -118,12 +121,14 @@ def _find_modules(plan: Plan, model: nn.Module, modules: Mapping[str, nn.Module]
             )
 
 
-def _check_rule(plan: Plan, model: nn.Module, where: str) -> None:
+def _check_rule(plan: Plan, modules: Mapping[str, nn.Module], where: str) -> None:
     """Raises unless the configuration names the modules that the file has adapters for."""
     if is_all_linear(plan.config.target_modules):
         return  # which head that leaves out is not the file's to say
-    named = {module: plain_name(name) for name, module in model.named_modules() if name}
-    wanted = {module: name for module, name in named.items() if selects(plan.config, name)}
+    named: dict[nn.Module, str] = {}  # of a module and a wrapper around it, which have one name, the module alone
+    for name, module in modules.items():
+        named.setdefault(module, name)
+    wanted = {module: name for module, name in named.items() if name and selects(plan.config, name)}
     adapted = set(plan.modules.values())
     for module, name in wanted.items():
         if module not in adapted:
@@ -214,9 +219,15 @@ def _slot(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str] 
     """The module and the name in it of the Parameter or buffer called ``name``; a LoRA layer's base by PEFT's name."""
     path, _, own = name.rpartition(".")
     module = modules.get(path) or modules.get(path.removesuffix(".base_layer"))
-    if module is None or not isinstance(module._parameters.get(own, module._buffers.get(own)), Tensor):
+    if module is None or not isinstance(_held(module, own), Tensor):
         return None
     return module, own
+
+
+def _held(module: nn.Module, own: str) -> Tensor | None:
+    """``module``'s Parameter or buffer called ``own``; FSDP1 may have a tensor of its own there."""
+    held = module._parameters.get(own, module._buffers.get(own))
+    return vars(module).get(own) if held is None and storage.is_flat(module) else held
 
 
 def _plan_rest(
@@ -239,15 +250,17 @@ def _plan_rest(
                 f"{where} holds {name!r}, and {type(model).__name__} has no such parameter. The adapter is of another "
                 "model, or of a kind that lora_kernels does not compute."
             )
-        _check_value(name, _value(*slot), tensor, where)
         found[name] = (*slot, tensor)
+    storage.check_kept("load_adapter", ((name, module, [own]) for name, (module, own, _) in found.items()))
+    for name, (module, own, tensor) in found.items():
+        _check_value(name, _value(module, own), tensor, where)
     plan.other_names = list(found)
     inside = {part for module in whole.values() for part in module.modules()}
     _plan_tied(plan, model, found, inside)
 
 
 def _value(module: nn.Module, own: str) -> Tensor:
-    value = module._parameters.get(own, module._buffers.get(own))
+    value = _held(module, own)
     assert value is not None
     return value
 
@@ -285,6 +298,7 @@ def _plan_tied(
         values = [saved.get(owner) for owner in owners.get(value, [])]
         alike = all(other is not None and torch.equal(other, tensor) for other in values)
         if module in inside and not alike:
+            storage.check_free("load_adapter", [(name, module)])
             plan.untied.append((module, own, tensor))
             plan.notes.append(f"{name} was tied to another parameter and has a value of its own now.")
         else:

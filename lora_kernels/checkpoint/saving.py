@@ -6,13 +6,15 @@ import warnings
 
 from torch import Tensor, nn
 
+from .. import storage
 from ..adapter import Adapter, remembered_within, unwrapped
 from ..config import LoRAConfig, as_tuple
 from ..errors import InvalidArgumentError, LoRAStateError
 from ..fsdp import settle_for
 from ..layer import LoRALayer
 from ..matching import plain_name, trained_whole
-from ..model import check_bias, some_lora_layers
+from ..model import check_adapters_here, some_lora_layers
+from ..trained import biases, check_bias, warn_of_left_out, whole_tensors
 from . import files, peft_config
 from .collective import once
 from .plain_form import NAMES, PlainForm, plain_form, whole
@@ -50,13 +52,17 @@ def save_adapter(
     files of the folder are left alone.
 
     Where Parameters are sharded (FSDP2, tensor parallelism), every process of their mesh must call this: the tensors
-    are gathered, the first process writes, and the others return, or raise, when it has.
+    are gathered, the first process writes, and the others return, or raise, when it has. FSDP1 and ZeRO-3 have contexts
+    that gather: within them each process that calls this writes.
+
+    A warning names what may have been trained and is not written.
 
     Args:
         model: a module that holds ``FusedLoRALinear`` layers; wrapped ones are looked into.
         folder: where to write; it is made if it is not there.
         bias: which biases are saved too: ``"none"``, ``"lora_only"`` (those of the LoRA layers) or ``"all"``. None: as
-            ``LoRAConfig.bias`` said when the layers of the model, or of parts of it, were replaced.
+            ``LoRAConfig.bias`` said when the layers of the model, or of parts of it, were replaced, or
+            :func:`mark_only_lora_as_trainable` was told.
         modules_to_save: ends of the names of modules that are saved whole. None: as ``LoRAConfig.modules_to_save``.
         task_type: PEFT's name of the task, such as ``"CAUSAL_LM"``, for its ``AutoPeftModel`` classes. None: the one
             that the adapter was loaded with. With a task, PEFT's heads for it are saved whole (``"classifier"``, ...).
@@ -66,8 +72,8 @@ def save_adapter(
         LoRAStateError: the model holds no LoRA layer or is one itself; a parameter is on the meta device; a
             scaling is not finite; an activation stands between A and B, which PEFT does not have (``lora_state_dict``
             holds such an adapter); a module that is saved whole holds a LoRA layer, or shares a weight with one that is
-            not saved; the layers differ where PEFT's file has one value for all; or the files cannot be written: what
-            was there stays.
+            not saved; the layers differ where PEFT's file has one value for all; FSDP1 or ZeRO-3 holds values that are
+            not gathered; or the files cannot be written: what was there stays.
         MissingExtraError: safetensors is not installed.
 
     Example:
@@ -90,10 +96,12 @@ def save_adapter(
     layers = {plain_name(name): module for name, module in inner.named_modules() if isinstance(module, LoRALayer)}
     adapter = remembered_within(inner) or Adapter(LoRAConfig())
     bias, entire, task_type = _settings(adapter, bias, modules_to_save, task_type)
+    check_adapters_here("save_adapter", list(layers.items()))
     forms = {name: plain_form(name, layer) for name, layer in layers.items()}
-    tensors = _adapters(forms) | _biases(inner, layers, bias) | _whole(inner, entire)
+    tensors = _adapters(forms) | _biases(inner, bias) | _whole(inner, entire)
     fields = peft_config.compose(inner, layers, forms, adapter, bias, entire or None, task_type)
     _warn_of_places(inner, layers)
+    _warn_of_left_out(inner, bias, entire)
     gathered = _apart({name: whole(name, tensor) for name, tensor in tensors.items()})
     of_all = [t for layer in layers.values() for t in layer.adapter.values()] + list(tensors.values())
     once(of_all, lambda: files.write_pair(folder, fields, gathered))
@@ -123,19 +131,15 @@ def _adapters(forms: dict[str, PlainForm]) -> dict[str, Tensor]:
     }
 
 
-def _biases(model: nn.Module, layers: dict[str, LoRALayer], bias: str) -> dict[str, Tensor]:
+def _biases(model: nn.Module, bias: str) -> dict[str, Tensor]:
     """Biases of the base model; a LoRA layer's is in PEFT's ``base_layer``."""
-    found = {
-        f"{PREFIX}{name}.base_layer.bias": layer.base_bias
-        for name, layer in layers.items()
-        if bias != "none" and layer.base_bias is not None
-    }
-    if bias == "all":
-        state = model.state_dict()
-        names = {plain_name(name): tensor for name, tensor in state.items() if name.rpartition(".")[2] == "bias"}
-        layers_own = {f"{name}.bias" for name in layers}
-        found |= {f"{PREFIX}{name}": tensor for name, tensor in names.items() if name not in layers_own}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    found = list(biases(model, bias))
+    storage.check_here("save_adapter", ((name, module, ["bias"]) for name, module, _ in found))
+    tensors = {}
+    for name, module, parameter in found:
+        base = ".base_layer" if isinstance(module, LoRALayer) else ""
+        tensors[f"{PREFIX}{plain_name(name)}{base}.bias"] = storage.value(module, "bias", parameter)
+    return tensors
 
 
 def _whole(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
@@ -156,11 +160,14 @@ def _whole(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
                     f"modules_to_save means a module that shares its weight with {name}.{own}, which is not saved and "
                     "has been trained with it. Name that module in modules_to_save too."
                 )
-    return {
-        f"{PREFIX}{plain_name(f'{name}.{key}')}": tensor
-        for name, module in modules
-        for key, tensor in module.state_dict().items()
-    }
+    tensors = whole_tensors(model, names, "save_adapter")
+    return {f"{PREFIX}{plain_name(name)}": tensor for name, tensor in tensors.items()}
+
+
+def _warn_of_left_out(model: nn.Module, bias: str, entire: list[str]) -> None:
+    written = {parameter for _, _, parameter in biases(model, bias)}
+    written |= {parameter for _, module in trained_whole(entire, model) for parameter in module.parameters()}
+    warn_of_left_out(model, written, "save_adapter", stacklevel=3)
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
