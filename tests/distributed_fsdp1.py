@@ -30,7 +30,7 @@ from lora_kernels import (
 from lora_kernels.errors import InvalidTypeError, LoRAStateError
 from lora_kernels.model import lora_layers
 from models import Net, replacing
-from numerics import same_bits
+from numerics import check, same_bits
 
 summon: Callable[..., Any] = FullyShardedDataParallel.summon_full_params
 KINDS: dict[str, dict[str, Any]] = {"bias of the layers": {"bias": "lora_only"}, "DoRA": {"use_dora": True}}
@@ -223,3 +223,31 @@ def seen(model: nn.Module) -> list[Any]:
     names = {p: name.replace("_fsdp_wrapped_module.", "") for name, p in model.named_parameters()}
     groups = lora_plus_groups(model, 1e-3, weight_decay=0.1)
     return [([names[p] for p in group["params"]], group["weight_decay"], group["lr"]) for group in groups]
+
+
+class Attention(nn.Module):
+    """q and k read one x; FSDP1 gathers each by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.q_proj(hidden_states) * self.k_proj(hidden_states)
+
+
+def check_fsdp1_gathers_layers_of_one_input_apart(device: str, folder: Path) -> None:
+    for use_orig_params in (True, False):
+        torch.manual_seed(3)
+        model, x = Attention().to(device), torch.randn(4, 8, device=device)
+        replacing(target_modules=["q_proj", "k_proj"], init_lora_weights=False)(model)
+        assert model.q_proj._shared is not None
+        model.requires_grad_(True)
+        expected = model(x).detach()
+        for name, layer in list(model.named_children()):
+            setattr(model, name, FullyShardedDataParallel(layer, use_orig_params=use_orig_params, device_id=x.device))
+        split = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=x.device)
+        for _ in range(2):
+            y = split(x)
+            y.sum().backward()
+            check("y", y.detach(), expected.double(), expected, torch.float32)
