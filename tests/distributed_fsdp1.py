@@ -144,7 +144,7 @@ def check_fsdp1_is_refused_outside_its_context(device: str, folder: Path) -> Non
 
 def check_fsdp1_gives_and_takes_adapters_in_its_context(device: str, folder: Path) -> None:
     rank = distributed.get_rank()
-    for number, form in enumerate(FORMS):
+    for number, form in enumerate(FORMS[1:3]):
         arguments: dict[str, Any] = {"bias": "all", "modules_to_save": ["embed"]}
         model = adapted(device, **arguments)
         here, there = folder / f"plain-{number}-{rank}", folder / f"flat-{number}-{rank}"

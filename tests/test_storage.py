@@ -124,9 +124,10 @@ def test_the_adapters_alone_may_be_gathered_to_be_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_3_merges_in_its_context_and_back(kind: str) -> None:
     plain, model = adapted(**KINDS[kind]), partition(adapted(**KINDS[kind]))
-    before = outputs(plain)
+    before, parameters = outputs(plain), list(model.parameters())
     with GatheredParameters(model.parameters(), modifier_rank=0):
         merge_lora(model)
+    assert all(one is other and one.numel() == 0 for one, other in zip(model.parameters(), parameters, strict=True))
     merge_lora(plain)
     with GatheredParameters(model.parameters()):
         assert same_bits(outputs(model), outputs(plain))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear, dispatch_default
 from torch import Tensor, nn
 
-from .. import dora
+from .. import dora, storage
 from ..branches import Branch, apply_branches
 from ..dispatch import Problem
 from ..functional import apply
@@ -224,6 +224,8 @@ def why_not_fusable(module: Any) -> str | None:
         return f"it is a {kind.__module__.rpartition('.')[2]}.{kind.__name__}; only lora.Linear itself is fused"
     if "forward" in vars(module):
         return "it has a forward of its own on the instance (accelerate's offloading and X-LoRA do that)"
+    if (holder := storage.owner(module.base_layer)) in (storage.FSDP1, storage.ZERO3):
+        return f"{holder} holds the values of its base weight; call fuse_peft before the model is distributed"
     return why_base(module.base_layer)
 
 
