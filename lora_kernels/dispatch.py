@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import env
+from . import env, telling
 from .errors import BackendUnavailableError, InvalidArgumentError, InvalidTypeError
 
 __all__ = ["ORDER", "Backend", "Explanation", "Problem", "backend", "explain", "select", "use_backend"]
@@ -85,8 +85,8 @@ class Backend(Protocol):
         """Draws, from torch's generator of x's device, what regenerates the (M, K) mask of x: see ``ops.py``."""
 
 
-def backend(name: str) -> Backend:
-    """The backend called ``name``.
+def backend(name: str, source: str = "") -> Backend:
+    """The backend called ``name``, which ``source`` has named.
 
     Raises:
         InvalidArgumentError: there is no backend of that name.
@@ -94,9 +94,10 @@ def backend(name: str) -> Backend:
     found = _loaded.get(name)
     if found is None:
         if name not in ORDER:
+            named = source and f", named by {source},"
             raise InvalidArgumentError(
-                f"backend {name!r} is not known: the backends are {', '.join(map(repr, ORDER))}. Name one of them, "
-                "or leave the choice automatic with backend=None."
+                f"backend {name!r}{named} is not known: the backends are {', '.join(map(repr, ORDER))}. Name one of "
+                "them, or leave the choice automatic with backend=None."
             )
         found = _loaded[name] = import_module(f"{__package__}.backends.{name}").BACKEND
     return found
@@ -146,7 +147,8 @@ _choices: dict[tuple[str, torch.dtype, str | None], str] = {}
 def select(device_type: str, dtype: torch.dtype, argument: str | None = None) -> str:
     """The name of the backend that runs such a problem; the answer is remembered per device type, dtype and request.
 
-    An automatic choice that turns out not to run (a library does not compile) warns once and goes on to the next. Under
+    An automatic choice that turns out not to run (a library does not compile) warns once and goes on to the next. So
+    does one that comes to ``eager`` because no library can be compiled, or a variable has an unknown word. Under
     a ``FakeTensorMode`` of the caller's, outside of any compiler, the backend is asked for shapes only.
 
     Raises:
@@ -177,7 +179,22 @@ def _register(problem: Problem, argument: str | None) -> str:
                 raise _unavailable(choice, problem, argument, [str(error)]) from error
             warnings.warn(f"backend {choice!r} is passed over: {error}", RuntimeWarning, stacklevel=2)
         else:
+            _tell_of_loss(choice, problem, argument)
             return choice
+
+
+def _tell_of_loss(choice: str, problem: Problem, argument: str | None) -> None:
+    """Warns once where ``eager`` was chosen for want of a native library, and no one said that this is meant."""
+    if choice != "eager" or requested(argument)[0] is not None:
+        return
+    lost: Callable[[Problem], list[str]] | None = getattr(backend("native"), "lost", None)
+    if lost is not None and (reasons := " ".join(lost(problem))):
+        telling.once(
+            reasons,
+            f"backend 'eager' runs, which is slower, for 'native' cannot: {reasons} Where this is meant, "
+            f"{env.BACKEND_VARIABLE}=eager says so.",
+            stacklevel=4,
+        )
 
 
 def _only_shapes_matter() -> bool:
@@ -191,10 +208,10 @@ def _choose(problem: Problem, argument: str | None) -> str:
             f"dtype {problem.dtype} was given: LoRA runs in torch.float16, torch.bfloat16, torch.float32 or "
             "torch.float64. Convert the tensors to one of them."
         )
-    name, _ = requested(argument)
+    name, source = requested(argument)
     if name is None:
         return next(n for n in ORDER if not _automatic_reasons(backend(n), problem))
-    if reasons := backend(name).why_not(problem):
+    if reasons := backend(name, source).why_not(problem):
         raise _unavailable(name, problem, argument, reasons)
     return name
 

@@ -13,6 +13,7 @@ __all__ = [
     "backend_from_environment",
     "cache_folder",
     "triton_interpreter_requested",
+    "unknown_choice",
 ]
 
 BACKEND_VARIABLE = "LORA_KERNELS_BACKEND"
@@ -30,6 +31,14 @@ CPU_CHOICES = {
 def backend_from_environment() -> str | None:
     """The backend named by ``LORA_KERNELS_BACKEND``, or None where it is unset or empty."""
     return os.environ.get(BACKEND_VARIABLE) or None
+
+
+def unknown_choice() -> str | None:
+    """A sentence on the first variable of ``CPU_CHOICES`` that has a word which the CPU library does not know."""
+    for variable, known in CPU_CHOICES.items():
+        if (named := os.environ.get(variable)) and named not in known:
+            return f"{variable}={named} was given: it must be one of {', '.join(known)}. Set one of them, or unset it."
+    return None
 
 
 def cache_folder() -> Path | None:

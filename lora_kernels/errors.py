@@ -1,4 +1,7 @@
-"""The one exception family of the package. Every message is a sentence: what was given, what is allowed, what to do."""
+"""The one exception family of the package, and its warning.
+
+Every message is a sentence: what was given, what is allowed, what to do.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ __all__ = [
     "InvalidArgumentError",
     "InvalidTypeError",
     "LoRAKernelsError",
+    "LoRAKernelsWarning",
     "LoRAStateError",
     "MissingExtraError",
     "UnsupportedTransformError",
@@ -39,3 +43,7 @@ class MissingExtraError(LoRAKernelsError, ImportError):
 
 class UnsupportedTransformError(LoRAKernelsError, RuntimeError):
     """A function transform (``torch.func``, ``vmap``, a double backward) that has no correct answer here."""
+
+
+class LoRAKernelsWarning(UserWarning):
+    """What runs, but hardly as it was meant: an adapter is dropped or does not train, a setting has no effect."""

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_kernels import dispatch, explain, use_backend
+from lora_kernels import dispatch, explain, telling, use_backend
 from lora_kernels.backends.native import build, cache, load
 from lora_kernels.dispatch import Problem
-from lora_kernels.errors import BackendUnavailableError
+from lora_kernels.errors import BackendUnavailableError, LoRAKernelsWarning
 from stand_in import OtherProcess, StandIn
 
 CPU = Problem("cpu", torch.float32, 8, 8, 2)
@@ -86,7 +86,9 @@ def test_without_a_compiler_there_is_a_sentence_and_eager_runs(
     monkeypatch.setattr(dispatch, "_choices", {})
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
-    assert dispatch.select("cpu", torch.float32) == "eager"
+    monkeypatch.setattr(telling, "_told", set())
+    with pytest.warns(LoRAKernelsWarning, match="'eager' runs"):
+        assert dispatch.select("cpu", torch.float32) == "eager"
     assert "No C++ compiler was found" in explain(CPU).reasons["native"][0]
     with pytest.raises(BackendUnavailableError, match=r"'native', named by the argument.*No C\+\+ compiler"):
         dispatch.select("cpu", torch.float32, "native")

@@ -6,6 +6,8 @@ compiles and loads nothing; ``register`` does.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,14 @@ class NativeBackend:
         if problem.device_type == "meta":
             return ["On the meta device there are shapes only, and any backend gives the same."]
         return []
+
+    def lost(self, problem: Problem) -> list[str]:
+        """What is told once where ``eager`` runs in this backend's place, and nobody chose that."""
+        kind = problem.device_type
+        no_gpu = kind == "cuda" and (problem.dtype is torch.float64 or bool(_why_not_device()))
+        if kind not in ("cpu", "cuda") or sys.platform == "win32" or no_gpu:
+            return []
+        return [reason[0].upper() + reason[1:] for reason in load.lost(kind)]
 
     def describe(self, problem: Problem) -> str:
         if problem.device_type == "meta":

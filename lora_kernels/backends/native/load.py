@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ...env import BUILD_VARIABLE, CPU_CHOICES
+from ...env import BUILD_VARIABLE, unknown_choice
 from ...errors import BackendUnavailableError
 from . import cache
 from .build import (
@@ -32,7 +32,7 @@ from .build import (
 )
 from .toolchain import BuildError, platform_tag
 
-__all__ = ["Library", "compile_into_cache", "load", "loaded", "status", "why_not"]
+__all__ = ["Library", "compile_into_cache", "load", "loaded", "lost", "status", "why_not"]
 
 _INSTALLED = Path(__file__).resolve().parents[2] / "lib"
 
@@ -103,6 +103,16 @@ def why_not(kind: str) -> list[str]:
     return [] if search.library else search.obstacles
 
 
+def lost(kind: str) -> list[str]:
+    """Why there is no library, for what a user may not know of: none of it is his choice, nor was he told of it."""
+    if kind in _loaded or kind in _failed:
+        return []
+    if kind == "cpu" and (unknown := unknown_choice()) is not None:
+        return [unknown]
+    search = _search(kind)
+    return [] if search.library or search.forbidden else search.obstacles
+
+
 def status(kind: str) -> dict[str, Any]:
     """What ``info`` tells of one library: its state, path and build; or what would be done, or why nothing can be."""
     search = _search(kind)
@@ -151,6 +161,7 @@ class _Search:
     recipe: Recipe | None
     passed_over: list[str]
     obstacles: list[str]
+    forbidden: bool = False  # by LORA_KERNELS_BUILD
 
 
 class _Unsound(Exception):
@@ -161,12 +172,14 @@ def _search(kind: str) -> _Search:
     passed_over: list[str] = []
     obstacles: list[str] = []
     plan: Recipe | None = None
+    forbidden = False
     try:
         plan = recipe(kind)
     except BuildError as error:
         obstacles.append(str(error))
     try:
-        if plan is not None and kind not in requested_kinds("all"):
+        forbidden = kind not in requested_kinds("all")
+        if plan is not None and forbidden:
             obstacles.append(
                 f"the native {kind} library is not compiled, and {BUILD_VARIABLE}={os.environ[BUILD_VARIABLE]} forbids "
                 f"to do it at the first use: unset that, or run `lora-kernels build {kind}`."
@@ -180,7 +193,7 @@ def _search(kind: str) -> _Search:
             return _Search(_checked(folder, kind, origin), plan, passed_over, obstacles)
         except _Unsound as unsound:
             passed_over.append(f"{folder} is passed over: {unsound}.")
-    return _Search(None, plan, passed_over, obstacles)
+    return _Search(None, plan, passed_over, obstacles, forbidden)
 
 
 def _candidates(kind: str, plan: Recipe | None) -> Iterator[tuple[Path, str]]:
@@ -251,10 +264,7 @@ def _blocked(kind: str) -> str | None:
             "torch.version.cuda is None: this is a CPU build of torch, and the native CUDA library needs libtorch_cuda "
             "to load. Install a CUDA build of torch, or move the tensors to the CPU."
         )
-    for variable, known in CPU_CHOICES.items() if kind == "cpu" else ():
-        if (named := os.environ.get(variable)) and named not in known:
-            return f"{variable}={named} was given: it must be one of {', '.join(known)}. Set one of them, or unset it."
-    return None
+    return unknown_choice() if kind == "cpu" else None
 
 
 def _load(kind: str) -> Library:
