@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
@@ -12,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import dora, fsdp, initialisation, residual, sharded, storage
+from . import assigning, dora, fsdp, initialisation, merging, residual, sharded, storage, telling
 from .branches import Branch
 from .config import scaling_of
 from .dispatch import Problem
@@ -50,9 +51,10 @@ class LoRALayer(nn.Module):
     lora_magnitude_vector: nn.Parameter | None
     lora_initial_A: Tensor | None
     lora_initial_B: Tensor | None
+    _left_off: bool = False  # switched off by a call, not for the block of a ``with``
     activation: str = "identity"  # of the class too: layers pickled before there were others have none of their own
     _initial_scaling: float | None  # that with which a part of the weight was taken, if one was; see residual.py
-    _base: nn.Module | None  # what merging has replaced, the original weight and maybe bias; no registered module
+    _base: merging.Base | None  # the base's weight, and bias where that is merged too, while merged; see merging.py
     _shared: tuple[SharedInput, int] | None = None  # the pass in common with layers that read the same x; and the place
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -83,6 +85,7 @@ class LoRALayer(nn.Module):
         self.scaling, self.activation = scaling_of(r, lora_alpha, use_rslora), activation
         self._lora_enabled = True
         object.__setattr__(self, "_base", None)
+        assigning.watch()
         weight = self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -156,8 +159,13 @@ class LoRALayer(nn.Module):
     @property
     def base_weight(self) -> nn.Parameter:
         """The frozen weight that the adapter acts beside, as it is stored, merged or not; with PiSSA, the residual."""
-        base: nn.Parameter = self.weight if self._base is None else self._base.weight  # type: ignore[assignment]
-        return base
+        base = self._base
+        if base is None:
+            return self.weight
+        kept: Any = base._parameters["weight"]
+        now: Any = kept if base.in_place else self._parameters.get("weight", kept)
+        weight: nn.Parameter = now
+        return weight
 
     @property
     def plain_weight(self) -> nn.Parameter:
@@ -167,8 +175,8 @@ class LoRALayer(nn.Module):
     @property
     def base_bias(self) -> nn.Parameter | None:
         """The original bias (N,) or None, merged or not."""
-        aside = {} if self._base is None else self._base._parameters
-        return aside.get("bias", self.bias)
+        base, bias = self._base, self._parameters.get("bias", self.bias)
+        return bias if base is None or not base.in_place else base._parameters.get("bias", bias)
 
     @property
     def adapter(self) -> dict[str, nn.Parameter]:
@@ -188,9 +196,11 @@ class LoRALayer(nn.Module):
         """Puts W + s B A (DoRA: its rows rescaled), computed in fp32 and rounded once, in the place of ``weight``.
 
         With ``lora_bias``, bias + s b_B in the place of ``bias`` as well; a layer without one then has one while it is
-        merged. The original Parameters are kept aside, so :meth:`unmerge` is exact and modules tied to them see
-        nothing; the cost is one more weight in memory. While merged the layer is its base product alone and dropout
-        does not act; ``state_dict()`` still gives the base weight and the adapters.
+        merged. The original Parameters are kept, so :meth:`unmerge` is exact and modules tied to them see nothing; the
+        cost is one more weight in memory. While merged the layer is its base product alone and dropout does not act;
+        ``state_dict()`` and ``named_parameters()`` still give the base weight and the adapters. What the merged values
+        were computed from cannot be assigned to until :meth:`unmerge`; assigning the very same Parameter, as
+        transformers' ``tie_weights`` does, changes nothing.
 
         Raises:
             LoRAStateError: merged already, on the meta device, with an activation between A and B, managed by
@@ -222,15 +232,18 @@ class LoRALayer(nn.Module):
         _check_finite("weight", weight, self.weight)
         if bias is not None:
             _check_finite("bias", bias, self.bias)
-        aside = nn.Module()
-        aside.register_parameter("weight", storage.at_rest(self, "weight"))
-        if bias is not self.bias:
-            aside.register_parameter("bias", storage.at_rest(self, "bias"))
-        if fsdp.in_place(self):
-            fsdp.merge_in_place(self, aside, weight, bias)
+        names = ("weight",) if bias is self.bias else ("weight", "bias")
+        offloaded = storage.owner(self) == storage.OFFLOADED
+        base = merging.Base(self, names, in_place=offloaded or fsdp.in_place(self))
+        if offloaded:  # accelerate's map takes the merged Parameters in the place of these
+            merging.exchange(self, nn.Parameter(weight, requires_grad=False), bias)
+        elif base.in_place:
+            fsdp.merge_in_place(self, base, weight, bias)
         else:
-            self.weight, self.bias = nn.Parameter(weight, requires_grad=False), bias
-        object.__setattr__(self, "_base", aside)
+            merging.beside(self, base, {"weight": weight, "bias": bias})
+        object.__setattr__(self, "_base", base)
+        merging.show(self)
+        telling.forget(merging.TRAINING)
 
     def check_is_lora(self, function: str) -> None:
         """Raises ``LoRAStateError`` where an activation stands between A and B: ``function`` needs ``W + s B A``."""
@@ -252,14 +265,14 @@ class LoRALayer(nn.Module):
         merged = dora.merged(base, self.lora_A, self.lora_B, self.scaling, magnitude, norms)
         return self.matrix(merged).contiguous()
 
-    def _merged_bias(self) -> nn.Parameter | None:
-        """The bias itself, or with ``lora_bias`` a frozen one with s b_B added in fp32."""
+    def _merged_bias(self) -> Tensor | None:
+        """The bias itself, or with ``lora_bias`` one with s b_B added in fp32."""
         bias: nn.Parameter | None = self.bias
         if self.lora_bias is None:
             return bias
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         offset = self._offset(None if bias is None else bias.to(wide), self.lora_bias.to(wide))
-        return nn.Parameter(offset.to(self.weight.dtype if bias is None else bias.dtype), requires_grad=False)
+        return offset.to(self.weight.dtype if bias is None else bias.dtype)
 
     def unmerge(self) -> None:
         """Puts the original weight and bias back, exactly.
@@ -276,12 +289,14 @@ class LoRALayer(nn.Module):
         if self._base is None:
             raise LoRAStateError("unmerge was called on a layer that is not merged. Call merge() first.")
         with storage.onloaded(self):
-            weight, bias = self.base_weight, self.base_bias
+            weight, bias, in_place = self.base_weight, self.base_bias, self._base.in_place
             object.__setattr__(self, "_base", None)
-            if fsdp.in_place(self):
-                fsdp.unmerge_in_place(self, weight, bias)
+            if not in_place:
+                merging.take_away(self)
+            elif storage.owner(self) == storage.OFFLOADED:
+                merging.exchange(self, weight, bias)
             else:
-                self.weight, self.bias = weight, bias
+                fsdp.unmerge_in_place(self, weight, bias)
 
     def enable_lora(self: Layer, enabled: bool = True) -> _RestoreEnabled[Layer]:
         """Switches the adapter on or off (then: base output only, merged or not). In a ``with``, for its block only.
@@ -294,8 +309,9 @@ class LoRALayer(nn.Module):
             >>> with layer.enable_lora(False):
             ...     base = layer(torch.ones(4))
         """
-        restore = _RestoreEnabled(self, self._lora_enabled)
-        self._lora_enabled = enabled
+        restore = _RestoreEnabled(self, self._lora_enabled, self._left_off)
+        self._lora_enabled, self._left_off = enabled, not enabled
+        telling.forget(merging.TRAINING)
         return restore
 
     def shared_branch(self, x: Tensor) -> tuple[Branch, float] | None:
@@ -336,21 +352,51 @@ class LoRALayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.pop("_shared", None)  # who holds the layers that run together copies them, and joins them again
+        if self.merged:
+            for name in merging.BUFFERS:
+                state.pop(name, None)
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        merging.show(self)
+        assigning.watch()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in assigning.WATCHED and "lora_B" in self.__dict__.get("_parameters", ()):
+            assigning.assign(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name.endswith("_orig"):  # pruning begins with that
+            assigning.check_removable(self, name.removesuffix("_orig"))
+        super().register_parameter(name, param)
+
+    def requires_grad_(self: Layer, requires_grad: bool = True) -> Layer:
+        """As of any module; but transformers, having resized an output layer, means what an ``nn.Linear`` has."""
+        if sys._getframe(1).f_code.co_name != "_resize_token_embeddings":
+            return super().requires_grad_(requires_grad)
+        for parameter in (self.base_weight, self.base_bias):
+            if parameter is not None:
+                parameter.requires_grad_(requires_grad)
+        return self
+
+    def __delattr__(self, name: str) -> None:
+        assigning.check_removable(self, name)
+        super().__delattr__(name)
 
     def _apply(self: Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
         super()._apply(fn, recurse)
-        if self._base is not None:
+        if self._base is not None and self._base.in_place:
             self._base._apply(fn)
+        merging.show(self)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._base is not None:
+        if self._base is not None and self._base.in_place:
             self._base._save_to_state_dict(destination, prefix, keep_vars)
-            for name, aside in self._base._parameters.items():
-                if aside is None:
-                    destination.pop(prefix + name, None)  # a bias that is there only while merged
 
     def check_rank(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
         """Raises ``InvalidArgumentError`` if the adapter under ``prefix`` in ``state_dict`` has another rank."""
@@ -367,7 +413,8 @@ class LoRALayer(nn.Module):
             storage.check_merging("load_state_dict", [(prefix.rstrip("."), self)])
             self._unmerge()
         plain = residual.before_loading(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        with assigning.allowed(self):
+            super()._load_from_state_dict(state_dict, prefix, *args)
         residual.after_loading(self, state_dict, prefix, plain)
         if prefix + "weight" in state_dict and prefix + "lora_magnitude_vector" not in state_dict:
             self._reset_magnitude()
@@ -412,11 +459,12 @@ def _check_finite(name: str, merged: Tensor, base: Tensor | None) -> None:
 class _RestoreEnabled(Generic[Layer]):
     """What ``enable_lora`` returns: leaving its ``with`` block puts the former state back."""
 
-    def __init__(self, layer: Layer, former: bool) -> None:
-        self._layer, self._former = layer, former
+    def __init__(self, layer: Layer, enabled: bool, left_off: bool) -> None:
+        self._layer, self._former = layer, (enabled, left_off)
 
     def __enter__(self) -> Layer:
+        self._layer._left_off = False
         return self._layer
 
     def __exit__(self, *exception: object) -> None:
-        self._layer._lora_enabled = self._former
+        self._layer._lora_enabled, self._layer._left_off = self._former

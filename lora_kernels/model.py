@@ -5,6 +5,7 @@ Each function does all of its work or none: where it raises, the model is as it 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 
 from . import fsdp, storage
 from .adapter import Adapter, forget, remember, remember_bias, remembered_within
+from .assigning import has_moved
 from .config import LoRAConfig, as_tuple
-from .errors import InvalidTypeError, LoRAKernelsError, LoRAStateError
+from .errors import InvalidTypeError, LoRAKernelsError, LoRAKernelsWarning, LoRAStateError
 from .grouping import share_found, unshare_inputs
 from .layer import LoRALayer
 from .matching import find_matches, trained_whole
+from .pretrained import tell_of_saving
 from .replacing import build, check_model, decide, joined, listed, make_report, nothing_to_replace
 from .report import ReplaceReport, RestoredLayer, RestoreReport, ShareReport
 from .trained import biases, check_bias, train_biases, train_whole, warn_of_left_out, whole_tensors
@@ -208,10 +211,10 @@ def unmerge_lora(model: nn.Module) -> None:
 def restore_linear(model: nn.Module) -> RestoreReport:
     """Replaces, in place, every ``FusedLoRALinear`` by a plain ``nn.Linear`` with the layer's current weight.
 
-    That is the merged weight of a merged layer, and the base weight of another: its adapter is dropped, so call
-    :func:`merge_lora` or save :func:`lora_state_dict` first. What PiSSA or OLoRA took of the base weight is put back,
-    to within rounding. Weights and biases keep their ``requires_grad``: they stay
-    frozen, as :func:`replace_linear` left them. Forward hooks, also later ones, are kept.
+    That is the merged weight of a merged layer, and the base weight of another: its adapter is dropped, with a warning
+    if it adds anything, so call :func:`merge_lora` or save :func:`lora_state_dict` first. What PiSSA or OLoRA took of
+    the base weight is put back, to within rounding. Weights and biases keep their ``requires_grad``: they stay frozen,
+    as :func:`replace_linear` left them. Forward hooks, also later ones, are kept.
 
     Returns:
         A report to print: of which layers the adapter was kept or dropped, and which merged weights are tied no longer.
@@ -242,6 +245,13 @@ def restore_linear(model: nn.Module) -> RestoreReport:
             "with the layers that are replaced. Save the adapter, and merge or restore the plain model."
         )
     storage.check_free("restore_linear", layers)
+    if dropped := [name for name, layer in layers if not layer.merged and has_moved(layer)]:
+        warnings.warn(
+            f"restore_linear drops the adapters of {listed(dropped)}, which add to the base weights that remain. Call "
+            "merge_lora(model) first to keep what they do, or save_adapter(model, folder) to keep them.",
+            LoRAKernelsWarning,
+            stacklevel=2,
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     places: dict[LoRALayer, list[str]] = {layer: [] for _, layer in layers}
     for name, module in modules.items():
@@ -257,6 +267,7 @@ def restore_linear(model: nn.Module) -> RestoreReport:
         _remove_hook(linear._forward_pre_hooks, _keep_off_the_fast_path)
         _put(modules, tuple(places[layer]), linear)
     _remove_hook(model._load_state_dict_pre_hooks, _check_ranks)
+    _remove_hook(model._state_dict_pre_hooks, tell_of_saving)
     forget(model)
     return RestoreReport(restored)
 
@@ -317,6 +328,8 @@ def put_layers(model: nn.Module, layers: Mapping[tuple[str, ...], nn.Module]) ->
     hooks = model._load_state_dict_pre_hooks.values()
     if not any(getattr(hook, "hook", None) is _check_ranks for hook in hooks):
         model.register_load_state_dict_pre_hook(_check_ranks)
+    if tell_of_saving not in model._state_dict_pre_hooks.values():
+        model.register_state_dict_pre_hook(tell_of_saving)
     return share_found(model)
 
 

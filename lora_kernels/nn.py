@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import dora, fsdp, sharded
+from . import dora, merging, sharded
 from .branches import Branch, apply_branches
 from .config import check_hyperparameters, check_layer_activation, check_lora_bias
 from .dispatch import COMPUTE_DTYPES
@@ -156,7 +156,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """y (..., N) in ``input``'s dtype (autocast's under autocast) for ``input`` (..., K); see the class."""
         if self._base is not None or not self._lora_enabled:
-            return F.linear(input, *_acting(self))
+            return F.linear(input, *merging.acting(self))
         if (
             self._shared is not None
             and self.training
@@ -221,7 +221,7 @@ class FusedLoRAConv1D(LoRALayer):
     def forward(self, x: Tensor) -> Tensor:
         """y (..., N) for x (..., K)."""
         if self._base is not None or not self._lora_enabled:
-            weight, offset = _acting(self)
+            weight, offset = merging.acting(self)
             return torch.addmm(offset, x.reshape(-1, self.nx), weight).view(*x.shape[:-1], self.nf)
         if self._shared is not None and self.training and (y := self._shared[0].take(self._shared[1], x)) is not None:
             return y
@@ -280,13 +280,6 @@ def around(
     layer._add_adapter(*of_layer, activation, draw)
     hand_over(module, layer)
     return layer
-
-
-def _acting(layer: LoRALayer) -> tuple[Any, Any]:
-    """Weight and bias of a layer that is merged or switched off."""
-    if layer._lora_enabled or not layer.merged:
-        return layer.weight, layer.bias
-    return fsdp.kept_aside(layer.base_weight, layer.weight), fsdp.kept_aside(layer.base_bias, layer.bias)
 
 
 def _forward_dora(layer: LoRALayer, x: Tensor, p: float) -> Tensor:

@@ -66,7 +66,7 @@ def start(layer: LoRALayer) -> None:
     layer.lora_A.copy_(a)
     layer.lora_B.copy_(b)
     _set_initial(layer, layer.lora_A, layer.lora_B)
-    layer.weight = _moved(layer, weight, -layer.scaling)
+    layer.register_parameter("weight", _moved(layer, weight, -layer.scaling))
     layer._initial_scaling = layer.scaling
 
 
@@ -96,7 +96,8 @@ def after_loading(layer: LoRALayer, state_dict: Mapping[str, Any], prefix: str, 
     weight, initial, adapter = (prefix + name in state_dict for name in ("weight", NAMES[0], "lora_A"))
     if plain is not None:
         scaling = layer._initial_scaling or layer.scaling
-        layer.weight, layer._initial_scaling = _moved(layer, plain, -scaling), scaling
+        layer.register_parameter("weight", _moved(layer, plain, -scaling))
+        layer._initial_scaling = scaling
     elif weight and not initial and not adapter:
         layer._initial_scaling = None
         layer.reset_lora_parameters()

@@ -12,14 +12,14 @@ from torch import nn
 
 import lora_kernels
 from lora_kernels import FusedLoRALinear, LoRAConfig, replace_linear, restore_linear, use_backend
-from lora_kernels.errors import InvalidArgumentError, LoRAStateError
+from lora_kernels.errors import InvalidArgumentError, LoRAKernelsWarning, LoRAStateError
 from lora_kernels.model import lora_layers
 from models import TOKENS, UP, Net, Snapshot, kinds, refused
 from numerics import same_bits
 
 
 def test_merging_gives_each_layer_its_own_merge_and_unmerging_is_exact() -> None:
-    model = Net()
+    model = Net().eval()
     replace_linear(model, LoRAConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     expected = copy.deepcopy(model)
     for _, layer in lora_layers(expected):
@@ -77,7 +77,8 @@ def test_restoring_drops_what_is_not_merged() -> None:
     model = Net()
     plain, before = Snapshot(model), model(TOKENS)
     replace_linear(model, UP)
-    report = restore_linear(model)
+    with pytest.warns(LoRAKernelsWarning, match="drops the adapters"):
+        report = restore_linear(model)
     assert report.dropped == ("blocks.0.up", "blocks.1.up")
     assert report.kept == ()
     assert "base weight; adapter dropped" in str(report)
@@ -93,7 +94,8 @@ def test_restoring_keeps_what_is_merged() -> None:
     replace_linear(model, UP)
     model.blocks[0]["up"].merge()
     before = model.blocks[0]["up"](torch.ones(8))
-    report = restore_linear(model)
+    with pytest.warns(LoRAKernelsWarning, match="drops the adapters"):
+        report = restore_linear(model)
     assert (report.kept, report.dropped) == (("blocks.0.up",), ("blocks.1.up",))
     assert torch.equal(model.blocks[0]["up"](torch.ones(8)), before)
     assert not model.blocks[0]["up"].training
@@ -107,7 +109,7 @@ def test_restoring_a_layer_itself_is_refused() -> None:
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_the_adapters_state_is_loaded_back(use_dora: bool) -> None:
     config = LoRAConfig(r=2, target_modules=["up"], init_lora_weights=False, use_dora=use_dora)
-    model = Net()
+    model = Net().eval()
     other = copy.deepcopy(model)
     replace_linear(model, config)
     replace_linear(other, config)
@@ -135,7 +137,7 @@ def test_the_adapters_state_with_biases() -> None:
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_plain_models_state_dict_loads(merged: bool) -> None:
-    plain, model = Net(), Net()
+    plain, model = Net().eval(), Net().eval()
     replace_linear(model, LoRAConfig(r=2, target_modules=["up"]))
     if merged:
         lora_kernels.merge_lora(model)

@@ -213,7 +213,7 @@ def test_from_linear_refuses_what_is_no_plain_linear() -> None:
 
 
 def test_to_linear_leaves_the_current_weight() -> None:
-    layer, x = acting(), torch.randn(4, 8)
+    layer, x = acting().eval(), torch.randn(4, 8)
     assert layer.to_linear().weight is layer.base_weight
     layer.merge()
     assert torch.equal(layer.to_linear()(x), layer(x))

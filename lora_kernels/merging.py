@@ -1,0 +1,134 @@
+"""Where a merged layer keeps what: the base Parameters stay registered, and the merged values act in their place.
+
+``state_dict()``, ``named_parameters()``, an optimizer and a module that is tied to the weight see the base, merged or
+not. The merged values are buffers that no state dict has, ``merged_weight`` and ``merged_bias``, so that they move,
+compile and are exported with the layer. Parameters around their memory stand in the layer's ``__dict__``, where
+``layer.weight`` finds them before the registered ones.
+
+FSDP, ZeRO-3 and accelerate exchange registered Parameters around each forward. What they manage holds the merged values
+in them, and copies of the base's stand aside.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import fsdp, storage, telling
+from .errors import LoRAStateError
+from .sharded import is_sharded
+
+if TYPE_CHECKING:
+    from .layer import LoRALayer
+
+__all__ = ["BUFFERS", "Base", "acting", "beside", "exchange", "show", "take_away"]
+
+BUFFERS = {"weight": "merged_weight", "bias": "merged_bias"}
+TRAINING = "training"  # the key of what is told of training that cannot be; merging and switching off ask for it anew
+_OUTSIDE = ("_is_fsdp_managed_module", "_hf_hook")  # FSDP's and accelerate's marks: they exchange Parameters themselves
+
+
+class Base(nn.Module):
+    """The base Parameters of a merged layer, in no registered module: the layer's own, or if ``in_place`` copies."""
+
+    def __init__(self, layer: LoRALayer, names: tuple[str, ...], in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        for name in names:
+            self.register_parameter(name, storage.at_rest(layer, name))
+
+
+def exchange(layer: LoRALayer, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    """Registers others in the place of weight and bias, which ``storage.onloaded`` then keeps."""
+    layer._parameters.update(weight=weight, bias=bias)
+
+
+def beside(layer: LoRALayer, base: Base, merged: dict[str, Any]) -> None:
+    """Puts the merged values of what ``base`` holds beside it."""
+    others = dict(layer._buffers)
+    layer._buffers.clear()  # torch.export counts the places of buffers that are None, so these come first
+    for name in base._parameters:
+        layer.register_buffer(BUFFERS[name], merged[name], persistent=False)
+    layer._buffers.update(others)
+
+
+def show(layer: LoRALayer) -> None:
+    """Has ``layer.weight``, and ``layer.bias`` where it is merged, read what acts; after each change of either."""
+    base = layer._base
+    if base is None or base.in_place:
+        return
+    for name, buffer in BUFFERS.items():
+        value = layer._buffers.get(buffer)
+        if value is not None:
+            layer.__dict__[name] = nn.Parameter(value, requires_grad=False)
+            base.register_parameter(name, layer._parameters.get(name))
+
+
+def take_away(layer: LoRALayer) -> None:
+    """Undoes :func:`beside`."""
+    for name, buffer in BUFFERS.items():
+        layer.__dict__.pop(name, None)
+        layer._buffers.pop(buffer, None)
+        layer._non_persistent_buffers_set.discard(buffer)
+
+
+def acting(layer: LoRALayer) -> tuple[Any, Any]:
+    """Weight and bias of a layer that is merged or switched off.
+
+    Raises:
+        LoRAStateError: the layer is merged, and its base or its merged weight was exchanged behind its back.
+    """
+    base = layer._base
+    if layer.training and layer.lora_B.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _tell_of_training(layer)
+    if base is None:
+        return layer.weight, layer.bias
+    own: Any = layer._parameters
+    if base.in_place:
+        if layer._lora_enabled:
+            return own["weight"], own["bias"]
+        kept_weight, kept_bias = layer.base_weight, layer.base_bias
+        return fsdp.kept_aside(kept_weight, own["weight"]), fsdp.kept_aside(kept_bias, own["bias"])
+    outside = any(getattr(layer, mark, False) for mark in _OUTSIDE)
+    if not outside and not torch.compiler.is_compiling():
+        _check_unchanged(layer, base)
+    if not layer._lora_enabled:
+        return own["weight"], own["bias"]
+    weight: Any = layer._buffers["merged_weight"]
+    bias: Any = layer._buffers.get("merged_bias", own.get("bias"))
+    if outside and (now := own.get("weight")) is not None and not now.is_meta:  # gathered, in FSDP2's dtype
+        weight, bias = weight.to(now.dtype), None if bias is None else bias.to(now.dtype)
+    return weight, bias
+
+
+def _check_unchanged(layer: LoRALayer, base: Base) -> None:
+    kept, held = base._parameters["weight"], layer._buffers["merged_weight"]
+    shown: Any = layer.__dict__.get("weight")
+    if is_sharded(layer._parameters.get("weight")):
+        return  # distributed since: the same values, in parts
+    plain = type(shown) is nn.Parameter and type(held) is Tensor
+    if layer._parameters.get("weight") is not kept or (plain and not shown.is_set_to(held)):
+        raise LoRAStateError(
+            "the weight of a merged layer was exchanged (functional_call, a parametrization, weight.data = ... and the "
+            "like do that), and the merged values are those of the former one. Call unmerge() first, exchange the "
+            "weight and merge() again; or call restore_linear(model) for a plain nn.Linear with the merged weight."
+        )
+
+
+def _tell_of_training(layer: LoRALayer) -> None:
+    if layer.merged:
+        telling.once(
+            TRAINING,
+            "a layer runs in training mode while its adapter is merged: lora_A and lora_B get no gradients, and "
+            "dropout does not act. Call unmerge_lora(model) before training, or model.eval() to use it as it is.",
+            stacklevel=4,
+        )
+    elif layer._left_off:
+        telling.once(
+            TRAINING,
+            "a layer runs in training mode while its adapter is switched off by enable_lora(False): lora_A and lora_B "
+            "get no gradients. Call enable_lora(True) before training, or model.eval() to use the base as it is.",
+            stacklevel=4,
+        )
