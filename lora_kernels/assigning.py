@@ -50,6 +50,7 @@ def assign(layer: LoRALayer, name: str, value: Any) -> None:
     managed = layer.__dict__.get("_is_fsdp_managed_module", False) or sharded.is_sharded(value)
     if managed and name in layer._parameters:  # FSDP2 and tensor parallelism lay out the same values otherwise
         layer._parameters[name] = value
+        layer.__dict__.pop(name, None)  # FSDP2 reads its own by the name
     elif _LOADING in layer.__dict__:
         nn.Module.__setattr__(layer, name, value)
     elif name in _SIZES:
@@ -75,8 +76,9 @@ def _assign_merged(layer: LoRALayer, name: str, value: Any) -> None:
 
 def check_removable(layer: LoRALayer, name: str) -> None:
     """Raises where ``layer.name`` is to be removed, as a parametrization does, and a merged layer needs it."""
-    if name in _MERGED_FROM and layer.__dict__.get("_base") is not None:
-        raise _while_merged(f"{name} was to be parametrized, pruned or removed")
+    base = layer.__dict__.get("_base")
+    if name in _MERGED_FROM and base is not None and (name != "bias" or "bias" in base._parameters):
+        raise _while_merged(f"{name} was to be parametrized, pruned, distributed or removed")
 
 
 def _while_merged(what: str) -> LoRAStateError:

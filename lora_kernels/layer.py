@@ -369,8 +369,8 @@ class LoRALayer(nn.Module):
             super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name.endswith("_orig"):  # pruning begins with that
-            assigning.check_removable(self, name.removesuffix("_orig"))
+        # Pruning begins with weight_orig; parallelize_module reads layer.weight and registers that, in parts.
+        assigning.check_removable(self, name.removesuffix("_orig"))
         super().register_parameter(name, param)
 
     def requires_grad_(self: Layer, requires_grad: bool = True) -> Layer:

@@ -57,7 +57,7 @@ def beside(layer: LoRALayer, base: Base, merged: dict[str, Any]) -> None:
 def show(layer: LoRALayer) -> None:
     """Has ``layer.weight``, and ``layer.bias`` where it is merged, read what acts; after each change of either."""
     base = layer._base
-    if base is None or base.in_place:
+    if base is None or base.in_place or layer.__dict__.get("_is_fsdp_managed_module", False):
         return
     for name, buffer in BUFFERS.items():
         value = layer._buffers.get(buffer)
