@@ -173,13 +173,14 @@ def run_reference(
     gain: Tensor | None = None,
     activation: str = "identity",
 ) -> dict[str, Tensor]:
-    """The ``OUTPUTS`` by the reference in ``dtype``, the adapters and bias first rounded to x's dtype.
+    """The ``OUTPUTS`` by the reference in ``dtype``, the adapters first rounded as backends do, bias to x's dtype.
 
     With float64 it gives *exact*, with x's own dtype the *yardstick*. x (M, K), weight (N, K), lora_a (R, K), lora_b
     (N, R), bias (N,) or None, dy (M, N), mask (M, K) bool or None, gain (N,) or None: dgain is there only with it. All
     are read as contiguous copies: some CPUs' own 16-bit products read past the rows of others.
     """
-    x_, weight_, a_, b_ = (_copy(t.detach().to(x.dtype), dtype) for t in (x, weight, lora_a, lora_b))
+    x_, weight_ = (_copy(t.detach().to(x.dtype), dtype) for t in (x, weight))
+    a_, b_ = (_copy(t.detach().to(reference.adapter_dtype(x.dtype)), dtype) for t in (lora_a, lora_b))
     bias_ = None if bias is None else _copy(bias.detach().to(x.dtype), dtype)
     gain_ = None if gain is None else _copy(gain.detach(), dtype)
     y, _ = reference.forward(x_, weight_, a_, b_, bias_, scaling, mask, p, gain_, activation)
@@ -210,7 +211,7 @@ def expected_errors(
     ``tf32`` as for :func:`judge`.
     """
     of = Arithmetic(dtype, tf32).of
-    adapters = (t.detach().to(x.dtype) for t in (lora_a, lora_b))
+    adapters = (t.detach().to(reference.adapter_dtype(x.dtype)) for t in (lora_a, lora_b))
     x_, w, a, b, dy_ = (of(t.contiguous()) for t in (x, weight, *adapters, dy))
     bias_ = None if bias is None else of(bias.detach().to(x.dtype))
     gain_ = None if gain is None else of(gain)

@@ -114,8 +114,9 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> _GradInputs:
             "frozen: x was not kept, to save memory, and the gradient of lora_B cannot be differentiated without it. "
             "Set lora_A.requires_grad_(True), or differentiate lora_kernels.reference.forward instead."
         )
-    compute = dy.dtype
+    compute, wide = dy.dtype, reference.adapter_dtype(dy.dtype)
     dy = flatten(dy)
+    wide_dy = dy.to(wide)
     mask = None
     if state is not None:
         ops = operators(backend_name)
@@ -124,18 +125,18 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> _GradInputs:
     dropped: Any = None
     if x is not None:
         x = flatten(x)
-        dropped = reference.drop(x, mask, p)
+        dropped = reference.drop(x.to(wide), mask, p)
     if need_x or need_a:
-        dh: Tensor = scaling * (dy @ lora_b.to(compute))
+        dh: Tensor = scaling * (wide_dy @ lora_b.to(wide))
     if need_x:
-        low_rank = reference.drop(dh @ lora_a.to(compute), mask, p)
-        dx = (dy @ weight.to(compute) + low_rank).reshape(x_shape)
+        low_rank = reference.drop(dh @ lora_a.to(wide), mask, p)
+        dx = (dy @ weight.to(compute) + low_rank).to(compute).reshape(x_shape)
     if need_a:
         da = (dh.t() @ dropped).to(lora_a.dtype)
     if need_b:
         if dropped is not None:
-            h = dropped @ lora_a.to(compute).t()
-        db = (scaling * (dy.t() @ h.to(compute))).to(lora_b.dtype)
+            h = dropped @ lora_a.to(wide).t()
+        db = (scaling * (wide_dy.t() @ h.to(wide))).to(lora_b.dtype)
     if need_weight:
         dw = (dy.t() @ x).to(weight_dtype)
     if need_bias:

@@ -66,7 +66,8 @@ def _shrink_all(ops: Any, x: Tensor, lora_as: list[Tensor], p: float, states: Se
         return [ops.shrink(x, lora_a, p, state) for lora_a, state in zip(lora_as, states, strict=True)]
     if len(lora_as) == 1:
         return [ops.shrink(x, lora_as[0], 0.0, None)]
-    joined = ops.shrink(x, torch.cat([as_dtype(lora_a, x.dtype) for lora_a in lora_as]), 0.0, None)
+    dtype = reference.adapter_dtype(x.dtype)
+    joined = ops.shrink(x, torch.cat([as_dtype(lora_a, dtype) for lora_a in lora_as]), 0.0, None)
     return list(torch.split_with_sizes(joined, [lora_a.shape[0] for lora_a in lora_as], 1))
 
 
@@ -226,16 +227,16 @@ def _differentiable_backward(ctx: Any, dys: Sequence[Tensor]) -> Any:
         )
     inputs: list[Any] = [_alias(given_x)]
     x = flatten(inputs[0])
-    outputs = []
+    wide, outputs = reference.adapter_dtype(x.dtype), []
     for i, (own, scaling, activation) in enumerate(zip(saved, scalings, activations, strict=True)):
         # Where W is not there no gradient that is due needs it: x Wᵀ is a constant to them.
         weight = x.new_zeros(own.lora_b.shape[0], x.shape[1]) if own.weight is None else own.weight
         aliases: list[Any] = [_alias(tensor) for tensor in (weight, own.lora_a, own.lora_b, own.bias, own.gain)]
         inputs += aliases
-        w, a, b = (tensor.to(x.dtype) for tensor in aliases[:3])
-        bias = None if aliases[3] is None else aliases[3].to(x.dtype)
+        w, a, b = (tensor.to(wide) for tensor in aliases[:3])
+        bias = None if aliases[3] is None else aliases[3].to(x.dtype).to(wide)
         mask = operators(backend_name).mask(states[i], *x.shape, p) if states else None
-        y, _ = reference.forward(x, w, a, b, bias, scaling, mask, p, aliases[4], activation)
+        y, _ = reference.forward(x.to(wide), w, a, b, bias, scaling, mask, p, aliases[4], activation)
         outputs.append(y.to(x.dtype).reshape(*x_shape[:-1], -1))
     needed = [ctx.needs_input_grad[0], *(flag for need in _needs(ctx, len(scalings)) for flag in need)]
     due = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]

@@ -53,7 +53,8 @@ def lora_linear(
     Args:
         x: (..., K), fp16, bf16, fp32 or fp64; any number of leading dimensions, any strides.
         weight: (N, K), x's dtype.
-        lora_a: (R, K), any of these dtypes; rounded to the compute dtype at the product.
+        lora_a: (R, K), any of these dtypes; rounded to the compute dtype at the product, but over fp16, where it and
+            what it gives keep fp32's range (``reference.adapter_dtype``).
         lora_b: (N, R), likewise.
         bias: (N,) or None, likewise.
         scaling: s, usually ``lora_alpha / r``.

@@ -45,7 +45,8 @@ and the dtype it would have had (dbias without a bias: dy's).
 
 ``state`` is what the backend's ``dropout_state`` drew: a seed, int64 (2,) on x's device, or (eager on CUDA) the bool
 mask itself. x, dy and weight share one dtype, the compute dtype; lora_a, lora_b and bias may have any floating dtype
-and are rounded to it at the product. ``h``, ``z``, ``dh`` and what ``a_grad`` gives are in the backend's hidden
+and are rounded to it at the product, adapters over fp16 not (``reference.adapter_dtype``): there h, dh and they keep
+fp32's range and at least 16 bits. ``h``, ``z``, ``dh`` and what ``a_grad`` gives are in the backend's hidden
 dtype (``Operators.hidden_dtype``), and no other backend ever reads them; what is (M,R) may come with rows at any
 distance (a column slice), each in one piece. Gains, their gradients and norms are fp32 (fp64 for fp64).
 """

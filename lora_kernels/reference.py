@@ -18,6 +18,8 @@ a ``gain`` g (N,) of y's columns (DoRA's magnitude over norm, mostly 1)::
     dbias = Σ_m dy                        (N,)
     dgain = Σ_m dy * l                    (N,)
 
+The adapters count in :func:`adapter_dtype`: over bf16 they are rounded to it, over fp16 they are not.
+
 Every fast path is measured against these functions in float64. They are themselves differentiable, so they also serve
 double backward. Source of the formula: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), eq. 3.
 """
@@ -32,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Gradients", "backward", "drop", "forward", "philox_keep_mask"]
+__all__ = ["Gradients", "adapter_dtype", "backward", "drop", "forward", "philox_keep_mask"]
 
 _ROOT_HALF, _ROOT_TWO_PI = 0.5**0.5, (2.0 * math.pi) ** 0.5
 _SIGMA: dict[str, Callable[[Tensor], Tensor]] = {
@@ -58,6 +60,16 @@ class Gradients(NamedTuple):
     db: Tensor
     dbias: Tensor
     dgain: Tensor
+
+
+def adapter_dtype(compute: torch.dtype) -> torch.dtype:
+    """What lora_a and lora_b are rounded to where x and W are in ``compute``: that dtype, but fp32 over fp16.
+
+    fp16 knows no number above 65504 and few below 6e-5, and h, dh and trained adapters go beyond both. So over fp16
+    lora_a, lora_b, h and dh keep fp32's range and at least 16 bits (two bf16 parts) of their precision, in every
+    backend. y, dx and the scaled base that DoRA multiplies are fp16's, and infinite where they are beyond it.
+    """
+    return torch.float32 if compute is torch.float16 else compute
 
 
 def drop(x: Tensor, mask: Tensor | None, p: float) -> Tensor:

@@ -62,7 +62,7 @@ def judged_hidden(emulation: Emulation) -> None:
     actual = emulation.gradient(x, hidden, Dropout(None, 0), 1.0, False, torch.empty(20, 72))
     expected = sum_error(hidden.t(), x)
     exact, yardstick = hidden.double().t() @ x.double(), hidden.t() @ x.float()
-    check("da", actual, exact, yardstick, torch.float32, expected=expected)
+    check("da", actual, exact, yardstick, torch.float16, expected=expected)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -15,6 +15,7 @@ from cases import BACKENDS, Case, make
 from lora_kernels import dispatch, ops
 from lora_kernels.backends import eager, parts
 from lora_kernels.ops import Operators
+from lora_kernels.reference import adapter_dtype
 from lora_kernels.verify.cases import Inputs
 from numerics import check, check_all, same_bits
 
@@ -93,8 +94,8 @@ def test_nothing_given_is_written_to_or_shared(name: str, backend: str, device: 
 
 
 def exact_norms(i: Inputs, scaling: float, dtype: torch.dtype) -> Tensor:
-    """W + s B A written out, A and B rounded to W's dtype."""
-    rounded = (t.to(i.weight.dtype).to(dtype) for t in (i.lora_b, i.lora_a))
+    """W + s B A written out, A and B rounded as over W's dtype they are."""
+    rounded = (t.to(adapter_dtype(i.weight.dtype)).to(dtype) for t in (i.lora_b, i.lora_a))
     lora_b, lora_a = rounded
     return (i.weight.to(dtype) + scaling * lora_b @ lora_a).norm(dim=1)
 

@@ -19,8 +19,8 @@ struct Dropout {
 
 // T is the accumulation type (float, or double for fp64), E the compute dtype's storage. Matrices are row-major with
 // unit column stride; ld* is the distance of two rows in elements. Adapters, bias and gain are T, adapters and bias
-// already rounded to E. Results are contiguous; those that are not due are null. `threads` is how many there are, and
-// `scratch` what the kernel's *_scratch asks for in bytes, 64-byte aligned.
+// already rounded to E, but adapters over fp16 not at all. Results are contiguous; those that are not due are null.
+// `threads` is how many there are, and `scratch` what the kernel's *_scratch asks for in bytes, 64-byte aligned.
 struct ShrinkCall {  // h = (x * D) Aᵀ
     int64_t m, k, r;
     const void* x;  // E (m, k)

@@ -65,7 +65,7 @@ Tensor shrink_by(const Tensor& x, const Tensor& lora_a, double p, const Tensor* 
     const int64_t m = tokens.rows, k = tokens.columns, r = rows_of(lora_a, "lora_a");
     expect(lora_a, "lora_a", {r, k});
     const Kernels& kernels = kernels_for(compute);
-    const Adapter a(lora_a, "lora_a", compute);
+    const Adapter a(lora_a, "lora_a", adapter_of(compute));
     Tensor h = empty({m, r}, scalar_type_of(hidden_of(compute)));
     ShrinkCall call = {
         m,      k, r, tokens.data, tokens.stride, a.data, dropout_of(state, p), h.mutable_data_ptr(), thread_count(),
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& weight, const 
     expect(bias, "bias", {n});
     expect(gain, "gain", {n});
     const Kernels& kernels = kernels_for(compute);
-    const Adapter b(lora_b, "lora_b", compute);
+    const Adapter b(lora_b, "lora_b", adapter_of(compute));
     const OptionalAdapter offset(bias, "bias", compute), factor(gain, "gain", wide);
     const bool own = multiplies(weight, compute, m, n, k), gained = gain.has_value(), kept = gained && keep;
     std::optional<Matrix> base;
@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> grads_of_output(const Tensor& dy, const Tenso
         hidden.emplace(*h, "h");
     }
     const Kernels& kernels = kernels_for(compute);
-    const Adapter b(lora_b, "lora_b", compute);
+    const Adapter b(lora_b, "lora_b", adapter_of(compute));
     Tensor dh = need_dh ? empty({m, r}, scalar_type_of(wide)) : empty({0}, scalar_type_of(wide));
     const AdapterGradient db(h.has_value(), {n, r}, dtype_of(lora_b, "lora_b"), compute);
     const AdapterGradient dbias(bias.has_value(), {n}, bias.has_value() ? dtype_of(*bias, "bias") : compute, compute);
@@ -199,7 +199,7 @@ Tensor sum_of_input_grads(int64_t count, const Tensor* dys, const Tensor* weight
         const Matrix& low = matrices.emplace_back(dhs[i], "dh");
         const Matrix* base =
             multiplies(weights[i], compute, m, n, k) ? &matrices.emplace_back(weights[i], "weight") : nullptr;
-        adapters.emplace_back(lora_as[i], "lora_a", compute);
+        adapters.emplace_back(lora_as[i], "lora_a", adapter_of(compute));
         terms.push_back({n, r, outer.data, outer.stride, base ? base->data : nullptr, base ? base->stride : 0, low.data,
                          low.stride, adapters.back().data, dropout_of(states == nullptr ? nullptr : states + i, p)});
     }
@@ -279,7 +279,7 @@ Tensor row_norms(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_
     const bool across = n > 1 && k > 1 && weight.stride(0) == 1 && weight.stride(1) != 1;  // as Conv1D stores it
     const Matrix base(across ? transposed(weight) : weight, "weight");
     const Kernels& kernels = kernels_for(compute);
-    const Adapter a(lora_a, "lora_a", compute), b(lora_b, "lora_b", compute);
+    const Adapter a(lora_a, "lora_a", adapter_of(compute)), b(lora_b, "lora_b", adapter_of(compute));
     Tensor norms = empty({n}, scalar_type_of(wide));
     RowNormsCall call = {
         n,      k, r, base.data, base.stride, across, a.data, b.data, scaling, norms.mutable_data_ptr(), thread_count(),

@@ -54,6 +54,9 @@ inline size_t size_of(Dtype dtype) { return dtype == Dtype::fp64 ? 8 : dtype == 
 
 inline Dtype hidden_of(Dtype compute) { return compute == Dtype::fp64 ? Dtype::fp64 : Dtype::fp32; }
 
+// What lora_a and lora_b are rounded to: fp16's range is too small for them (lora_kernels/reference.py, adapter_dtype).
+inline Dtype adapter_of(Dtype compute) { return compute == Dtype::fp16 ? Dtype::fp32 : compute; }
+
 // A fresh contiguous CPU tensor.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
     int64_t strides[2] = {1, 1};

@@ -20,7 +20,8 @@ struct DhDbArgs {
 // adds either in order and multiplies by the scaling.
 //
 //   dy        (M, N)              T; unit column stride, any row stride
-//   b         (R, N)              lora_bᵀ: any dtype, any strides; rounded to T; R <= 16
+//   b         (R, N)              lora_bᵀ: any dtype, any strides; rounded to T; R <= 16; over fp16 two bf16 parts, as
+//                                 hidden then has, and dy is split in registers
 //   hidden    (R, M)              hᵀ: fp32 (fp64), any strides; 16-bit T: as a high and a low part
 //   dh_parts  (tiles of N, M, R)  fp32 (fp64), contiguous
 //   db_parts  (count, N, R)       fp32 (fp64), contiguous
@@ -34,17 +35,22 @@ struct DhDb {
     using Args = DhDbArgs;
     using P = Product<T>;
     using Sum = typename Number<T>::Sum;
+    using Factor = typename Number<T>::Factor;
     static constexpr bool TENSOR = Number<T>::SPLIT;
-    static constexpr int RANKS = 16, ROWS = sizeof(T) == 8 ? 32 : 64, COLUMNS = 256 / static_cast<int>(sizeof(T));
+    static constexpr int RANKS = 16,
+                         ROWS = sizeof(T) == 8    ? 32
+                                : Number<T>::WIDE ? 48
+                                                  : 64,
+                         COLUMNS = 256 / static_cast<int>(sizeof(T));
     static constexpr int WARP_COLUMNS = COLUMNS / WARPS;
     static constexpr int ACROSS = WARP_COLUMNS / PRODUCT_COLUMNS, RANK_SUMS = RANKS / PRODUCT_COLUMNS;
     static constexpr int MINIMUM_STEPS = 4;
 
-    struct Shared {
+    struct Shared : LowFactor<T, RANKS, COLUMNS, 1> {
         Tile<T, ROWS, COLUMNS> dy[2];
-        Tile<T, RANKS, ROWS> high[2];
-        Tile<T, Number<T>::SPLIT ? RANKS : 1, ROWS> low[2];
-        Tile<T, RANKS, COLUMNS> b;
+        Tile<Factor, RANKS, ROWS> high[2];
+        Tile<Factor, Number<T>::SPLIT ? RANKS : 1, ROWS> low[2];
+        Tile<Factor, RANKS, COLUMNS> b;
     };
 
     static int64_t tiles(int64_t columns) { return ceil_div(columns, COLUMNS); }
@@ -65,7 +71,7 @@ struct DhDb {
             stage_hidden(warp, shared.high[step % 2], shared.low[step % 2], args.hidden, 0, row, end);
             warp.commit();
         };
-        stage_factor(warp, shared.b, args.b, 0, first_column, args.dy.columns);
+        stage_factor(warp, shared.b, shared.low_factor(0), args.b, 0, first_column, args.dy.columns);
         if (steps > 0) stage(0);
         for (int64_t step = 0; step < steps; ++step) {
             if (step + 1 < steps) {
@@ -91,12 +97,18 @@ struct DhDb {
         typename Warp::template Lanes<Sums<T, RANK_SUMS>> dh;
         clear(warp, dh);
         LORA_UNROLL_STEPS for (int n = 0; n < COLUMNS; n += P::STEP) {
-            typename Warp::template Lanes<typename P::A> rows;
-            typename Warp::template Lanes<typename P::B> ranks;
+            typename Warp::template Lanes<typename P::A> rows, low_rows;
+            typename Warp::template Lanes<typename P::B> ranks, low_ranks;
             P::load_a(warp, rows, dy.at(warp.index() * PRODUCT_ROWS, n), dy.WIDTH);
+            if constexpr (Number<T>::WIDE) split(warp, rows, low_rows);
             LORA_UNROLL for (int at = 0; at < RANK_SUMS; ++at) {
                 P::load_b(warp, ranks, shared.b.at(at * PRODUCT_COLUMNS, n), shared.b.WIDTH);
-                P::multiply(warp, dh, at, rows, ranks);
+                if constexpr (Number<T>::WIDE) {
+                    P::load_b(warp, low_ranks, shared.low_factor(0)->at(at * PRODUCT_COLUMNS, n), shared.b.WIDTH);
+                    multiply_wide<T>(warp, dh, at, rows, low_rows, ranks, low_ranks);
+                } else {
+                    P::multiply(warp, dh, at, rows, ranks);
+                }
             }
         }
         Sum* part = static_cast<Sum*>(args.dh_parts) + tile * args.dy.rows * args.b.rows;
@@ -119,14 +131,19 @@ struct DhDb {
         auto& high = shared.high[buffer];
         LORA_UNROLL_STEPS for (int m = 0; m < ROWS; m += P::STEP) {
             typename Warp::template Lanes<typename P::A> upper, lower;
-            typename Warp::template Lanes<typename P::B> column;
+            typename Warp::template Lanes<typename P::B> column, low_column;
             P::load_a(warp, upper, high.at(0, m), high.WIDTH);
             if constexpr (Number<T>::SPLIT) P::load_a(warp, lower, shared.low[buffer].at(0, m), high.WIDTH);
             LORA_UNROLL for (int across = 0; across < ACROSS; ++across) {
                 P::load_b_rows(warp, column, dy.at(m, warp.index() * WARP_COLUMNS + across * PRODUCT_COLUMNS),
                                dy.WIDTH);
-                P::multiply(warp, db, across, upper, column);
-                if constexpr (Number<T>::SPLIT) P::multiply(warp, db, across, lower, column);
+                if constexpr (Number<T>::WIDE) {
+                    split(warp, column, low_column);
+                    multiply_wide<T>(warp, db, across, upper, lower, column, low_column);
+                } else {
+                    P::multiply(warp, db, across, upper, column);
+                    if constexpr (Number<T>::SPLIT) P::multiply(warp, db, across, lower, column);
+                }
             }
         }
     }

@@ -22,7 +22,7 @@ struct ExpandArgs {
 // with factor = lora_aᵀ, scale = 1/(1-p), no bias.
 //
 //   hidden  (M, R)          fp32 (fp64), any strides; 16-bit T: as a high and a low part, so that it keeps its bits
-//   factor  (C, R)          any dtype, any strides; rounded to T
+//   factor  (C, R)          any dtype, any strides; rounded to T; over fp16 two bf16 parts, as hidden then has
 //   bias    (C,) or null    any dtype, any stride; rounded to T
 //   out     (M, C)          T; contiguous
 //
@@ -34,14 +34,15 @@ struct Expand {
     using Args = ExpandArgs;
     using P = Product<T>;
     using Sum = typename Number<T>::Sum;
+    using Factor = typename Number<T>::Factor;
     static constexpr bool TENSOR = Number<T>::SPLIT;
     static constexpr int ROWS = 16 * WARPS, COLUMNS = 256 / static_cast<int>(sizeof(T)), RANKS = 16;
     static constexpr int ACROSS = COLUMNS / PRODUCT_COLUMNS;
 
-    struct Shared {
-        Tile<T, ROWS, RANKS> high;
-        Tile<T, Number<T>::SPLIT ? ROWS : 1, RANKS> low;
-        Tile<T, COLUMNS, RANKS> factor;
+    struct Shared : LowFactor<T, COLUMNS, RANKS, 1> {
+        Tile<Factor, ROWS, RANKS> high;
+        Tile<Factor, Number<T>::SPLIT ? ROWS : 1, RANKS> low;
+        Tile<Factor, COLUMNS, RANKS> factor;
         Tile<T, ROWS, COLUMNS> out;
         Sum bias[COLUMNS];
     };
@@ -60,17 +61,23 @@ struct Expand {
         stage_bias(warp, shared, args, first_column);
         for (int64_t rank = 0; rank < ranks; rank += RANKS) {
             stage_hidden(warp, shared.high, shared.low, args.hidden, first_row, rank, ranks);
-            stage_factor(warp, shared.factor, args.factor, first_column, rank, ranks);
+            stage_factor(warp, shared.factor, shared.low_factor(0), args.factor, first_column, rank, ranks);
             warp.barrier();
             LORA_UNROLL_STEPS for (int k = 0; k < RANKS; k += P::STEP) {
                 typename Warp::template Lanes<typename P::A> high, low;
-                typename Warp::template Lanes<typename P::B> column;
+                typename Warp::template Lanes<typename P::B> column, low_column;
                 P::load_a(warp, high, shared.high.at(warp_row, k), shared.high.WIDTH);
                 if constexpr (Number<T>::SPLIT) P::load_a(warp, low, shared.low.at(warp_row, k), shared.low.WIDTH);
                 LORA_UNROLL for (int at = 0; at < ACROSS; ++at) {
                     P::load_b(warp, column, shared.factor.at(at * PRODUCT_COLUMNS, k), shared.factor.WIDTH);
-                    P::multiply(warp, sums, at, high, column);
-                    if constexpr (Number<T>::SPLIT) P::multiply(warp, sums, at, low, column);
+                    if constexpr (Number<T>::WIDE) {
+                        P::load_b(warp, low_column, shared.low_factor(0)->at(at * PRODUCT_COLUMNS, k),
+                                  shared.factor.WIDTH);
+                        multiply_wide<T>(warp, sums, at, high, low, column, low_column);
+                    } else {
+                        P::multiply(warp, sums, at, high, column);
+                        if constexpr (Number<T>::SPLIT) P::multiply(warp, sums, at, low, column);
+                    }
                 }
             }
             warp.barrier();

@@ -25,8 +25,9 @@ Slices slices_for(int64_t rows, int64_t columns, int64_t ranks, bool small) {
 Slices gradient_slices(DType compute, int64_t rows, int64_t columns, int64_t ranks) {
     const bool small = takes_small(compute, ranks);
     if (compute == DType::DOUBLE) return Gradient<double, SMALL_RANKS>::slices(rows, columns, ranks);
+    if (compute == DType::HALF) return slices_for<Half>(rows, columns, ranks, small);
     return compute == DType::FLOAT ? slices_for<float>(rows, columns, ranks, small)
-                                   : slices_for<Half>(rows, columns, ranks, small);
+                                   : slices_for<BFloat16>(rows, columns, ranks, small);
 }
 
 void launch_gradient(DType compute, const GradientArgs& args, cudaStream_t stream) {

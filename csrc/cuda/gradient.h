@@ -20,7 +20,8 @@ struct GradientArgs {
 //
 //   x       (M, C)          T; unit column stride, any row stride: x for da, dy for db
 //   hidden  (R, M)          fp32 (fp64), any strides: dhᵀ or hᵀ; 16-bit T: as a high and a low part, so that it keeps
-//   its bits parts   (count, R C)    fp32 (fp64), R C by the two strides: in the gradient's own layout, for Reduce
+//                        its bits; over fp16 the parts are bf16, and x is split in registers
+//   parts   (count, R C) fp32 (fp64), R C by the two strides: in the gradient's own layout, for Reduce
 //
 // Grid: slice-major over (slices, tiles of COLUMNS columns, groups of RANKS ranks); a warp owns a quarter of the
 // columns and all ranks. Sums in fp32 (fp64), stage two adds the slices in order: no atomics. 2 M C R flops (twice that
@@ -30,6 +31,7 @@ struct Gradient {
     using Args = GradientArgs;
     using P = Product<T>;
     using Sum = typename Number<T>::Sum;
+    using Factor = typename Number<T>::Factor;
     static constexpr bool TENSOR = Number<T>::SPLIT;
     static constexpr int RANKS = RANKS_, ROWS = 32, COLUMNS = 256 / static_cast<int>(sizeof(T));
     static constexpr int WARP_COLUMNS = COLUMNS / WARPS;
@@ -38,8 +40,8 @@ struct Gradient {
 
     struct Shared {
         Tile<T, ROWS, COLUMNS> x[2];
-        Tile<T, RANKS, ROWS> high[2];
-        Tile<T, Number<T>::SPLIT ? RANKS : 1, ROWS> low[2];
+        Tile<Factor, RANKS, ROWS> high[2];
+        Tile<Factor, Number<T>::SPLIT ? RANKS : 1, ROWS> low[2];
     };
 
     static int64_t tiles(int64_t columns, int64_t ranks) { return ceil_div(columns, COLUMNS) * ceil_div(ranks, RANKS); }
@@ -80,14 +82,23 @@ struct Gradient {
             }
             warp.barrier();
             LORA_UNROLL_STEPS for (int m = 0; m < ROWS; m += P::STEP) {
-                typename Warp::template Lanes<typename P::B> columns[ACROSS];
+                typename Warp::template Lanes<typename P::B> columns[ACROSS], low_columns[ACROSS];
                 LORA_UNROLL for (int across = 0; across < ACROSS; ++across) {
                     P::load_b_rows(warp, columns[across], x.at(m, warp_column + across * PRODUCT_COLUMNS), x.WIDTH);
+                    if constexpr (Number<T>::WIDE) split(warp, columns[across], low_columns[across]);
                 }
                 LORA_UNROLL for (int down = 0; down < DOWN; ++down) {
-                    typename Warp::template Lanes<typename P::A> ranks;
+                    typename Warp::template Lanes<typename P::A> ranks, low_ranks;
                     auto& high = shared.high[step % 2];
                     P::load_a(warp, ranks, high.at(down * PRODUCT_ROWS, m), high.WIDTH);
+                    if constexpr (Number<T>::WIDE) {
+                        P::load_a(warp, low_ranks, shared.low[step % 2].at(down * PRODUCT_ROWS, m), high.WIDTH);
+                        LORA_UNROLL for (int across = 0; across < ACROSS; ++across) {
+                            multiply_wide<T>(warp, sums, down * ACROSS + across, ranks, low_ranks, columns[across],
+                                             low_columns[across]);
+                        }
+                        continue;
+                    }
                     LORA_UNROLL for (int across = 0; across < ACROSS; ++across) {
                         P::multiply(warp, sums, down * ACROSS + across, ranks, columns[across]);
                     }

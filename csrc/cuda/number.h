@@ -35,25 +35,32 @@ struct BFloat16 {
 // The dtypes that adapters, biases and their gradients may have, whatever the compute dtype is.
 enum class DType : int { HALF = 0, BFLOAT16 = 1, FLOAT = 2, DOUBLE = 3 };
 
+// Factor: what lora_a, lora_b, h and dh are staged as. SPLIT: whether h and dh enter a product as a high and a low
+// part. WIDE: whether all operands do, so that more counts than T holds: fp16's range is too small for h, dh and
+// adapters.
 template <typename T>
 struct Number {  // float
     using Sum = float;
-    static constexpr bool SPLIT = false;  // whether an fp32 operand enters a product as a high and a low part
+    using Factor = T;
+    static constexpr bool SPLIT = false, WIDE = false;
 };
 template <>
 struct Number<double> {
     using Sum = double;
-    static constexpr bool SPLIT = false;
+    using Factor = double;
+    static constexpr bool SPLIT = false, WIDE = false;
 };
 template <>
 struct Number<Half> {
     using Sum = float;
-    static constexpr bool SPLIT = true;
+    using Factor = BFloat16;
+    static constexpr bool SPLIT = true, WIDE = true;
 };
 template <>
 struct Number<BFloat16> {
     using Sum = float;
-    static constexpr bool SPLIT = true;
+    using Factor = BFloat16;
+    static constexpr bool SPLIT = true, WIDE = false;
 };
 
 LORA_HD float float_of_bits(uint32_t bits) {

@@ -39,25 +39,25 @@ struct Product {                                   // 16-bit numbers
     struct C {
         float v[4];
     };
-    template <class Warp>
-    LORA_TEAM static void load_a(Warp& warp, typename Warp::template Lanes<A>& a, const T* tile, int width) {
+    template <class Warp, typename E>
+    LORA_TEAM static void load_a(Warp& warp, typename Warp::template Lanes<A>& a, const E* tile, int width) {
         warp.template load_matrices<4, false>(
             a, [=](int lane) { return tile + a_matrix_row(lane) * width + a_matrix_k(lane); });
     }
-    template <class Warp>
-    LORA_TEAM static void load_b(Warp& warp, typename Warp::template Lanes<B>& b, const T* tile, int width) {
+    template <class Warp, typename E>
+    LORA_TEAM static void load_b(Warp& warp, typename Warp::template Lanes<B>& b, const E* tile, int width) {
         warp.template load_matrices<2, false>(
             b, [=](int lane) { return tile + b_matrix_column(lane) * width + b_matrix_k(lane); });
     }
-    template <class Warp>
-    LORA_TEAM static void load_b_rows(Warp& warp, typename Warp::template Lanes<B>& b, const T* tile, int width) {
+    template <class Warp, typename E>
+    LORA_TEAM static void load_b_rows(Warp& warp, typename Warp::template Lanes<B>& b, const E* tile, int width) {
         warp.template load_matrices<2, true>(b, [=](int lane) { return tile + b_transposed_k(lane) * width; });
     }
     // c[at] += a b
     template <class Warp, class Sums>
     LORA_TEAM static void multiply(Warp& warp, Sums& c, int at, typename Warp::template Lanes<A>& a,
                                    typename Warp::template Lanes<B>& b) {
-        warp.template tensor_multiply<T>(c, at, a, b);
+        warp.template tensor_multiply<typename Number<T>::Factor>(c, at, a, b);
     }
 };
 
@@ -116,6 +116,50 @@ template <>
 struct Product<float> : PlainProduct<float> {};
 template <>
 struct Product<double> : PlainProduct<double> {};
+
+// Of two fp16 numbers in a register, their high and low bf16 parts, which together hold all their bits. What is
+// infinite or NaN has no low part.
+LORA_HD void split_pair(uint32_t pair, uint32_t& high, uint32_t& low) {
+    high = low = 0;
+    LORA_UNROLL for (int half = 0; half < 2; ++half) {
+        const float value = widen(Half{static_cast<uint16_t>(pair >> (16 * half))});
+        const BFloat16 upper = narrowed<BFloat16>(value);
+        const float rest = value - widen(upper);
+        const BFloat16 lower = narrowed<BFloat16>(is_finite(rest) ? rest : 0.0f);
+        high |= static_cast<uint32_t>(upper.bits) << (16 * half);
+        low |= static_cast<uint32_t>(lower.bits) << (16 * half);
+    }
+}
+
+// Of two bf16 numbers those that are finite, 0 for the others.
+LORA_HD uint32_t finite_pair(uint32_t pair) {
+    if ((pair & 0x7F80u) == 0x7F80u) pair &= 0xFFFF0000u;
+    if ((pair & 0x7F800000u) == 0x7F800000u) pair &= 0xFFFFu;
+    return pair;
+}
+
+// A fragment of fp16 numbers becomes that of their high parts, and `low` that of the others.
+template <class Warp, class Lanes>
+LORA_TEAM void split(Warp& warp, Lanes& high, Lanes& low) {
+    warp.each([&](int lane) {
+        LORA_UNROLL for (int i = 0; i < static_cast<int>(sizeof(high[lane].v) / 4); ++i) {
+            const uint32_t pair = high[lane].v[i];
+            split_pair(pair, high[lane].v[i], low[lane].v[i]);
+        }
+    });
+}
+
+// c[at] += a b where all operands have two parts: 16 bits of each count. An infinite a meets b's high part alone, for
+// its low part may be 0.
+template <typename T, class Warp, class Sums, class A, class B>
+LORA_TEAM void multiply_wide(Warp& warp, Sums& c, int at, A& high, A& low, B& b_high, B& b_low) {
+    A finite;
+    warp.each(
+        [&](int lane) { LORA_UNROLL for (int i = 0; i < 4; ++i) finite[lane].v[i] = finite_pair(high[lane].v[i]); });
+    Product<T>::multiply(warp, c, at, low, b_high);
+    Product<T>::multiply(warp, c, at, finite, b_low);
+    Product<T>::multiply(warp, c, at, high, b_high);
+}
 
 // What a warp sums up: COUNT results of 16 x 8.
 template <typename T, int COUNT>

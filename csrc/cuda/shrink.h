@@ -20,7 +20,7 @@ struct ShrinkArgs {
 // lora_bᵀ, no seed.
 //
 //   x     (M, K)          T; unit column stride, any row stride
-//   a     (R, K)          any dtype, any strides; rounded to T
+//   a     (R, K)          any dtype, any strides; rounded to T; over fp16 two bf16 parts, and x is split in registers
 //   out   (count, M, R)   sums (fp32; fp64 for fp64); contiguous. One slice: the result, else partial sums for Reduce
 //
 // Grid: slice-major over (slices, tiles of ROWS rows, groups of RANKS ranks); a warp owns 16 rows. Sums in fp32 (fp64);
@@ -32,13 +32,15 @@ struct Shrink {
     using P = Product<T>;
     using Sum = typename Number<T>::Sum;
     static constexpr bool TENSOR = Number<T>::SPLIT;
-    static constexpr int RANKS = RANKS_, ROWS = 16 * WARPS, COLUMNS = 128 / static_cast<int>(sizeof(T));
+    using Factor = typename Number<T>::Factor;
+    static constexpr bool NARROW = Number<T>::WIDE && RANKS_ > 16;  // as much of A as there is room for in two parts
+    static constexpr int RANKS = RANKS_, ROWS = 16 * WARPS, COLUMNS = NARROW ? 32 : 128 / static_cast<int>(sizeof(T));
     static constexpr int SUMS = RANKS / PRODUCT_COLUMNS;
     static constexpr int MINIMUM_STEPS = 4;
 
-    struct Shared {
+    struct Shared : LowFactor<T, RANKS, COLUMNS, 2> {
         Tile<T, ROWS, COLUMNS> x[2];
-        Tile<T, RANKS, COLUMNS> a[2];
+        Tile<Factor, RANKS, COLUMNS> a[2];
     };
 
     static int64_t tiles(int64_t rows, int64_t ranks) { return ceil_div(rows, ROWS) * ceil_div(ranks, RANKS); }
@@ -60,7 +62,7 @@ struct Shrink {
         const auto stage = [&](int64_t step) {
             const int64_t column = begin + step * COLUMNS;
             stage_matrix(warp, shared.x[step % 2], args.x, first_row, args.x.rows, column);
-            stage_factor(warp, shared.a[step % 2], args.a, first_rank, column, end);
+            stage_factor(warp, shared.a[step % 2], shared.low_factor(step % 2), args.a, first_rank, column, end);
             warp.commit();
         };
         if (steps > 0) stage(0);
@@ -78,12 +80,18 @@ struct Shrink {
             }
             warp.barrier();
             LORA_UNROLL_STEPS for (int k = 0; k < COLUMNS; k += P::STEP) {
-                typename Warp::template Lanes<typename P::A> rows;
-                typename Warp::template Lanes<typename P::B> ranks;
+                typename Warp::template Lanes<typename P::A> rows, low_rows;
+                typename Warp::template Lanes<typename P::B> ranks, low_ranks;
                 P::load_a(warp, rows, x.at(warp.index() * PRODUCT_ROWS, k), x.WIDTH);
+                if constexpr (Number<T>::WIDE) split(warp, rows, low_rows);
                 LORA_UNROLL for (int at = 0; at < SUMS; ++at) {
                     P::load_b(warp, ranks, a.at(at * PRODUCT_COLUMNS, k), a.WIDTH);
-                    P::multiply(warp, sums, at, rows, ranks);
+                    if constexpr (Number<T>::WIDE) {
+                        P::load_b(warp, low_ranks, shared.low_factor(step % 2)->at(at * PRODUCT_COLUMNS, k), a.WIDTH);
+                        multiply_wide<T>(warp, sums, at, rows, low_rows, ranks, low_ranks);
+                    } else {
+                        P::multiply(warp, sums, at, rows, ranks);
+                    }
                 }
             }
             warp.barrier();

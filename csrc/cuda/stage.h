@@ -143,25 +143,35 @@ LORA_TEAM void stage_from(Warp& warp, Tile<T, ROWS, COLUMNS>& high, Tile<T, ROWS
     });
 }
 
-// high[i][j] = operand[first_row + i][first_column + j] rounded to T, zero from the operand's last row and from
-// end_column on: lora_a or lora_b.
+// A base of Shared: where the low parts of a factor are staged. Nowhere, and null, but where T is WIDE.
+template <typename T, int ROWS, int COLUMNS, int BUFFERS>
+struct LowFactor {
+    LORA_TEAM Tile<T, ROWS, COLUMNS>* low_factor(int) { return nullptr; }
+};
+template <int ROWS, int COLUMNS, int BUFFERS>
+struct LowFactor<Half, ROWS, COLUMNS, BUFFERS> {
+    Tile<BFloat16, ROWS, COLUMNS> low_parts[BUFFERS];
+    LORA_TEAM Tile<BFloat16, ROWS, COLUMNS>* low_factor(int buffer) { return &low_parts[buffer]; }
+};
+
+// tile[i][j] = operand[first_row + i][first_column + j] rounded to T, zero from the operand's last row and from
+// end_column on: lora_a or lora_b. Where `low` is not null it gets what rounding lost.
 template <typename T, int ROWS, int COLUMNS, class Warp>
-LORA_TEAM void stage_factor(Warp& warp, Tile<T, ROWS, COLUMNS>& tile, const Operand& operand, int64_t first_row,
-                            int64_t first_column, int64_t end_column) {
-    Tile<T, ROWS, COLUMNS>* none = nullptr;
+LORA_TEAM void stage_factor(Warp& warp, Tile<T, ROWS, COLUMNS>& tile, Tile<T, ROWS, COLUMNS>* low,
+                            const Operand& operand, int64_t first_row, int64_t first_column, int64_t end_column) {
     switch (operand.dtype) {
         case DType::HALF:
-            return stage_from<T, Half>(warp, tile, none, operand, first_row, first_column, end_column);
+            return stage_from<T, Half>(warp, tile, low, operand, first_row, first_column, end_column);
         case DType::BFLOAT16:
-            return stage_from<T, BFloat16>(warp, tile, none, operand, first_row, first_column, end_column);
+            return stage_from<T, BFloat16>(warp, tile, low, operand, first_row, first_column, end_column);
         case DType::FLOAT:
-            return stage_from<T, float>(warp, tile, none, operand, first_row, first_column, end_column);
+            return stage_from<T, float>(warp, tile, low, operand, first_row, first_column, end_column);
         case DType::DOUBLE:
-            return stage_from<T, double>(warp, tile, none, operand, first_row, first_column, end_column);
+            return stage_from<T, double>(warp, tile, low, operand, first_row, first_column, end_column);
     }
 }
 
-// The same of h or dh, which are in Sum. For 16-bit T `low` is the tile of what rounding lost: high + low has nearly
+// The same of h or dh, which are in Sum. For a 16-bit T `low` is the tile of what rounding lost: high + low has nearly
 // all bits. An infinite or NaN high part travels alone, for inf - inf would turn an infinity into NaN.
 template <typename T, int ROWS, int COLUMNS, int LOW_ROWS, class Warp>
 LORA_TEAM void stage_hidden(Warp& warp, Tile<T, ROWS, COLUMNS>& high, Tile<T, LOW_ROWS, COLUMNS>& low,

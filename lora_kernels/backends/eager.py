@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..dispatch import Problem
 from ..ops import register
-from ..reference import dropout_threshold
+from ..reference import adapter_dtype, dropout_threshold
 from . import draw_seed
 from .parts import Parts, in_one_piece, sum_of_rows
 
@@ -78,11 +78,7 @@ def _keep(like: Tensor, p: float, state: Tensor) -> Tensor:
     return _draw_mask(state, like.shape[0], like.shape[1], p).to(like.dtype)
 
 
-def _hidden_dtype(compute: torch.dtype) -> torch.dtype:
-    return compute
-
-
-_parts = Parts(_keep, _hidden_dtype)
+_parts = Parts(_keep, adapter_dtype)
 
 
 class EagerBackend:
@@ -105,7 +101,7 @@ class EagerBackend:
         return f"{order} {dropout}" if problem.dropout_p else order
 
     def register(self, device_type: str) -> None:
-        register(self.name, {"forward": forward, "backward": backward, "mask": mask, **_parts.operators}, _hidden_dtype)
+        register(self.name, {"forward": forward, "backward": backward, "mask": mask, **_parts.operators}, adapter_dtype)
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
         if x.device.type == "cpu":

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reference import adapter_dtype
+from . import wide_parts
+
 __all__ = ["MANY_TOKENS", "Parts", "in_one_piece"]
 
 # Below this many tokens the forms that dispatch least are quicker.
@@ -28,7 +31,10 @@ _NORM_ELEMENTS = 1 << 18  # of W, that are held in fp32 at once while norms are 
 
 @dataclass(frozen=True)
 class Parts:
-    """``keep(like, p, state)``: the keep mask of ``like``'s shape, to be multiplied with it."""
+    """``keep(like, p, state)``: the keep mask of ``like``'s shape, to be multiplied with it.
+
+    Over fp16 what the adapters take part in is ``wide_parts.py``'s.
+    """
 
     keep: Callable[[Tensor, float, Tensor], Tensor]
     hidden_dtype: Callable[[torch.dtype], torch.dtype]
@@ -41,6 +47,8 @@ class Parts:
         return {method.__name__: method for method in methods}
 
     def shrink(self, x: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
+        if x.dtype is torch.float16:
+            return wide_parts.shrink(x, lora_a, p, state, self.keep)
         x, right = in_one_piece(x), _as(lora_a, x.dtype).t()
         z = x @ right if state is None else scaled_product(x * self.keep(x, p, state), right, 1.0 / (1.0 - p))
         return _as(z, self.hidden_dtype(x.dtype))
@@ -56,14 +64,8 @@ class Parts:
         scaling: float,
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
-        x, right, h = in_one_piece(x), _as(lora_b, x.dtype).t(), in_one_piece(_as(h, x.dtype))
         added = None if gain is not None or bias is None else _as(bias, x.dtype)
-        if x.shape[0] < MANY_TOKENS:
-            linear = F.linear(x, weight, added).addmm_(h, right, alpha=scaling)
-        elif added is None:
-            linear = scaled_product(h, right, scaling).addmm_(x, weight.t())
-        else:
-            linear = torch.addmm(added, h, right, alpha=scaling).addmm_(x, weight.t())
+        linear = self._sum(x, weight, lora_b, h, added, scaling)
         if gain is None:
             return linear, x.new_empty(0)
         out = torch.empty_like(linear) if keep else linear
@@ -73,9 +75,26 @@ class Parts:
             torch.addcmul(_as(bias, gain.dtype), linear, gain, out=out)
         return out, linear if keep else x.new_empty(0)
 
+    def _sum(
+        self, x: Tensor, weight: Tensor, lora_b: Tensor, h: Tensor, added: Tensor | None, scaling: float
+    ) -> Tensor:
+        """x Wᵀ + s h Bᵀ, and the bias where it is added to that."""
+        x, few = in_one_piece(x), x.shape[0] < MANY_TOKENS
+        if x.dtype is torch.float16:
+            return wide_parts.low_rank_sum(x, weight, lora_b, h, added, scaling, few)
+        right, h = _as(lora_b, x.dtype).t(), in_one_piece(_as(h, x.dtype))
+        if few:
+            return F.linear(x, weight, added).addmm_(h, right, alpha=scaling)
+        if added is None:
+            return scaled_product(h, right, scaling).addmm_(x, weight.t())
+        return torch.addmm(added, h, right, alpha=scaling).addmm_(x, weight.t())
+
     def output_grads(
         self, dy: Tensor, lora_b: Tensor, h: Tensor | None, bias: Tensor | None, scaling: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if dy.dtype is torch.float16:
+            dh, found = wide_parts.output_grads(dy, lora_b, h, scaling)
+            return dh, lora_b.new_empty(0) if found is None else _as(found, lora_b.dtype), sum_of_rows(dy, bias)
         dy = in_one_piece(dy)
         dh = scaled_product(dy, _as(lora_b, dy.dtype), scaling)
         if h is None:
@@ -97,6 +116,8 @@ class Parts:
         states: list[Tensor],
     ) -> Tensor:
         dtype = dys[0].dtype
+        if dtype is torch.float16:
+            return wide_parts.input_grad([in_one_piece(dy) for dy in dys], weights, dhs, lora_as, p, states, self.keep)
         if not states:
             dh = in_one_piece(_as(dhs[0] if len(dhs) == 1 else torch.cat(dhs, 1), dtype))
             lora_a = lora_as[0] if len(lora_as) == 1 else torch.cat([_as(a, dtype) for a in lora_as])
@@ -116,6 +137,8 @@ class Parts:
         return low_rank.mul_(self.keep(low_rank, p, state))
 
     def a_grad(self, dh: Tensor, x: Tensor, p: float, state: Tensor | None) -> Tensor:
+        if x.dtype is torch.float16:
+            return wide_parts.a_grad(dh, x, p, state, self.keep)
         x, left = in_one_piece(x), in_one_piece(_as(dh, x.dtype)).t()
         da = left @ x if state is None else scaled_product(left, x * self.keep(x, p, state), 1.0 / (1.0 - p))
         return _as(da, self.hidden_dtype(x.dtype))
@@ -137,8 +160,8 @@ class Parts:
 
     def row_norms(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
         """‖w‖² + 2 s ⟨A w, b⟩ + s² ⟨(A Aᵀ) b, b⟩ of each row w of W and b of B."""
-        compute, wide = weight.dtype, torch.promote_types(weight.dtype, torch.float32)
-        lora_a, lora_b = lora_a.to(compute).to(wide), lora_b.to(compute).to(wide)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        lora_a, lora_b = (t.to(adapter_dtype(weight.dtype)).to(wide) for t in (lora_a, lora_b))
         inner, squares = lora_b @ (lora_a @ lora_a.t()), []
         rows = max(1, _NORM_ELEMENTS // max(1, weight.shape[1]))
         if weight.device.type != "cpu":

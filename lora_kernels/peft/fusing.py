@@ -41,10 +41,11 @@ def fuse_peft(model: nn.Module) -> FuseReport:
     ``torch.jit.trace``, ``torch.export``. Layers over a quantized, sharded or unusual base stay PEFT's own, as do its
     embeddings and convolutions.
 
-    Numerics: A and B are rounded to the compute dtype at the product, sums run in fp32, and y is rounded once (twice in
-    a mixed batch that takes one pass), where PEFT rounds the base product and again the sum. Dropout draws from
-    PyTorch's generator, but other numbers than PEFT (with DoRA by PyTorch's own dropout of x as it comes, which PEFT
-    casts to the adapter's dtype first). A row of W + s B A that is zero stays zero, where PEFT divides by its norm.
+    Numerics: A and B are rounded to the compute dtype at the product (over fp16 they are not, and keep fp32's range as
+    PEFT's do), sums run in fp32, and y is rounded once (twice in a mixed batch that takes one pass), where PEFT rounds
+    the base product and again the sum. Dropout draws from PyTorch's generator, but other numbers than PEFT (with DoRA
+    by PyTorch's own dropout of x as it comes, which PEFT casts to the adapter's dtype first). A row of W + s B A that
+    is zero stays zero, where PEFT divides by its norm.
 
     Args:
         model: a ``PeftModel``, or any module that holds PEFT's LoRA layers.

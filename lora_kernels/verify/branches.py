@@ -27,10 +27,20 @@ def judge_case(
     masks: list[Tensor | None] = [None] * len(branches)
     if case.p:
         masks = [*drawn_masks(name, x, case.p, seed, len(branches))]
-    exact, yardstick = (_expected(wide, x, branches, dys, masks, case.p) for wide in (torch.float64, dtype))
+    exact, yardstick = (
+        _expected(wide, x, branches, dys, masks, case.p) for wide in (torch.float64, case.yardstick(dtype))
+    )
     errors = _expected_errors(dtype, x, branches, dys, masks, case.p, tf32)
     return [
-        judge(output, value, exact[output, i], yardstick[output, i], dtype, tf32, expected=errors[output, i])
+        judge(
+            output,
+            value,
+            exact[output, i],
+            yardstick[output, i].to(value.dtype),
+            dtype,
+            tf32,
+            expected=errors[output, i],
+        )
         for (output, i), value in actual.items()
     ]
 

@@ -23,6 +23,7 @@ class Case:
         strided: x, weight and dy are transposed views.
         gain: y's columns have factors, as DoRA gives them.
         activation: what stands between A and B.
+        factors: of x, lora_a, lora_b and dy, which carry what fp32 adapters meet beyond fp16's range; for fp16 alone.
         beside: N and R of further branches that read the same x, with the same settings.
         large: too much for an interpreter; on a CPU it runs in all threads, the others in one.
     """
@@ -39,6 +40,7 @@ class Case:
     strided: bool = False
     gain: bool = False
     activation: str = "identity"
+    factors: tuple[float, float, float, float] | None = None
     beside: tuple[tuple[int, int], ...] = ()
     large: bool = False
 
@@ -49,7 +51,11 @@ class Case:
 
     def applies(self, dtype: torch.dtype) -> bool:
         """Whether the case says something new for the compute dtype ``dtype``."""
-        return self.adapters != dtype
+        return self.adapters != dtype and (self.factors is None or dtype == torch.float16)
+
+    def yardstick(self, dtype: torch.dtype) -> torch.dtype:
+        """What the yardstick computes in: beyond fp16's range fp32, as PEFT's adapters do, its results then rounded."""
+        return dtype if self.factors is None else torch.float32
 
 
 CASES = (
@@ -73,6 +79,20 @@ CASES = (
     Case("GELU, dropout", 33, 48, 40, 5, p=0.1, activation="gelu"),
     Case("three branches", 37, 56, 48, 8, beside=((24, 8), (24, 3))),
     Case("two branches, dropout", 33, 48, 40, 5, p=0.1, beside=((24, 8),)),
+    Case("h above 65504, dropout", 37, 56, 48, 8, p=0.1, adapters=torch.float32, factors=(60.0, 1e3, 1e-3, 1.0)),
+    Case("dh below 6e-8", 40, 56, 48, 8, adapters=torch.float32, factors=(1.0, 1e5, 1e-5, 1e-3)),
+    Case("A of 1e8, B of 1e-9, one token", 1, 56, 48, 8, adapters=torch.float32, factors=(30.0, 1e9, 1e-9, 1.0)),
+    Case(
+        "h above 65504, SiLU, two branches",
+        37,
+        56,
+        48,
+        8,
+        adapters=torch.float32,
+        activation="silu",
+        factors=(60.0, 1e3, 1e-3, 1.0),
+        beside=((24, 3),),
+    ),
     Case("large", 256, 512, 384, 16, large=True),
     Case("large, ragged, dropout", 333, 1001, 700, 17, p=0.1, large=True),
 )
@@ -91,7 +111,7 @@ class Inputs:
 
 
 def make(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-    """Random tensors for ``case``: x, dy, bias, x Wᵀ and s h Bᵀ all have entries of about one.
+    """Random tensors for ``case``: x, dy, bias, x Wᵀ and s h Bᵀ all have entries of about one, but for its factors.
 
     So the adapter's term is as large as the base's, and an error in either shows.
     """
@@ -103,13 +123,14 @@ def make(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inp
         return drawn.t() if transposed else drawn
 
     adapters = case.adapters or dtype
+    of_x, of_a, of_b, of_dy = case.factors or (1.0, 1.0, 1.0, 1.0)
     inputs = Inputs(
-        x=normal(case.m, case.k, 1.0, dtype, case.strided),
+        x=normal(case.m, case.k, of_x, dtype, case.strided),
         weight=normal(case.n, case.k, case.k**-0.5, dtype, case.strided),
-        lora_a=normal(case.r, case.k, case.k**-0.5, adapters),
-        lora_b=normal(case.n, case.r, case.r**-0.5 / SCALING, adapters),
+        lora_a=normal(case.r, case.k, of_a * case.k**-0.5, adapters),
+        lora_b=normal(case.n, case.r, of_b * case.r**-0.5 / SCALING, adapters),
         bias=normal(1, case.n, 1.0, dtype).flatten() if case.bias else None,
-        dy=normal(case.m, case.n, 1.0, dtype, case.strided),
+        dy=normal(case.m, case.n, of_dy, dtype, case.strided),
     )
     if case.zero:
         getattr(inputs, case.zero).zero_()

@@ -15,7 +15,8 @@ class Row:
 
     Attributes:
         ratio: the largest error, over the cases, in units of plain PyTorch's in the same dtype, made or expected;
-            None in float64, where the yardstick is the exact result itself, and where no case ran.
+            cases beyond fp16's range are left out, for theirs is in fp32. None in float64, where the yardstick is the
+            exact result itself, and where no case ran.
         error, limit: relative Frobenius error against float64, and what was allowed, in the case that came closest to
             its limit (the worst row of the tensor counts too).
         worst_case: the name of that case.

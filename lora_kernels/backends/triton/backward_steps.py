@@ -138,6 +138,8 @@ def dh_db_step(config: DhDbConfig, c: BackwardCall) -> Step:
     m, n, r, device = c.m, c.n, c.r, c.device
     if c.bias_dtype is not None and c.machine.capability < 90:  # dbias too: the widest tile leaves it no registers
         config = replace(config, block_n=min(config.block_n, 128))
+    if c.dtype is torch.float16:  # dy in two parts: the same
+        config = replace(config, block_n=min(config.block_n, 64))
     dh_count, count = blocks(n, config.block_n), blocks(m, config.chunk_m)
     tile = (config.block_m, config.block_n, config.block_r)
     first = Launch(

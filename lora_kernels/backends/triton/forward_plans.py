@@ -8,7 +8,7 @@ writes, and memory that were freed in between could be handed to it for other th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -330,6 +330,8 @@ def _few_tokens(plan: FewTokens, c: Call) -> Run:
         raise InvalidArgumentError(
             f"the plan {plan} is for at most {config.block_m} tokens of rank {config.block_r}; got {c.m} of rank {c.r}."
         )
+    if c.dtype is torch.float16:  # x and A in two parts each: a deeper tile leaves them no registers
+        config = replace(config, block_k=min(config.block_k, 128))
     static: tuple[Any, ...] = (c.m, c.n, c.k, c.r, 1.0 / (1.0 - c.p), dropout_threshold(c.p))
     static += (*c.stride_x, *c.stride_w, *c.stride_a, *c.stride_b, c.stride_bias)
     static += (config.block_m, config.block_n, config.block_k, config.block_r, parts)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...reference import adapter_dtype
 from . import configs
 from .backward_choice import da_for, hidden_for, shrink_for
 from .backward_steps import (
@@ -188,7 +189,7 @@ def input_grad(
         return dys[0].new_empty((m, k))
     dtype, device = dys[0].dtype, dys[0].device
     precision, ranks = precision_of(dtype), tuple(a.shape[0] for a in lora_as)
-    dh, lora_a, state = _joined(dhs, lora_as, states, dtype)
+    dh, lora_a, state = _joined(dhs, lora_as, states, adapter_dtype(dtype))
     dh = rows_in_one_piece(dh)
     members = (*dys, *weights) if len(dys) == 1 else ()  # several go to the library, which takes any
     tensors = (*members, dh, lora_a)
@@ -216,7 +217,7 @@ def input_grad(
 def _joined(
     dhs: list[Tensor], lora_as: list[Tensor], states: list[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One dh (M, ΣR), one A (ΣR, K) and one tensor of seeds, (members, 2)."""
+    """One dh (M, ΣR), one A (ΣR, K), of several in ``dtype``, and one tensor of seeds, (members, 2)."""
     if len(dhs) == 1:
         return dhs[0], lora_as[0], states[0] if states else None
     lora_a = torch.cat([a if a.dtype is dtype else a.to(dtype) for a in lora_as])

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import dot, dot_hidden, rounded
+from .common import as_adapter, dot_adapter, dot_hidden, rounded
 from .philox import keep_tile, load_seed
 
 __all__ = ["da_kernel", "dh_db_kernel", "reduce_kernel"]
@@ -58,7 +58,7 @@ def dh_db_kernel(
     mask_r = offs_r < R
     b_ptrs = lora_b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br
     b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)  # (BLOCK_N, BLOCK_R)
-    b = rounded(b, dy_ptr.dtype.element_ty)
+    b = as_adapter(b, dy_ptr.dtype.element_ty)
     db = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_N,), tl.float32)
     first = chunk * chunk_m
@@ -70,10 +70,10 @@ def dh_db_kernel(
         h_ptrs = h_ptr + offs_m[None, :] * stride_hm + offs_r[:, None]
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)  # (BLOCK_M, BLOCK_N)
         h = tl.load(h_ptrs, mask=mask_m[None, :] & mask_r[:, None], other=0.0)  # (BLOCK_R, BLOCK_M)
-        dh = dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION)
+        dh = dot_adapter(dy, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION)
         dh_ptrs = dh_parts_ptr + (block_n * M + offs_m)[:, None] * R + offs_r[None, :]
         tl.store(dh_ptrs, dh, mask=mask_m[:, None] & mask_r[None, :])
-        db = dot_hidden(h, dy, db, SPLIT, PRECISION)
+        db = dot_hidden(h, dy, db, dy.dtype, SPLIT, PRECISION)
         if dbias_parts_ptr is not None:
             dbias += tl.sum(dy.to(tl.float32), 0)
     db_ptrs = db_parts_ptr + (chunk * N + offs_n)[None, :] * R + offs_r[:, None]
@@ -195,7 +195,7 @@ def da_kernel(
         dh = tl.load(dh_ptrs, mask=mask_m[None, :] & mask_r[:, None], other=0.0)  # (BLOCK_R, BLOCK_M)
         if seed_ptr is not None:
             x = x * keep_tile(seed, offs_m, first_column, groups, threshold, BLOCK_K).to(x.dtype)
-        acc = dot_hidden(dh, x, acc, SPLIT, PRECISION)
+        acc = dot_hidden(dh, x, acc, x.dtype, SPLIT, PRECISION)
     da_ptrs = da_ptr + offs_r[:, None] * stride_dar + offs_k[None, :] * stride_dak
     da_ptrs += chunk.to(tl.int64) * K * R
     tl.store(da_ptrs, rounded(acc * scale, da_ptr.dtype.element_ty), mask=mask_r[:, None] & mask_k[None, :])

@@ -6,7 +6,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
     "add_low_rank",
+    "as_adapter",
     "dot",
+    "dot_adapter",
+    "dot_adapters",
     "dot_hidden",
     "launch_dependents",
     "load_hidden",
@@ -48,19 +51,72 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def dot_hidden(hidden, b, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """``acc + hidden @ b`` for an fp32 ``hidden`` and ``b`` in the compute dtype.
+def _parts(value):
+    """``value`` as high and low bf16 part, and the high one with 0 where it is not finite: inf * 0 would be NaN."""
+    value = value.to(tl.float32)
+    high = rounded(value, tl.bfloat16)
+    low = value - high.to(tl.float32)
+    finite = tl.abs(low) < float("inf")
+    low = rounded(tl.where(finite, low, 0.0), tl.bfloat16)
+    return high, low, tl.where(finite, high, 0.0)
+
+
+@triton.jit
+def _dot_wide(a, b, acc):
+    """``acc + a @ b`` of any float operands with fp32's range: 16 bits of each count, all that fp16 has of its own."""
+    high, low, finite = _parts(a)
+    b_high, b_low, _ = _parts(b)
+    acc = dot(low, b_high, acc, "ieee")
+    acc = dot(finite, b_low, acc, "ieee")
+    return dot(high, b_high, acc, "ieee")
+
+
+@triton.jit
+def as_adapter(value, dtype: tl.constexpr):
+    """Of lora_a or lora_b, what the compute dtype ``dtype`` takes: rounded to it; over fp16 as it is, in any dtype."""
+    if dtype == tl.float16:
+        return value
+    else:
+        return rounded(value, dtype)
+
+
+@triton.jit
+def dot_adapter(x, adapter, acc, PRECISION: tl.constexpr):
+    """``acc + x @ adapter`` for x (dy) in the compute dtype and an adapter, as loaded or as ``as_adapter`` gave it."""
+    if x.dtype == tl.float16 and adapter.dtype != tl.float16:
+        return _dot_wide(x, adapter, acc)
+    else:
+        return dot(x, as_adapter(adapter, x.dtype), acc, PRECISION)
+
+
+@triton.jit
+def dot_adapters(b, a, acc, dtype: tl.constexpr):
+    """``acc + b @ a`` of two adapters, exact but for what ``as_adapter`` rounds and for the sums."""
+    if dtype == tl.float16 and (a.dtype != tl.float16 or b.dtype != tl.float16):
+        return dot(b.to(tl.float32), a.to(tl.float32), acc, "tf32x3")
+    else:
+        return dot(as_adapter(b, dtype), as_adapter(a, dtype), acc, "ieee")
+
+
+@triton.jit
+def dot_hidden(hidden, b, acc, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc + hidden @ b`` for an fp32 ``hidden`` and x, dy or an adapter as ``b``; ``dtype`` is the compute dtype.
 
     With SPLIT (16-bit compute) ``hidden`` enters as high + low part, both 16-bit, so that nearly all its bits count.
-    An infinite or NaN high part travels alone: inf - inf would turn an infinity into NaN.
+    An infinite or NaN high part travels alone: inf - inf would turn an infinity into NaN. ``b`` is rounded to
+    ``dtype``. Over fp16, whose range neither h nor an adapter keeps to, the parts are bf16 and ``b`` has two as well.
     """
-    high = rounded(hidden, b.dtype)
-    acc = dot(high, b, acc, PRECISION)
-    if SPLIT:
-        low = hidden - high.to(tl.float32)
-        low = tl.where(tl.abs(low) < float("inf"), low, 0.0)
-        acc = dot(rounded(low, b.dtype), b, acc, PRECISION)
-    return acc
+    if dtype == tl.float16:
+        return _dot_wide(hidden, b, acc)
+    else:
+        b = rounded(b, dtype)
+        high = rounded(hidden, dtype)
+        acc = dot(high, b, acc, PRECISION)
+        if SPLIT:
+            low = hidden - high.to(tl.float32)
+            low = tl.where(tl.abs(low) < float("inf"), low, 0.0)
+            acc = dot(rounded(low, dtype), b, acc, PRECISION)
+        return acc
 
 
 @triton.jit
@@ -90,7 +146,7 @@ def _low_rank_step(
     if PARTS > 1:
         if tile_n == 0:
             tl.store(h_sum_ptr + offs_m[:, None] * R + offs_r[None, :], h, mask=mask_h)
-    acc = dot_hidden(h * scaling, rounded(b, dtype), acc, SPLIT, PRECISION)
+    acc = dot_hidden(h * scaling, b, acc, dtype, SPLIT, PRECISION)
     return acc
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import dot, dot_hidden, launch_dependents, rounded, wait_for_previous
+from .common import dot, dot_adapter, dot_hidden, launch_dependents, rounded, wait_for_previous
 from .philox import keep_tile, load_seed
 
 __all__ = ["few_tokens_kernel", "sum_parts_kernel"]
@@ -102,7 +102,7 @@ def few_tokens_kernel(
         acc = dot(x, w, acc, PRECISION)
         if seed_ptr is not None:
             x = x * keep_tile(seed, offs_m, k, groups, threshold, BLOCK_K).to(x.dtype)
-        h = dot(x, rounded(a, x.dtype), h, PRECISION)
+        h = dot_adapter(x, a, h, PRECISION)
         x_ptrs += step * stride_xk
         w_ptrs += step * stride_wk
         a_ptrs += step * stride_ak
@@ -113,7 +113,7 @@ def few_tokens_kernel(
         tl.store(h_ptrs, h, mask=mask_m[:, None] & mask_r[None, :])
     b_ptrs = lora_b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
     b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
-    acc = dot_hidden(h * scaling, rounded(b, x_ptr.dtype.element_ty), acc, SPLIT, PRECISION)
+    acc = dot_hidden(h * scaling, b, acc, x_ptr.dtype.element_ty, SPLIT, PRECISION)
     if PARTS == 1 and bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)  # (BLOCK_N,)
         acc += rounded(bias, y_ptr.dtype.element_ty).to(tl.float32)[None, :]

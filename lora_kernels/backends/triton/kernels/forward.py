@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import add_low_rank, dot, launch_dependents, rounded, store_output, tile_of_program, wait_for_previous
+from .common import add_low_rank, dot, dot_adapter, launch_dependents, store_output, tile_of_program, wait_for_previous
 from .philox import keep_tile, load_seed
 
 __all__ = ["expand_kernel", "forward_kernel", "shrink_kernel"]
@@ -75,7 +75,7 @@ def shrink_kernel(
         a = tl.load(a_ptrs, mask=mask_a, other=0.0)  # (BLOCK_K, BLOCK_R)
         if seed_ptr is not None:
             x = x * keep_tile(seed, offs_m, k, groups, threshold, BLOCK_K).to(x.dtype)
-        acc = dot(x, rounded(a, x.dtype), acc, PRECISION)
+        acc = dot_adapter(x, a, acc, PRECISION)
         x_ptrs += step * stride_xk
         a_ptrs += step * stride_ak
     h_ptrs = h_ptr + offs_m[:, None] * R + offs_r[None, :]

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import dot, rounded
+from .common import as_adapter, dot_adapters, rounded
 
 __all__ = ["gain_grad_kernel", "row_norms_kernel"]
 
@@ -50,7 +50,7 @@ def row_norms_kernel(
     b_ptrs = lora_b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br
     if R <= BLOCK_R:
         mask_b = mask_n[:, None] & (offs_r < R)[None, :]
-        b = rounded(tl.load(b_ptrs, mask=mask_b, other=0.0), dtype)  # (BLOCK_N, BLOCK_R)
+        b = as_adapter(tl.load(b_ptrs, mask=mask_b, other=0.0), dtype)  # (BLOCK_N, BLOCK_R)
     squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
@@ -64,15 +64,15 @@ def row_norms_kernel(
         w = tl.load(w_ptrs, mask=mask_w, other=0.0)  # (BLOCK_N, BLOCK_K)
         added = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         if R <= BLOCK_R:
-            a = rounded(tl.load(a_ptrs, mask=mask_a, other=0.0), dtype)  # (BLOCK_R, BLOCK_K)
-            added = dot(b, a, added, "ieee")
+            a = as_adapter(tl.load(a_ptrs, mask=mask_a, other=0.0), dtype)  # (BLOCK_R, BLOCK_K)
+            added = dot_adapters(b, a, added, dtype)
         else:
             for r in tl.range(0, R, BLOCK_R, num_stages=1):
                 mask_r = offs_r < R - r
                 mask_k = offs_k < K
                 b = tl.load(b_ptrs + r * stride_br, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
                 a = tl.load(a_ptrs + r * stride_ar, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
-                added = dot(rounded(b, dtype), rounded(a, dtype), added, "ieee")
+                added = dot_adapters(b, a, added, dtype)
         row = w.to(tl.float32) + scaling * added
         squares += row * row
     tl.store(norms_ptr + offs_n, tl.sqrt(tl.sum(squares, 1)), mask=mask_n)

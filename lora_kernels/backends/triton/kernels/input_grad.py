@@ -34,7 +34,7 @@ def _low_rank(
         a = tl.load(a_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)  # (BLOCK_R, BLOCK_K)
         if ONE_STEP and seed_ptr is not None:
             dh *= keep_scale
-        acc = dot_hidden(dh, rounded(a, dtype), acc, SPLIT, PRECISION)
+        acc = dot_hidden(dh, a, acc, dtype, SPLIT, PRECISION)
     if seed_ptr is not None:
         keep = keep_tile(load_seed(seed_ptr), offs_m, first_column, tl.cdiv(K, 8), threshold, BLOCK_K)
         acc = tl.where(keep, acc if ONE_STEP else acc * keep_scale, 0.0)
