@@ -12,7 +12,9 @@ PRESET the latest is taken, joined by earlier runs of the same machine and versi
 shows a prediction alone, from a file that ``bench --predict`` wrote, and says so in its heading. ``ratios:`` puts DoRA
 beside LoRA and PEFT beside this package, of the presets ``ratios`` and ``gpu-ratios``; ``subject=dora`` chooses.
 ``model:convergence``, ``model:memory`` and ``model:block-memory`` are what ``bench/convergence.py`` and
-``bench/model_memory.py`` found of whole models, ``model:traffic`` what ``bench/dram_bytes.py`` counted or measured.
+``bench/model_memory.py`` found of whole models, ``model:traffic`` what ``bench/dram_bytes.py`` counted or measured,
+``model:block`` what ``bench --preset gpu-block`` did. A table of measurements shows no predicted number; only
+``beside:`` and ``predicted:`` do, and they have no place in README.md.
 ``--check`` exits with 1 where a table is not what the results say; ``--write`` makes it so.
 """
 
@@ -22,7 +24,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,10 +32,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import convergence_report, dram_bytes, model_memory  # noqa: E402  (after the path)
+from lora_kernels.benchmark import block  # noqa: E402
 from lora_kernels.benchmark.beside import beside  # noqa: E402
 from lora_kernels.benchmark.grid import grid  # noqa: E402
 from lora_kernels.benchmark.ratios import ratios  # noqa: E402
-from lora_kernels.benchmark.report import legend, markdown, table  # noqa: E402
+from lora_kernels.benchmark.report import Table, legend, markdown, table  # noqa: E402
 from lora_kernels.benchmark.results import Result, join, load  # noqa: E402
 from lora_kernels.benchmark.workloads import FIELDS  # noqa: E402
 from lora_kernels.errors import InvalidArgumentError  # noqa: E402
@@ -46,9 +49,18 @@ _MODELS = {  # the result's file, what makes the table of it, what stands above
     "convergence": ("convergence.json", convergence_report.table, _PICTURE),
     "memory": ("model-memory.json", model_memory.table, ""),
     "block-memory": ("model-memory.json", model_memory.block_table, ""),
+    "block": ("nvidia-h100/block.json", block.table, ""),
     "traffic": ("step-traffic.json", dram_bytes.table, ""),
 }
-_MAKERS = {"table": table, "grid": grid, "beside": beside, "predicted": beside, "ratios": ratios}
+# What other commands wrote: tune, verify, and the decoder block, which has a document of its own.
+_OTHERS = ("block.json", "tune.json", "tuned.json", "verify.json")
+_MAKERS: dict[str, Callable[[Result, str, dict[str, tuple[str, ...]]], Table]] = {
+    "table": partial(table, foreseen=False),
+    "grid": grid,
+    "beside": beside,
+    "predicted": beside,
+    "ratios": ratios,
+}
 
 
 def newest(results: Path, device: str, preset: str, predicted: bool = False) -> Result:
@@ -57,11 +69,8 @@ def newest(results: Path, device: str, preset: str, predicted: bool = False) -> 
     Raises:
         InvalidArgumentError: there is none.
     """
-    found = [
-        r
-        for r in map(load, sorted((results / device).glob("*.json")))
-        if (r.preset, r.predicted) == (preset, predicted)
-    ]
+    files = [file for file in sorted((results / device).glob("*.json")) if file.name not in _OTHERS]
+    found = [r for r in map(load, files) if (r.preset, r.predicted) == (preset, predicted)]
     if not found:
         how = "--predict MACHINE " if predicted else ""
         raise InvalidArgumentError(

@@ -56,7 +56,7 @@ def test_tables_show_winners_and_losses() -> None:
     assert table.winners == {(0, auto), (1, peft)}
     assert table.losses == {(1, auto)}
     assert "| **1.10** |" in report.markdown(table)
-    assert "in 1 of 2 cells" in report.markdown(table)
+    assert "more than 2 % in 1 of 2 cells" in report.markdown(table)
 
 
 def test_a_failed_provider_is_told() -> None:
@@ -88,7 +88,8 @@ def test_the_grid_has_a_row_for_each_shape_and_sums_up_every_rank() -> None:
     assert content.winners == {(0, 4), (1, 4)}
     assert "all 4 cells: PEFT takes 1.39 times" in content.notes[0]
     assert f"our worst ratio is 1.16, at {replace(STEP, tokens=16)}" in content.notes[0]
-    assert "bf16: PEFT was not timed" in content.notes[1]
+    assert "in 0 of 4 cells, the automatic choice of every rival in 4" in content.notes[1]
+    assert "bf16: PEFT was not timed" in content.notes[2]
 
 
 def test_targets_are_judged_cell_by_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +187,7 @@ def test_predicted_stands_beside_measured_with_wins_and_losses(tmp_path: Path) -
     ]
     assert "| 1.50 (1.40) | **1.20 (1.05)** |" in text
     assert "| 1 (2) |" in text
-    assert "1 wins, 1 losses, 1 within 2 %" in text
+    assert "more than 2 % in 1 of 3 cells (PEFT 1), the automatic choice of every rival in 1; 1 is level" in text
 
 
 def test_a_prediction_is_a_table_of_its_own_and_never_a_measured_one(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .report import SHORT, SLOWER, Table
+from .report import SHORT, Table, software
 from .results import Cell, Result
+from .verdict import AUTOMATIC, summary, verdict_of
 from .workloads import DIRECTIONS
 
 __all__ = ["beside"]
@@ -12,8 +13,8 @@ __all__ = ["beside"]
 def beside(result: Result, direction: str, conditions: dict[str, tuple[str, ...]] | None = None) -> Table:
     """Ratios to the floor, "measured (predicted)"; of a result that is only predicted, the predicted ones alone.
 
-    The last column compares us with the best rival: "+8 %" is a win by 8 %, "−3 %" a loss, "=" within what timers can
-    be trusted for.
+    The last column compares the automatic choice with the best rival: "+8 %" is a win by 8 %, "−3 %" a loss, "=" within
+    the slack of ``verdict``; behind it stands the spread of the rounds.
     """
     wanted = {"direction": (direction,), **(conditions or {})}
     chosen = [c for c in result.cells if not c.left_out]
@@ -22,24 +23,23 @@ def beside(result: Result, direction: str, conditions: dict[str, tuple[str, ...]
     varying = [f for f in ("dtype", "p") if len({getattr(c.workload, f) for c in cells}) > 1]
     header = ["K→N", "M", "r", *varying, f"{result.titles[result.floor]} ms", *(result.titles[n] for n in columns)]
     first = len(header) - len(columns)
-    rows, winners, losses, verdicts = [], set(), set(), []
+    rows, winners, losses = [], set(), set()
     for i, cell in enumerate(cells):
         w = cell.workload
         values = {n: v for n in columns if (v := _value(result, cell, n)) is not None}
-        ahead = _ahead(result, values)
-        verdicts.append(ahead)
+        verdict = verdict_of(result, cell)
         row = [w.shape, str(w.tokens), str(w.r), *(SHORT.get(v, v) for v in (str(getattr(w, f)) for f in varying))]
-        rows.append([*row, _floor(result, cell), *(_text(result, cell, n) for n in columns), _verdict(ahead)])
+        rows.append([*row, _floor(result, cell), *(_text(result, cell, n) for n in columns), str(verdict or "–")])
         winners |= {(i, first + columns.index(n)) for n, v in values.items() if v == min(values.values())}
-        if ahead is not None and ahead < 1 / SLOWER:
-            losses |= {(i, first + columns.index(n)) for n in values if n in result.ours}
+        if verdict is not None and verdict.sign < 0:
+            losses.add((i, first + columns.index(AUTOMATIC)))
     return Table(
         _caption(result, direction, cells),
         [*header, "we"],
         rows,
         frozenset(winners),
         frozenset(losses),
-        _notes(verdicts),
+        summary(result, cells),
     )
 
 
@@ -72,27 +72,6 @@ def _floor(result: Result, cell: Cell) -> str:
     return "–" if entry is None or not entry.numbers else f"{entry.numbers['us'] / 1e3:.3g} ({foreseen})"
 
 
-def _ahead(result: Result, values: dict[str, float]) -> float | None:
-    """The best rival's time over our best."""
-    ours = [v for n, v in values.items() if n in result.ours]
-    rivals = [v for n, v in values.items() if n not in result.ours]
-    return min(rivals) / min(ours) if ours and rivals else None
-
-
-def _verdict(ahead: float | None) -> str:
-    if ahead is None:
-        return "–"
-    if ahead >= SLOWER:
-        return f"+{100 * (ahead - 1):.0f} %"
-    return f"−{100 * (1 / ahead - 1):.0f} %" if ahead < 1 / SLOWER else "="
-
-
-def _notes(verdicts: list[float | None]) -> list[str]:
-    known = [v for v in verdicts if v is not None]
-    wins, losses = sum(v >= SLOWER for v in known), sum(v < 1 / SLOWER for v in known)
-    return [f"Against the best rival: {wins} wins, {losses} losses, {len(known) - wins - losses} within 2 %."]
-
-
 def _caption(result: Result, direction: str, cells: list[Cell]) -> str:
     dtypes = {c.workload.dtype for c in cells}
     name = f"{direction}, {SHORT[dtypes.pop()]}" if len(dtypes) == 1 else direction
@@ -100,5 +79,4 @@ def _caption(result: Result, direction: str, cells: list[Cell]) -> str:
     env = result.environment
     if result.predicted:
         return f"**Predicted, not yet measured.** {what}, by the model of {env['device']}; {result.date[:10]}."
-    versions = ", ".join(f"{k} {v}" for k, v in env["versions"].items() if v and k != "lora-kernels")
-    return f"{what}, measured (predicted). {env['device']}; {versions}; {result.date[:10]}."
+    return f"{what}, measured (predicted). {env['device']}; {software(env, result.date)}."

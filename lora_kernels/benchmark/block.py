@@ -23,6 +23,7 @@ from ..console import Progress
 from ..errors import InvalidArgumentError
 from ..model import replace_linear
 from .memory import peak_of, storages_kept
+from .report import Table, software
 from .results import environment
 from .timing import Candidate, Timing, measure
 
@@ -36,6 +37,7 @@ __all__ = [
     "missing",
     "run_block",
     "sizes_of",
+    "table",
     "told",
 ]
 
@@ -264,7 +266,7 @@ def told(document: dict[str, Any]) -> Sequence[str]:
             n = cell["providers"][name]
             kept, peak = (f"{n[name] / 2**20:.1f} MiB" for name in ("bytes_kept", "bytes_peak"))
             lines.append(
-                f"{place}: {title}: {n['tokens_per_second']:.0f} tokens/s, {n['ratio']:.3f}, "
+                f"{place}: {title}: {n['tokens_per_second']:.0f} tokens/s, {_with_spread(n)}, "
                 f"{kept} kept, at most {peak}"
             )
         speed, kept_ratio = (cell["reached"][name] for name in TARGETS)
@@ -272,3 +274,34 @@ def told(document: dict[str, Any]) -> Sequence[str]:
         lines.append(f"{place}: {'ok  ' if speed >= least else 'MISS'} {SPEED} {speed:.3f} (>= {least})")
         lines.append(f"{place}: {'ok  ' if kept_ratio <= most else 'MISS'} {KEPT} {kept_ratio:.3f} (<= {most})")
     return lines
+
+
+def _with_spread(numbers: dict[str, Any]) -> str:
+    """The ratio, with half the range of the rounds from the 20th to the 80th percentile."""
+    return f"{numbers['ratio']:.3f} ±{(numbers['ratio_p80'] - numbers['ratio_p20']) / 2:.3f}"
+
+
+def table(document: dict[str, Any]) -> Table:
+    """For a page: a row for each length and dropout, with what was aimed at and is missed."""
+    titles = {"peft": "PEFT", "auto": "lora_kernels"}
+    header = ["tokens", "dropout", "frozen block, tokens/s", *(f"{title}, tokens/s" for title in titles.values())]
+    header += [f"ratio, {title}" for title in titles.values()] + ["tokens/s over PEFT's", "bytes kept over PEFT's"]
+    rows, missed = [], 0
+    cells = [cell for cell in document["cells"] if not cell["failed"]]
+    least, most = (document["targets"][name] for name in TARGETS)
+    for cell in cells:
+        providers = cell["providers"]
+        speed, kept = (cell["reached"][name] for name in TARGETS)
+        missed += speed < least or kept > most
+        told = [f"{providers[name]['tokens_per_second']:.0f}" for name in ("linear", *titles)]
+        told += [_with_spread(providers[name]) for name in titles]
+        rows.append([str(cell["tokens"]), f"{cell['p']:g}", *told, f"{speed:.2f}", f"{kept:.2f}"])
+    sizes = BlockSizes(**document["sizes"])
+    caption = (
+        f"A training step of one decoder block (hidden {sizes.hidden}, inner {sizes.inner}, {sizes.heads} heads, "
+        f"{sizes.key_heads} of keys; adapters of rank {_R} on its seven projections). Ratio: time over the frozen "
+        f"block's of the same round, median, ± half the range of the rounds from the 20th to the 80th percentile. "
+        f"{document['environment']['device']}; {software(document['environment'], document['date'])}."
+    )
+    aim = f"Aimed at: at least {least:g} and at most {most:g} in the last two columns"
+    return Table(caption, header, rows, frozenset(), frozenset(), [f"{aim}; {missed} of {len(rows)} rows miss."])

@@ -3,7 +3,9 @@
 =============== ===== ======= ======================================================================================
 preset          cells seconds what for
 =============== ===== ======= ======================================================================================
-gpu-quick          34      80 what says the most in a minute and a half: part of ``make gpu-check``
+gpu-goals          19      45 the cells that the project's goals speak of: the first part of ``make gpu-bench``
+gpu-goals-group     3      10 likewise of q, k and v together
+gpu-quick          34      80 what says the most in a minute and a half
 gpu-forward       480     900 the forward grid: 12 M, 5 shapes, r 8 to 128, p 0 and 0.1
 gpu-compile       480    1500 the same grid with PEFT under ``torch.compile``
 gpu-overhead        8      20 host time of a call at M = 1
@@ -64,6 +66,20 @@ def _whole_grid(direction: str) -> tuple[Workload, ...]:
     return tuple(dict.fromkeys(cells))
 
 
+def _goals() -> Iterator[Workload]:
+    """``bench/gpu_targets.py --pass goals`` judges these: forward, and steps without and with dropout."""
+    yield from _cells("forward", (8192,), dropouts=(0.0,))
+    yield from _cells("step", (8192,), dropouts=(0.0,))
+    yield from _cells("step", (8192,), dropouts=(0.1,))
+    yield from _cells("step", (2048, 512), SHAPES[:1])
+
+
+def _goals_of_groups() -> Iterator[Workload]:
+    """q, k and v of Llama-3-8B: 4096 + 1024 + 1024 outputs of one x."""
+    for direction, dropouts in (("forward", (0.0,)), ("step", (0.0, 0.1))):
+        yield from grid((direction,), (8192,), SHAPES[:1], (16,), ("bfloat16",), dropouts, subject="three-layers")
+
+
 def _ratios() -> tuple[Workload, ...]:
     """What the targets speak of at M = 4096, and the same of one token where only launches count."""
     cells: list[Workload] = []
@@ -83,6 +99,20 @@ def _preset(name: str, describe: str, workloads: tuple[Workload, ...], peers: tu
 
 
 GPU_PRESETS = (
+    _preset(
+        "gpu-goals",
+        "the cells that the project's goals speak of, in a minute",
+        tuple(_goals()),
+        (*_RIVALS, "auto"),
+        budget=45.0,
+    ),
+    _preset(
+        "gpu-goals-group",
+        "the goals' cells of q, k and v together",
+        tuple(_goals_of_groups()),
+        ("peft-lora", "fused-lora", "ours-lora", "group"),
+        budget=10.0,
+    ),
     _preset(
         "gpu-quick",
         "the cells that say the most, in a minute and a half",

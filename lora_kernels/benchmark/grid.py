@@ -5,17 +5,18 @@ from __future__ import annotations
 from .report import SHORT, Table, caption
 from .results import Cell, Result
 from .summary import over_floor, over_provider
+from .verdict import AUTOMATIC, summary
 
 __all__ = ["grid"]
 
-_PEFT, _OURS = "peft", "auto"
+_PEFT = "peft"
 
 
 def grid(result: Result, direction: str, conditions: dict[str, tuple[str, ...]] | None = None) -> Table:
     """Ratios to the floor of the cells that meet the conditions, which must leave one cell for a shape, M and dtype.
 
     The notes sum up every cell of the direction, whatever its rank and dropout: geometric mean of PEFT's time over
-    ours, and our worst ratio to the floor.
+    ours, our worst ratio to the floor, and in how many cells a rival is ahead.
     """
     wanted = {"direction": (direction,), **(conditions or {})}
     cells = [c for c in result.cells if all(c.workload.has(name, values) for name, values in wanted.items())]
@@ -34,7 +35,7 @@ def grid(result: Result, direction: str, conditions: dict[str, tuple[str, ...]] 
             winners |= {(len(rows), len(row) + i) for i in best}
             row += texts
         rows.append(row)
-    notes = [_summary(result, direction, dtype) for dtype in dtypes]
+    notes = [sentence for dtype in dtypes for sentence in _summary(result, direction, dtype)]
     left_out = [c.workload for c in result.cells if c.left_out and c.workload.direction == direction]
     if left_out:
         notes.append(f"–: left out, {len(left_out)} cells where one call of the frozen layer takes seconds.")
@@ -52,14 +53,16 @@ def _texts(result: Result, cell: Cell | None, names: list[str]) -> tuple[list[st
     return texts, [i for i, r in enumerate(ratios, start=1) if r is not None and r == best]
 
 
-def _summary(result: Result, direction: str, dtype: str) -> str:
-    faster = over_provider(result, _PEFT, _OURS).where(lambda w: w.direction == direction and w.dtype == dtype)
-    ours = over_floor(result, _OURS).where(lambda w: w.direction == direction and w.dtype == dtype)
+def _summary(result: Result, direction: str, dtype: str) -> list[str]:
+    faster = over_provider(result, _PEFT, AUTOMATIC).where(lambda w: w.direction == direction and w.dtype == dtype)
+    ours = over_floor(result, AUTOMATIC).where(lambda w: w.direction == direction and w.dtype == dtype)
     if not len(faster):
-        return f"{SHORT[dtype]}: PEFT was not timed."
+        return [f"{SHORT[dtype]}: PEFT was not timed."]
     lowest, highest = faster.lowest, ours.highest
-    return (
+    run = [c for c in result.cells if not c.left_out and c.workload.direction == direction]
+    told = (
         f"{SHORT[dtype]}, all {len(faster)} cells: PEFT takes {faster.geometric_mean:.2f} times as long (geometric "
         f"mean; least {faster.of_cells[lowest]:.2f}, at {lowest}); our worst ratio is {ours.of_cells[highest]:.2f}, at "
         f"{highest}."
     )
+    return [told, *summary(result, [c for c in run if c.workload.dtype == dtype])]

@@ -80,6 +80,7 @@ def plot(result: Result, path: str | Path) -> None:
     optional("matplotlib").use("Agg")
     from matplotlib import pyplot
 
+    pyplot.rcParams["svg.hashsalt"] = "lora_kernels"  # the same picture from the same numbers
     cells = [cell for cell in result.cells if cell.workload.direction in PLOTTED and not cell.left_out]
     rows = list(dict.fromkeys(_row(cell.workload) for cell in cells))
     columns = list(dict.fromkeys(cell.workload.shape for cell in cells))
@@ -92,18 +93,19 @@ def plot(result: Result, path: str | Path) -> None:
             axes[i][j].set_visible(bool(chosen))
             if chosen:
                 _draw(axes[i][j], f"{shape}   {row}", sorted(chosen, key=lambda c: c.workload.tokens), result)
+                _scale(axes[i][j], [cell.workload.tokens for cell in cells])  # the panels share one axis of tokens
         axes[i][0].set_ylabel(f"time / {result.titles[result.floor]}")
     for axis in axes[-1]:
         axis.set_xlabel("tokens M")
     handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     where = f"frozen {result.titles[result.floor]} = 1, on {result.environment['device']}"
-    told = f"PREDICTED, nothing was run: {where}" if result.predicted else f"{where}; dashed: predicted"
+    told = f"PREDICTED, nothing was run: {where}" if result.predicted else f"{where}; dashes: predicted"
     figure.suptitle(told, fontsize=11, y=1 - 0.12 / size[1], va="top")
     columns_of_legend = min(len(handles), 2 + 2 * len(columns)) or 1
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=columns_of_legend, frameon=False)
     below = 0.3 * -(-len(handles) // columns_of_legend)
     figure.tight_layout(rect=(0, below / size[1], 1, 1 - 0.3 / size[1]))
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Date": None} if Path(path).suffix == ".svg" else None)
     pyplot.close(figure)
 
 
@@ -135,13 +137,12 @@ def _draw(axis: Any, title: str, cells: list[Cell], result: Result) -> None:
                 ratios,
                 linestyle="--",
                 linewidth=wide if result.predicted else 0.9,
-                marker=marker if result.predicted else "",
+                marker=marker if result.predicted else "_" if len(tokens) == 1 else "",
                 color=color,
                 label=label,
             )
     axis.axhline(1.0, color="#555555", linewidth=0.8)
     axis.set_title(title, fontsize=8.5)
-    _scale(axis, [cell.workload.tokens for cell in cells])
 
 
 def _scale(axis: Any, tokens: list[int]) -> None:
@@ -152,7 +153,7 @@ def _scale(axis: Any, tokens: list[int]) -> None:
     axis.set_yscale("log")
     plain = ticker.FuncFormatter(lambda value, position: f"{value:g}")
     every = max(1, -(-len(set(tokens)) // 7))
-    axis.xaxis.set_major_locator(ticker.FixedLocator(sorted(set(tokens))[::every]))
+    axis.xaxis.set_major_locator(ticker.FixedLocator(sorted(set(tokens), reverse=True)[::every]))
     low, high = axis.get_ylim()
     chosen: list[float] = []
     for tick in _TICKS:  # the rounder the number, the earlier it stands

@@ -1,19 +1,20 @@
-"""A result as tables: ratios to the floor, the winner of each cell marked, this package's losses told in a sentence."""
+"""A result as tables: ratios to the floor, the winner of each cell marked, what the automatic choice lost told."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .results import Cell, Entry, Result
+from .verdict import AUTOMATIC, memory_summary, summary, verdict_of
 from .workloads import DIRECTIONS
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-__all__ = ["SHORT", "SLOWER", "Table", "caption", "legend", "markdown", "reasons", "rich_table", "table"]
+__all__ = ["SHORT", "Table", "caption", "legend", "markdown", "reasons", "rich_table", "software", "table"]
 
-SLOWER = 1.02  # a rival is said to be ahead where it is quicker by more than timers can be trusted for
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _LEGEND = {
     "peft16": "PEFT16: adapters of the base's 16-bit dtype; the others have fp32 adapters.",
@@ -35,18 +36,28 @@ class Table:
     notes: list[str]
 
 
-def table(result: Result, direction: str, conditions: dict[str, tuple[str, ...]] | None = None) -> Table:
-    """All cells of one direction that meet the conditions (see ``Preset.only``), one row each."""
+def table(
+    result: Result,
+    direction: str,
+    conditions: dict[str, tuple[str, ...]] | None = None,
+    foreseen: bool = True,
+) -> Table:
+    """All cells of one direction that meet the conditions (see ``Preset.only``), one row each.
+
+    The last column of a table of times is the automatic choice's lead over the best rival, with the rounds' spread.
+    ``foreseen``: whether the machine model's ratio has a column too.
+    """
     conditions = {"direction": (direction,), **(conditions or {})}
     chosen = [c for c in result.cells if all(c.workload.has(name, values) for name, values in conditions.items())]
     cells = [c for c in chosen if not c.left_out]
     dtypes = {c.workload.dtype for c in cells}
     columns = [n for n in result.titles if n != result.floor and any(_value(c, n) is not None for c in cells)]
     varying = [f for f in ("dtype", "p") if len({getattr(c.workload, f) for c in cells}) > 1]
-    predicted = any(_predicted(c) for c in cells)
+    predicted = foreseen and any(_predicted(c) for c in cells)
+    judged = direction != "memory" and any(verdict_of(result, c) for c in cells)
     header = ["K→N", "M", "r", *varying, f"{result.titles[result.floor]} {_unit(direction)}"]
     first = len(header)
-    header += [result.titles[n] for n in columns] + ["predicted"] * predicted
+    header += [result.titles[n] for n in columns] + ["predicted"] * predicted + ["we"] * judged
     rows = []
     winners, losses = set(), set()
     for i, cell in enumerate(cells):
@@ -54,16 +65,15 @@ def table(result: Result, direction: str, conditions: dict[str, tuple[str, ...]]
         row = [w.shape, str(w.tokens), str(w.r), *(SHORT.get(v, v) for v in (str(getattr(w, f)) for f in varying))]
         row += [_floor_text(cell.providers[result.floor], direction)]
         row += [_text(cell.providers.get(n), direction) for n in columns]
-        rows.append(row + [_predicted(cell) or "–"] * predicted)
+        verdict = verdict_of(result, cell) if judged else None
+        rows.append(row + [_predicted(cell) or "–"] * predicted + [str(verdict or "–")] * judged)
         values = {n: v for n in columns if (v := _value(cell, n)) is not None}
         best = min(values.values(), default=0.0)
         winners |= {(i, first + columns.index(n)) for n, v in values.items() if v == best}
-        ours = {n: v for n, v in values.items() if n in result.ours}
-        if ours and min(ours.values()) > SLOWER * best:
-            losses.add((i, first + columns.index(min(ours, key=lambda n: ours[n]))))
-    notes = []
-    if any(n in result.ours for n in columns):
-        notes.append(f"A rival is ahead of lora_kernels in {len(losses)} of {len(cells)} cells.")
+        if verdict is not None and verdict.sign < 0:
+            losses.add((i, first + columns.index(AUTOMATIC)))
+    told = memory_summary if direction == "memory" else summary
+    notes = told(result, cells) if any(n in result.ours for n in columns) else []
     if left_out := [c.left_out for c in chosen if c.left_out]:
         slow = all(sentence.startswith("One call") for sentence in left_out)
         why = "for one call of the frozen layer takes too long there" if slow else "for the device broke down there"
@@ -171,7 +181,13 @@ def caption(result: Result, direction: str, dtype: str | None) -> str:
         what = f"µs over the frozen {result.titles[result.floor]}, median"
     env = result.environment
     where = env["device"] + (f", {env['threads']} threads" if env["device_type"] == "cpu" else "")
-    versions = ", ".join(f"{k} {v}" for k, v in env["versions"].items() if v and k != "lora-kernels")
     name = direction if dtype is None else f"{direction}, {SHORT[dtype]}"
     described = "" if direction == "memory" else f" ({DIRECTIONS[direction]})"
-    return f"{name}{described}: {what}. {where}; {versions}; {result.date[:10]}."
+    return f"{name}{described}: {what}. {where}; {software(env, result.date)}."
+
+
+def software(environment: Mapping[str, Any], date: str) -> str:
+    """The versions that a result was measured with, the commit of this package, and the day."""
+    versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items() if v and k != "lora-kernels")
+    commit = f"; lora_kernels at commit {environment['git']}" if environment.get("git") else ""
+    return f"{versions}{commit}; {date[:10]}"

@@ -145,15 +145,18 @@ def join(results: Sequence[Result]) -> Result:
     """The latest result, and what runs of the same preset in the same place (device, threads, versions) add to it.
 
     A grid may be run in parts, one dtype at a time; of a cell that several runs have, the latest counts. The cells come
-    in the preset's order.
+    in the preset's order, and the environment names every commit whose cells are there.
     """
     by_date = sorted(results, key=lambda result: result.date)
     last = by_date[-1]
     parts = [result for result in by_date if (result.preset, _place(result)) == (last.preset, _place(last))]
     cells = {cell.workload: cell for part in parts for cell in part.cells}
+    latest = {cell.workload: part.environment.get("git") for part in parts for cell in part.cells}
+    commits = ", ".join(dict.fromkeys(commit for commit in latest.values() if commit))
     planned = PRESETS[last.preset].workloads if last.preset in PRESETS else ()
     place = {workload: i for i, workload in enumerate(planned)}
-    return replace(last, cells=sorted(cells.values(), key=lambda cell: place.get(cell.workload, len(place))))
+    chosen = sorted(cells.values(), key=lambda cell: place.get(cell.workload, len(place)))
+    return replace(last, cells=chosen, environment={**last.environment, "git": commits or None})
 
 
 def continued(path: str | Path, preset: str, now: dict[str, Any], seed: int, titles: Sequence[str]) -> list[Cell]:

@@ -36,11 +36,13 @@ def outcomes_table(outcomes: Sequence[Outcome], device: str, machine: Machine) -
         after = found.runner_up if found is not None else None
         told = ["was there", "–"] if found is None else ["–", "–"]
         if found is not None and after is not None:
-            told = [str(after), f"{found.timings[after].ratio:.3f}"]
-        numbers = [f"{row.floor_us:.1f}", str(row.plan), f"{row.ratio:.3f}", _ratio_text(expected)]
+            told = [str(after), _with_spread(found.timings[after])]
+        reached = f"{row.ratio:.3f}" if found is None else _with_spread(found.timings[row.plan])
+        numbers = [f"{row.floor_us:.1f}", str(row.plan), reached, _ratio_text(expected)]
         rows.append([*_place(row.cell), *numbers, *told])
-    caption = f"tuned on {device}: time over the frozen nn.Linear's of the same pass and round, median"
-    return Table(caption, header, rows, frozenset(), frozenset(), [_counted(outcomes)])
+    caption = f"tuned on {device}: time over the frozen nn.Linear's of the same pass and round, median, ± their spread"
+    notes = [_counted(outcomes), *_graphs(outcomes)]
+    return Table(caption, header, rows, frozenset(), frozenset(), notes)
 
 
 def dry_run_table(cells: Sequence[Cell], machine: Machine, name: str, limit: int = CANDIDATES) -> Table:
@@ -143,6 +145,22 @@ def _place(cell: Cell) -> list[str]:
 
 def _ratio_text(ratio: float | None) -> str:
     return "–" if ratio is None else f"{ratio:.3f}"
+
+
+def _with_spread(timing: Timing) -> str:
+    """The ratio, and half the range of the rounds from the 20th to the 80th percentile."""
+    return f"{timing.ratio:.3f} ±{(timing.ratio_p80 - timing.ratio_p20) / 2:.3f}"
+
+
+def _graphs(outcomes: Sequence[Outcome]) -> list[str]:
+    """What a time in a CUDA graph leaves out, where that was the clock."""
+    timed = [(o.row.plan, o.found.timings[o.row.plan]) for o in outcomes if o.row is not None and o.found is not None]
+    chosen = [plan for plan, timing in timed if timing.clock == "graph"]
+    if not chosen:
+        return []
+    streams = sum(bool(getattr(plan, "beside", False)) for plan in chosen)
+    second = f" {streams} of them take a second stream, which costs the host most." if streams else ""
+    return [f"{len(chosen)} choices were timed in CUDA graphs, where launching costs nothing.{second}"]
 
 
 def _counted(outcomes: Sequence[Outcome]) -> str:
