@@ -22,7 +22,7 @@ from lora_kernels.tuning.session import Options, Outcome
 
 H200 = Machine(capability=90, sm_count=132, shared_memory=232448, clock=1.98e9, bandwidth=4.8e12)
 DEVICE = DeviceName("NVIDIA H200", 90, 132)
-VERSIONS = {"torch": "2.11.0+cu130", "triton": "3.6.0", "lora_kernels": __version__}
+VERSIONS = {"torch": "2.11.0+cu130", "triton": "3.6.0", "lora_kernels": __version__, "kernels": "0123456789ab"}
 CELL = Cell("forward", 8192, 4096, 4096, 16, "bfloat16", False)
 FEW = replace(CELL, tokens=16)
 CELLS = [replace(CELL, r=r) for r in (8, 16, 64, 128)]

@@ -191,7 +191,30 @@ def test_a_write_that_fails_leaves_what_there_was(tmp_path: Path, monkeypatch: p
     assert [found.name for found in tmp_path.glob(".*part")] == []
 
 
+def test_rows_of_other_kernels_are_passed_over_and_told(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(folders.user, row(), row(FEW, "few_tokens", versions=VERSIONS | {"kernels": "ba9876543210"}))
+    assert tuned.lookup(GPU, CELL) == plan("fused")
+    assert tuned.lookup(GPU, FEW) is None
+    (source,) = tuned.load(DEVICE).sources
+    assert (source.rows, source.used) == (2, 1)
+    sentence = "1 row is passed over, for the kernels have changed since they were measured: `lora-kernels tune`"
+    assert source.passed_over[0].startswith(sentence)
+
+
+def test_the_digest_is_of_the_device_code_alone(tmp_path: Path) -> None:
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("x = 1\n")
+    before = tuned_table.digest_of_kernels.__wrapped__(tmp_path)
+    (tmp_path / "notes.txt").write_text("no code")
+    assert tuned_table.digest_of_kernels.__wrapped__(tmp_path) == before
+    (tmp_path / "b.py").write_text("x = 2\n")
+    assert tuned_table.digest_of_kernels.__wrapped__(tmp_path) != before
+    assert all(path.suffix == ".py" for path in tuned_table.KERNELS.iterdir() if path.is_file())
+    assert len(list(tuned_table.KERNELS.glob("*.py"))) == len(list(tuned_table.KERNELS.rglob("*.py")))
+
+
 def test_the_tables_that_ship_are_sound() -> None:
+    assert list(tuned.SHIPPED.glob("*.json"))
     for path in tuned.SHIPPED.glob("*.json"):
         table = read(path)
         assert path.stem == tuned_table.slug(table.device.name), path
@@ -218,8 +241,10 @@ def test_the_user_s_rows_win(folders: Folders) -> None:
     ("measured", "asked", "expected"),
     [
         ((8192,), 4096, 8192),
-        ((8192,), 2048, 8192),
-        ((8192,), 1024, None),  # more than a factor of 4
+        ((8192,), 2048, None),  # more than a factor of 2 down: its blocks leave the machine idle
+        ((512,), 2048, 512),
+        ((512,), 4096, None),  # more than a factor of 4
+        ((16,), 4, 16),  # of few tokens one launch does all
         ((512, 8192), 1024, 512),
         ((1024, 4096), 2048, 1024),  # equally near: the fewer tokens
         ((512, 8192), 2048, 512),

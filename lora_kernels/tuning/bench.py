@@ -7,17 +7,14 @@ compile is stepped over.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..backends.triton import configs
 from ..backends.triton.configs import Machine, machine_of
 from ..backends.triton.plan_kinds import Cell, Plan
 from ..backends.triton.tuned import identify
@@ -54,7 +51,7 @@ class DeviceBench:
         self.device = device
         self.machine: Machine = machine_of(device)
         self.name = identify(device) or DeviceName("interpreter", self.machine.capability, self.machine.sm_count)
-        self.versions = {**running_versions(), "kernels": _digest_of_kernels()}
+        self.versions = running_versions()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.workers = 1 if device.type == "cpu" else workers or min(cores, 16)
         self.clock = clock
@@ -170,15 +167,6 @@ class DeviceTrial:
                 f"{self._cell}: a plan has broken the device's context ({_first_line(error)}), and nothing runs in "
                 "this process any more. What was tuned before is stored; leave this cell out, and report it."
             ) from lost
-
-
-def _digest_of_kernels() -> str:
-    """Of the backend's sources: a row that was measured with other kernels is measured anew."""
-    folder = Path(configs.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def _sets(cell: Cell, device: torch.device) -> int:

@@ -1,15 +1,18 @@
 """Which plan was measured quickest on this device: the tables that ship with the package, merged with the user's own.
 
 For a device ``slug(name).json`` is read from the folder ``tuned`` beside this file, then from the user's cache, whose
-rows win. Rows that were measured under another minor version of Triton do not count. Nothing is read before the first
+rows win. Rows that were measured under another minor version of Triton, or of other kernels than these, do not count:
+they are passed over, and ``lora-kernels info`` tells how many and why. Nothing is read before the first
 ``lookup`` of a device, and a device's tables are read once in a process.
 
 A cell takes its own row. Without one it takes that of the nearest token bucket of the same direction, shape, rank,
 dtype and dropout, if
 
 * both are few tokens (one launch for all) or both are not: nothing is carried over that border,
-* the buckets lie within a factor of 4; or more tokens are asked for than were measured, and at least 4096 were: there
-  the machine is full, and more tokens only add waves of the same tiles.
+* the buckets lie within a factor of 4, or of 2 where fewer tokens are asked for than were measured, and not few: blocks
+  that fill the machine with 8192 tokens leave most of it idle with 2048, where on an H100 such rows lost to ``addmm_``
+  in three of five shapes; or more are asked for, and at least 4096 were measured: there the machine is full, and more
+  tokens only add waves of the same tiles.
 
 Of two equally near buckets that of fewer tokens counts. What is not measured by this rule is left to the model, and so
 is a plan that the machine has no room for: ``plans.plan_for`` sees to that.
@@ -20,6 +23,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +38,7 @@ from .tuned_table import DeviceName, Row, TableError, minor, read, running_versi
 __all__ = ["Loaded", "Source", "forget", "identify", "load", "lookup", "status"]
 
 SHIPPED = Path(__file__).with_name("tuned")
-_REACH = 4
+_REACH, _REACH_DOWN = 4, 2
 _FULL = 4096
 
 
@@ -102,7 +106,7 @@ def identify(device: torch.device) -> DeviceName | None:
 
 def load(device: DeviceName) -> Loaded:
     """Reads the shipped table and the user's; ``sources`` tells what became of each file that is there."""
-    running = minor(running_versions()["triton"])
+    running = running_versions()
     loaded = Loaded()
     found = []
     for origin, folder in (("shipped", SHIPPED), ("user", user_folder())):
@@ -151,7 +155,7 @@ def _first(device: torch.device) -> Loaded:
         return found
 
 
-def _read(path: Path, origin: str, device: DeviceName, running: str) -> tuple[Source, list[Row]]:
+def _read(path: Path, origin: str, device: DeviceName, running: dict[str, str]) -> tuple[Source, list[Row]]:
     """The rows of one file that count here."""
     try:
         table = read(path)
@@ -164,23 +168,32 @@ def _read(path: Path, origin: str, device: DeviceName, running: str) -> tuple[So
         sentence = f"A tuned table is passed over: {error}"
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
         return Source(path, origin, 0, 0, (), (sentence,)), []
-    rows = [row for row in table.rows if minor(row.versions["triton"]) == running]
+    rows = [row for row in table.rows if _same(row, running)]
     with_ = tuple(sorted({_told(row.versions) for row in rows}))
     total = len(table.rows) + len(table.unknown)
     return Source(path, origin, total, len(rows), with_, tuple(_sentences(table.rows, table.reasons, running))), rows
 
 
-def _sentences(rows: Iterable[Row], reasons: tuple[str, ...], running: str) -> list[str]:
+def _same(row: Row, running: dict[str, str]) -> bool:
+    """Whether ``row`` was measured with what runs here: a minor version of Triton, and these kernels."""
+    return minor(row.versions["triton"]) == minor(running["triton"]) and row.versions["kernels"] == running["kernels"]
+
+
+def _sentences(rows: Iterable[Row], reasons: tuple[str, ...], running: dict[str, str]) -> list[str]:
     """What does not count, and what to do about it."""
-    others: dict[str, int] = {}
-    for row in rows:
-        if (version := minor(row.versions["triton"])) != running:
-            others[version] = others.get(version, 0) + 1
+    here = minor(running["triton"])
+    others = Counter(minor(row.versions["triton"]) for row in rows if not _same(row, running))
+    changed = others.pop(here, 0)
     told = [
-        f"{_rows(count)} passed over, for Triton {version} ran when they were measured, and {running} runs here: "
+        f"{_rows(count)} passed over, for Triton {version} ran when they were measured, and {here} runs here: "
         "`lora-kernels tune` measures anew."
         for version, count in sorted(others.items())
     ]
+    if changed:
+        told.append(
+            f"{_rows(changed)} passed over, for the kernels have changed since they were measured: `lora-kernels tune` "
+            "measures anew."
+        )
     if reasons:
         told.append(
             f"{_rows(len(reasons))} passed over, for this version of lora_kernels does not know them: {reasons[0]}"
@@ -198,7 +211,9 @@ def _reaches(measured: Cell, asked: Cell) -> bool:
         return False
     if (measured.tokens <= FEW_TOKENS) != (asked.tokens <= FEW_TOKENS):
         return False
-    return _apart(measured, asked) <= _REACH or asked.tokens > measured.tokens >= _FULL
+    down = FEW_TOKENS < asked.tokens < measured.tokens
+    reach = _REACH_DOWN if down else _REACH
+    return _apart(measured, asked) <= reach or asked.tokens > measured.tokens >= _FULL
 
 
 def _apart(left: Cell, right: Cell) -> float:

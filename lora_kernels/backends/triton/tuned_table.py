@@ -4,7 +4,8 @@
 format  the number of this layout
 device  name, capability (90 is 9.0), multiprocessors: a table serves no other device
 rows    cell, plan, us and floor_us (the frozen linear's), ratio (of the same rounds, to the floor), kinds
-        (each kind's best ratio), predicted_us, versions (torch, triton, lora_kernels), date
+        (each kind's best ratio), predicted_us, versions (torch, triton, lora_kernels; kernels, the digest of the
+        device code), date
 ======= ==================================================================================================
 
 A file is replaced whole, and merged under a lock, so that processes that tune at once keep each other's rows. Rows that
@@ -13,12 +14,14 @@ this version does not know, as another version of this package may write them, s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ __all__ = [
     "Row",
     "Table",
     "TableError",
+    "digest_of_kernels",
     "merge_into",
     "minor",
     "read",
@@ -41,6 +45,7 @@ __all__ = [
 ]
 
 FORMAT = 1
+KERNELS = Path(__file__).with_name("kernels")
 _DIGITS = 5  # significant, more than any timer gives
 
 
@@ -70,7 +75,7 @@ class Row:
         ratio: the plan's time over the floor's of the same round, median.
         kinds: for each kind of plan, the best ratio that one of it reached.
         predicted_us: what the model held of the plan.
-        versions: of torch, triton and lora_kernels, as they ran.
+        versions: of torch, triton and lora_kernels, as they ran, and the digest of the kernels.
         date: UTC, ISO 8601.
     """
 
@@ -106,7 +111,7 @@ class Row:
             values[name] = _positive(name, values[name])
         values["kinds"] = {str(kind): _positive(kind, ratio) for kind, ratio in _object("kinds", values).items()}
         values["versions"] = {str(name): str(text) for name, text in _object("versions", values).items()}
-        if missing := {"torch", "triton", "lora_kernels"} - set(values["versions"]):
+        if missing := {"torch", "triton", "lora_kernels", "kernels"} - set(values["versions"]):
             raise InvalidArgumentError(f"versions of a row lack {', '.join(sorted(missing))}.")
         values |= {"cell": _cell(document["cell"]), "plan": plan_from_json(document["plan"])}
         if not is_of(values["plan"], values["cell"].direction):
@@ -146,9 +151,18 @@ def minor(version: str) -> str:
     return ".".join(re.findall(r"\d+", version.partition("+")[0])[:2])
 
 
+@lru_cache(maxsize=1)
+def digest_of_kernels(folder: Path = KERNELS) -> str:
+    """Of the device code: what was measured of other kernels says nothing of these."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def running_versions() -> dict[str, str]:
-    """Of torch, triton and this package, without importing them."""
-    found = {"lora_kernels": __version__}
+    """Of torch, triton, this package and its kernels, without importing them."""
+    found = {"lora_kernels": __version__, "kernels": digest_of_kernels()}
     for package in ("torch", "triton"):
         try:
             found[package] = metadata.version(package)

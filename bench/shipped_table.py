@@ -1,0 +1,96 @@
+"""The tuned table that ships for a device, from what ``lora-kernels tune`` measured there: ``--write``, ``--check``.
+
+``bench/results/nvidia-h100/tune.json`` holds every candidate's time. The tuner timed them in CUDA graphs, where a
+launch costs nothing; outside of a graph a second stream costs the host 75 to 105 µs a call, and at few tokens that is
+many times what it saves. So of each cell the quickest plan on **one** stream ships, chosen as the tuner chooses: one
+that is no plain composition only if it beats the best of those by more than the clock's noise. Whoever runs graphs
+alone may do better with a table of their own (``lora-kernels tune``), whose rows count before these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lora_kernels.backends.triton import tuned  # noqa: E402  (after the path)
+from lora_kernels.backends.triton.plan_kinds import Cell, Plan, plan_from_json  # noqa: E402
+from lora_kernels.backends.triton.tuned_table import DeviceName, Row, Table, slug  # noqa: E402
+from lora_kernels.benchmark.timing import Timing  # noqa: E402
+from lora_kernels.tuning.search import beats, is_composition  # noqa: E402
+
+MEASURED = ROOT / "bench" / "results" / "nvidia-h100" / "tune.json"
+# At commit ed63ecf the tuner's digest was of the whole backend's sources; that of its kernels is, by git:
+_KERNELS_OF = {"3722368b1059": "dd932ed0fde2"}
+
+
+def table_of(document: dict[str, Any]) -> Table:
+    """The table that ships, of what ``tune --json`` wrote."""
+    named = document["device"]
+    device = DeviceName(named["name"], named["capability"], named["sms"])
+    kernels = document["versions"]["kernels"]
+    versions = {**document["versions"], "kernels": _KERNELS_OF.get(kernels, kernels)}
+    rows = [_row(cell, versions) for cell in document["cells"] if cell["row"] is not None]
+    return Table(device, ()).merged(rows)
+
+
+def _row(measured: dict[str, Any], versions: dict[str, str]) -> Row:
+    every = {plan_from_json(entry["plan"]): entry for entry in measured["measured"]}
+    entries = {plan: entry for plan, entry in every.items() if not getattr(plan, "beside", False)}
+    chosen = _chosen({plan: _timing(entry) for plan, entry in entries.items()})
+    kinds = {plan.kind: min(e["ratio"] for p, e in entries.items() if p.kind == plan.kind) for plan in entries}
+    return Row(
+        cell=Cell(**measured["cell"]),
+        plan=chosen,
+        us=entries[chosen]["us"],
+        floor_us=measured["floor"]["us"],
+        ratio=entries[chosen]["ratio"],
+        kinds=kinds,
+        predicted_us=entries[chosen]["predicted_us"],
+        versions=versions,
+        date=measured["row"]["date"],
+    )
+
+
+def _chosen(timings: dict[Plan, Timing]) -> Plan:
+    quickest = min(timings, key=lambda plan: timings[plan].ratio)
+    composition = min((plan for plan in timings if is_composition(plan)), key=lambda plan: timings[plan].ratio)
+    return quickest if beats(timings[quickest], timings[composition]) else composition
+
+
+def _timing(entry: dict[str, Any]) -> Timing:
+    seconds = {"median": "us", "p20": "us_p20", "p80": "us_p80", "difference": "over_floor_us"}
+    told = {old: entry[new] * 1e-6 for old, new in seconds.items()}
+    rest = [field.name for field in fields(Timing) if field.name not in told]
+    return Timing(**told, **{name: entry[name] for name in rest})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Checks or writes; returns the exit status."""
+    parser = argparse.ArgumentParser(description="the tuned table that ships, from what was measured")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--check", action="store_true", help="exit with 1 where the table is stale")
+    mode.add_argument("--write", action="store_true", help="write the table")
+    parser.add_argument("--tune", type=Path, default=MEASURED, metavar="FILE", help="what tune --json wrote")
+    parser.add_argument("--folder", type=Path, default=tuned.SHIPPED, help="of the tables that ship")
+    args = parser.parse_args(arguments)
+    table = table_of(json.loads(args.tune.read_text(encoding="utf-8")))
+    path = args.folder / f"{slug(table.device.name)}.json"
+    if args.write:
+        path.write_text(table.text(), encoding="utf-8")
+        return 0
+    fresh = path.is_file() and path.read_text(encoding="utf-8") == table.text()
+    if not fresh:
+        print(f"shipped_table: {path} is stale: run python bench/shipped_table.py --write.", file=sys.stderr)
+    return 0 if fresh else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
