@@ -1,6 +1,6 @@
 # `make` lists the targets. Variables: PYTHON (the interpreter to start from), VENV (the environment's folder),
-# TORCH (what pip is given for PyTorch), TESTS (what pytest is given), PYTEST_ARGS, BENCH_ARGS; for gpu-check and gpu-bench
-# OUT (where they write) and RESUME=1 (go on in OUT) or RESUME=folder (go on from the files of an earlier run).
+# TORCH (what pip is given for PyTorch), TESTS (what pytest is given), PYTEST_ARGS, BENCH_ARGS; for gpu-check, gpu-bench and
+# gpu-grid OUT (where they write) and RESUME=1 (go on in OUT) or RESUME=folder (go on from the files of an earlier run).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo build test test-oldest lint format compile-gate sanitize native-variants verify bench convergence \
-  tables gpu-check gpu-bench set-up clean
+  tables gpu-check gpu-bench gpu-grid set-up clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -84,11 +84,14 @@ tables: $(STAMP) ## write the tables in README.md and docs/ from the committed r
 
 GPU = $(PYTHON) scripts/gpu_check.py --out "$(OUT)" $(if $(RESUME),--resume $(filter-out 1,$(RESUME)))
 
-gpu-check: ## on a machine with a GPU, with its own python3 and no network: tests, verify, tune, a short bench, into $OUT
+gpu-check: ## on a machine with a GPU, with its own python3 and no network: tests, verify, tune, in five minutes, into $OUT
 	$(GPU)
 
-gpu-bench: ## likewise: tune, then the grids of both passes, nine minutes a call; RESUME=1 goes on
+gpu-bench: ## likewise: tune, the project's goals and their verdict, then README's cells, in six minutes
 	$(GPU) --plan bench
+
+gpu-grid: ## likewise: tune, then the grids of both passes, nine minutes a call; RESUME=1 goes on
+	$(GPU) --plan grid
 
 set-up: $(STAMP) ## only set up .venv
 

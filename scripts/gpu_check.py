@@ -1,17 +1,20 @@
-"""Everything that wants a GPU, in one command that needs no network and installs nothing.
+"""Everything that wants a GPU, in commands that need no network and install nothing.
 
-``make gpu-check`` is nine minutes of all, the order by worth: correctness, then tuning, then a short benchmark.
-``make gpu-bench`` is the forward grid, nine minutes a call, with what compiled rivals make of it after that.
+``make gpu-check`` is five minutes: the tests that a GPU changes something about, verification, tuning.
+``make gpu-bench`` is six: the project's goals and their verdict, then what README's tables show.
+``make gpu-grid`` is nine minutes a call: the grids of both passes, then what compiled rivals make of them.
 
-Runs its stages one after the other with the interpreter it was started with, the checkout on PYTHONPATH. Each stage
-has its own time limit, so a hang costs one stage; each result is on disk before the next stage starts, so a run that is
-cut off keeps what it had. ``--resume`` skips the stages that passed and goes on with those that were not done;
+Runs its stages with the interpreter it was started with, the checkout on PYTHONPATH: those that are slow to begin all
+at once in the background, the others one after the other. Each has its own time limit, so a hang costs one stage; each
+result is on disk before the next stage starts, so a run that is cut off keeps what it had. ``--resume`` skips the
+stages that passed and goes on with those that were not done, of the tests and of ``verify`` with what has not passed;
 ``--resume FOLDER`` first takes over the files of an earlier run, also of one on a machine that is gone: its tuned table
-is put where the package looks for it. Files, eight at most (what is small is in the summary):
+is put where the package looks for it. Files, ten at most (what is small is in the summary):
 
-    gpu-check  tests.xml  verify.json  tune.json  tuned.json  bench.json  compile.json
-    gpu-bench  tune-grid.json  tuned.json  forward.json  compiled.json
-    both       summary.json (what became of each stage; info, build, overhead)  log.txt (what the stages printed)
+    gpu-check  tests.xml  tests.passed  verify.json  tune.json  tuned.json
+    gpu-bench  tune.json  tuned.json  goals.json  goals-group.json  block.json  verdict.txt  quick.json
+    gpu-grid   tune-grid.json  tuned.json  forward.json  step.json  compiled.json  step-compiled.json
+    all        summary.json (what became of each stage; info, build, overhead)  log.txt (what the stages printed)
 
 Exit status: 0 if every stage passed, 1 otherwise.
 """
@@ -30,6 +33,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,11 +42,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.gpu_stages import PLANS, TUNED, Stage, Unfinished  # noqa: E402  (after the path)
+from scripts.gpu_stages import PLANS, TOTALS, TUNED, Stage, Unfinished  # noqa: E402  (after the path)
 
-TOTAL_SECONDS = 530.0
 PATIENCE_SECONDS = 8.0  # between the request to stop and the kill: pytest writes its report in this time
 MARGIN_SECONDS = 15.0  # a benchmark begins no cell in the last seconds of its stage
+
+_running: set[subprocess.Popen[bytes]] = set()  # what runs in the background must not outlive this
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,16 @@ class Outcome:
 
 
 def environment() -> dict[str, str]:
-    """This environment with the checkout importable, Triton compiling rather than interpreting, and no downloads."""
+    """This environment with the checkout importable, Triton compiling rather than interpreting, and no downloads.
+
+    Triton's and Inductor's caches are named, the same for all stages: what one has compiled no other compiles again.
+    """
     dropped = ("TRITON_INTERPRET", "LORA_KERNELS_BACKEND")
     env = {name: value for name, value in os.environ.items() if name not in dropped}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
-    return env | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
+    cache = Path(env.get("LORA_KERNELS_CACHE") or Path.home() / ".cache" / "lora_kernels")
+    shared = {f"{name}_CACHE_DIR": str(cache / name.lower()) for name in ("TRITON", "TORCHINDUCTOR")}
+    return {**shared, **env, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
 
 
 def stop(process: subprocess.Popen[bytes], patience_s: float) -> None:
@@ -118,12 +128,13 @@ def _run_command(
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment(),
+            env=environment() | ({"OMP_NUM_THREADS": str(stage.threads)} if stage.threads else {}),
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=log,
             start_new_session=True,
         )
+        _running.add(process)
         try:
             code = process.wait(limit_s)
             return ("passed", "") if code == 0 else ("failed", f"exit status {code}")
@@ -131,6 +142,7 @@ def _run_command(
             return "timed out", f"stopped after {limit_s:.0f} s"
         finally:
             stop(process, patience_s)
+            _running.discard(process)
             if stage.result_is_stdout:
                 stdout.close()
 
@@ -181,7 +193,7 @@ def take_over(folder: Path, planned: Sequence[Stage], out: Path) -> None:
 
 def results_of(planned: Sequence[Stage]) -> list[str]:
     """The names of the stages' results, finished or not."""
-    return [name for stage in planned for name in (stage.result, f"{stage.result}.part")]
+    return [name for stage in planned for name in (stage.result, f"{stage.result}.part", *stage.keeps)]
 
 
 def set_aside(out: Path, names: Sequence[str], keep: bool) -> None:
@@ -212,10 +224,10 @@ def run(
     planned: Sequence[Stage],
     out: Path,
     resume: bool = False,
-    total_s: float = TOTAL_SECONDS,
+    total_s: float = TOTALS["check"],
     earlier: Path | None = None,
 ) -> int:
-    """Runs the stages, all of them whatever fails, and returns the exit status."""
+    """Runs the stages, all of them whatever fails, and returns the exit status; ``total_s`` is for all together."""
     deadline = time.monotonic() + total_s
     out = out.resolve()  # the stages run in the checkout, wherever this was called
     out.mkdir(parents=True, exist_ok=True)
@@ -230,23 +242,43 @@ def run(
     else:
         (out / TUNED).unlink(missing_ok=True)
     before = {name: outcome for name, outcome in known.items() if outcome.status == "passed"}
-    outcomes = [known.get(stage.name, Outcome(stage.name, "not run", 0.0, "")) for stage in planned]
-    others = [outcome for name, outcome in known.items() if name not in {stage.name for stage in planned}]
-    for position, stage in enumerate(planned):
+    outcomes = {stage.name: known.get(stage.name, Outcome(stage.name, "not run", 0.0, "")) for stage in planned}
+    others = [outcome for name, outcome in known.items() if name not in outcomes]
+
+    def skipped(stage: Stage) -> bool:
         there = stage.in_summary or (out / stage.result).is_file()
-        if stage.name in before and there and not stage.every_time:
-            print(f"{stage.name}: passed before, skipped", flush=True)
-            continue
-        limit_s = min(stage.limit_s, deadline - time.monotonic())
+        return stage.name in before and there and not stage.every_time
+
+    def told(name: str, outcome: Outcome) -> None:
+        outcomes[name] = outcome
+        write_summary([*outcomes.values(), *others], source, out)
+
+    def begin(stage: Stage) -> Outcome:
+        limit_s = min(stage.limit_s, deadline - PATIENCE_SECONDS - time.monotonic())
         if limit_s <= 0:
-            outcomes[position] = replace(outcomes[position], status="not run", note="no time was left")
-        else:
-            print(f"{stage.name}: running, at most {limit_s:.0f} s", flush=True)
-            outcomes[position] = run_stage(stage, out, limit_s)
-        write_summary([*outcomes, *others], source, out)
-    write_summary([*outcomes, *others], source, out)
-    print(f"\n{render(outcomes)}\nresults: {out}")
-    return 0 if all(o.status == "passed" for o in outcomes) else 1
+            return replace(outcomes[stage.name], status="not run", note="no time was left")
+        print(f"{stage.name}: running{' beside the others' * stage.beside}, at most {limit_s:.0f} s", flush=True)
+        return run_stage(stage, out, limit_s)
+
+    beside = [stage for stage in planned if stage.beside and not skipped(stage)]
+    with ThreadPoolExecutor(max(len(beside), 1)) as pool:
+        waiting = {stage.name: pool.submit(begin, stage) for stage in beside}
+        try:
+            for stage in planned:
+                if skipped(stage):
+                    print(f"{stage.name}: passed before, skipped", flush=True)
+                elif not stage.beside:
+                    for name in filter(waiting.__contains__, stage.after):
+                        told(name, waiting.pop(name).result())
+                    told(stage.name, begin(stage))
+            for name, future in waiting.items():
+                told(name, future.result())
+        finally:
+            for process in list(_running):  # only where this was interrupted
+                stop(process, 1.0)
+    write_summary([*outcomes.values(), *others], source, out)
+    print(f"\n{render(list(outcomes.values()))}\nresults: {out}")
+    return 0 if all(outcome.status == "passed" for outcome in outcomes.values()) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -268,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if earlier is not None and not earlier.is_dir():
         parser.error(f"--resume {earlier}: there is no such folder")
     planned = PLANS[args.plan](shlex.split(args.pytest_args))
-    return run(planned, args.out, args.resume is not None, earlier=earlier)
+    return run(planned, args.out, args.resume is not None, TOTALS[args.plan], earlier)
 
 
 if __name__ == "__main__":

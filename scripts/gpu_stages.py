@@ -14,13 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 __all__ = [
-    "NOT_HERE",
     "PLANS",
+    "TOTALS",
     "TUNED",
     "Stage",
     "Unfinished",
     "bench_stages",
-    "files_of_tests",
+    "grid_stages",
     "judge_bench",
     "judge_json",
     "judge_tests",
@@ -29,14 +29,7 @@ __all__ = [
 ]
 
 TUNED = "tuned.json"
-# Tests of what a GPU changes nothing about; all others run.
-NOT_HERE = (
-    *("benchmark", "benchmark_block", "benchmark_dram", "benchmark_gpu", "benchmark_profile", "benchmark_results"),
-    *("benchmark_targets", "cli", "cuda_kernels", "cuda_report", "demo", "distributed", "doctests", "examples"),
-    *("import", "info", "native_build", "native_compat", "native_cpu", "native_load", "packaging", "readme", "scripts"),
-    *("transformers", "triton_compile"),
-)
-KNOWS_A_GPU = re.compile(r"\bmark\.gpu\b|\btriton_device\b|\bBACKENDS\b")
+LEDGER = "tests.passed"
 NO_GPU = re.compile(r"\b(no|needs?|requires?|wants?|without)\b.*\b(cuda|gpu)\b", re.IGNORECASE)
 
 
@@ -56,6 +49,10 @@ class Stage:
         in_summary: the result is JSON, small, and moves into the summary.
         goes_on: the command takes up the result of an earlier run.
         every_time: run it even if it passed before: what it makes may be gone with the machine.
+        beside: begun when the plan begins, and run beside the others.
+        after: the stages beside which it must not run: their end is waited for.
+        keeps: further files that it goes on from.
+        threads: of OpenMP in each of its processes, where it has many; 0: as it is.
     """
 
     name: str
@@ -67,6 +64,10 @@ class Stage:
     in_summary: bool = False
     goes_on: bool = False
     every_time: bool = False
+    beside: bool = False
+    after: tuple[str, ...] = ()
+    keeps: tuple[str, ...] = ()
+    threads: int = 0
 
 
 class Unfinished(ValueError):
@@ -107,11 +108,24 @@ def judge_tests(path: Path) -> str:
     account = f"{len(cases) - len(bad) - len(skips)} passed, {len(bad)} failed, {len(skips)} skipped"
     if not cases:
         raise ValueError("no test ran")
+    if (earlier := _passed_before(path.with_name(LEDGER))) > len(cases) - len(bad) - len(skips):
+        account += f"; {earlier} have passed by now, with earlier calls"
     if bad:
         raise ValueError(f"{account}; first: {bad[0].get('classname')}::{bad[0].get('name')}")
     if no_gpu:
         raise ValueError(f"{account}; {len(no_gpu)} for want of a GPU, first: {no_gpu[0]}")
     return account
+
+
+def _passed_before(ledger: Path) -> int:
+    """How many tests have passed, by the ledger that ``tests/conftest.py`` keeps."""
+    files = [file for file in (ledger, ledger.with_name(f"{ledger.name}.new")) if file.is_file()]
+    return len({line for file in files for line in file.read_text(encoding="utf-8").splitlines()})
+
+
+def judge_text(path: Path) -> str:
+    """The last line; the command's exit status has judged the rest."""
+    return path.read_text(encoding="utf-8").splitlines()[-1]
 
 
 def judge_bench(path: Path) -> str:
@@ -158,49 +172,72 @@ def judge_verify(path: Path) -> str:
 PACKAGE = (sys.executable, "-m", "lora_kernels")
 
 
+# Seconds that a call of each plan may take in all, on 16 cores.
+TOTALS = {"check": 300.0, "bench": 360.0, "grid": 530.0}
+
+
 def stages(pytest_args: Sequence[str] = ()) -> list[Stage]:
-    """``gpu-check``: by worth; all but the last have their time for certain."""
-    pytest = (sys.executable, "-m", "pytest", "-q", "-rs", "--junit-xml={result}")
-    tests = (*pytest, *workers(), *pytest_args, *files_of_tests())
+    """``gpu-check``: every stage has its time for certain.
+
+    What is slow the first time begins at once, beside the others: nvcc, NCCL's and the compiler's first start. All
+    stages share Triton's cache, so that what a test has compiled costs ``verify`` and ``tune`` nothing. Nothing runs
+    beside the tuner, for it times.
+    """
+    pytest = (sys.executable, "-m", "pytest", "-q", "-rs", "tests", "--on-gpu", "--passed", f"{{out}}/{LEDGER}")
+    tests = (*pytest, "--junit-xml={result}", *workers(), *pytest_args)
     verify = (sys.executable, "scripts/gpu_verify.py", "--json", "{result}")
-    report = (sys.executable, "-m", "lora_kernels.backends.triton.compile_report", "--check", "--json", "{result}")
+    warm_up = (sys.executable, "scripts/gpu_warm_up.py", "--json", "{result}")
+    build = (*PACKAGE, "build", "all", "--json")
+    kept = (LEDGER, f"{LEDGER}.new")
     return [
+        Stage("build", build, 70, "build.json", True, judge_json, True, every_time=True, beside=True),
+        Stage("warm-up", warm_up, 185, "warm-up.json", False, judge_json, True, every_time=True, beside=True),
         _info(),
-        Stage("build", (*PACKAGE, "build", "all", "--json"), 70, "build.json", True, judge_json, True, every_time=True),
-        Stage("tests", tests, 135, "tests.xml", False, judge_tests),
-        Stage("verify", verify, 70, "verify.json", False, judge_verify),
-        _tune("tune", "quick", 105),
-        _bench("bench", "gpu-quick", 90),
-        _overhead(),
-        Stage("compile", report, 60, "compile.json", False, judge_json),
+        Stage("tests", tests, 120, "tests.xml", False, judge_tests, after=("build",), keeps=kept, threads=1),
+        Stage("verify", verify, 45, "verify.json", False, judge_verify, goes_on=True, threads=1),
+        _tune("tune", "goals", 55, after=("warm-up",)),
     ]
 
 
 def bench_stages(pytest_args: Sequence[str] = ()) -> list[Stage]:
-    """``gpu-bench``: the table first, then as much of the grids as there is time for; the next call goes on."""
+    """``gpu-bench``: the project's goals first, all in one call, and the verdict; then what README's tables show."""
+    files = [f"{{out}}/{name}.json" for name in ("goals", "goals-group", "block")]
+    verdict = (sys.executable, "bench/gpu_targets.py", "--pass", "goals", *files)
+    return [
+        _info(),
+        _tune("tune", "goals", 75),
+        _bench("goals", "gpu-goals", 90),
+        _bench("goals-group", "gpu-goals-group", 35),
+        _block(),
+        Stage("verdict", verdict, 20, "verdict.txt", True, judge_text, every_time=True),
+        _overhead(),
+        _bench("quick", "gpu-quick", 110),
+    ]
+
+
+def grid_stages(pytest_args: Sequence[str] = ()) -> list[Stage]:
+    """``gpu-grid``: the table first, then as much of the grids as there is time for; the next call goes on."""
     return [
         _info(),
         _tune("tune-grid", "grid", 170),
         _bench("forward", "gpu-forward", 520),
-        _overhead(),
         _bench("step", "gpu-step", 520),
-        _block(),
         _dram(),
         _bench("compiled", "gpu-compile", 520),
         _bench("step-compiled", "gpu-step-compile", 520),
     ]
 
 
-PLANS = {"check": stages, "bench": bench_stages}
+PLANS = {"check": stages, "bench": bench_stages, "grid": grid_stages}
 
 
 def _info() -> Stage:
-    return Stage("info", (*PACKAGE, "info", "--json"), 35, "info.json", True, judge_info, True, every_time=True)
+    return Stage("info", (*PACKAGE, "info", "--json"), 30, "info.json", True, judge_info, True, every_time=True)
 
 
-def _tune(name: str, preset: str, limit_s: float) -> Stage:
+def _tune(name: str, preset: str, limit_s: float, after: tuple[str, ...] = ()) -> Stage:
     command = (*PACKAGE, "tune", "--preset", preset, "--budget", "{limit}", "--table", f"{{out}}/{TUNED}")
-    return Stage(name, (*command, "--json", "{result}"), limit_s, f"{name}.json", False, judge_tune)
+    return Stage(name, (*command, "--json", "{result}"), limit_s, f"{name}.json", False, judge_tune, after=after)
 
 
 def _bench(name: str, preset: str, limit_s: float) -> Stage:
@@ -212,7 +249,7 @@ def _overhead() -> Stage:
     """Of the square layer alone: the profile is written at its end."""
     cells = ("--preset", "gpu-overhead", "--only", "out_features=4096", "p=0.0")
     command = (*PACKAGE, "bench", *cells, "--profile", "{result}")
-    return Stage("overhead", command, 25, "overhead.json", False, judge_json, True)
+    return Stage("overhead", command, 20, "overhead.json", False, judge_json, True)
 
 
 def judge_block(path: Path) -> str:
@@ -232,7 +269,7 @@ def judge_dram(path: Path) -> str:
 
 def _block() -> Stage:
     command = (*PACKAGE, "bench", "--preset", "gpu-block", "--budget", "40", "--json", "{result}")
-    return Stage("block", command, 120, "block.json", False, judge_block, True)
+    return Stage("block", command, 70, "block.json", False, judge_block)
 
 
 def _dram() -> Stage:
@@ -241,18 +278,10 @@ def _dram() -> Stage:
     return Stage("dram", command, 240, "dram.json", False, judge_dram, True)
 
 
-def files_of_tests() -> list[str]:
-    """The files of tests that run; first those that know of a GPU, for the time may not do for all."""
-    folder = Path(__file__).resolve().parents[1] / "tests"
-    chosen = [p for p in sorted(folder.glob("test_*.py")) if p.stem.removeprefix("test_") not in NOT_HERE]
-    chosen.sort(key=lambda path: not KNOWS_A_GPU.search(path.read_text(encoding="utf-8")))
-    return [f"tests/{path.name}" for path in chosen]
-
-
 def workers() -> tuple[str, ...]:
     """Several test processes where pytest-xdist is there: most of the time compiles kernels, one core each.
 
     Tests are handed out one by one, in order, so that no process is left with a whole file of slow ones.
     """
-    count = min(len(os.sched_getaffinity(0)) - 1, 12)
+    count = min(len(os.sched_getaffinity(0)), 16)
     return ("-n", str(count), "--dist", "loadgroup") if count > 1 and find_spec("xdist") else ()

@@ -1,13 +1,15 @@
-"""``lora-kernels verify`` on a GPU, a process for each dtype: most of its time compiles kernels, one core each.
+"""``lora-kernels verify`` on a GPU in many processes: most of its time compiles kernels, one core each.
 
-``python scripts/gpu_verify.py --json FILE``: writes one document, the dtypes' reports by name, anew as each is done; so
-a run that is stopped keeps those that were. Exit status: 0 if all passed, 1 otherwise.
+``python scripts/gpu_verify.py --json FILE``: one document, the reports of all parts by name, written anew as each is
+done; so a run that is stopped keeps those that were, and the next one goes on with the parts that have not passed. A
+part is a dtype, a backend, and, of Triton, every so-manieth case. Exit status: 0 if all passed, 1 otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,14 +18,34 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-DTYPES = ("bf16", "fp16", "fp32", "fp64")
-COMMAND = (sys.executable, "-m", "lora_kernels", "verify", "--json", "--dtype")
+SHARES = 4  # of the cases, in which Triton's part of a dtype is cut
+PARTS = (
+    *(f"{dtype} triton {i}/{SHARES}" for dtype in ("bf16", "fp16", "fp32") for i in range(SHARES)),
+    *(f"{dtype} {backend}" for dtype in ("bf16", "fp16", "fp32", "fp64") for backend in ("native", "eager")),
+)
+COMMAND = (sys.executable, str(Path(__file__).resolve()), "--part")
+PROCESSES = 16
 
 
-def report_of(dtype: str, command: Sequence[str] = COMMAND) -> dict[str, Any]:
-    """What ``verify`` printed for one dtype; where it printed no report, its exit status."""
+def verify_part(part: str) -> dict[str, Any]:
+    """The report of one part, in this process."""
+    from lora_kernels.errors import LoRAKernelsError
+    from lora_kernels.verify import cases, checks
+
+    dtype, backend, *share = part.split()
+    if share:
+        i, of = map(int, share[0].split("/"))
+        vars(checks)["CASES"] = cases.CASES[i::of]
+    try:
+        return checks.run([backend], [dtype]).to_dict()
+    except LoRAKernelsError as error:
+        return {"passed": False, "failures": [{"backend": backend, "sentence": str(error)}]}
+
+
+def report_of(part: str, command: Sequence[str] = COMMAND) -> dict[str, Any]:
+    """What a process printed of a part; where it printed no report, its exit status."""
     with tempfile.TemporaryFile() as printed:
-        status = subprocess.run([*command, dtype], stdout=printed).returncode
+        status = subprocess.run([*command, part], stdout=printed).returncode
         printed.seek(0)
         try:
             report: dict[str, Any] = json.loads(printed.read())
@@ -32,24 +54,45 @@ def report_of(dtype: str, command: Sequence[str] = COMMAND) -> dict[str, Any]:
     return report
 
 
-def run(path: Path, dtypes: Sequence[str] = DTYPES, command: Sequence[str] = COMMAND) -> int:
-    """All dtypes side by side."""
-    reports: dict[str, Any] = {}
-    with ThreadPoolExecutor(len(dtypes)) as pool:
-        waiting = {pool.submit(report_of, dtype, command): dtype for dtype in dtypes}
+def passed_before(path: Path, parts: Sequence[str]) -> dict[str, Any]:
+    """The reports of ``parts`` that an earlier run left in the file and that passed."""
+    try:
+        found = json.loads(path.read_text())["reports"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return {part: report for part, report in found.items() if part in parts and report["passed"]}
+
+
+def run(path: Path, parts: Sequence[str] = PARTS, command: Sequence[str] = COMMAND) -> int:
+    """All parts that have not passed yet, side by side."""
+    reports = passed_before(path, parts)
+
+    def write() -> bool:
+        passed = all(part in reports and reports[part]["passed"] for part in parts)
+        partial = path.with_name(f"{path.name}.tmp")
+        partial.write_text(json.dumps({"passed": passed, "planned": list(parts), "reports": reports}) + "\n")
+        partial.replace(path)
+        return passed
+
+    with ThreadPoolExecutor(min(PROCESSES, os.cpu_count() or 1)) as pool:
+        waiting = {pool.submit(report_of, part, command): part for part in parts if part not in reports}
         for done in as_completed(waiting):
             reports[waiting[done]] = done.result()
-            passed = len(reports) == len(dtypes) and all(report["passed"] for report in reports.values())
-            partial = path.with_name(f"{path.name}.tmp")
-            partial.write_text(json.dumps({"passed": passed, "planned": list(dtypes), "reports": reports}) + "\n")
-            partial.replace(path)
-    return 0 if passed else 1
+            write()
+    return 0 if write() else 1
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="write the reports there")
-    return run(parser.parse_args().json)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--json", type=Path, metavar="FILE", help="write the reports there")
+    what.add_argument("--part", choices=PARTS, help="verify that one here, and print its report")
+    args = parser.parse_args()
+    if args.part is not None:
+        report = verify_part(args.part)
+        print(json.dumps(report))
+        return 0 if report["passed"] else 1
+    return run(args.json)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,21 @@
-"""Fixtures, and the one switch to set before Triton is imported: without a GPU its kernels are interpreted."""
+"""Fixtures, and the one switch to set before Triton is imported: without a GPU its kernels are interpreted.
+
+Which tests a GPU changes something about is decided here alone: ``--on-gpu`` runs those and no others. They are marked
+``gpu``, or take the fixture ``triton_device``, or have "cuda" among their parameters. Without a GPU
+``LORA_KERNELS_TESTS_PRETEND_GPU=1 pytest tests --on-gpu --collect-only`` lists them.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and os.environ.get("LORA_KERNELS_TESTS_PRETEND_GPU") != "1":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
@@ -18,7 +24,88 @@ if TYPE_CHECKING:
     from stand_in import StandIn
 
 
+PRETENDED = os.environ.get("LORA_KERNELS_TESTS_PRETEND_GPU") == "1"  # collect as where there is a GPU; run nothing
+NAMES_A_GPU = re.compile(r"\bmark\.gpu\b|\btriton_device\b|\bBACKENDS\b|\"cuda\"")
+COSTLY = ("inductor",)  # of the parameters: what compiles for long goes first
+
+
+class Ledger:
+    """Which tests have passed, one a line: a run that is cut off goes on with the others.
+
+    The file is read, and what passes now goes into another one, NAME.new, until the next run begins: processes of one
+    run that read it must all find the same.
+    """
+
+    def __init__(self, path: Path, writes: bool) -> None:
+        self.fresh = path.with_name(f"{path.name}.new")
+        if writes and self.fresh.is_file():
+            with path.open("a", encoding="utf-8") as file:
+                file.write(self.fresh.read_text(encoding="utf-8"))
+            self.fresh.unlink()
+        self.passed = set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
+        self.writes = writes
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if self.writes and report.when == "call" and report.passed:
+            with self.fresh.open("a", encoding="utf-8") as file:
+                file.write(f"{report.nodeid}\n")
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in self.passed])
+        items[:] = [item for item in items if item.nodeid not in self.passed]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.passed is not None:
+        writes = not hasattr(config, "workerinput") and not config.option.collectonly
+        config.pluginmanager.register(Ledger(config.option.passed, writes))
+    if not PRETENDED:
+        return
+    if not config.option.collectonly:
+        raise pytest.UsageError("LORA_KERNELS_TESTS_PRETEND_GPU is for --collect-only: there is no GPU to run on.")
+    from lora_kernels.backends.triton import configs
+    from lora_kernels.benchmark.roofline import MACHINES
+
+    gpu = MACHINES["h100"].gpu
+    assert gpu is not None
+    configs.machine_of = lambda device: gpu
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With --on-gpu, files that name no GPU are not even imported; None leaves the choice to others."""
+    if not config.option.on_gpu or not collection_path.match("test_*.py"):
+        return None
+    return True if not NAMES_A_GPU.search(collection_path.read_text(encoding="utf-8")) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --on-gpu, deselects what a GPU changes nothing about; what takes longest goes first."""
+    if not config.option.on_gpu:
+        return
+    config.hook.pytest_deselected(items=[item for item in items if not concerns_a_gpu(item)])
+    items[:] = sorted(filter(concerns_a_gpu, items), key=lambda item: not is_costly(item))
+
+
+def concerns_a_gpu(item: pytest.Item) -> bool:
+    """Whether a GPU changes something about the test."""
+    named = "triton_device" in getattr(item, "fixturenames", ()) or "cuda" in parameters(item)
+    return named or item.get_closest_marker("gpu") is not None
+
+
+def is_costly(item: pytest.Item) -> bool:
+    """Whether the test starts NCCL or torch's compiler, which takes a GPU machine a minute the first time."""
+    return item.get_closest_marker("xdist_group") is not None or bool(set(COSTLY) & parameters(item))
+
+
+def parameters(item: pytest.Item) -> set[str]:
+    """The texts among the values that the test is parametrised with."""
+    values = getattr(getattr(item, "callspec", None), "params", {}).values()
+    return {value for value in values if isinstance(value, str)}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--passed", type=Path, metavar="FILE", help="leave out the tests that FILE names, and add to it")
+    parser.addoption("--on-gpu", action="store_true", help="only the tests that a GPU changes something about")
     parser.addoption(
         "--random-problems",
         default="1000",

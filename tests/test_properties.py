@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import BACKENDS, CUDA, Case, keep_mask, make, measures, run
+from cases import BACKENDS, Case, keep_mask, make, measures, run
 from numerics import check_all
 
 _dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -36,8 +36,8 @@ def test_any_problem(backend: str, case: Case, seed: int) -> None:
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(case=problems, seed=st.integers(0, 2**31))
-def test_any_problem_in_triton(case: Case, seed: int) -> None:
-    _check(case, seed, "triton", "cuda" if CUDA else "cpu")
+def test_any_problem_in_triton(triton_device: str, case: Case, seed: int) -> None:
+    _check(case, seed, "triton", triton_device)
 
 
 def _check(case: Case, seed: int, backend: str, device: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -22,7 +25,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import gpu_check  # noqa: E402
 import torch_build  # noqa: E402
 
-from scripts import gpu_stages, gpu_verify  # noqa: E402
+from lora_kernels.verify import checks as verify_checks  # noqa: E402
+from scripts import gpu_stages, gpu_verify, gpu_warm_up  # noqa: E402
 from scripts.gpu_stages import Stage, judge_json, judge_tests  # noqa: E402
 
 
@@ -166,30 +170,244 @@ def test_a_dtype_that_there_was_no_time_for_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("plan", gpu_stages.PLANS)
-def test_the_stages_fit_nine_minutes_and_eight_files(plan: str) -> None:
+def test_a_plan_has_ten_files_at_most(plan: str) -> None:
     planned = gpu_stages.PLANS[plan]()
     files = {s.result for s in planned if not s.in_summary} | {"log.txt", "summary.json", gpu_stages.TUNED}
-    assert len(files) <= 8
+    kept = {name for s in planned for name in s.keeps if not name.endswith(".new")}
+    assert len(files | kept) <= 10
     assert len({s.name for s in planned}) == len(planned)
-    assert gpu_check.TOTAL_SECONDS <= 540
+    assert {name for s in planned for name in s.after} <= {s.name for s in planned if s.beside}
 
 
-def test_every_stage_of_the_check_but_the_last_has_its_time() -> None:
+def latest_ends(planned: list[Stage]) -> dict[str, float]:
+    """When each stage has ended at the latest: those beside begin at once, the others wait for each other."""
+    ends = {stage.name: stage.limit_s for stage in planned if stage.beside}
+    now = 0.0
+    for stage in planned:
+        if not stage.beside:
+            now = ends[stage.name] = max([now, *(ends[name] for name in stage.after)]) + stage.limit_s
+    return ends
+
+
+def test_every_stage_of_the_check_has_its_time_in_five_minutes() -> None:
     planned = gpu_stages.stages()
-    assert [s.name for s in planned] == ["info", "build", "tests", "verify", "tune", "bench", "overhead", "compile"]
-    assert sum(s.limit_s for s in planned[:-1]) <= gpu_check.TOTAL_SECONDS
+    assert [s.name for s in planned] == ["build", "warm-up", "info", "tests", "verify", "tune"]
+    assert gpu_stages.TOTALS["check"] == 300
+    assert max(latest_ends(planned).values()) <= gpu_stages.TOTALS["check"] - gpu_check.PATIENCE_SECONDS
 
 
-def test_tests_that_are_left_out_exist() -> None:
-    assert [name for name in gpu_stages.NOT_HERE if not (ROOT / "tests" / f"test_{name}.py").is_file()] == []
+def test_the_goals_and_their_verdict_have_their_time_in_six_minutes() -> None:
+    planned = gpu_stages.bench_stages()
+    names = [s.name for s in planned]
+    assert names == ["info", "tune", "goals", "goals-group", "block", "verdict", "overhead", "quick"]
+    assert gpu_stages.TOTALS["bench"] == 360
+    ends = latest_ends(planned)
+    assert ends["overhead"] <= gpu_stages.TOTALS["bench"] - gpu_check.PATIENCE_SECONDS
+    assert {s.result for s in planned} >= {"goals.json", "goals-group.json", "block.json"}
+    (verdict,) = (s for s in planned if s.name == "verdict")
+    judged = {Path(part).name for part in verdict.command if part.startswith("{out}")}
+    assert judged == {"goals.json", "goals-group.json", "block.json"}
 
 
-def test_what_knows_of_a_gpu_is_tested_first() -> None:
-    files = gpu_stages.files_of_tests()
-    knows = [bool(gpu_stages.KNOWS_A_GPU.search((ROOT / file).read_text())) for file in files]
-    assert knows == sorted(knows, reverse=True)
-    assert {"tests/test_triton_kernels.py", "tests/test_benchmark_cuda.py", "tests/test_gradients.py"} <= set(files)
-    assert "tests/test_packaging.py" not in files
+def test_nothing_runs_beside_a_clock() -> None:
+    for planned in (plan() for plan in gpu_stages.PLANS.values()):
+        beside = {s.name: s.limit_s for s in planned if s.beside}
+        ends = latest_ends(planned)
+        for timed in (s for s in planned if s.name not in ("build", "warm-up", "info", "tests", "verify", "verdict")):
+            begins = ends[timed.name] - timed.limit_s
+            assert all(begins >= limit for limit in beside.values())
+        clocks = [s for s in planned if s.name.startswith("tune") and beside]
+        assert all("warm-up" in s.after for s in clocks)
+
+
+def test_stages_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
+    env = gpu_check.environment()
+    assert (env["TRITON_CACHE_DIR"], env["TORCHINDUCTOR_CACHE_DIR"]) == (
+        str(tmp_path / "triton"),
+        str(tmp_path / "torchinductor"),
+    )
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    assert gpu_check.environment()["TRITON_CACHE_DIR"] == "/elsewhere"
+
+
+def test_what_compiles_does_so_in_sixteen_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr(gpu_stages, "find_spec", lambda name: object())
+    assert gpu_stages.workers()[:2] == ("-n", "16")
+    assert (gpu_verify.PROCESSES, len(gpu_verify.PARTS) >= 16) == (16, True)
+
+
+def test_the_parts_of_verify_are_all_cases_of_every_backend_and_dtype() -> None:
+    of_triton = [part.split() for part in gpu_verify.PARTS if "triton" in part]
+    assert {(dtype, share) for dtype, _, share in of_triton} == {
+        (dtype, f"{i}/{gpu_verify.SHARES}") for dtype in ("bf16", "fp16", "fp32") for i in range(gpu_verify.SHARES)
+    }
+    others = {tuple(part.split()) for part in gpu_verify.PARTS if "triton" not in part}
+    assert others == {(d, b) for d in ("bf16", "fp16", "fp32", "fp64") for b in ("native", "eager")}
+
+
+def test_a_part_of_verify_is_verified_and_one_that_cannot_run_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_checks, "CASES", verify_checks.CASES)  # put back at the end
+    report = gpu_verify.verify_part("fp32 eager 0/11")
+    assert report["passed"]
+    assert max(row["cases"] for row in report["rows"]) == 2
+    assert not gpu_verify.verify_part("fp64 triton")["passed"]
+
+
+def test_parts_that_passed_are_not_verified_again(tmp_path: Path) -> None:
+    path, told = tmp_path / "verify.json", tmp_path / "told"
+    code = VERIFIES.replace("failures =", f"open({str(told)!r}, 'a').write(sys.argv[1] + ' ')\nfailures =")
+    for _ in range(2):
+        assert gpu_verify.run(path, ["good", "bad"], (sys.executable, "-c", code)) == 1
+    assert sorted(told.read_text().split()) == ["bad", "bad", "good"]
+
+
+def test_stages_beside_begin_at_once_and_are_waited_for(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    slow = f"import time; time.sleep(1.5); open({str(mark)!r}, 'w').write('x'); print('{{}}')"
+    sees = f"import os; print([int(os.path.exists({str(mark)!r}))])"
+    planned = [
+        stage("slow", slow, beside=True),
+        stage("first", sees),
+        stage("second", sees, after=("slow",)),
+    ]
+    assert gpu_check.run(planned, tmp_path / "out") == 0
+    assert [json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("first", "second")] == [[0], [1]]
+    assert list(summary(tmp_path / "out")) == ["slow", "first", "second"]
+
+
+def test_a_stage_beside_that_fails_is_a_failure(tmp_path: Path) -> None:
+    assert (
+        gpu_check.run([stage("bad", "raise SystemExit(3)", beside=True), stage("good", "print('{}')")], tmp_path) == 1
+    )
+    assert [row["status"] for row in summary(tmp_path).values()] == ["failed", "passed"]
+
+
+def test_an_interrupt_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pid_file = tmp_path / "pid"
+    code = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(300)"
+    made = gpu_check.run_stage
+
+    def run_stage(planned: Stage, *arguments: object) -> object:
+        if planned.name == "first":
+            while not pid_file.is_file() or not pid_file.read_text():
+                time.sleep(0.05)
+            raise KeyboardInterrupt
+        return made(planned, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gpu_check, "run_stage", run_stage)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.run([stage("hang", code, beside=True), stage("first", "pass")], tmp_path / "out")
+    assert not _runs(int(pid_file.read_text()))
+
+
+def test_the_threads_of_a_stage_with_many_processes(tmp_path: Path) -> None:
+    code = "import os; print([int(os.environ.get('OMP_NUM_THREADS', 0))])"
+    gpu_check.run([stage("many", code, threads=1)], tmp_path)
+    assert json.loads((tmp_path / "many.json").read_text()) == [1]
+
+
+def test_what_is_slow_to_start_is_started_at_once(tmp_path: Path) -> None:
+    starts = {"one": "import time; time.sleep(1)", "two": "import time; time.sleep(1)", "bad": "raise SystemExit(2)"}
+    began = time.monotonic()
+    assert gpu_warm_up.run(tmp_path / "a.json", starts) == 1
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert [entry["status"] for entry in found.values()] == [0, 0, 2]
+    assert sum(entry["seconds"] for entry in found.values()) > time.monotonic() - began
+    for code in gpu_warm_up.STARTS.values():
+        compile(code, "start", "exec")
+
+
+def suite() -> Any:
+    """The suite's own conftest.py; other folders have one of that name too."""
+    spec = importlib.util.spec_from_file_location("suite_conftest", ROOT / "tests" / "conftest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def item(name: str, fixtures: tuple[str, ...] = (), marks: tuple[str, ...] = (), **parameters: object) -> Any:
+    """A test, as far as the selection looks at it."""
+    called = {"callspec": SimpleNamespace(params=parameters)} if parameters else {}
+    marked = {mark: mark for mark in marks}
+    return SimpleNamespace(nodeid=name, fixturenames=fixtures, get_closest_marker=marked.get, **called)
+
+
+def left(plugin: Any, items: list[Any], **options: object) -> list[str]:
+    """The tests that are left, and all of those that were told to be deselected."""
+    told: list[Any] = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: told.extend(items))
+    before = len(items)
+    plugin.pytest_collection_modifyitems(SimpleNamespace(option=SimpleNamespace(**options), hook=hook), items)
+    assert len(items) + len(told) == before
+    return [one.nodeid for one in items]
+
+
+def test_the_tests_that_a_gpu_changes_something_about() -> None:
+    items = [
+        item("cpu", device="cpu"),
+        item("device", device="cuda", case=object()),
+        item("fixture", fixtures=("triton_device", "tmp_path")),
+        item("marked", marks=("gpu",)),
+        item("compiled", compiler="inductor", device="cuda"),
+        item("nccl", marks=("gpu", "xdist_group")),
+        item("compiled on a CPU", compiler="inductor", device="cpu"),
+        item("plain"),
+    ]
+    assert left(suite(), items.copy(), on_gpu=False) == [one.nodeid for one in items]
+    assert left(suite(), items.copy(), on_gpu=True) == ["compiled", "nccl", "device", "fixture", "marked"]
+
+
+def test_a_file_that_names_no_gpu_is_not_even_imported(tmp_path: Path) -> None:
+    found = []
+    for text in ("def test_a(triton_device): ...", '"cuda"', "BACKENDS", "pytest.mark.gpu", "def test_a(): ..."):
+        (tmp_path / "test_a.py").write_text(text)
+        config = SimpleNamespace(option=SimpleNamespace(on_gpu=True))
+        found.append(suite().pytest_ignore_collect(tmp_path / "test_a.py", config))
+    assert found == [None, None, None, None, True]
+
+
+def test_nothing_runs_on_a_gpu_that_is_pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_KERNELS_TESTS_PRETEND_GPU", "1")
+    with pytest.raises(pytest.UsageError, match="for --collect-only"):
+        suite().pytest_configure(SimpleNamespace(option=SimpleNamespace(passed=None, collectonly=False)))
+
+
+def test_tests_that_passed_are_left_out_by_the_next_run(tmp_path: Path) -> None:
+    path, names = tmp_path / gpu_stages.LEDGER, ["a", "b", "c"]
+    for passes, expected in ((["a"], ["a", "b", "c"]), (["b"], ["b", "c"]), ([], ["c"])):
+        controller, worker = suite().Ledger(path, True), suite().Ledger(path, False)
+        assert left(controller, [item(name) for name in names]) == expected
+        for name in expected:
+            report = SimpleNamespace(nodeid=name, when="call", passed=name in passes)
+            controller.pytest_runtest_logreport(report)
+            worker.pytest_runtest_logreport(report)
+        assert left(worker, [item(name) for name in names]) == expected  # also where it begins late
+        assert left(suite().Ledger(path, False), [item(name) for name in names]) == expected
+    (tmp_path / "tests.xml").write_text('<testsuites><testsuite><testcase name="b"/></testsuite></testsuites>')
+    account = judge_tests(tmp_path / "tests.xml")
+    assert account == "1 passed, 0 failed, 0 skipped; 2 have passed by now, with earlier calls"
+
+
+def test_the_gpu_s_tests_are_there_and_few_enough() -> None:
+    """Of the suite itself: what would run on a GPU, by files, and none of what knows no GPU."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "LORA_KERNELS_TESTS_PRETEND_GPU": "1"}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "pytest", "tests", "--on-gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+    names = [line for line in done.stdout.splitlines() if "::" in line]
+    files = {name.partition("::")[0] for name in names}
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert {"tests/test_triton_kernels.py", "tests/test_benchmark_cuda.py", "tests/test_gradients.py"} <= files
+    assert {"tests/test_distributed_device.py", "tests/test_tuning_device.py", "tests/test_cuda_device.py"} <= files
+    assert not files & {"tests/test_packaging.py", "tests/test_transformers.py", "tests/test_native_cpu.py"}
+    assert not [name for name in names if "-cpu" in name or "[cpu" in name]
+    assert 900 < len(names) < 1600
 
 
 @pytest.mark.parametrize("plan", gpu_stages.PLANS)
@@ -205,7 +423,9 @@ def test_the_stages_are_commands_that_exist(plan: str) -> None:
             known = tuning_presets if planned.name.startswith("tune") else {*PRESETS, BLOCK}
             assert "preset" not in args or args.preset in known
         else:
-            helped = subprocess.run([*filled[:3], "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+            helped = subprocess.run(
+                [*filled[:3], "tests", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+            )
             options = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
             assert all(option in helped.stdout.replace("--junitxml", "--junit-xml") for option in options)
 

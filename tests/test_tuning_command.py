@@ -32,7 +32,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # The cells
 
-COUNTS = {"published": (15, 10), "quick": (38, 20), "grid": (600, 600)}  # of forward, of backward
+COUNTS = {"published": (15, 10), "goals": (19, 14), "quick": (38, 20), "grid": (600, 600)}  # of forward, of backward
 
 
 @pytest.mark.parametrize("preset", cells.PRESETS.values(), ids=lambda preset: preset.name)

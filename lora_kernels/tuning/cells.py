@@ -72,13 +72,18 @@ PRESETS = {
             _PUBLISHED,
         ),
         Preset(
+            "goals",
+            "those, then 2048 and 512 tokens of the square layer: what make gpu-check and gpu-bench tune",
+            (*_PUBLISHED, Grid((_SQUARE,), (2048, 512), dropouts=(False, True), directions=DIRECTIONS)),
+        ),
+        Preset(
             "quick",
-            "those, then r = 16 at 1, 16, 64, 512 and 2048 tokens: what make gpu-check tunes",
+            "the published ones, then r = 16 at 1, 16, 64, 512 and 2048 tokens",
             (*_PUBLISHED, Grid(_SHAPES, (1, 512, 16, 2048, 64)), Grid(_SHAPES, (2048, 512), directions=("backward",))),
         ),
         Preset(
             "grid",
-            "those, then M from 1 to 16384, r of 8, 16, 64 and 128, dropout on and off",
+            "the published ones, then M from 1 to 16384, r of 8, 16, 64 and 128, dropout on and off",
             (*_PUBLISHED, Grid(_SHAPES, _TOKENS, _RANKS, dropouts=(False, True), directions=DIRECTIONS)),
         ),
     )
