@@ -50,6 +50,10 @@ class Ledger:
             with self.fresh.open("a", encoding="utf-8") as file:
                 file.write(f"{report.nodeid}\n")
 
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.passed:
+            session.exitstatus = pytest.ExitCode.OK  # all of them have passed before
+
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in self.passed])
         items[:] = [item for item in items if item.nodeid not in self.passed]

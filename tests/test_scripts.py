@@ -392,6 +392,11 @@ def test_tests_that_passed_are_left_out_by_the_next_run(tmp_path: Path) -> None:
     (tmp_path / "tests.xml").write_text('<testsuites><testsuite><testcase name="b"/></testsuite></testsuites>')
     account = judge_tests(tmp_path / "tests.xml")
     assert account == "1 passed, 0 failed, 0 skipped; 2 have passed by now, with earlier calls"
+    (tmp_path / "tests.xml").write_text("<testsuites/>")
+    assert judge_tests(tmp_path / "tests.xml").startswith("0 passed, 0 failed, 0 skipped; 2 have passed")
+    session = SimpleNamespace(exitstatus=5)
+    suite().Ledger(path, True).pytest_sessionfinish(session, 5)
+    assert session.exitstatus == 0
 
 
 def test_the_gpu_s_tests_are_there_and_few_enough() -> None:
