@@ -1,7 +1,9 @@
-"""Judges a result of preset ``cpu-grid`` by the project's targets: ``python bench/targets.py FILE ...``.
+"""Judges results of presets ``cpu-goals`` and ``cpu-grid`` by the targets: ``python bench/targets.py [FILE ...]``.
 
-One line a target: what was reached in the worst cell (or on average), what is to be reached, and whether it is. Exits
-with 1 where one is missed, and where no cell says anything about one.
+Without files, the committed results of ``cpu-goals`` of every kind of CPU. Each kind (its name and the vector
+instructions that PyTorch takes there) is judged apart. One line a target: what was reached in the worst cell (or on
+average), what is to be reached, and whether it is. Exits with 1 where one is missed, and where no cell says anything
+about one.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from lora_kernels.benchmark.workloads import Workload
 from lora_kernels.errors import InvalidArgumentError
 
 OURS = "auto"
+RIVALS, BEST = ("peft", "addmm"), "best"
+RESULTS = Path(__file__).parent / "results"
 Condition = Callable[[Workload], bool]
 
 
@@ -28,7 +32,7 @@ class Target:
     """A bound on a ratio over the cells that meet ``where``.
 
     Attributes:
-        rival: whose time is divided by ours; None: our time is divided by the floor's.
+        rival: whose time is divided by ours; "best": the best of RIVALS; None: our time is divided by the floor's.
         bound: what every cell (``mean``: their geometric mean) may be at most, or with a rival at least.
     """
 
@@ -39,6 +43,8 @@ class Target:
     mean: bool = False
 
     def ratios(self, result: Result) -> Ratios:
+        if self.rival == BEST:
+            return _over_best(result).where(self.where)
         of_all = over_floor(result, OURS) if self.rival is None else over_provider(result, self.rival, OURS)
         return of_all.where(self.where)
 
@@ -57,6 +63,15 @@ class Target:
         return passed, f"{'ok  ' if passed else 'MISS'}  {self.name}: {reached:.3f} ({sign} {self.bound:g}; {cells})"
 
 
+def _over_best(result: Result) -> Ratios:
+    """The quicker rival's time over ours."""
+    best: dict[Workload, float] = {}
+    for rival in RIVALS:
+        for workload, ratio in over_provider(result, rival, OURS).of_cells.items():
+            best[workload] = min(ratio, best.get(workload, ratio))
+    return Ratios(best)
+
+
 def _grid(direction: str, dtype: str, rank: int | None = None) -> Condition:
     """The plain grid: no dropout, and without the worked example's layer."""
     return lambda w: (w.direction, w.dtype, w.r) == (direction, dtype, rank or w.r) and not w.p and not w.train_bias
@@ -70,7 +85,8 @@ def _one_token(condition: Condition, size: int) -> Condition:
     return lambda w: condition(w) and w.tokens == 1 and w.in_features == w.out_features == size
 
 
-def _targets() -> list[Target]:
+def _grid_targets() -> list[Target]:
+    """Of preset cpu-grid."""
     targets = []
     for dtype in ("float32", "bfloat16"):
         forward, step = _grid("forward", dtype, 16), _grid("step", dtype, 16)
@@ -99,22 +115,73 @@ def _worked_example(workload: Workload) -> bool:
     return workload.train_bias and workload.dtype == "float32"
 
 
+def _goals() -> list[Target]:
+    """Of preset cpu-goals: the same on every kind of CPU."""
+
+    def at_rank_16(direction: str, dtype: str) -> Condition:
+        return lambda w: (w.direction, w.dtype, w.r) == (direction, dtype, 16)
+
+    def many(condition: Condition) -> Condition:
+        return lambda w: condition(w) and w.tokens >= 384 and min(w.in_features, w.out_features) >= 2048
+
+    targets = []
+    for dtype in ("float32", "bfloat16"):
+        for direction, bound in (("forward", 1.05), ("step", 1.08)):
+            cells = many(at_rank_16(direction, dtype))
+            targets.append(Target(f"{dtype} {direction}, M >= 384, K, N >= 2048, r=16", cells, bound))
+    for direction in ("forward", "step"):
+        few = at_rank_16(direction, "bfloat16")
+        targets.append(Target(f"bfloat16 {direction}, M = 1 and 16, r=16", _few(few), 1.0))
+    every = Target("every cell: the better of PEFT's and addmm_'s time over ours", lambda w: True, 0.98, BEST)
+    return [*targets, every]
+
+
+def _few(condition: Condition) -> Condition:
+    return lambda w: condition(w) and w.tokens in (1, 16)
+
+
+TARGETS = {"cpu-goals": _goals, "cpu-grid": _grid_targets}
+
+
+def kind(result: Result) -> str:
+    """The kind of CPU: name, PyTorch's vector instructions, and what the native library knows of it."""
+    of = result.environment
+    features = (of.get("cpu_product") or {}).get("features")
+    return f"{of['device']} ({of['cpu_capability']}{f'; {features}' if features else ''})"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a line for each target; returns the exit status."""
-    parser = argparse.ArgumentParser(description="judges a cpu-grid result by the project's targets")
-    parser.add_argument("files", type=Path, nargs="+", help="what lora-kernels bench --preset cpu-grid --json wrote")
+    """Prints a line for each target of each kind of CPU; returns the exit status."""
+    parser = argparse.ArgumentParser(description="judges results on CPUs by the project's targets")
+    parser.add_argument("files", type=Path, nargs="*", help="what lora-kernels bench --json wrote (default: committed)")
+    files = parser.parse_args(arguments).files or sorted(RESULTS.glob("*/cpu-goals*.json"))
     try:
-        result = join([load(file) for file in parser.parse_args(arguments).files])
+        found = [load(file) for file in files]
+        if unknown := [r.preset for r in found if r.preset not in TARGETS]:
+            raise InvalidArgumentError(
+                f"a result of preset {unknown[0]!r} was given: targets are held for {', '.join(TARGETS)}."
+            )
     except (InvalidArgumentError, OSError) as error:
         print(f"targets: {error}", file=sys.stderr)
         return 2
-    lines = [target.line(result) for target in _targets()]
+    if not found:
+        print(f"no result of preset cpu-goals lies in {RESULTS}: `lora-kernels bench --preset cpu-goals` makes one.")
+        return 1
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in found:
+        groups.setdefault((kind(result), result.preset), []).append(result)
+    passed = [_judge(name, preset, join(results)) for (name, preset), results in groups.items()]
+    return 0 if all(passed) else 1
+
+
+def _judge(name: str, preset: str, result: Result) -> bool:
+    lines = [target.line(result) for target in TARGETS[preset]()]
+    print(f"{name}, {preset}, {result.environment['threads']} threads, {result.date[:10]}")
     print("\n".join(text for _, text in lines))
     left_out = [cell for cell in result.cells if cell.left_out]
-    print(
-        f"{sum(passed for passed, _ in lines)} of {len(lines)} targets are reached; {len(left_out)} cells are left out."
-    )
-    return 0 if all(passed for passed, _ in lines) else 1
+    reached = sum(passed for passed, _ in lines)
+    print(f"{reached} of {len(lines)} targets are reached; {len(left_out)} cells are left out.")
+    return reached == len(lines)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 from . import __version__
 from .env import BACKEND_VARIABLE, BUILD_VARIABLE, CACHE_VARIABLE, CPU_CHOICES
 from .errors import InvalidArgumentError
+from .processor import processor_name
 
 __all__ = ["add_arguments", "collect", "run_command", "versions"]
 
@@ -104,7 +105,7 @@ def _platform() -> dict[str, str]:
 
 def _devices() -> list[dict[str, Any]]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu: dict[str, Any] = {"device": "cpu", "name": _cpu_name(), "cores": usable}
+    cpu: dict[str, Any] = {"device": "cpu", "name": processor_name(), "cores": usable}
     threads = _guarded(lambda: import_module("torch").get_num_threads())
     cpu.update({"torch_threads": threads} if isinstance(threads, int) else threads)
     return [cpu, *([] if "error" in cpu else _guarded_list(_gpus))]
@@ -131,14 +132,6 @@ def _gpus() -> list[dict[str, Any]]:
             }
         )
     return gpus
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _backends() -> dict[str, Any]:
@@ -175,11 +168,12 @@ def _on_device(name: str, device: str) -> dict[str, Any]:
 
 
 def _native_library() -> dict[str, Any]:
-    """Where compiled libraries are kept, and for each of the two its state, path and build."""
-    from .backends.native import cache, load
+    """Where compiled libraries are kept, and for each of the two its state, path and build; what the CPU's goes by."""
+    from .backends.native import cache, choice, load
     from .backends.native.build import KINDS
 
-    return {"cache": str(cache.folders()[0]), **{kind: _guarded(partial(load.status, kind)) for kind in KINDS}}
+    found = {kind: _guarded(partial(load.status, kind)) for kind in KINDS}
+    return {"cache": str(cache.folders()[0]), **found, "cpu_product": _guarded(choice.status)}
 
 
 def _tuned_table() -> dict[str, Any]:
@@ -221,7 +215,9 @@ def _text(report: dict[str, Any]) -> str:
         if section == "backends" and "error" not in content:
             lines += [line for name, backend in content.items() for line in _backend_lines(name, backend)]
         elif section == "native_library" and "error" not in content:
-            lines += [line for name, library in content.items() for line in _library_lines(name, library)]
+            of_libraries = {name: library for name, library in content.items() if name != "cpu_product"}
+            lines += [line for name, library in of_libraries.items() for line in _library_lines(name, library)]
+            lines += _product_lines(content["cpu_product"])
         elif section == "tuned_table" and "error" not in content:
             lines += _table_lines(content)
         elif isinstance(content, dict):
@@ -271,6 +267,22 @@ def _library_lines(name: str, library: Any) -> list[str]:
         told.append(f"by {library['compiler']}; `lora-kernels build {name}` does it beforehand")
     told += [*library["reasons"], *library["passed_over"]]
     return [f"  {name:<22}{told[0]}", *(f"  {'':<22}{line}" for line in told[1:])]
+
+
+def _product_lines(product: dict[str, Any]) -> list[str]:
+    """Who decides whether the CPU library or PyTorch multiplies by W."""
+    by = product.get("decided_by")
+    told = {
+        None: "nobody yet: there is no library",
+        "environment": "LORA_KERNELS_CPU_PRODUCT decides between own and PyTorch's product",
+        "table": f"measured here: {product.get('used')} of {product.get('rows')} rows of {product.get('path')} decide",
+        "model": "a model of the CPU decides; `lora-kernels tune --device cpu` measures",
+    }
+    lines = [product.get("error") or told[by]]
+    if machine := product.get("machine"):
+        lines.append(", ".join(f"{name} {value}" for name, value in machine.items()))
+    lines += product.get("passed_over", [])
+    return [f"  {'cpu product':<22}{lines[0]}", *(f"  {'':<22}{line}" for line in lines[1:])]
 
 
 def _table_lines(tables: dict[str, Any]) -> list[str]:

@@ -97,7 +97,7 @@ def test_targets_are_judged_cell_by_cell(tmp_path: Path, capsys: pytest.CaptureF
 
     def status(path: str, **ratios: float) -> int:
         cells = [made_cell(w, **(ratios if w == odd else {"peft": 1.8, "auto": 0.69})) for w in workloads]
-        result_of(*cells).save(tmp_path / path)
+        result_of(*cells, preset="cpu-grid").save(tmp_path / path)
         return int(targets.main([str(tmp_path / path)]))
 
     odd = next(w for w in workloads if w.direction == "forward" and w.tokens == 512 and w.in_features == 4096)
@@ -112,7 +112,7 @@ def test_targets_are_judged_cell_by_cell(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_target_that_no_cell_speaks_of_is_not_reached(tmp_path: Path) -> None:
-    result_of(made_cell(STEP, peft=1.8, auto=0.5)).save(tmp_path / "a.json")
+    result_of(made_cell(STEP, peft=1.8, auto=0.5), preset="cpu-grid").save(tmp_path / "a.json")
     assert targets.main([str(tmp_path / "a.json")]) == 1
 
 

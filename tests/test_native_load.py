@@ -355,7 +355,7 @@ def test_no_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert cache.folders() == []
     assert load.status("cpu")["state"] in ("none", "would be compiled at first use")
     cache._stand_in.cache_clear()
-    assert cache._writable_folder() == tmp_path / f"lora_kernels-{os.getuid()}" / "native"
+    assert cache.writable_folder() == tmp_path / f"lora_kernels-{os.getuid()}" / "native"
     cache._stand_in.cache_clear()
 
 

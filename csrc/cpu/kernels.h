@@ -142,8 +142,7 @@ struct Kernels {
 
 const Kernels& kernels_for(Dtype dtype);
 
-// Whether x Wᵀ and dy W of m tokens run in the kernels, with the low-rank part inside; elsewhere torch's own product
-// accumulates onto it.
-bool own_product(Dtype dtype, int64_t m, int64_t n, int64_t k);
+// The instruction set whose kernels run, as LORA_KERNELS_CPU_CAPABILITY names it.
+const char* capability_name();
 
 }  // namespace lora_kernels

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "choice.h"
 
 namespace lora_kernels {
 
@@ -36,9 +37,9 @@ void accumulate_product(const Tensor& out, const Tensor& left, const Tensor& rig
 // Whether W is multiplied by the kernels. One whose rows do not lie in one piece (Conv1D stores it as (K, N)) they
 // would have to copy: that pays where the library's product is slow, in 16 bits, and else the library's takes any
 // strides.
-bool multiplies(const Tensor& weight, Dtype compute, int64_t m, int64_t n, int64_t k) {
+bool multiplies(const Tensor& weight, Dtype compute, Pass pass, int64_t m, int64_t n, int64_t k) {
     const bool in_place = k <= 1 || weight.stride(1) == 1;
-    return own_product(compute, m, n, k) && (in_place || compute == Dtype::bf16 || compute == Dtype::fp16);
+    return own_product(compute, pass, m, n, k) && (in_place || compute == Dtype::bf16 || compute == Dtype::fp16);
 }
 
 Tensor transposed(const Tensor& matrix) {
@@ -93,7 +94,8 @@ std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& weight, const 
     const Kernels& kernels = kernels_for(compute);
     const Adapter b(lora_b, "lora_b", adapter_of(compute));
     const OptionalAdapter offset(bias, "bias", compute), factor(gain, "gain", wide);
-    const bool own = multiplies(weight, compute, m, n, k), gained = gain.has_value(), kept = gained && keep;
+    const bool own = multiplies(weight, compute, Pass::forward, m, n, k), gained = gain.has_value(),
+               kept = gained && keep;
     std::optional<Matrix> base;
     if (own) base.emplace(weight, "weight");
     Tensor y = empty({m, n}, x.scalar_type()),
@@ -197,8 +199,9 @@ Tensor sum_of_input_grads(int64_t count, const Tensor* dys, const Tensor* weight
         expect(dhs[i], "dh", {m, r}, hidden_of(compute));
         expect(lora_as[i], "lora_a", {r, k});
         const Matrix& low = matrices.emplace_back(dhs[i], "dh");
-        const Matrix* base =
-            multiplies(weights[i], compute, m, n, k) ? &matrices.emplace_back(weights[i], "weight") : nullptr;
+        const Matrix* base = multiplies(weights[i], compute, Pass::backward, m, n, k)
+                                 ? &matrices.emplace_back(weights[i], "weight")
+                                 : nullptr;
         adapters.emplace_back(lora_as[i], "lora_a", adapter_of(compute));
         terms.push_back({n, r, outer.data, outer.stride, base ? base->data : nullptr, base ? base->stride : 0, low.data,
                          low.stride, adapters.back().data, dropout_of(states == nullptr ? nullptr : states + i, p)});

@@ -52,6 +52,18 @@ def _ratios() -> Iterator[Workload]:
     yield from grid(("forward",), (512,), square, (16,), ("float32", "bfloat16"), subject="mixed-batch")
 
 
+def _cpu_goals() -> Iterator[Workload]:
+    """Dtype by dtype, forward then step, in the order of the work: what takes too long ends its row."""
+    for dtype, adapters in (("float32", None), ("bfloat16", None), ("bfloat16", "bfloat16")):
+        for direction in ("forward", "step"):
+            for m, shape, r in (
+                *((256, (32, 32), 2), (1, (1024, 1024), 16), (1, (4096, 4096), 16), (16, (2048, 2048), 16)),
+                *((384, (2048, 2048), 16), (1024, (2048, 2048), 16), (384, (4096, 4096), 16)),
+                *((768, (3072, 3072), 64), (768, (2048, 6144), 8)),
+            ):
+                yield from grid((direction,), (m,), (shape,), (r,), (dtype,), adapter_dtype=adapters)
+
+
 PRESETS = {
     p.name: p
     for p in (
@@ -77,6 +89,16 @@ PRESETS = {
             device="cpu",
             budget=1800.0,
             max_call=3.0,  # PyTorch's 16-bit dy W takes minutes on some CPUs
+        ),
+        Preset(
+            "cpu-goals",
+            "the cells of the goals that bench/targets.py holds for every kind of CPU, in ten minutes",
+            tuple(_cpu_goals()),
+            ("peft", "addmm", "auto"),
+            device="cpu",
+            budget=600.0,
+            min_rounds=5,
+            max_call=3.0,  # as above
         ),
         Preset(
             "cpu-compile",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import InvalidArgumentError
+from ..processor import processor_name
 from .device import gpu_state, source_id
 from .presets import PRESETS
 from .workloads import Workload
@@ -215,6 +216,7 @@ def environment(device: str) -> dict[str, Any]:
         "source": source_id(),
         "gpu": gpu_state() if device == "cuda" else {},
         "tuned": _tuned(device),
+        "cpu_product": _cpu_product() if device == "cpu" else None,
         "allocator": {
             "libc": " ".join(platform.libc_ver()),
             "variables": {k: v for k, v in os.environ.items() if k.startswith(_ALLOCATOR_VARIABLES)},
@@ -222,16 +224,19 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+def _cpu_product() -> dict[str, Any]:
+    """What decides between the CPU library's own product and PyTorch's, and what the model knows of the CPU."""
+    from ..backends.native import choice
+
+    found = choice.status()
+    return {"decided_by": found["decided_by"], "features": (found["machine"] or {}).get("features")}
+
+
 def device_name(device: str) -> str:
     """The GPU's or CPU's own name."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        info = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+    return processor_name()
 
 
 def slug(name: str) -> str:

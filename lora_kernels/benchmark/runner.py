@@ -32,6 +32,7 @@ __all__ = ["admit", "candidate", "expand_peers", "run_cell", "run_preset"]
 _MICRO = 1e6
 _CACHE_TURNS = 3  # the input sets together are this many times the L2 cache
 _MAX_SETS = 16
+_ONE_CALL = "One call"  # begins the sentence on a cell that was left out because it takes too long
 
 
 def expand_peers(names: Iterable[str]) -> tuple[Provider, ...]:
@@ -98,6 +99,11 @@ def run_preset(
             return result
         share = max(seconds - passed, 0.0) / (len(left) - i)
         rules = (preset.min_rounds, preset.max_call)
+        if smaller := next((c for c in result.cells if _is_slow(c) and c.workload.is_within(workload)), None):
+            sentence = f"{_ONE_CALL} of less work took too long ({smaller.workload}). No provider was run."
+            result.cells.append(Cell(workload, {}, left_out=sentence))
+            keep(result)
+            continue
         try:
             result.cells.append(run_cell(workload, providers, device, share, *rules, seed, machine))
         except DeviceLostError as error:
@@ -126,7 +132,7 @@ def run_cell(
     if max_call < math.inf:
         floor = candidate(FLOOR, [PROVIDERS[FLOOR].build(setups[0])], setups[:1])
         if (seconds := first_call(floor, device)) > max_call:
-            sentence = f"One call of the floor took {seconds:.1f} s, more than the {max_call:g} s that are allowed."
+            sentence = f"{_ONE_CALL} of the floor took {seconds:.1f} s, more than the {max_call:g} s that are allowed."
             return Cell(workload, {}, left_out=f"{sentence} No provider was run.")
     entries: dict[str, Entry] = {}
     layers: dict[str, list[Layer]] = {}
@@ -151,6 +157,10 @@ def run_cell(
     if device == "cuda":
         state |= {"before": before, "after": gpu_state(), "sets": len(setups), "plan": _plan(setups[0])}
     return Cell(workload, entries, state=state)
+
+
+def _is_slow(cell: Cell) -> bool:
+    return cell.left_out is not None and cell.left_out.startswith(_ONE_CALL)
 
 
 def admit(provider: Provider, setups: list[Setup]) -> tuple[Entry, list[Layer]]:

@@ -59,6 +59,12 @@ class Workload:
         """Whether the field ``name`` has one of ``values``, as text."""
         return str(getattr(self, name)) in values
 
+    def is_within(self, other: Workload) -> bool:
+        """Whether ``other`` is the same for larger sizes, whatever its rank: its frozen layer has at least the work."""
+        sizes = ("tokens", "in_features", "out_features")
+        alike = all(getattr(self, name) == getattr(other, name) for name in FIELDS if name not in (*sizes, "r"))
+        return alike and all(getattr(self, name) <= getattr(other, name) for name in sizes)
+
     @property
     def adapters(self) -> str:
         """The adapters' dtype, the default resolved."""

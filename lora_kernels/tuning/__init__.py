@@ -1,4 +1,4 @@
-"""``lora-kernels tune``: measures the plans of ``backends.triton`` on this device, and stores the choices.
+"""``lora-kernels tune``: measures what can run on this device, and stores the choices.
 
 ===========  ==========================================================================
 ``cells``    what to tune, as data: presets, and lists from the command line
@@ -7,6 +7,7 @@
 ``bench``    the device: random inputs, compiling, the agreement check, the clock
 ``report``   the table at the end, the plan of a dry run, JSON
 ``command``  the command line
+``cpu``      on CPUs: own product or the library's, measured; ``cpu_command`` its options and tables
 ===========  ==========================================================================
 
 All but ``bench`` runs without a GPU, and is tested so. Imports go one way: command → session → search → cells.

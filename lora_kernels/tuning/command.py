@@ -28,10 +28,12 @@ _DEFAULT_TOKENS, _DEFAULT_RANKS = "8192,1,16,512,2048", "16"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lora-kernels tune``."""
     from .cells import PRESETS
+    from .cpu import PRESETS as OF_CPUS
 
     listed = "; ".join(f"{p.name}: {p.describe}" for p in PRESETS.values())
+    listed += "; with --device cpu, " + "; ".join(f"{p.name}: {p.describe}" for p in OF_CPUS.values())
     what = parser.add_argument_group("what to tune", "of each list, and of each preset, the first values come first")
-    what.add_argument("--preset", metavar="NAME", help=f"default: published. {listed}")
+    what.add_argument("--preset", metavar="NAME", help=f"default: published, on CPUs cpu. {listed}")
     what.add_argument("--shapes", metavar="KxN,...", help="in_features x out_features, such as 4096x4096,4096x14336")
     what.add_argument("--from-config", type=Path, metavar="FILE", help="the shapes of a transformers config.json")
     what.add_argument("--tokens", metavar="M,...", help=f"default: {_DEFAULT_TOKENS}; each stands for its power of 2")
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="for the whole run; by default there is none")
     parser.add_argument("--candidates", type=int, default=16, metavar="N", help="tried in each cell, about (16)")
     parser.add_argument("--again", action="store_true", help="measure also what the table has from these versions")
-    parser.add_argument("--device", default="cuda", help="cuda or cuda:N (cuda)")
+    parser.add_argument("--device", default="cuda", help="cuda or cuda:N, or cpu: own product or PyTorch's (cuda)")
     parser.add_argument("--table", type=Path, metavar="FILE", help="put the rows into this table too, to ship it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there, cell by cell")
     parser.add_argument(
@@ -59,7 +61,8 @@ def run_command(args: argparse.Namespace) -> int:
         BackendUnavailableError: there is no GPU that the Triton backend runs on.
         TableError: a table cannot be written, or is another device's.
     """
-    cells = _cells(args)
+    on_cpu = args.device == "cpu"
+    cells = [] if on_cpu else _cells(args)
     for option, path in (("--json", args.json), ("--table", args.table)):
         if path is not None:
             check_writable(option, path)
@@ -69,7 +72,26 @@ def run_command(args: argparse.Namespace) -> int:
         )
     if args.candidates < 1 or (args.budget is not None and not args.budget > 0):
         raise InvalidArgumentError("--candidates must be at least 1, and --budget more than 0 seconds.")
+    if on_cpu:
+        return _on_cpu(args)
     return _dry_run(args, cells) if args.dry_run else _tune(args, cells)
+
+
+def _on_cpu(args: argparse.Namespace) -> int:
+    """The CPU library's choice between its own product and PyTorch's."""
+    from .cpu_command import cells, dry_run, outcomes_table, table_path, tune
+
+    found = cells(args)
+    if args.dry_run:
+        _print(dry_run(args, found))
+        return 0
+    with _progress() as progress:
+        outcomes = tune(args, found, progress)
+    _print(outcomes_table(outcomes))
+    for sentence in dict.fromkeys(outcome.sentence for outcome in outcomes if outcome.sentence):
+        print(sentence)
+    print(f"The table is {table_path()}. It decides in processes that start from now on.")
+    return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0
 
 
 def _cells(args: argparse.Namespace) -> list[Cell]:
@@ -194,7 +216,7 @@ def _device(name: str, remedy: str) -> Any:
     except RuntimeError:
         device = None
     if device is None or device.type != "cuda":
-        raise InvalidArgumentError(f"--device {name} was given: it must be cuda or cuda:N. Triton runs on GPUs.")
+        raise InvalidArgumentError(f"--device {name} was given: it must be cuda, cuda:N or cpu.")
     count = torch.cuda.device_count()
     index = (torch.cuda.current_device() if count else 0) if device.index is None else device.index
     reasons = dispatch.backend("triton").why_not(dispatch.Problem("cuda", torch.bfloat16)) if count else []

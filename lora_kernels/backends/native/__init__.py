@@ -15,7 +15,7 @@ from ...dispatch import Problem
 from ...ops import register
 from .. import draw_seed
 from ..parts import Parts
-from . import load
+from . import choice, load
 
 __all__ = ["BACKEND"]
 
@@ -65,6 +65,8 @@ class NativeBackend:
         register(self.name, Parts(_keep, _hidden_dtype).operators, _hidden_dtype)
         if device_type != "meta":
             load.load(device_type)
+        if device_type == "cpu":
+            choice.install()
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
         return draw_seed(x)

@@ -24,7 +24,7 @@ from ...errors import BackendUnavailableError
 from .build import LOG_NAME, Progress, Recipe, compile_library
 from .toolchain import BuildError
 
-__all__ = ["build", "failure", "folders", "say"]
+__all__ = ["build", "failure", "folders", "locked", "say", "writable_folder"]
 
 _TOLD = 4  # lines of a failed compile that its sentence holds
 
@@ -57,9 +57,9 @@ def build(
         BackendUnavailableError: the compile failed; the log's path and last lines are in the sentence.
     """
     try:
-        root = _writable_folder()
+        root = writable_folder()
         final = root / recipe.key
-        with _locked(root / f"{recipe.key}.lock"):
+        with locked(root / f"{recipe.key}.lock"):
             due = force or not usable(final)
             if due:
                 _build_at(root, final, recipe, progress)
@@ -120,15 +120,18 @@ def _failure_sentence(recipe: Recipe, log: Path) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Held by one process at a time; the system lets go of it when the process ends, however it does."""
+def locked(path: Path, does: str = "compiles the native library") -> Iterator[None]:
+    """Held by one process at a time; the system lets go of it when the process ends, however it does.
+
+    Who waits says what the other process ``does``.
+    """
     import fcntl  # not on Windows, where nothing is built
 
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another process compiles the native library; waiting for it.")
+            say(f"another process {does}; waiting for it.")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -143,7 +146,7 @@ def _temporary_folder() -> Path | None:
     return folder / "native" if _is_private(folder) else None
 
 
-def _writable_folder() -> Path:
+def writable_folder() -> Path:
     """The user's cache; where it cannot be written to, a private temporary folder, and that is said once."""
     user = _user_folder()
     if user is not None and _can_write(user):
