@@ -21,7 +21,7 @@ CACHE_VARIABLE = "LORA_KERNELS_CACHE"
 # Which native libraries may be compiled: cpu, cuda, all or off. By pip into the package (unset: none), or at the first
 # use into the cache (unset: all). backends/native/build.py reads it, for setup.py cannot import this file.
 BUILD_VARIABLE = "LORA_KERNELS_BUILD"
-# What the CPU library reads (csrc/cpu/capability.cpp), and the words that it knows.
+# What the CPU library reads (csrc/cpu/capability.cpp and choice.cpp), and the words that it knows.
 CPU_CHOICES = {
     "LORA_KERNELS_CPU_CAPABILITY": ("portable", "avx2", "avx512", "avx512_bf16"),
     "LORA_KERNELS_CPU_PRODUCT": ("own", "library"),

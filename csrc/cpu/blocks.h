@@ -24,53 +24,64 @@ constexpr int64_t UNIT = PANEL<T> > DROPOUT_GROUP ? PANEL<T> : DROPOUT_GROUP;
 LORA_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int least_int(int a, int b) { return a < b ? a : b; }
 
-// c (MR, PANEL) += a (MR, depth) panel (depth, PANEL), where a(i, k) = ALONG_K ? a[i * lda + k] : a[k * lda + i].
-template <class T, int MR, bool ALONG_K>
+// c (MR, VECTORS) += a (MR, depth) panel (depth, VECTORS), VECTORS vectors of columns, where a(i, k) = ALONG_K ?
+// a[i * lda + k] : a[k * lda + i].
+template <class T, int MR, int VECTORS, bool ALONG_K>
 LORA_INLINE void multiply_rows(int64_t depth, const T* a, int64_t lda, const T* panel, T* c, int64_t ldc) {
     constexpr int VL = lanes<T>;
-    Vector<T> acc[MR][PANEL_VECTORS] = {};  // from zero: a chain of sums is no longer than a block is deep
+    Vector<T> acc[MR][VECTORS] = {};  // from zero: a chain of sums is no longer than a block is deep
     for (int64_t k = 0; k < depth; ++k) {
-        Vector<T> b[PANEL_VECTORS];
+        Vector<T> b[VECTORS];
 #pragma GCC unroll 2
-        for (int j = 0; j < PANEL_VECTORS; ++j) b[j] = load(panel + k * PANEL<T> + j * VL);
+        for (int j = 0; j < VECTORS; ++j) b[j] = load(panel + k * PANEL<T> + j * VL);
 #pragma GCC unroll 12
         for (int i = 0; i < MR; ++i) {
             const T left = ALONG_K ? a[i * lda + k] : a[k * lda + i];
 #pragma GCC unroll 2
-            for (int j = 0; j < PANEL_VECTORS; ++j) acc[i][j] += left * b[j];
+            for (int j = 0; j < VECTORS; ++j) acc[i][j] += left * b[j];
         }
     }
 #pragma GCC unroll 12
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 2
-        for (int j = 0; j < PANEL_VECTORS; ++j) {
+        for (int j = 0; j < VECTORS; ++j) {
             T* out = c + i * ldc + j * VL;
             store(load(out) + acc[i][j], out);
         }
     }
 }
 
-// c (rows, columns) += a (rows, depth) b (depth, columns); b packed in panels, c padded to whole panels.
+// The same for any number of rows.
+template <class T, int VECTORS, bool ALONG_K>
+static void multiply_panel(int64_t rows, int64_t depth, const T* a, int64_t lda, const T* panel, T* c, int64_t ldc) {
+    for (int64_t i = 0; i < rows;) {
+        const T* left = ALONG_K ? a + i * lda : a + i;
+        T* out = c + i * ldc;
+        const int64_t rest = rows - i;
+        if (rest >= ROWS) {
+            multiply_rows<T, ROWS, VECTORS, ALONG_K>(depth, left, lda, panel, out, ldc), i += ROWS;
+        } else if (ROWS > 8 && rest >= 8) {
+            multiply_rows<T, least_int(8, ROWS), VECTORS, ALONG_K>(depth, left, lda, panel, out, ldc), i += 8;
+        } else if (rest >= 4) {
+            multiply_rows<T, 4, VECTORS, ALONG_K>(depth, left, lda, panel, out, ldc), i += 4;
+        } else if (rest >= 2) {
+            multiply_rows<T, 2, VECTORS, ALONG_K>(depth, left, lda, panel, out, ldc), i += 2;
+        } else {
+            multiply_rows<T, 1, VECTORS, ALONG_K>(depth, left, lda, panel, out, ldc), i += 1;
+        }
+    }
+}
+
+// c (rows, columns) += a (rows, depth) b (depth, columns); b packed in panels, c padded to whole panels. A last panel
+// that one vector covers, as a thin product of 16 columns has it in AVX-512, takes half the work.
 template <class T, bool ALONG_K>
 static void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t lda, const T* panels, T* c,
                      int64_t ldc) {
     for (int64_t n = 0; n < columns; n += PANEL<T>) {
-        const T* panel = panels + n * depth;
-        for (int64_t i = 0; i < rows;) {
-            const T* left = ALONG_K ? a + i * lda : a + i;
-            T* out = c + i * ldc + n;
-            const int64_t rest = rows - i;
-            if (rest >= ROWS) {
-                multiply_rows<T, ROWS, ALONG_K>(depth, left, lda, panel, out, ldc), i += ROWS;
-            } else if (ROWS > 8 && rest >= 8) {
-                multiply_rows<T, least_int(8, ROWS), ALONG_K>(depth, left, lda, panel, out, ldc), i += 8;
-            } else if (rest >= 4) {
-                multiply_rows<T, 4, ALONG_K>(depth, left, lda, panel, out, ldc), i += 4;
-            } else if (rest >= 2) {
-                multiply_rows<T, 2, ALONG_K>(depth, left, lda, panel, out, ldc), i += 2;
-            } else {
-                multiply_rows<T, 1, ALONG_K>(depth, left, lda, panel, out, ldc), i += 1;
-            }
+        if (columns - n <= lanes<T>) {
+            multiply_panel<T, 1, ALONG_K>(rows, depth, a, lda, panels + n * depth, c + n, ldc);
+        } else {
+            multiply_panel<T, PANEL_VECTORS, ALONG_K>(rows, depth, a, lda, panels + n * depth, c + n, ldc);
         }
     }
 }

@@ -99,15 +99,17 @@ Rate library_rate(const Processor& p, Dtype dtype) {
     return Rate::vectors;
 }
 
-// Fitted on three machines, r = 16 (own and library as times of the frozen layer, forward then backward):
-// - AMD with AVX2 (bench/results/amd-epyc): 16-bit library products take 3 to 60 times the own ones; fp32 as below.
-// - AMD with AVX512-BF16, 2048x2048: bf16 at 8 tokens 1.05 against 1.20 and 1.02 against 1.19, at 16 tokens 1.25
-// against
-//   1.17 and 1.68 against 1.27, from 32 on 2.1 against 1.1; 256x256 at 64 tokens 2.04 against 1.84. fp32 at 512 to 2048
-//   tokens 0.86 to 0.99 against 1.00 to 1.09, where own fp32 in AVX2 was quicker up to 128 tokens alone.
-// - Intel with AMX: own bf16 in vectors takes 0.43 (4096x4096) at one token and 2.65 (2048x2048) at 16, where the layer
-//   before takes a near constant time, so about 5 tokens are the border; own fp32 takes 1.10 and 1.20 there, the
-//   composition 1.20 and 1.28, of which some 0.05 would remain around the library's product.
+// Fitted on three machines at r = 16; times are the layer's over the frozen layer's, own against library.
+// - AMD with AVX2 (bench/results/amd-epyc): 16-bit library products take 3 to 60 times as long as own ones; own fp32 is
+//   the quicker one up to 128 tokens.
+// - AMD with AVX512-BF16: bf16 of 2048x2048 at 8 tokens 1.05 against 1.20 forward, 1.02 against 1.19 backward; at 16
+//   tokens 1.25 against 1.17, 1.68 against 1.27; from 32 on 2.1 against 1.1. fp32 at 512 to 2048 tokens 0.86 to 0.99
+//   against 1.00 to 1.09.
+// - Intel with AMX, own in vectors throughout: bf16 0.43 at one token, 2.65 at 16, where the library's time hardly
+//   depends on so few tokens: about 5 are the border. fp32 1.10 and 1.20; around the library's product some 0.05
+//   remain.
+// Own products in tiles were not measured against the library's: of up to 16 tokens they read W once, as the library's
+// do after they have copied it into tiles; beyond, the library's runs until somebody measures.
 bool own_by_model(const Processor& p, Dtype dtype, int64_t m, int64_t n, int64_t k) {
     const int64_t work = m * n * k;
     switch (dtype) {
@@ -183,6 +185,11 @@ void install(const Row* rows, int64_t count) {
 }
 
 }  // namespace
+
+bool library_is_slow(Dtype dtype) {
+    static const Processor here = read(processor());
+    return library_rate(here, dtype) == Rate::slow;
+}
 
 const char* processor() {
     static const std::string words = describe();

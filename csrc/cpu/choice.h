@@ -12,6 +12,9 @@ enum class Pass { forward, backward };  // x Wᵀ and dy W
 // alike once the library is loaded and its table installed: the bits of a result depend on it.
 bool own_product(Dtype dtype, Pass pass, int64_t m, int64_t n, int64_t k);
 
+// Whether the library has no instructions made for products of this dtype.
+bool library_is_slow(Dtype dtype);
+
 // What this machine has, in words, as the model of the choice reads it: "own=avx512_bf16 intel avx512_bf16 amx_bf16".
 const char* processor();
 

@@ -35,11 +35,10 @@ void accumulate_product(const Tensor& out, const Tensor& left, const Tensor& rig
 }
 
 // Whether W is multiplied by the kernels. One whose rows do not lie in one piece (Conv1D stores it as (K, N)) they
-// would have to copy: that pays where the library's product is slow, in 16 bits, and else the library's takes any
-// strides.
+// would have to copy: that pays where the library's product is slow, and else the library's takes any strides.
 bool multiplies(const Tensor& weight, Dtype compute, Pass pass, int64_t m, int64_t n, int64_t k) {
     const bool in_place = k <= 1 || weight.stride(1) == 1;
-    return own_product(compute, pass, m, n, k) && (in_place || compute == Dtype::bf16 || compute == Dtype::fp16);
+    return own_product(compute, pass, m, n, k) && (in_place || library_is_slow(compute));
 }
 
 Tensor transposed(const Tensor& matrix) {
