@@ -191,6 +191,11 @@ bool library_is_slow(Dtype dtype) {
     return library_rate(here, dtype) == Rate::slow;
 }
 
+bool library_reads_past_rows(Dtype dtype) {
+    static const Processor here = read(processor());
+    return here.tiles_bf16 && (dtype == Dtype::bf16 || dtype == Dtype::fp16);
+}
+
 const char* processor() {
     static const std::string words = describe();
     return words.c_str();

@@ -31,7 +31,10 @@ namespace {
 void accumulate_product(const Tensor& out, const Tensor& left, const Tensor& right) {
     const auto sizes = left.sizes();
     if (out.numel() == 0 || sizes[1] == 0) return;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0));
+    const bool copied =
+        sizes[1] % TILE_ROW != 0 && !left.is_contiguous() && library_reads_past_rows(dtype_of(left, "x"));
+    const Tensor whole = copied ? torch::stable::contiguous(left) : left;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), whole.get(), right.get(), 1.0, 1.0));
 }
 
 // Whether W is multiplied by the kernels. One whose rows do not lie in one piece (Conv1D stores it as (K, N)) they
