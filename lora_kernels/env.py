@@ -23,7 +23,7 @@ CACHE_VARIABLE = "LORA_KERNELS_CACHE"
 BUILD_VARIABLE = "LORA_KERNELS_BUILD"
 # What the CPU library reads (csrc/cpu/capability.cpp and choice.cpp), and the words that it knows.
 CPU_CHOICES = {
-    "LORA_KERNELS_CPU_CAPABILITY": ("portable", "avx2", "avx512", "avx512_bf16"),
+    "LORA_KERNELS_CPU_CAPABILITY": ("portable", "avx2", "avx512", "avx512_bf16", "amx"),
     "LORA_KERNELS_CPU_PRODUCT": ("own", "library"),
 }
 

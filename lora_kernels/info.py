@@ -172,7 +172,12 @@ def _native_library() -> dict[str, Any]:
     from .backends.native import cache, choice, load
     from .backends.native.build import KINDS
 
-    found = {kind: _guarded(partial(load.status, kind)) for kind in KINDS}
+    def one(kind: str) -> dict[str, Any]:
+        found = load.status(kind)
+        usable = kind == "cpu" and found["path"] and not found["reasons"]
+        return {**found, "instruction_set": load.instruction_set(found["path"]) if usable else None}
+
+    found = {kind: _guarded(partial(one, kind)) for kind in KINDS}
     return {"cache": str(cache.folders()[0]), **found, "cpu_product": _guarded(choice.status)}
 
 
@@ -263,6 +268,9 @@ def _library_lines(name: str, library: Any) -> list[str]:
         told.append(f"compiled {build['date']} by {build['compiler_version']} ({build['compiler']})")
         told.append(f"for {build['platform']}, {build['c_library']}: {', '.join(build['capabilities'])}")
         told.append(f"against torch {build['torch']}; any torch from 2.11 on loads it")
+        if runs := library["instruction_set"]:
+            obstacle = f"; amx does not: {runs['amx_obstacle']}" if runs["amx_obstacle"] else ""
+            told.append(f"{runs['capability']} runs here{obstacle}")
     elif not library["reasons"]:
         told.append(f"by {library['compiler']}; `lora-kernels build {name}` does it beforehand")
     told += [*library["reasons"], *library["passed_over"]]

@@ -6,6 +6,7 @@ of choosing within it:
 ========= ==============================================================================================================
 sanitize  AddressSanitizer and UndefinedBehaviorSanitizer; any finding ends the run
 wide      vectors of 64 bytes and bf16 in pairs, as AVX-512 has them, written in the instructions of narrower machines
+amx       the tiles of AMX, written out in C++ for each instruction set's bf16 kernels
 portable  the instruction set that every machine has, and the kernels' own products throughout
 own       the kernels' own products, of any size
 library   torch's own product, of any size
@@ -46,6 +47,7 @@ VARIANTS = {
         runtimes=("libasan.so", "libubsan.so"),
     ),
     "wide": Variant(flags=("-DLORA_VECTOR_BYTES=64", "-DLORA_PAIRS=1", "-O1"), environment={PRODUCT: "own"}),
+    "amx": Variant(flags=("-DLORA_EMULATE_TILES", "-O2"), environment={PRODUCT: "own"}),
     "portable": Variant(environment={CAPABILITY: "portable", PRODUCT: "own"}),
     "own": Variant(environment={PRODUCT: "own"}),
     "library": Variant(environment={PRODUCT: "library"}),

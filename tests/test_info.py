@@ -131,6 +131,19 @@ def test_the_native_library_in_the_cache(native: StandIn, capsys: pytest.Capture
     assert told(capsys)[0]["state"] == "loaded"
 
 
+def test_the_instruction_set_that_runs_and_why_it_is_not_amx(
+    native: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (native.sources / "cpu" / "operators.cpp").open("a") as file:
+        for name, answer in (("capability", "avx512_bf16"), ("amx_obstacle", "this CPU has none")):
+            told_by = f'const char* lora_kernels_cpu_{name}() {{ return "{answer}"; }}'
+            file.write(f'extern "C" __attribute__((visibility("default"))) {told_by}\n')
+    load.compile_into_cache("cpu")
+    report, text = told(capsys)
+    assert report["instruction_set"] == {"capability": "avx512_bf16", "amx_obstacle": "this CPU has none"}
+    assert "avx512_bf16 runs here; amx does not: this CPU has none" in text
+
+
 def test_no_native_library_tells_why_and_what_to_do(
     native: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,15 @@ def test_each_unit_gets_its_own_flags_only(cpu: build.Recipe) -> None:
     assert not any("-DLORA_HAVE_AVX512_BF16" in unit.flags for unit in cpu.units)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_amx_is_compiled_where_the_assembler_knows_it(
+    cpu: build.Recipe, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    monkeypatch.setattr(Compiler, "accepts", lambda self, flags, code="": known or "tdpbf16ps" not in code)
+    assert ("amx" in cpu.capabilities) == known
+    assert cpu.capabilities[-1] == ("amx" if known else "avx512_bf16")
+
+
 def test_elsewhere_only_the_portable_kernels_are_compiled(cpu: build.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
     assert [unit.flags for unit in cpu.units] == [(), ("-DLORA_CAPABILITY=portable",)]

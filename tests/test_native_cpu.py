@@ -48,7 +48,7 @@ ADAPTERS = [
 ]
 LARGE = [
     Case(m=m, k=k, n=n, r=r, dtype=dtype, p=p)
-    for m, k, n in ((1, 1031, 777), (16, 520, 1030), (200, 519, 390), (600, 258, 130))
+    for m, k, n in ((1, 1031, 777), (16, 520, 1030), (40, 1100, 70), (200, 519, 390), (600, 258, 130), (2100, 24, 35))
     for r, dtype, p in ((16, torch.float32, 0.0), (16, torch.bfloat16, 0.1), (80, torch.float16, 0.0))
 ]
 

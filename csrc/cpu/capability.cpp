@@ -15,6 +15,7 @@ LORA_DECLARE(portable)
 LORA_DECLARE(avx2)
 LORA_DECLARE(avx512)
 LORA_DECLARE(avx512_bf16)
+LORA_DECLARE(amx)
 #undef LORA_DECLARE
 
 namespace {
@@ -34,7 +35,14 @@ Candidate choose() {
                                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                                          __builtin_cpu_supports("avx512vl");
 #endif
+    const char* named = std::getenv("LORA_KERNELS_CPU_CAPABILITY");
+    const auto wanted = [&](const char* name) { return named == nullptr || std::strcmp(named, name) == 0; };
     const Candidate candidates[] = {
+#if defined(LORA_HAVE_AMX)
+        {"amx",
+         avx512 && __builtin_cpu_supports("avx512bf16") && wanted("amx") && amx_obstacle() == nullptr,
+         {&avx512::kernels_fp32, &amx::kernels_bf16, &avx512::kernels_fp16, &avx2::kernels_fp64}},
+#endif
 #if defined(LORA_HAVE_AVX512_BF16)
         {"avx512_bf16",
          avx512 && __builtin_cpu_supports("avx512bf16"),
@@ -50,9 +58,8 @@ Candidate choose() {
          true,
          {&portable::kernels_fp32, &portable::kernels_bf16, &portable::kernels_fp16, &portable::kernels_fp64}},
     };
-    const char* named = std::getenv("LORA_KERNELS_CPU_CAPABILITY");
     for (const Candidate& candidate : candidates) {
-        if (candidate.runs_here && (named == nullptr || std::strcmp(named, candidate.name) == 0)) return candidate;
+        if (candidate.runs_here && wanted(candidate.name)) return candidate;
     }
     for (const Candidate& candidate : candidates) {
         if (candidate.runs_here) return candidate;
@@ -69,6 +76,19 @@ const Candidate& chosen() {
 
 const char* capability_name() { return chosen().name; }
 
+const char* capability_name() { return chosen().name; }
+
 const Kernels& kernels_for(Dtype dtype) { return *chosen().kernels[static_cast<int>(dtype)]; }
 
 }  // namespace lora_kernels
+
+// What `lora-kernels info` asks the loaded library: the instruction set that runs, and why it is not AMX, or "".
+extern "C" {
+__attribute__((visibility("default"))) const char* lora_kernels_cpu_capability() {
+    return lora_kernels::capability_name();
+}
+__attribute__((visibility("default"))) const char* lora_kernels_cpu_amx_obstacle() {
+    const char* obstacle = lora_kernels::amx_obstacle();
+    return obstacle == nullptr ? "" : obstacle;
+}
+}

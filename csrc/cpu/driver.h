@@ -4,6 +4,7 @@
 
 #include "few.h"
 #include "gains.h"
+#include "tiled_products.h"
 
 namespace lora_kernels {
 namespace LORA_CAPABILITY {
@@ -18,8 +19,25 @@ LORA_INLINE int64_t useful_threads(int64_t threads, int64_t work) {
 
 LORA_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// What multiplies many tokens.
+template <class T, class E>
+struct Forms {
+    using Output = Product<T, E>;
+    using Hidden = Shrink<T, E>;
+    using Sums = TokenSums<T, E>;
+};
+#if LORA_TILES
+template <>
+struct Forms<float, bf16> {
+    using Output = TiledProduct;
+    using Hidden = TiledShrink;
+    using Sums = TiledTokenSums;
+};
+#endif
+
 template <class T, class E>
 struct Driver {
+    using Many = Forms<T, E>;
     static const T* adapter(const void* p) { return static_cast<const T*>(p); }
     static const E* matrix(const void* p) { return static_cast<const E*>(p); }
     static size_t bytes(int64_t elements) { return static_cast<size_t>(elements) * sizeof(T); }
@@ -27,7 +45,7 @@ struct Driver {
     // h = (x * D) Aᵀ.
     static int64_t threads_of(const ShrinkCall& f) { return useful_threads(f.threads, f.m * f.k * f.r); }
     static bool few(const ShrinkCall& f) { return f.m <= FEW_TOKENS_FORWARD; }
-    static Shrink<T, E> many(const ShrinkCall& f) {
+    static typename Many::Hidden many(const ShrinkCall& f) {
         return {f.m, f.k, f.r, matrix(f.x), f.ldx, adapter(f.lora_a), f.dropout, static_cast<T*>(f.h)};
     }
     static size_t shrink_scratch(const ShrinkCall& f) {
@@ -70,21 +88,49 @@ struct Driver {
         for (int64_t t = 0; t < f.count; ++t) {
             if (f.terms[t].weight == nullptr) return false;
         }
+        if (tiled_few(f)) return true;
         return f.m <= (f.transposed ? FEW_TOKENS_FORWARD : FEW_TOKENS_BACKWARD);
     }
-    static Product<T, E> many(const ProductCall& f) {
-        Product<T, E> product = {f.m,
-                                 f.n,
-                                 f.terms,
-                                 f.count,
-                                 f.transposed,
-                                 static_cast<T>(f.factor),
-                                 adapter(f.bias),
-                                 adapter(f.gain),
-                                 static_cast<E*>(f.linear),
-                                 static_cast<E*>(f.out),
-                                 0,
-                                 0};
+#if LORA_TILES
+    static bool tiled_few(const ProductCall& f) {
+        return __is_same(E, bf16) && f.transposed && f.m > FEW_TOKENS_IN_VECTORS && f.m <= TiledFewForward::MOST;
+    }
+    static TiledFewForward few_in_tiles(const ProductCall& f) {
+        const Term& term = f.terms[0];
+        return {f.m,
+                f.n,
+                term.depth,
+                term.r,
+                static_cast<const bf16*>(term.left),
+                term.ldl,
+                static_cast<const bf16*>(term.weight),
+                term.ldw,
+                static_cast<const float*>(term.low),
+                term.ldlow,
+                static_cast<float>(f.factor),
+                static_cast<const float*>(term.adapter),
+                static_cast<const float*>(f.bias),
+                static_cast<const float*>(f.gain),
+                static_cast<bf16*>(f.linear),
+                static_cast<bf16*>(f.out)};
+    }
+#else
+    static bool tiled_few(const ProductCall&) { return false; }
+#endif
+    static typename Many::Output many(const ProductCall& f) {
+        const Product<T, E> of_call = {f.m,
+                                       f.n,
+                                       f.terms,
+                                       f.count,
+                                       f.transposed,
+                                       static_cast<T>(f.factor),
+                                       adapter(f.bias),
+                                       adapter(f.gain),
+                                       static_cast<E*>(f.linear),
+                                       static_cast<E*>(f.out),
+                                       0,
+                                       0};
+        typename Many::Output product{of_call};
         product.plan(threads_of(f));
         return product;
     }
@@ -96,6 +142,9 @@ struct Driver {
         const int64_t threads = threads_of(f);
         if (!few(f)) return bytes(threads * many(f).scratch_per_task());
         if (!f.transposed) return bytes(threads * few_dx(f).scratch_per_task());
+#if LORA_TILES
+        if (tiled_few(f)) return bytes(few_in_tiles(f).scratch(threads));
+#endif
         const Term& term = f.terms[0];
         return bytes(f.m * (term.depth + term.r) + threads * WEIGHT_ROWS * term.depth);
     }
@@ -104,6 +153,9 @@ struct Driver {
         T* scratch = static_cast<T*>(f.scratch);
         if (!few(f)) return many(f).run(threads_of(f), scratch);
         if (!f.transposed) return few_dx(f).run(threads_of(f), scratch);
+#if LORA_TILES
+        if (tiled_few(f)) return few_in_tiles(f).run(threads_of(f), static_cast<float*>(f.scratch));
+#endif
         const Term& term = f.terms[0];
         const int64_t k = term.depth, r = term.r;
         T* low = scratch + f.m * k;
@@ -156,7 +208,7 @@ struct Driver {
                 static_cast<T*>(f.db),
                 static_cast<T*>(f.dbias)};
     }
-    static TokenSums<T, E> of_output(const OutputGradsCall& f) {
+    static typename Many::Sums of_output(const OutputGradsCall& f) {
         return {f.m,
                 f.n,
                 f.r,
@@ -194,7 +246,7 @@ struct Driver {
     static FewAdapterGradient<T, E> few_of_input(const AGradCall& f) {
         return {f.m, f.k, f.r, matrix(f.x), f.ldx, adapter(f.dh), f.lddh, f.dropout, static_cast<T*>(f.da)};
     }
-    static TokenSums<T, E> of_input(const AGradCall& f) {
+    static typename Many::Sums of_input(const AGradCall& f) {
         return {f.m,           f.k,    f.r,     matrix(f.x),           f.ldx,   f.dropout, T(1),
                 adapter(f.dh), f.lddh, nullptr, static_cast<T*>(f.da), nullptr, nullptr,   true};
     }

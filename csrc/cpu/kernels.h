@@ -145,4 +145,7 @@ const Kernels& kernels_for(Dtype dtype);
 // The instruction set whose kernels run, as LORA_KERNELS_CPU_CAPABILITY names it.
 const char* capability_name();
 
+// Why AMX's tiles cannot be used here, or null: they can. The first call asks the system for the permission.
+const char* amx_obstacle();
+
 }  // namespace lora_kernels

@@ -87,26 +87,26 @@ struct Product {
         return false;
     }
 
-    // Tiles: enough of them for the threads, as large as that allows.
-    void plan(int64_t threads) {
-        if (m == 0 || n == 0) {
-            tile_rows = ROWS, tile_columns = UNIT<T>;
-            return;
-        }
-        tile_rows = least(has_base() ? TILE_ROWS : LOW_RANK_ROWS, round_up(m, ROWS));
-        tile_columns = least(TILE_COLUMNS, round_up(n, UNIT<T>));
-        while (tiles() < threads && tile_columns > 4 * UNIT<T>) tile_columns = round_up(tile_columns / 2, UNIT<T>);
-        while (tiles() < threads && tile_rows > 2 * ROWS) tile_rows = round_up(tile_rows / 2, ROWS);
+    // Tiles: enough of them for the threads, as large as that allows; of whole `row_unit`s and `column_unit`s.
+    void plan(int64_t threads, int64_t most_rows, int64_t most_columns, int64_t row_unit, int64_t column_unit) {
+        tile_rows = row_unit, tile_columns = column_unit;
+        if (m == 0 || n == 0) return;
+        tile_rows = least(most_rows, round_up(m, row_unit));
+        tile_columns = least(most_columns, round_up(n, column_unit));
+        while (tiles() < threads && tile_columns > 4 * column_unit)
+            tile_columns = round_up(tile_columns / 2, column_unit);
+        while (tiles() < threads && tile_rows > 2 * row_unit) tile_rows = round_up(tile_rows / 2, row_unit);
         const int64_t row_tiles = ceil_div(m, tile_rows);
-        tile_rows = round_up(ceil_div(m, row_tiles), ROWS);
+        tile_rows = round_up(ceil_div(m, row_tiles), row_unit);
     }
+    void plan(int64_t threads) { plan(threads, has_base() ? TILE_ROWS : LOW_RANK_ROWS, TILE_COLUMNS, ROWS, UNIT<T>); }
     int64_t tiles() const { return ceil_div(m, tile_rows) * ceil_div(n, tile_columns); }
     int64_t tile_size() const { return tile_rows * tile_columns; }
-    int64_t panels_size() const {
-        int64_t deepest = DEPTH;
-        for (int64_t t = 0; t < count; ++t) deepest = terms[t].r > deepest ? terms[t].r : deepest;
-        return deepest * tile_columns;
+    int64_t deepest(int64_t depth) const {
+        for (int64_t t = 0; t < count; ++t) depth = terms[t].r > depth ? terms[t].r : depth;
+        return depth;
     }
+    int64_t panels_size() const { return deepest(DEPTH) * tile_columns; }
     int64_t scratch_per_task() const {  // elements of T: c, spare, panels, strip
         return (any_apart(terms, count) ? 2 : 1) * tile_size() + panels_size() + STRIP * STRIP_STRIDE;
     }
@@ -126,8 +126,7 @@ struct Product {
             pack_rows(adapter + at.j, n, term.r, at.columns, factor, panels);
         }
         multiply<T, true>(at.rows, at.columns, term.r, low, term.ldlow, panels, c, ldc);
-        for (int64_t i = 0; term.dropout.active && i < at.rows; ++i)
-            apply_dropout(term.dropout, at.i + i, at.j, n, c + i * ldc, at.columns);
+        drop_low_rank(term, at, c, ldc);
     }
 
     void add_base(const Term& term, const Tile& at, T* c, int64_t ldc, T* panels, T* strip) const {
@@ -155,29 +154,47 @@ struct Product {
         scale_block(c, ldc, at.rows, at.columns, gain + at.j, bias == nullptr ? nullptr : bias + at.j, out + start, n);
     }
 
-    void tile(int64_t index, T* scratch) const {
+    // c = Σ terms of a tile, by add_low(term, where, row distance) and add_base(term); spare is as large as c.
+    template <class Low, class Base>
+    void sum_terms(const Tile& at, T* c, int64_t ldc, T* spare, const Low& add_low, const Base& add_base) const {
+        for (int64_t i = 0; i < at.rows; ++i) start_row(c + i * ldc, at.j, at.columns);
+        for (int64_t t = 0; t < count; ++t) {
+            if (!is_apart(terms, t)) {
+                add_low(terms[t], c, ldc);
+                continue;
+            }
+            fill(spare, at.rows * tile_columns, T(0));
+            add_low(terms[t], spare, tile_columns);
+            for (int64_t i = 0; i < at.rows; ++i) add_to(c + i * ldc, spare + i * tile_columns, at.columns);
+        }
+        for (int64_t t = 0; t < count; ++t) {
+            if (terms[t].weight != nullptr) add_base(terms[t]);
+        }
+    }
+
+    // Dropout of a term's low-rank part, the first that is in c.
+    void drop_low_rank(const Term& term, const Tile& at, T* c, int64_t ldc) const {
+        for (int64_t i = 0; term.dropout.active && i < at.rows; ++i)
+            apply_dropout(term.dropout, at.i + i, at.j, n, c + i * ldc, at.columns);
+    }
+
+    Tile tile_at(int64_t index) const {
         const int64_t column_tiles = ceil_div(n, tile_columns);
-        const int64_t i0 = index / column_tiles * tile_rows, j0 = index % column_tiles * tile_columns;
-        const Tile at = {i0, j0, least(tile_rows, m - i0), least(tile_columns, n - j0)};
+        const int64_t i = index / column_tiles * tile_rows, j = index % column_tiles * tile_columns;
+        return {i, j, least(tile_rows, m - i), least(tile_columns, n - j)};
+    }
+
+    void tile(int64_t index, T* scratch) const {
+        const Tile at = tile_at(index);
         const bool direct = sizeof(T) == sizeof(E) && at.columns % PANEL<T> == 0;  // sums where they are to stay
-        T* c = direct ? reinterpret_cast<T*>((linear != nullptr ? linear : out) + i0 * n + j0) : scratch;
+        T* c = direct ? reinterpret_cast<T*>((linear != nullptr ? linear : out) + at.i * n + at.j) : scratch;
         const int64_t ldc = direct ? n : tile_columns;
         T* spare = scratch + tile_size();
         T* panels = spare + (any_apart(terms, count) ? tile_size() : 0);
         T* strip = panels + panels_size();
-        for (int64_t i = 0; i < at.rows; ++i) start_row(c + i * ldc, j0, at.columns);
-        for (int64_t t = 0; t < count; ++t) {
-            if (!is_apart(terms, t)) {
-                add_low_rank(terms[t], at, c, ldc, panels);
-                continue;
-            }
-            fill(spare, at.rows * tile_columns, T(0));
-            add_low_rank(terms[t], at, spare, tile_columns, panels);
-            for (int64_t i = 0; i < at.rows; ++i) add_to(c + i * ldc, spare + i * tile_columns, at.columns);
-        }
-        for (int64_t t = 0; t < count; ++t) {
-            if (terms[t].weight != nullptr) add_base(terms[t], at, c, ldc, panels, strip);
-        }
+        sum_terms(
+            at, c, ldc, spare, [&](const Term& term, T* to, int64_t ld) { add_low_rank(term, at, to, ld, panels); },
+            [&](const Term& term) { add_base(term, at, c, ldc, panels, strip); });
         finish(at, c, ldc, direct);
     }
 
@@ -233,6 +250,23 @@ struct Shrink {
         });
     }
 };
+
+// out (rows, columns) = factor * the sum of `count` matrices `distance` apart, row distance ld, in their order. It is
+// made in the first of them.
+template <class T>
+static void add_up(int64_t threads, int64_t rows, int64_t columns, T* parts, int64_t count, int64_t distance,
+                   int64_t ld, T factor, T* out) {
+    constexpr int64_t ROWS_OF_TASK = 64;
+    const int64_t tasks = least(threads, ceil_div(rows, ROWS_OF_TASK));
+    run_tasks(tasks, [&](int64_t index) {
+        const Range range = share(rows, 1, tasks, index);
+        for (int64_t row = range.begin; row < range.end; ++row) {
+            T* sum = parts + row * ld;
+            for (int64_t other = 1; other < count; ++other) add_to(sum, parts + other * distance + row * ld, columns);
+            for (int64_t j = 0; j < columns; ++j) out[row * columns + j] = sum[j] * factor;
+        }
+    });
+}
 
 // Sums over tokens of the rows of left (m, n), each element read once, block by block:
 //   sums  (n, r) = factor (left * D)ᵀ right                 db = s dyᵀ h; da = dhᵀ (x * D), stored as (r, n)
@@ -347,19 +381,8 @@ struct TokenSums {
                 add(range, tokens, part);
                 if (tokens.end == m) finish(range, part);
             });
-            if (lower == nullptr) continue;
-            const int64_t adders = least(threads, ceil_div(tokens.end - i, TOKENS));
-            run_tasks(adders, [&](int64_t index) {
-                const Range rows = share(tokens.end - i, 1, adders, index);
-                for (int64_t row = rows.begin; row < rows.end; ++row) {
-                    T* sum = scratch + row * padded();
-                    for (int64_t other = 1; other < count; ++other) {
-                        const T* part = scratch + other * size + row * padded();
-                        for (int64_t j = 0; j < padded(); ++j) sum[j] += part[j];
-                    }
-                    narrow_block(sum, padded(), 1, r, lower + (i + row) * r, r);
-                }
-            });
+            if (lower != nullptr)
+                add_up(threads, tokens.end - i, r, scratch, count, size, padded(), T(1), lower + i * r);
         }
     }
 };

@@ -48,7 +48,12 @@ _CPU = ("-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast",
 _CUDA = ("-DUSE_CUDA", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
-_CAPABILITIES = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*_AVX512, "-mavx512bf16")}
+_AVX512_BF16 = (*_AVX512, "-mavx512bf16")
+_AMX = ("-mamx-tile", "-mamx-bf16", *_AVX512_BF16)
+_CAPABILITIES = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": _AVX512_BF16, "amx": _AMX}
+_PROBES = {
+    "amx": 'void f() { asm("tdpbf16ps %tmm2, %tmm1, %tmm0"); }\n'
+}  # an old assembler knows less than the compiler
 _ARCHITECTURES = ("80", "90", "100")
 _SUFFIXES = {"cpu": (".cpp",), "cuda": (".cu", ".cpp")}
 _MAIN = "operators"  # the file that registers them: sources without it are not whole
@@ -113,7 +118,8 @@ class Recipe:
             return cuda_architectures(self.compiler)
         if platform.machine().lower() not in ("x86_64", "amd64"):
             return ("portable",)
-        return ("portable", *(name for name, flags in _CAPABILITIES.items() if self.compiler.accepts(flags)))
+        accepted = (name for name in _CAPABILITIES if self.compiler.accepts(_CAPABILITIES[name], _PROBES.get(name, "")))
+        return ("portable", *accepted)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

@@ -6,6 +6,7 @@ written there. Nothing here compiles but ``load`` and ``compile_into_cache``.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import threading
@@ -32,7 +33,7 @@ from .build import (
 )
 from .toolchain import BuildError, platform_tag
 
-__all__ = ["Library", "compile_into_cache", "load", "loaded", "lost", "status", "why_not"]
+__all__ = ["Library", "compile_into_cache", "instruction_set", "load", "loaded", "lost", "status", "why_not"]
 
 _INSTALLED = Path(__file__).resolve().parents[2] / "lib"
 
@@ -130,6 +131,25 @@ def status(kind: str) -> dict[str, Any]:
         "reasons": reasons,
         "passed_over": search.passed_over,
     }
+
+
+def instruction_set(path: str) -> dict[str, str] | None:
+    """What runs of the CPU library at ``path``, which is loaded for the question; None where it does not tell.
+
+    Returns:
+        ``capability``, as LORA_KERNELS_CPU_CAPABILITY names it, and ``amx_obstacle``: why AMX cannot run here, or "".
+    """
+    try:
+        library = ctypes.CDLL(path)
+        asked = {
+            "capability": library.lora_kernels_cpu_capability,
+            "amx_obstacle": library.lora_kernels_cpu_amx_obstacle,
+        }
+    except (OSError, AttributeError):
+        return None
+    for function in asked.values():
+        function.restype = ctypes.c_char_p
+    return {name: function().decode() for name, function in asked.items()}
 
 
 def compile_into_cache(kind: str, force: bool = False, progress: Progress | None = None) -> Library:

@@ -50,8 +50,8 @@ class Compiler:
         return next((line for line in lines if "release" in line), lines[0]).strip()
 
     def accepts(self, flags: Sequence[str], code: str = "") -> bool:
-        """Whether it compiles ``code`` under ``flags``."""
-        command = [self.path, *flags, "-fsyntax-only", "-x", "c++", "-"]
+        """Whether it compiles and assembles ``code`` under ``flags``."""
+        command = [self.path, *flags, "-c", "-x", "c++", "-", "-o", os.devnull]
         return subprocess.run(command, input=code, text=True, capture_output=True).returncode == 0
 
 

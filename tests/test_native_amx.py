@@ -1,0 +1,86 @@
+"""AMX in the native CPU library: its instructions are compiled in, and it runs where the machine grants them.
+
+Its layouts and arithmetic are tested on every machine by ``scripts/native_variants.py amx``, which writes the
+instructions out in C++.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_kernels import dispatch
+from lora_kernels.backends.native import load
+from lora_kernels.dispatch import Problem
+from lora_kernels.env import CPU_CHOICES
+
+_WHY_NOT = dispatch.backend("native").why_not(Problem("cpu", torch.float32))
+pytestmark = pytest.mark.skipif(bool(_WHY_NOT), reason=" ".join(_WHY_NOT))
+
+ROOT = Path(__file__).resolve().parent.parent
+CAPABILITY, PRODUCT = CPU_CHOICES
+
+
+def library() -> load.Library:
+    found = load.load("cpu")
+    if "amx" not in found.info.get("capabilities", ()):
+        pytest.skip(f"{found.path} holds no kernels for AMX: its compiler or assembler knows none")
+    return found
+
+
+def told() -> dict[str, str]:
+    answer = load.instruction_set(str(library().path))
+    assert answer is not None
+    return answer
+
+
+def test_the_instructions_are_in_the_library() -> None:
+    """A tile configuration is released as often as it is loaded, at the least: once on every way out of a task."""
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump, which reads machine code, is not installed")
+    command = ["objdump", "-d", "--no-show-raw-insn", str(library().path)]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = ("ldtilecfg", "tilerelease", "tileloadd", "tileloaddt1", "tdpbf16ps", "tilestored")
+    found = Counter(word for word in code.split() if word in names)
+    assert set(found) == set(names)
+    assert found["tilerelease"] >= found["ldtilecfg"]
+
+
+def test_it_tells_what_runs_and_why_amx_does_not() -> None:
+    answer, named = told(), os.environ.get(CAPABILITY)
+    assert answer["capability"] in CPU_CHOICES[CAPABILITY]
+    assert answer["capability"] != "amx" or answer["amx_obstacle"] == ""
+    assert answer["amx_obstacle"] or answer["capability"] == (named or "amx")
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists() and "amx_bf16" not in cpu.read_text().split():
+        assert "AMX" in answer["amx_obstacle"]
+
+
+def test_amx_that_is_named_where_it_cannot_run_gives_way_to_the_next_best() -> None:
+    path = str(library().path)
+    asked = f"load.instruction_set({path!r})"
+    code = f"import torch; from lora_kernels.backends.native import load; print({asked})"
+    environment = os.environ | {CAPABILITY: "amx"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    answer = ast.literal_eval(done.stdout)
+    assert (answer["capability"] == "amx") == (answer["amx_obstacle"] == "")
+
+
+def test_on_a_machine_with_amx_its_kernels_make_every_product() -> None:
+    """The kernels' own products throughout, which the automatic choice does not take for all sizes."""
+    if obstacle := told()["amx_obstacle"]:
+        pytest.skip(f"AMX cannot run here: {obstacle}")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", "bfloat16"]
+    files = ["tests/test_native_cpu.py", "tests/test_native_parts.py"]
+    environment = os.environ | {CAPABILITY: "amx", PRODUCT: "own"}
+    done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
