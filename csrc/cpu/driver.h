@@ -4,6 +4,7 @@
 
 #include "few.h"
 #include "gains.h"
+#include "tiled_few.h"
 #include "tiled_products.h"
 
 namespace lora_kernels {

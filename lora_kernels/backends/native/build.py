@@ -51,9 +51,7 @@ _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
 _AVX512_BF16 = (*_AVX512, "-mavx512bf16")
 _AMX = ("-mamx-tile", "-mamx-bf16", *_AVX512_BF16)
 _CAPABILITIES = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": _AVX512_BF16, "amx": _AMX}
-_PROBES = {
-    "amx": 'void f() { asm("tdpbf16ps %tmm2, %tmm1, %tmm0"); }\n'
-}  # an old assembler knows less than the compiler
+_PROBES = {"amx": 'void f() { asm("tdpbf16ps %tmm2, %tmm1, %tmm0"); }'}  # an old assembler knows less than GCC
 _ARCHITECTURES = ("80", "90", "100")
 _SUFFIXES = {"cpu": (".cpp",), "cuda": (".cu", ".cpp")}
 _MAIN = "operators"  # the file that registers them: sources without it are not whole
