@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cases import Case, make
 from lora_kernels import dispatch, ops, reference
+from lora_kernels.accuracy import sum_error
 from lora_kernels.backends.native import choice
 from lora_kernels.dispatch import Problem
 from lora_kernels.ops import Operators
@@ -237,6 +238,24 @@ def test_one_rounding_of_several_layers_input_gradients(operators: Operators, m:
     for dx in apart[1:]:
         one_by_one = one_by_one + dx
     assert (together.double() - exact).norm() < 0.5 * (one_by_one.double() - exact).norm()
+
+
+@pytest.mark.parametrize("m", [3, 40, 130])
+def test_h_and_dh_count_in_fp32(operators: Operators, m: int) -> None:
+    """In bf16: y of an h whose halves nearly cancel; db and da of fp32 adapters, judged as sums in fp32."""
+    case = Case(m=m, k=70, n=90, r=8, dtype=torch.bfloat16)
+    g, s = draw(case), case.scaling
+    h, b = torch.cat([g.h[:, :4], g.h[:, :4] * (1 + 1 / 32)], 1), torch.cat([g.lora_b[:, :4], -g.lora_b[:, :4]], 1)
+    y, _ = operators.product(g.x, torch.zeros_like(g.weight), b, h, None, None, s, False)
+    close("y", y, h, s * b.t().float(), torch.bfloat16)
+    close("db", operators.output_grads(g.dy, g.lora_b.float(), g.h, None, s)[1], g.dy.t(), s * g.h, torch.float32)
+    close("da", operators.a_grad(g.h, g.x, 0.0, None), g.h.t(), g.x, torch.float32)
+
+
+def close(name: str, found: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
+    """``found`` is left right, summed in fp32 and rounded to ``dtype``."""
+    exact, yardstick = left.double() @ right.double(), (left.float() @ right.float()).to(dtype)
+    check_all({name: found}, {name: exact}, {name: yardstick}, dtype, expected={name: sum_error(left, right)})
 
 
 X, W, A, B, V, DY, H = (torch.ones(shape) for shape in ((6, 10), (8, 10), (3, 10), (8, 3), (8,), (6, 8), (6, 3)))
