@@ -1,8 +1,8 @@
-// Whether this process may use AMX tiles: the library must hold kernels for them, the CPU must have them, and the
-// operating system must have granted this process their registers' state.
+// Whether this process may use AMX tiles: the CPU must have them, the operating system must have granted this process
+// their registers' state, and for the kernels of this library its compiler must have known them.
 #include "kernels.h"
 
-#if defined(LORA_HAVE_AMX)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
@@ -14,7 +14,7 @@ namespace lora_kernels {
 
 namespace {
 
-#if defined(LORA_HAVE_AMX)
+#if defined(__x86_64__)
 constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;  // EDX of leaf 7
 constexpr unsigned OSXSAVE = 1u << 27;                        // ECX of leaf 1
 constexpr unsigned TILE_STATE = 3u << 17;                     // XCR0: the configuration and the data
@@ -44,21 +44,29 @@ bool system_permits_tiles() {
 #endif
 
 const char* find_obstacle() {
-#if !defined(LORA_HAVE_AMX)
-    return "the compiler that built the library knows no AMX";
-#else
+#if defined(__x86_64__)
     if (!cpu_has_tiles()) return "this CPU has no AMX for bf16";
     if (!system_saves_tiles()) return "the operating system does not save AMX's registers";
     if (!system_permits_tiles()) return "the operating system refuses this process the use of AMX";
     return nullptr;
+#else
+    return "this CPU has no AMX for bf16";
 #endif
 }
 
 }  // namespace
 
-const char* amx_obstacle() {
+const char* tiles_obstacle() {
     static const char* const obstacle = find_obstacle();
     return obstacle;
+}
+
+const char* amx_obstacle() {
+#if defined(LORA_HAVE_AMX)
+    return tiles_obstacle();
+#else
+    return "the compiler that built the library knows no AMX";
+#endif
 }
 
 }  // namespace lora_kernels

@@ -76,8 +76,6 @@ const Candidate& chosen() {
 
 const char* capability_name() { return chosen().name; }
 
-const char* capability_name() { return chosen().name; }
-
 const Kernels& kernels_for(Dtype dtype) { return *chosen().kernels[static_cast<int>(dtype)]; }
 
 }  // namespace lora_kernels

@@ -10,10 +10,6 @@
 #if defined(LORA_HAVE_AVX2)
 #include <cpuid.h>
 #endif
-#if defined(LORA_HAVE_AVX2) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace lora_kernels {
 namespace {
@@ -58,16 +54,6 @@ Processor read(const char* words) {
 }
 
 #if defined(LORA_HAVE_AVX2)
-// Whether the system lets this process use tiles: asked as the library itself asks, which changes nothing else.
-bool tiles_permitted() {
-#if defined(__linux__)
-    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-#else
-    return false;
-#endif
-}
-
 bool amx_fp16() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 21 & 1) != 0;
@@ -82,7 +68,7 @@ std::string describe() {
     if (__builtin_cpu_supports("avx512f")) words += " avx512";
     if (__builtin_cpu_supports("avx512bf16")) words += " avx512_bf16";
     if (__builtin_cpu_supports("avx512fp16")) words += " avx512_fp16";
-    if (__builtin_cpu_supports("amx-bf16") && tiles_permitted()) {
+    if (tiles_obstacle() == nullptr) {
         words += " amx_bf16";
         if (amx_fp16()) words += " amx_fp16";
     }

@@ -145,7 +145,10 @@ const Kernels& kernels_for(Dtype dtype);
 // The instruction set whose kernels run, as LORA_KERNELS_CPU_CAPABILITY names it.
 const char* capability_name();
 
-// Why AMX's tiles cannot be used here, or null: they can. The first call asks the system for the permission.
+// Why AMX's tiles cannot be used here, by any library, or null: they can. The first call asks for the permission.
+const char* tiles_obstacle();
+
+// Why these kernels do not use them, or null.
 const char* amx_obstacle();
 
 }  // namespace lora_kernels
