@@ -138,6 +138,8 @@ class BranchesFunction(torch.autograd.Function):
         x = None if x is None else flatten(x)
         needs = _needs(ctx, count)
         used = [i for i, dy in enumerate(dys) if dy is not None]
+        if not used:
+            return (None,) * len(ctx.needs_input_grad)
         dlinears, dzs = {}, {}
         grads: list[dict[str, Tensor]] = [{} for _ in needs]
         for i in used:

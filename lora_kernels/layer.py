@@ -236,7 +236,7 @@ class LoRALayer(nn.Module):
         offloaded = storage.owner(self) == storage.OFFLOADED
         base = merging.Base(self, names, in_place=offloaded or fsdp.in_place(self))
         if offloaded:  # accelerate's map takes the merged Parameters in the place of these
-            merging.exchange(self, nn.Parameter(weight, requires_grad=False), bias)  # type: ignore[arg-type]
+            merging.exchange(self, weight, bias)
         elif base.in_place:
             fsdp.merge_in_place(self, base, weight, bias)
         else:

@@ -40,9 +40,11 @@ class Base(nn.Module):
             self.register_parameter(name, storage.at_rest(layer, name))
 
 
-def exchange(layer: LoRALayer, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+def exchange(layer: LoRALayer, weight: Tensor, bias: Tensor | None) -> None:
     """Registers others in the place of weight and bias, which ``storage.onloaded`` then keeps."""
-    layer._parameters.update(weight=weight, bias=bias)
+    for name, value in (("weight", weight), ("bias", bias)):
+        plain = value is None or isinstance(value, nn.Parameter)
+        layer._parameters[name] = value if plain else nn.Parameter(value, requires_grad=False)  # type: ignore[assignment]
 
 
 def beside(layer: LoRALayer, base: Base, merged: dict[str, Any]) -> None:

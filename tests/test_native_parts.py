@@ -81,8 +81,10 @@ def run(o: Operators, case: Case, g: Parts) -> dict[str, Tensor]:
 
 
 def formulas(case: Case, given: Parts, number: Callable[[Tensor], Any], masks: list[Tensor]) -> dict[str, Any]:
-    """What ``ops.py`` says, on what ``number`` makes of each tensor, adapters first rounded to x's dtype."""
-    rounded = {name: tensor if name in ("gain", "h") else tensor.to(case.dtype) for name, tensor in vars(given).items()}
+    """What ``ops.py`` says, on what ``number`` makes of each tensor, adapters first rounded as for the reference."""
+    adapters = reference.adapter_dtype(case.dtype)
+    kinds = {"gain": given.gain.dtype, "h": given.h.dtype, "lora_a": adapters, "lora_b": adapters}
+    rounded = {name: tensor.to(kinds.get(name, case.dtype)) for name, tensor in vars(given).items()}
     g = Parts(**{name: number(tensor) for name, tensor in rounded.items()})
     s, half, keeps = case.scaling, case.n // 2, [number(mask.double() / (1.0 - case.p)) for mask in masks]
     linear = g.x @ g.weight.t() + s * (g.h @ g.lora_b.t())

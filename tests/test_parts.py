@@ -160,7 +160,8 @@ class _RowsApart(TorchDispatchMode):
             torch.ops.aten.linear,
         ):
             for given in args:
-                apart = isinstance(given, Tensor) and given.dim() == 2 and given.data_ptr() != self.weight
+                apart = isinstance(given, Tensor) and given.dim() == 2 and given.element_size() == 2
+                apart = apart and given.data_ptr() != self.weight
                 matrix = given.t() if apart and given.stride(0) == 1 else given
                 self.found += apart and not matrix.is_contiguous() and matrix.shape[1] % 32 != 0
         return func(*args, **(kwargs or {}))

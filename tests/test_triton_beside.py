@@ -151,7 +151,7 @@ def test_dx_waits_for_dh_alone_where_db_can_run_beside_it() -> None:
 
 
 def test_with_a_full_overlap_the_model_foresees_the_targets_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it could be worth on an H200: all targets but the square layer's without dropout, which is close."""
+    """What it could be worth on an H200: half of the targets that are missed without."""
     from bench.gpu_targets import STEP_BOUNDS
     from lora_kernels.backends.triton import model
 
@@ -169,5 +169,5 @@ def test_with_a_full_overlap_the_model_foresees_the_targets_of_the_step(monkeypa
                 found += [(k, n, p)] if step > bound * floor else []
         return found
 
-    assert missed(1.0) == [(4096, 4096, 0.0)]
-    assert len(missed(0.0)) == 9
+    assert set(missed(1.0)) < set(missed(0.0))
+    assert (len(missed(1.0)), len(missed(0.0))) == (5, 10)
