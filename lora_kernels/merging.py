@@ -43,8 +43,8 @@ class Base(nn.Module):
 def exchange(layer: LoRALayer, weight: Tensor, bias: Tensor | None) -> None:
     """Registers others in the place of weight and bias, which ``storage.onloaded`` then keeps."""
     for name, value in (("weight", weight), ("bias", bias)):
-        plain = value is None or isinstance(value, nn.Parameter)
-        layer._parameters[name] = value if plain else nn.Parameter(value, requires_grad=False)  # type: ignore[assignment]
+        own: Any = value if isinstance(value, nn.Parameter | None) else nn.Parameter(value, requires_grad=False)
+        layer._parameters[name] = own
 
 
 def beside(layer: LoRALayer, base: Base, merged: dict[str, Any]) -> None:
