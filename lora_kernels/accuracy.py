@@ -1,10 +1,10 @@
 """How wrong a result may be: the whole numerics policy, for ``lora-kernels verify`` and for the tests alike.
 
 *Exact* is the reference in float64 on the same rounded inputs (lora_a and lora_b rounded to the compute dtype, as every
-backend rounds them). The *yardstick* is the same reference, plain PyTorch, in the compute dtype, on contiguous copies.
-The *floor* is the error that is to be expected of that plain composition, whatever the order of its sums. A yardstick
-of few numbers may be lucky, an expectation is not; ``rounding`` derives it. A result passes if all its values are
-finite and
+backend rounds them, and over fp16 not at all: ``reference.adapter_dtype``). The *yardstick* is the same reference, plain
+PyTorch, in the compute dtype, on contiguous copies. The *floor* is the error that is to be expected of that plain
+composition, whatever the order of its sums. A yardstick of few numbers may be lucky, an expectation is not;
+``rounding`` derives it. A result passes if all its values are finite and
 
 * its relative Frobenius error is at most 2 x the larger of the yardstick's and the floor + eps / 4 (eps of the compute
   dtype),
