@@ -16,17 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from . import dora, initialisation, residual, sharded
+from . import dora, initialisation, merging, residual, sharded
 from .errors import InvalidArgumentError, LoRAKernelsWarning, LoRAStateError
 
 if TYPE_CHECKING:
     from .layer import LoRALayer
 
-__all__ = ["WATCHED", "allowed", "assign", "check_removable", "has_moved", "watch"]
+__all__ = ["HOOK", "WATCHED", "allowed", "assign", "check_removable", "has_moved", "watch"]
 
 _SIZES = ("out_features", "nf")
-_MERGED_FROM = ("weight", "bias", "lora_A", "lora_B", "lora_bias", "lora_magnitude_vector", "scaling")
-WATCHED = frozenset((*_SIZES, *_MERGED_FROM))
+_PARAMETERS = ("weight", "bias", "lora_A", "lora_B", "lora_bias", "lora_magnitude_vector")
+_MERGED_FROM = (*_PARAMETERS, "scaling")
+HOOK = "_hf_hook"  # accelerate's, which it sets after it has moved a module's tensors
+WATCHED = frozenset((*_SIZES, *_MERGED_FROM, HOOK))
 _LOADING = "_loading"  # in the layer's __dict__ while load_state_dict assigns, which sees to all that follows itself
 
 
@@ -47,21 +49,28 @@ def assign(layer: LoRALayer, name: str, value: Any) -> None:
         InvalidArgumentError: a weight of a shape that the adapter does not fit.
         LoRAStateError: the layer is merged; or its adapter started as a part of the weight (PiSSA, OLoRA).
     """
-    managed = layer.__dict__.get("_is_fsdp_managed_module", False) or sharded.is_sharded(value)
-    if managed and name in layer._parameters:  # FSDP2 and tensor parallelism lay out the same values otherwise
-        layer._parameters[name] = value
+    managed = _is_managed(layer)
+    if (managed or sharded.is_sharded(value)) and name in layer._parameters:
+        layer._parameters[name] = value  # FSDP2 and tensor parallelism lay out the same values otherwise
         layer.__dict__.pop(name, None)  # FSDP2 reads its own by the name
-    elif _LOADING in layer.__dict__:
+    elif _LOADING in layer.__dict__ or (managed and name in _PARAMETERS):  # FSDP1 deletes a view and sets another
         nn.Module.__setattr__(layer, name, value)
     elif name in _SIZES:
         nn.Module.__setattr__(layer, name, value)
         _follow(layer, value)
+    elif name == HOOK:
+        nn.Module.__setattr__(layer, name, value)
+        merging.follow(layer, dispatched=True)
     elif layer.merged:
         _assign_merged(layer, name, value)
     elif name == "weight" and isinstance(value, nn.Parameter):
         _assign_weight(layer, value)
     else:
         nn.Module.__setattr__(layer, name, value)
+
+
+def _is_managed(layer: LoRALayer) -> bool:
+    return bool(layer.__dict__.get("_is_fsdp_managed_module", False))
 
 
 def _assign_merged(layer: LoRALayer, name: str, value: Any) -> None:
@@ -77,7 +86,9 @@ def _assign_merged(layer: LoRALayer, name: str, value: Any) -> None:
 def check_removable(layer: LoRALayer, name: str) -> None:
     """Raises where ``layer.name`` is to be removed, as a parametrization does, and a merged layer needs it."""
     base = layer.__dict__.get("_base")
-    if name in _MERGED_FROM and base is not None and (name != "bias" or "bias" in base._parameters):
+    if base is None or (base.in_place and _is_managed(layer)):  # FSDP1 takes its views away, and merged into them
+        return
+    if name in _MERGED_FROM and (name != "bias" or "bias" in base._parameters):
         raise _while_merged(f"{name} was to be parametrized, pruned, distributed or removed")
 
 
@@ -241,8 +252,8 @@ def _on_registration(parent: nn.Module, name: str, module: Any) -> Any:
     """A resized copy of a LoRA layer gives its weight to the layer, which stays; of another loss it tells."""
     from .layer import LoRALayer
 
-    former = parent._modules.get(name)
-    if not isinstance(former, LoRALayer) or module is former:
+    former = parent._modules[name] if name in parent._modules else None  # a ScriptModule's table has no get  # noqa: SIM401
+    if not isinstance(former, LoRALayer) or module is former or getattr(parent, "_is_replica", False):
         return None
     if isinstance(module, nn.Module) and any(part is former for part in module.modules()):
         return None  # it is wrapped

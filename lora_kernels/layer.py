@@ -359,6 +359,7 @@ class LoRALayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        merging.adopt(self)
         merging.show(self)
         assigning.watch()
 
@@ -385,6 +386,8 @@ class LoRALayer(nn.Module):
     def __delattr__(self, name: str) -> None:
         assigning.check_removable(self, name)
         super().__delattr__(name)
+        if name == assigning.HOOK:
+            merging.follow(self, dispatched=False)
 
     def _apply(self: Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
         super()._apply(fn, recurse)
@@ -392,6 +395,13 @@ class LoRALayer(nn.Module):
             self._base._apply(fn)
         merging.show(self)
         return self
+
+    def _replicate_for_data_parallel(self: Layer) -> Layer:
+        replica: Layer = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__["_shared"] = None  # the members are not the replicas, and lie elsewhere
+        for name in merging.BUFFERS if self.merged else ():
+            replica.__dict__.pop(name, None)  # the merged values of this layer; the replica gets its own base's here
+        return replica
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

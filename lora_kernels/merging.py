@@ -23,7 +23,7 @@ from .sharded import is_sharded
 if TYPE_CHECKING:
     from .layer import LoRALayer
 
-__all__ = ["BUFFERS", "Base", "acting", "beside", "exchange", "show", "take_away"]
+__all__ = ["BUFFERS", "Base", "acting", "adopt", "beside", "exchange", "follow", "show", "take_away"]
 
 BUFFERS = {"weight": "merged_weight", "bias": "merged_bias"}
 TRAINING = "training"  # the key of what is told of training that cannot be; merging and switching off ask for it anew
@@ -45,6 +45,35 @@ def exchange(layer: LoRALayer, weight: Tensor, bias: Tensor | None) -> None:
     for name, value in (("weight", weight), ("bias", bias)):
         own: Any = value if isinstance(value, nn.Parameter | None) else nn.Parameter(value, requires_grad=False)
         layer._parameters[name] = own
+
+
+def adopt(layer: LoRALayer) -> None:
+    """Arranges a merged layer as layers are now, if it comes from a pickle where merged values were the Parameters."""
+    former: Any = layer._base
+    if former is None or isinstance(former, Base):
+        return
+    merged = {name: layer._parameters[name] for name in former._parameters}
+    layer._parameters.update(former._parameters)
+    object.__setattr__(layer, "_base", None)
+    base = Base(layer, tuple(merged), in_place=False)
+    beside(layer, base, {name: value if value is None else value.detach() for name, value in merged.items()})
+    object.__setattr__(layer, "_base", base)
+
+
+def follow(layer: LoRALayer, dispatched: bool) -> None:
+    """Keeps a merged layer whole where accelerate has ``dispatched`` it, or has taken its hook away again.
+
+    To move a Parameter accelerate reads ``layer.weight``, the merged values, and registers those: the base comes back.
+    """
+    base = layer.__dict__.get("_base")
+    if base is None or base.in_place:
+        return
+    for name, kept in base._parameters.items():
+        now = layer._parameters.get(name)
+        if dispatched and now is not kept and not (now is None or now.is_meta or kept.is_meta):
+            moved = kept.detach().to(now.device)
+            layer._parameters[name] = nn.Parameter(moved, requires_grad=kept.requires_grad)
+    show(layer)
 
 
 def beside(layer: LoRALayer, base: Base, merged: dict[str, Any]) -> None:
@@ -74,6 +103,7 @@ def take_away(layer: LoRALayer) -> None:
         layer.__dict__.pop(name, None)
         layer._buffers.pop(buffer, None)
         layer._non_persistent_buffers_set.discard(buffer)
+        storage.forget(layer, buffer)
 
 
 def acting(layer: LoRALayer) -> tuple[Any, Any]:
@@ -87,17 +117,18 @@ def acting(layer: LoRALayer) -> tuple[Any, Any]:
         _tell_of_training(layer)
     if base is None:
         return layer.weight, layer.bias
-    own: Any = layer._parameters
     if base.in_place:
         if layer._lora_enabled:
-            return own["weight"], own["bias"]
+            return layer.weight, layer.bias
         kept_weight, kept_bias = layer.base_weight, layer.base_bias
-        return fsdp.kept_aside(kept_weight, own["weight"]), fsdp.kept_aside(kept_bias, own["bias"])
+        return fsdp.kept_aside(kept_weight, layer.weight), fsdp.kept_aside(kept_bias, layer.bias)
+    replica = getattr(layer, "_is_replica", False)
+    own: Any = vars(layer) if replica else layer._parameters  # DataParallel's replicas have no Parameters, but tensors
     outside = any(getattr(layer, mark, False) for mark in _OUTSIDE)
-    if not outside and not torch.compiler.is_compiling():
+    if not outside and not replica and not torch.compiler.is_compiling():
         _check_unchanged(layer, base)
     if not layer._lora_enabled:
-        return own["weight"], own["bias"]
+        return own["weight"], own.get("bias")
     weight: Any = layer._buffers["merged_weight"]
     bias: Any = layer._buffers.get("merged_bias", own.get("bias"))
     if outside and (now := own.get("weight")) is not None and not now.is_meta:  # gathered, in FSDP2's dtype
@@ -107,16 +138,24 @@ def acting(layer: LoRALayer) -> tuple[Any, Any]:
 
 def _check_unchanged(layer: LoRALayer, base: Base) -> None:
     kept, held = base._parameters["weight"], layer._buffers["merged_weight"]
-    shown: Any = layer.__dict__.get("weight")
-    if is_sharded(layer._parameters.get("weight")):
+    now, shown = layer._parameters.get("weight"), layer.__dict__.get("weight")
+    if is_sharded(now):
         return  # distributed since: the same values, in parts
-    plain = type(shown) is nn.Parameter and type(held) is Tensor
-    if layer._parameters.get("weight") is not kept or (plain and not shown.is_set_to(held)):
+    if not (now is kept or _is_memory(now, kept)) or (_are_plain(shown, held) and not _is_memory(shown, held)):
         raise LoRAStateError(
             "the weight of a merged layer was exchanged (functional_call, a parametrization, weight.data = ... and the "
             "like do that), and the merged values are those of the former one. Call unmerge() first, exchange the "
             "weight and merge() again; or call restore_linear(model) for a plain nn.Linear with the merged weight."
         )
+
+
+def _are_plain(*tensors: Any) -> bool:
+    return all(type(tensor) in (nn.Parameter, Tensor) for tensor in tensors)
+
+
+def _is_memory(one: Any, other: Any) -> bool:
+    """Whether both are plain tensors of one memory, as a Parameter and its place in ``state_dict()`` are."""
+    return _are_plain(one, other) and bool(one.is_set_to(other))
 
 
 def _tell_of_training(layer: LoRALayer) -> None:

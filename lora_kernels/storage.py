@@ -30,6 +30,7 @@ __all__ = [
     "check_kept",
     "check_merging",
     "dimensions",
+    "forget",
     "is_flat",
     "is_here",
     "onloaded",
@@ -272,9 +273,20 @@ def onloaded(module: nn.Module) -> Iterator[None]:
                 former = slots.get(key)
                 slots[key] = parameter.detach().to("cpu" if former is None else former.device)
                 hook.original_devices.setdefault(own, torch.device("cpu"))
+            elif parameter is None and before.get(own) is not None:
+                forget(module, own)
     finally:
         if away:
             hook.post_forward(module, None)
+
+
+def forget(module: nn.Module, own: str) -> None:
+    """Has accelerate not put a tensor called ``own`` back, which ``module`` no longer has."""
+    hook = _offload_hook(module)
+    if hook is not None:
+        hook.original_devices.pop(own, None)
+        slots, key = _slot(hook.weights_map, own)
+        slots.pop(key, None)
 
 
 def _slot(weights_map: Any, own: str) -> tuple[MutableMapping[str, Tensor], str]:
