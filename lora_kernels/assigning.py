@@ -75,11 +75,12 @@ def _is_managed(layer: LoRALayer) -> bool:
 
 def _assign_merged(layer: LoRALayer, name: str, value: Any) -> None:
     assert layer._base is not None
-    if value is layer._parameters.get(name) or value is layer.__dict__.get(name):
+    same = value is layer._parameters.get(name) or value is layer.__dict__.get(name)
+    if same and value is not None:
         _follow(layer, _rows(layer, layer.base_weight))
     elif name == "bias" and "bias" not in layer._base._parameters:
         nn.Module.__setattr__(layer, name, value)
-    elif name != "scaling" or value != layer.scaling:
+    elif value is not layer._parameters.get(name, layer) and (name != "scaling" or value != layer.scaling):
         raise _while_merged(f"{name} was assigned to")
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import dora, merging, sharded
+from . import dora, merging, sharded, storage
 from .branches import Branch, apply_branches
 from .config import check_hyperparameters, check_layer_activation, check_lora_bias
 from .dispatch import COMPUTE_DTYPES
@@ -141,7 +141,12 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         return layer
 
     def to_linear(self) -> nn.Linear:
-        """A plain ``nn.Linear`` around this layer's current weight (merged if merged, base otherwise) and bias."""
+        """A plain ``nn.Linear`` around this layer's current weight (merged if merged, base otherwise) and bias.
+
+        Raises:
+            LoRAStateError: FSDP1, ZeRO-3 or accelerate's offloading holds the layer's values.
+        """
+        storage.check_free("to_linear", [("", self)])
         linear = nn.Linear.__new__(nn.Linear)
         nn.Module.__init__(linear)
         linear.in_features, linear.out_features = self.in_features, self.out_features

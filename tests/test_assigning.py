@@ -191,10 +191,16 @@ def test_a_merged_bias_is_not_exchanged_and_one_that_is_not_merged_is() -> None:
     layer_refused(layer, assign, LoRAStateError, "bias", "unmerge()")
     layer = made("plain")
     layer.merge()
-    layer.bias = nn.Parameter(torch.ones(N))
-    check_output(layer.eval())
+    for other in (nn.Parameter(torch.ones(N)), None):
+        layer.bias = other
+        assert layer.base_bias is other
+        check_output(layer.eval())
     layer.unmerge()
     check_output(layer)
+    layer.merge()
+    layer.bias = layer.lora_magnitude_vector = None  # as they are
+    for name in ("weight", "lora_A"):
+        layer_refused(layer, lambda name=name: setattr(layer, name, None), LoRAStateError, name, "unmerge()")
 
 
 @pytest.mark.parametrize("merged", [False, True])

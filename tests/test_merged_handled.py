@@ -48,12 +48,12 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 # accelerate: it reads layer.weight, which is the merged one, to move the registered
 
 
-def dispatched(layer: FusedLoRALinear, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ``dispatch_model`` does to a layer that lies on another device; here it is only told that it does."""
-    hooks, modeling = pytest.importorskip("accelerate.hooks"), pytest.importorskip("accelerate.utils.modeling")
+def dispatched(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``dispatch_model`` to another device, which here it is only told is another."""
+    accelerate, modeling = pytest.importorskip("accelerate"), pytest.importorskip("accelerate.utils.modeling")
     with monkeypatch.context() as patched:
         patched.setattr(modeling, "check_device_same", lambda one, other: False)
-        hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True))
+        accelerate.dispatch_model(model, {"block": "cpu"}, main_device="cpu", force_hooks=True)
 
 
 @pytest.mark.parametrize("hooked_still", [True, False])
@@ -62,18 +62,20 @@ def test_a_merged_layer_that_is_dispatched_keeps_its_base(
     kind: str, hooked_still: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer, x = made(kind), torch.randn(5, K)
+    model = nn.Sequential()
+    model.block = nn.Sequential(layer)
     before, y = layer_state(layer), layer(x)
     layer.merge()
-    expected = all_outputs(layer, layer, x)
-    dispatched(layer, monkeypatch)
+    expected = all_outputs(model, layer, x)
+    dispatched(model, monkeypatch)
     assert same_state(layer_state(layer), before)
-    assert same(all_outputs(layer, layer, x), expected)
+    assert same(all_outputs(model, layer, x), expected)
     if not hooked_still:
-        pytest.importorskip("accelerate.hooks").remove_hook_from_module(layer)
-        assert same(all_outputs(layer, layer, x), expected)
+        pytest.importorskip("accelerate.hooks").remove_hook_from_submodules(model)
+        assert same(all_outputs(model, layer, x), expected)
     layer.unmerge()
     assert same_state(layer_state(layer), before)
-    assert same_bits(layer(x), y)
+    assert same_bits(model(x), y)
 
 
 @pytest.mark.parametrize("offload_buffers", [True, False])

@@ -65,6 +65,7 @@ CALLS: dict[str, Callable[[nn.Module, Path], Any]] = {
     "merge_lora": lambda model, folder: merge_lora(model),
     "merge": lambda model, folder: layer_of(model).merge(),
     "restore_linear": lambda model, folder: lora_kernels.restore_linear(model),
+    "to_linear": lambda model, folder: layer_of(model).to_linear(),
     "reset_lora_parameters": lambda model, folder: layer_of(model).reset_lora_parameters(),
     "lora_state_dict": lambda model, folder: lora_state_dict(model),
     "save_adapter": lambda model, folder: save_adapter(model, folder / "refused"),
@@ -228,7 +229,9 @@ def test_what_is_tied_to_an_offloaded_weight_keeps_its_values(tmp_path: Path) ->
     assert same_bits(model["embed"](torch.arange(8)), before)
 
 
-@pytest.mark.parametrize("name", ["restore_linear", "reset_lora_parameters", "load_adapter", "replace_linear"])
+@pytest.mark.parametrize(
+    "name", ["restore_linear", "to_linear", "reset_lora_parameters", "load_adapter", "replace_linear"]
+)
 def test_offloaded_layers_are_not_exchanged(name: str, tmp_path: Path) -> None:
     save_adapter(adapted(), tmp_path / "plain")
     model = offloaded(with_a_plain_layer(adapted()), "cpu", tmp_path)
