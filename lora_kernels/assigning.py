@@ -251,9 +251,11 @@ def watch() -> None:
 
 def _on_registration(parent: nn.Module, name: str, module: Any) -> Any:
     """A resized copy of a LoRA layer gives its weight to the layer, which stays; of another loss it tells."""
+    if name not in parent._modules:  # this is called for each module that is put into any other
+        return None
     from .layer import LoRALayer
 
-    former = parent._modules[name] if name in parent._modules else None  # a ScriptModule's table has no get  # noqa: SIM401
+    former = parent._modules[name]
     if not isinstance(former, LoRALayer) or module is former or getattr(parent, "_is_replica", False):
         return None
     if isinstance(module, nn.Module) and any(part is former for part in module.modules()):

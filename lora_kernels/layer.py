@@ -371,7 +371,8 @@ class LoRALayer(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         # Pruning begins with weight_orig; parallelize_module reads layer.weight and registers that, in parts.
-        assigning.check_removable(self, name.removesuffix("_orig"))
+        if (former := name.removesuffix("_orig")) in self._parameters:
+            assigning.check_removable(self, former)
         super().register_parameter(name, param)
 
     def requires_grad_(self: Layer, requires_grad: bool = True) -> Layer:

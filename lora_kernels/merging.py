@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["BUFFERS", "Base", "acting", "adopt", "beside", "exchange", "follow", "show", "take_away"]
 
 BUFFERS = {"weight": "merged_weight", "bias": "merged_bias"}
+_PLAIN = (Tensor, nn.Parameter)
 TRAINING = "training"  # the key of what is told of training that cannot be; merging and switching off ask for it anew
-_OUTSIDE = ("_is_fsdp_managed_module", "_hf_hook")  # FSDP's and accelerate's marks: they exchange Parameters themselves
 
 
 class Base(nn.Module):
@@ -122,9 +122,10 @@ def acting(layer: LoRALayer) -> tuple[Any, Any]:
             return layer.weight, layer.bias
         kept_weight, kept_bias = layer.base_weight, layer.base_bias
         return fsdp.kept_aside(kept_weight, layer.weight), fsdp.kept_aside(kept_bias, layer.bias)
-    replica = getattr(layer, "_is_replica", False)
-    own: Any = vars(layer) if replica else layer._parameters  # DataParallel's replicas have no Parameters, but tensors
-    outside = any(getattr(layer, mark, False) for mark in _OUTSIDE)
+    marks = layer.__dict__
+    replica = "_is_replica" in marks
+    own: Any = marks if replica else layer._parameters  # DataParallel's replicas have no Parameters, but tensors
+    outside = "_is_fsdp_managed_module" in marks or "_hf_hook" in marks  # FSDP and accelerate exchange Parameters
     if not outside and not replica and not torch.compiler.is_compiling():
         _check_unchanged(layer, base)
     if not layer._lora_enabled:
@@ -138,24 +139,27 @@ def acting(layer: LoRALayer) -> tuple[Any, Any]:
 
 def _check_unchanged(layer: LoRALayer, base: Base) -> None:
     kept, held = base._parameters["weight"], layer._buffers["merged_weight"]
-    now, shown = layer._parameters.get("weight"), layer.__dict__.get("weight")
+    now: Any = layer._parameters.get("weight")
+    shown: Any = layer.__dict__.get("weight")
     if is_sharded(now):
         return  # distributed since: the same values, in parts
-    if not (now is kept or _is_memory(now, kept)) or (_are_plain(shown, held) and not _is_memory(shown, held)):
-        raise LoRAStateError(
-            "the weight of a merged layer was exchanged (functional_call, a parametrization, weight.data = ... and the "
-            "like do that), and the merged values are those of the former one. Call unmerge() first, exchange the "
-            "weight and merge() again; or call restore_linear(model) for a plain nn.Linear with the merged weight."
-        )
+    compared = not torch._C._are_functorch_transforms_active()  # in vmap and the like no memory can be asked for
+    if now is not kept and not (compared and _are_plain(now, kept) and now.is_set_to(kept)):
+        raise _exchanged()
+    if compared and _are_plain(shown, held) and not shown.is_set_to(held):
+        raise _exchanged()
 
 
-def _are_plain(*tensors: Any) -> bool:
-    return all(type(tensor) in (nn.Parameter, Tensor) for tensor in tensors)
+def _are_plain(one: Any, other: Any) -> bool:
+    return type(one) in _PLAIN and type(other) in _PLAIN
 
 
-def _is_memory(one: Any, other: Any) -> bool:
-    """Whether both are plain tensors of one memory, as a Parameter and its place in ``state_dict()`` are."""
-    return _are_plain(one, other) and bool(one.is_set_to(other))
+def _exchanged() -> LoRAStateError:
+    return LoRAStateError(
+        "the weight of a merged layer was exchanged (functional_call, a parametrization, weight.data = ... and the "
+        "like do that), and the merged values are those of the former one. Call unmerge() first, exchange the "
+        "weight and merge() again; or call restore_linear(model) for a plain nn.Linear with the merged weight."
+    )
 
 
 def _tell_of_training(layer: LoRALayer) -> None:

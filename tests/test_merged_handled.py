@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lora_kernels import FusedLoRALinear, LoRAConfig, merge_lora, replace_linear, unmerge_lora
+from lora_kernels.errors import LoRAStateError
 from models import acting, layer_state, same_state
-from numerics import same_bits
+from numerics import check, same_bits
 
 K, N = 8, 6
 KINDS: dict[str, dict[str, Any]] = {
@@ -211,6 +213,34 @@ def test_a_merged_layer_is_called_with_its_own_state(kind: str) -> None:
     layer, x = made(kind), torch.randn(5, K)
     layer.merge()
     assert same_bits(torch.func.functional_call(layer, layer.state_dict(), x), layer(x))
+
+
+def test_a_batch_of_merged_weights_is_refused_in_a_sentence() -> None:
+    layer, x = made("plain"), torch.randn(5, K)
+    layer.merge()
+    batch = {name: torch.stack([tensor, tensor]) for name, tensor in layer.state_dict().items()}
+    call = lambda own: torch.func.functional_call(layer, own, x)  # noqa: E731
+    with pytest.raises(LoRAStateError, match=r"unmerge\(\)"):
+        torch.func.vmap(call)(batch)
+    y = torch.func.vmap(layer)(x)  # its own
+    check("y", y, layer(x), layer(x), torch.float32)
+
+
+class Doubled(nn.Module):
+    def forward(self, tensor: Tensor) -> Tensor:
+        return 2 * tensor
+
+
+def test_a_parametrization_of_the_adapter_ends_while_merged() -> None:
+    layer, x = made("plain"), torch.randn(5, K)
+    parametrize.register_parametrization(layer, "lora_A", Doubled())
+    y = layer(x)
+    layer.merge()
+    merged = layer(x)
+    parametrize.remove_parametrizations(layer, "lora_A")
+    assert same_bits(layer(x), merged)
+    layer.unmerge()
+    assert same_bits(layer(x), y)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
