@@ -1,8 +1,8 @@
 """How wrong a result may be: the whole numerics policy, for ``lora-kernels verify`` and for the tests alike.
 
 *Exact* is the reference in float64 on the same rounded inputs (lora_a and lora_b rounded to the compute dtype, as every
-backend rounds them, and over fp16 not at all: ``reference.adapter_dtype``). The *yardstick* is the same reference, plain
-PyTorch, in the compute dtype, on contiguous copies. The *floor* is the error that is to be expected of that plain
+backend rounds them, and over fp16 not at all: ``reference.adapter_dtype``). The *yardstick* is the same reference,
+plain PyTorch, in the compute dtype, on contiguous copies. The *floor* is the error that is to be expected of that plain
 composition, whatever the order of its sums. A yardstick of few numbers may be lucky, an expectation is not;
 ``rounding`` derives it. A result passes if all its values are finite and
 
