@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +20,7 @@ import torch
 
 from lora_kernels import dispatch
 from lora_kernels.backends.native import load
+from lora_kernels.backends.native.toolchain import find_compiler
 from lora_kernels.dispatch import Problem
 from lora_kernels.env import CPU_CHOICES
 
@@ -26,6 +28,7 @@ _WHY_NOT = dispatch.backend("native").why_not(Problem("cpu", torch.float32))
 pytestmark = pytest.mark.skipif(bool(_WHY_NOT), reason=" ".join(_WHY_NOT))
 
 ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc/cpu"
 CAPABILITY, PRODUCT = CPU_CHOICES
 
 
@@ -43,15 +46,43 @@ def told() -> dict[str, str]:
 
 
 def test_the_instructions_are_in_the_library() -> None:
-    """A tile configuration is released as often as it is loaded, at the least: once on every way out of a task."""
+    """Tiles are released as often as the configuration before them is stored, at the least: on every way out."""
     if shutil.which("objdump") is None:
         pytest.skip("objdump, which reads machine code, is not installed")
     command = ["objdump", "-d", "--no-show-raw-insn", str(library().path)]
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    names = ("ldtilecfg", "tilerelease", "tileloadd", "tileloaddt1", "tdpbf16ps", "tilestored")
+    names = ("sttilecfg", "ldtilecfg", "tilerelease", "tileloadd", "tileloaddt1", "tdpbf16ps", "tilestored")
     found = Counter(word for word in code.split() if word in names)
     assert set(found) == set(names)
-    assert found["tilerelease"] >= found["ldtilecfg"]
+    assert found["tilerelease"] >= found["sttilecfg"]
+
+
+def tiles(folder: Path, real: bool) -> list[str]:
+    """What ``native_host/tiles.cpp`` says, with the instructions or with their emulation."""
+    flags = ["-DLORA_HAVE_AMX", "-mamx-tile", "-mamx-bf16"] if real else ["-DLORA_EMULATE_TILES"]
+    sources = [ROOT / "tests/native_host/tiles.cpp", CSRC / "amx.cpp"]
+    program = folder / f"tiles-{real}"
+    compiler = [find_compiler("cpu").path, "-std=c++17", "-O2", "-DLORA_CAPABILITY=tests", f"-I{CSRC}", *flags]
+    subprocess.run([*compiler, *map(str, sources), "-o", str(program)], check=True)
+    return subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+@pytest.mark.parametrize("real", [False, True], ids=["emulated", "real"])
+def test_a_configuration_that_was_there_comes_back(tmp_path: Path, real: bool) -> None:
+    if real and (obstacle := told()["amx_obstacle"]):
+        pytest.skip(f"AMX cannot run here: {obstacle}")
+    none, others = (line.split() for line in tiles(tmp_path, real)[-2:])
+    assert none == ["none", *["00"] * 64]
+    shapes = bytes.fromhex("".join(others[1:]))
+    assert (shapes[0], shapes[48:56]) == (1, bytes([0, 0, 0, 9, 0, 9, 4, 0]))
+    assert struct.unpack_from("<8H", shapes, 16) == (0, 0, 0, 48, 0, 16, 48, 0)
+
+
+def test_the_emulation_computes_as_the_instructions_do(tmp_path: Path) -> None:
+    """Bit for bit, whole and ragged tiles, with subnormal numbers, infinities and NaN."""
+    if obstacle := told()["amx_obstacle"]:
+        pytest.skip(f"AMX cannot run here: {obstacle}")
+    assert tiles(tmp_path, real=True) == tiles(tmp_path, real=False)
 
 
 def test_it_tells_what_runs_and_why_amx_does_not() -> None:

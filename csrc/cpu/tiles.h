@@ -50,7 +50,6 @@ static void tiles_expect(bool fits, const char* what) {
 }
 
 static void tile_configure(const TileShapes& shapes) {
-    tiles_expect(!tile_file.configured, "an earlier task of this thread has left them configured");
     tiles_expect(shapes.palette == 1 && shapes.start_row == 0, "an unknown palette, or an interrupted load");
     for (int tile = 0; tile < 16; ++tile) {
         const bool known = tile < TILE_REGISTERS && shapes.rows[tile] <= TILE_SIDE &&
@@ -62,6 +61,10 @@ static void tile_configure(const TileShapes& shapes) {
     tile_file.configured = true;
 }
 static void tile_release() { tile_file.configured = false; }
+static void tile_configuration(TileShapes& shapes) {
+    shapes = tile_file.configured ? tile_file.shapes : TileShapes{};
+    shapes.palette = tile_file.configured;
+}
 
 static TileFile& tile_checked(int tile) {
     tiles_expect(tile_file.configured, "used without a configuration");
@@ -135,6 +138,7 @@ static void tile_multiply() {
 #else
 
 LORA_INLINE void tile_configure(const TileShapes& shapes) { __asm__ volatile("ldtilecfg %0" ::"m"(shapes)); }
+LORA_INLINE void tile_configuration(TileShapes& shapes) { __asm__ volatile("sttilecfg %0" : "=m"(shapes)); }
 LORA_INLINE void tile_release() { __asm__ volatile("tilerelease" ::: "memory"); }
 
 template <int TILE>
@@ -164,19 +168,27 @@ LORA_INLINE void tile_multiply() {
 
 // The tiles of this thread for as long as the object lives, each of the full size: ragged edges are padded in memory.
 // A task of a parallel region owns one. None outlives its task, for a configuration that lingers makes every switch of
-// threads dearer; and no other library's is lost, for they load theirs with every call, as a caller must not rely on
-// what a function leaves in the tiles (the calling convention preserves none).
+// threads dearer. A configuration that was there comes back: oneDNN's products load theirs with every call, but PyTorch
+// remembers for each thread which of the block products it serves to extensions was configured last, and skips the
+// load. What the tiles held is lost, as with any call: the calling convention preserves none.
 class Tiles {
   public:
     Tiles() {
+        tile_configuration(former);
         TileShapes shapes;
         for (int tile = 0; tile < TILE_REGISTERS; ++tile)
             shapes.rows[tile] = TILE_SIDE, shapes.row_bytes[tile] = TILE_BYTES;
         tile_configure(shapes);
     }
-    ~Tiles() { tile_release(); }
+    ~Tiles() {
+        tile_release();
+        if (former.palette != 0) tile_configure(former);
+    }
     Tiles(const Tiles&) = delete;
     Tiles& operator=(const Tiles&) = delete;
+
+  private:
+    TileShapes former;  // palette 0: none
 };
 
 }  // namespace LORA_CAPABILITY
