@@ -65,7 +65,7 @@ sanitize: $(STAMP) ## the native library's tests under AddressSanitizer and Unde
 	$(BIN)/python scripts/native_variants.py sanitize -q $(NATIVE_TESTS)
 
 native-variants: $(STAMP) ## the native library's tests in the ways that this machine does not take by itself
-	set -e; for variant in library portable wide amx; do \
+	set -e; for variant in library portable wide amx amx-library; do \
 	  echo "variant $$variant"; $(BIN)/python scripts/native_variants.py $$variant -q $(NATIVE_TESTS); done
 
 verify: $(STAMP) ## forward and every gradient of every backend against float64

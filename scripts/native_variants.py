@@ -3,14 +3,16 @@
 Usage: ``python scripts/native_variants.py VARIANT [pytest arguments]``. A variant is a way of compiling the library, or
 of choosing within it:
 
-========= ==============================================================================================================
-sanitize  AddressSanitizer and UndefinedBehaviorSanitizer; any finding ends the run
-wide      vectors of 64 bytes and bf16 in pairs, as AVX-512 has them, written in the instructions of narrower machines
-amx       the tiles of AMX, written out in C++ for each instruction set's bf16 kernels
-portable  the instruction set that every machine has, and the kernels' own products throughout
-own       the kernels' own products, of any size
-library   torch's own product, of any size
-========= ==============================================================================================================
+============= ==========================================================================================================
+sanitize      AddressSanitizer and UndefinedBehaviorSanitizer; any finding ends the run
+wide          vectors of 64 bytes and bf16 in pairs, as AVX-512 has them, in the instructions of narrower machines
+amx           the tiles of AMX, written out in C++ for each instruction set's bf16 kernels
+amx-library   the same beside torch's own product, as a machine with AMX takes it for many tokens
+amx-sanitize  the same as amx under the sanitizers: tiles are as large as ever where matrices end
+portable      the instruction set that every machine has, and the kernels' own products throughout
+own           the kernels' own products, of any size
+library       torch's own product, of any size
+============= ==========================================================================================================
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,18 +38,23 @@ class Variant:
     runtimes: tuple[str, ...] = ()  # the compiler's runtime libraries that Python must start with
 
 
+_SANITIZE = Variant(
+    flags=("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"),
+    environment={
+        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:abort_on_error=0",  # Python itself leaks at exit
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        PRODUCT: "own",
+    },
+    runtimes=("libasan.so", "libubsan.so"),
+)
+_TILES = "-DLORA_EMULATE_TILES"
+
 VARIANTS = {
-    "sanitize": Variant(
-        flags=("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"),
-        environment={
-            "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:abort_on_error=0",  # Python itself leaks at exit
-            "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-            PRODUCT: "own",
-        },
-        runtimes=("libasan.so", "libubsan.so"),
-    ),
+    "sanitize": _SANITIZE,
     "wide": Variant(flags=("-DLORA_VECTOR_BYTES=64", "-DLORA_PAIRS=1", "-O1"), environment={PRODUCT: "own"}),
-    "amx": Variant(flags=("-DLORA_EMULATE_TILES", "-O2"), environment={PRODUCT: "own"}),
+    "amx": Variant(flags=(_TILES, "-O2"), environment={PRODUCT: "own"}),
+    "amx-library": Variant(flags=(_TILES, "-O2"), environment={PRODUCT: "library"}),
+    "amx-sanitize": replace(_SANITIZE, flags=(*_SANITIZE.flags, _TILES)),
     "portable": Variant(environment={CAPABILITY: "portable", PRODUCT: "own"}),
     "own": Variant(environment={PRODUCT: "own"}),
     "library": Variant(environment={PRODUCT: "library"}),
