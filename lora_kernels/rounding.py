@@ -7,11 +7,16 @@ that a computation in a coarser dtype has made so far. Errors of different opera
 The error is uniform within u 2^e, so its square is u² 2^(2e) / 3 in the mean.
 
 **One sum.** Let t_1 .. t_n be its terms, S their sum, Q the sum of their squares. Added one by one, each partial sum
-s_j but the first is rounded once. Significands are distributed as 1 / significand (Hamming, 1970), so the square of
-that error is c u² s_j² in the mean, with c = 1 / (8 ln 2). In an order drawn at random,
-E[s_j²] = Q j (n - j) / (n (n - 1)) + S² j (j - 1) / (n (n - 1)). Over all j, with the roundings of n products,
+s_j but the first is rounded: an error whose square is at most u² s_j² / 3 in the mean. In an order drawn at random
 
-    E[error²] = c u² ((n + 1) Q / 6 + (n + 1) S² / 3 - Q / n  +  Q).
+    E[s_j²] = Q j (n - j) / (n (n - 1)) + S² j (j - 1) / (n (n - 1)) <= max(Q, S²),
+
+so with the roundings of n products E[error²] is at most
+
+    u² / 3 ((n - 1) max(Q, S²) + Q).
+
+This is what is expected here. In the mean over orders and significands it is about twice the error itself; but the
+order and the values at hand are given, and a result of few numbers may have a bad one of both.
 
 Sums in several lanes or blocks, as kernels add, make less. A sum of sums is one sum of all their terms, as a fused
 kernel has them in one accumulator. Sums of 16-bit values are made in fp32 and then rounded, each by itself.
@@ -19,7 +24,6 @@ kernel has them in one accumulator. Sums of 16-bit values are made in fp32 and t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +34,6 @@ from torch import Tensor
 __all__ = ["TF32_EPS", "Arithmetic", "Noisy", "rounding_square"]
 
 TF32_EPS = 2.0**-10
-_MEAN_SQUARE = 1.0 / (8.0 * math.log(2.0))  # c
 
 
 def rounding_square(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -67,17 +70,15 @@ class Arithmetic:
     def summed(self, value: Tensor, square: Tensor, terms: Tensor, n: int, products: bool) -> Noisy:
         """A sum of n terms whose squares add up to ``terms``; ``square`` is what their own errors come to."""
         if products:
-            square = square + _MEAN_SQUARE * self._unit**2 * terms
-            if self.tf32:
-                square = square + 2.0 * _MEAN_SQUARE * (TF32_EPS / 2.0) ** 2 * terms
+            operands = 2.0 * (TF32_EPS / 2.0) ** 2 if self.tf32 else 0.0
+            square = square + (self._unit**2 + operands) / 3.0 * terms
         if self.dtype == self._sums:
             return Noisy(value, square, self, terms, n)
         return self.stored(value, square + self.of_sum(value, terms, n))
 
     def of_sum(self, value: Tensor, terms: Tensor, n: int) -> Tensor:
         """The expected square of the error of adding n terms up to ``value``."""
-        chain = (n + 1) * (terms / 6.0 + value.square() / 3.0) - terms / max(n, 1)
-        return _MEAN_SQUARE * self._unit**2 * chain.clamp(min=0.0)
+        return self._unit**2 / 3.0 * max(n - 1, 0) * torch.maximum(terms, value.square())
 
     @property
     def _unit(self) -> float:

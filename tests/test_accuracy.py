@@ -26,13 +26,13 @@ def one_by_one(terms: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shift", [0.0, 1.0], ids=["cancels", "adds up"])
 @pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 300])
-def test_a_sum_in_any_order_has_the_error_that_is_expected(n: int, shift: float) -> None:
+def test_a_sum_in_any_order_has_no_more_than_the_error_that_is_expected(n: int, shift: float) -> None:
     generator = torch.Generator().manual_seed(n)
     left = torch.randn(SUMS, n, generator=generator) + shift
     right = torch.randn(n, 1, generator=generator).abs() + 0.5
     exact = (left.double() @ right.double()).squeeze(1)
     found = one_by_one(left * right.t()).double() - exact
-    assert found.norm() / sum_error(left, right).norm() == pytest.approx(1.0, abs=0.12)
+    assert 0.4 < found.norm() / sum_error(left, right).norm() < 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -87,7 +87,8 @@ def test_plain_pytorch_makes_about_the_errors_that_are_expected(case: Case, gain
     found = [in_another_order(case, i, mask, gain, activation, seed) for seed in range(ORDERS)]
     for name in exact:
         made = torch.stack([results[name].double() - exact[name] for results in found]).square().mean(0).sum().sqrt()
-        assert not errors[name].any() or 0.25 < made / errors[name].norm() < 1.5, name
+        least, most = (0.1, 1.0) if case.dtype is torch.float32 else (0.5, 1.5)  # many sums, or roundings of results
+        assert not errors[name].any() or least < made / errors[name].norm() < most, (name, made / errors[name].norm())
 
 
 def test_a_copy_is_expected_to_be_exact() -> None:
