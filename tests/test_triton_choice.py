@@ -15,7 +15,7 @@ from lora_kernels.backends.triton.configs import INTERPRETER, ExpandConfig, Mach
 from lora_kernels.backends.triton.plans import BaseFirst, Cell, FewTokens, Fused, LoraFirst
 from lora_kernels.errors import InvalidArgumentError
 
-A100, H200 = ARCHITECTURES[80], ARCHITECTURES[90]
+A100, H200, B200 = ARCHITECTURES.values()
 SMALL = Machine(capability=86, sm_count=84, shared_memory=101376)
 MACHINES = [*ARCHITECTURES.values(), SMALL, INTERPRETER]
 SQUARE = Cell("forward", 8192, 4096, 4096, 16, "bfloat16", False)
@@ -56,6 +56,19 @@ def test_backward_candidates(machine: Machine) -> None:
             assert plans.fits(machine, cell, plan)
             assert not plans.fits(machine, replace(cell, direction="forward"), plan)
             assert plans.plan_from_json(json.loads(json.dumps(plans.plan_to_json(plan)))) == plan
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_tensor_memory_has_no_room_for_the_persistent_kernels_over_fp16(direction: str) -> None:
+    """On sm_100 Triton compiles them to a trap; a table's plan is refused too, the pointer's remains."""
+    cell = replace(SQUARE, direction=direction)
+    over_fp16 = replace(cell, dtype="float16")
+    by_tma = {getattr(plan, "variant", "") for plan in plans.candidates(H200, over_fp16)} - {"", "pointer"}
+    assert "persistent" in by_tma
+    for plan in plans.candidates(B200, cell):
+        assert plans.fits(B200, over_fp16, plan) == (getattr(plan, "variant", "") in ("", "pointer")), plan
+    assert "pointer" in {getattr(plan, "variant", "") for plan in plans.candidates(B200, over_fp16)}
+    assert "persistent" in {getattr(plan, "variant", "") for plan in plans.candidates(B200, cell)}
 
 
 def test_small_kernels_of_backward_are_split_where_the_machine_is_idle() -> None:

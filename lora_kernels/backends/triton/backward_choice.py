@@ -20,7 +20,16 @@ from .configs import (
 )
 from .plan_kinds import BackwardPlan, Cell, DxBaseFirst, DxFused, DxLoraFirst, Hidden
 
-__all__ = ["backward_fits", "backward_plans", "da_for", "hidden_for", "outer_ways", "shrink_for", "shrink_ways"]
+__all__ = [
+    "backward_fits",
+    "backward_plans",
+    "da_for",
+    "hidden_for",
+    "outer_ways",
+    "persistent_runs",
+    "shrink_for",
+    "shrink_ways",
+]
 
 _SPLITS = (1, 2, 4, 8, 16)
 _MOST_PROGRAMS = 4  # a multiprocessor: more of them only divide the work further
@@ -103,11 +112,22 @@ def backward_fits(machine: Machine, cell: Cell, plan: BackwardPlan) -> bool:
         return True
     if plan.variant == "flattened":
         return False
-    if plan.variant == "persistent" and not machine.interpreter and (machine.capability < 90 or cell.itemsize != 2):
+    if plan.variant == "persistent" and not persistent_runs(machine, cell):
         return False
     g = plan.gemm
     stage = (g.block_rows + g.block_columns) * g.block_sum * cell.itemsize
     return g.num_stages * stage <= machine.shared_memory
+
+
+def persistent_runs(machine: Machine, cell: Cell) -> bool:
+    """Whether the persistent kernels run, forward's and dx's. TMA came with 9.0, and they are for 16 bits.
+
+    On 10.0 not over fp16. There the high and low parts overflow tensor memory under wide tiles, and Triton 3.7 then
+    compiles the whole kernel to a trap. The pointer variant and the compositions remain.
+    """
+    if machine.interpreter:
+        return True
+    return machine.capability >= 90 and cell.itemsize == 2 and (machine.capability < 100 or cell.dtype != "float16")
 
 
 @lru_cache(maxsize=4096)

@@ -110,7 +110,7 @@ def shrink_step(
     p: float = 0.0,
 ) -> Step:
     """``step(stream, x, a, state, scale)`` -> scale (x * keep) aᵀ, (M, R) fp32, for x (M, K) and a (R, K)."""
-    launch = shrink_launch(config, m, k, c.r, *strides, p, c.precision)
+    launch = shrink_launch(config, m, k, c.r, *strides, p, c.precision, c.dtype)
     parts, shape, device = config.splits, (m, c.r), c.device
     total = reduce_launch(m * c.r, 0, 0, parts, 0)
 
@@ -138,8 +138,8 @@ def dh_db_step(config: DhDbConfig, c: BackwardCall) -> Step:
     m, n, r, device = c.m, c.n, c.r, c.device
     if c.bias_dtype is not None and c.machine.capability < 90:  # dbias too: the widest tile leaves it no registers
         config = replace(config, block_n=min(config.block_n, 128))
-    if c.dtype is torch.float16:  # dy in two parts: the same
-        config = replace(config, block_n=min(config.block_n, 64))
+    if c.dtype is torch.float16:  # dy and B in two parts: the same; fewer ranks, for less wide tiles write more of dh
+        config = replace(config, block_n=min(config.block_n, 64), block_r=min(config.block_r, 32))
     dh_count, count = blocks(n, config.block_n), blocks(m, config.chunk_m)
     tile = (config.block_m, config.block_n, config.block_r)
     first = Launch(
@@ -194,6 +194,8 @@ def _outer_step(
     dtype: torch.dtype,
 ) -> Step:
     """``step(stream, left, x, state, scale)`` -> scale leftᵀ (x * keep); ``strides`` are of rank and column."""
+    if c.dtype is torch.float16:  # x in two parts: taller blocks leave it no registers
+        config = replace(config, block_m=min(config.block_m, 32))
     chunk_m = config.block_m * blocks(blocks(c.m, config.splits), config.block_m)
     count, device, size = blocks(c.m, chunk_m), c.device, c.r * columns
     tile = (config.block_m, config.block_k, config.block_r)
@@ -284,6 +286,8 @@ def input_grad_step(config: ExpandConfig, c: BackwardCall, starts: tuple[int, ..
 
 def low_rank_launch(config: ExpandConfig, c: BackwardCall, starts: tuple[int, ...], add: bool) -> Launch:
     """``launch(stream, dh, lora_a, states, dx)``: the low-rank terms are written to dx, or added to it."""
+    if c.dtype is torch.float16 and c.machine.capability < 90:  # A in two parts: the mask leaves them no registers
+        config = replace(config, block_r=min(config.block_r, 16))
     tile = (config.block_m, config.block_n, config.block_r, add, c.split, c.precision)
     return Launch(
         dx_low_rank_kernel,

@@ -188,9 +188,12 @@ def shrink_launch(
     stride_a: tuple[int, ...],
     p: float,
     precision: str,
+    dtype: torch.dtype,
     pdl: bool = False,
 ) -> Launch:
     """``launch(stream, x, a, h, state, scale)``."""
+    if dtype is torch.float16:
+        config = _in_two_parts(config)
     tile = (config.block_m, config.block_k, config.block_r, config.splits, k % config.block_k == 0)
     return Launch(
         shrink_kernel,
@@ -199,6 +202,13 @@ def shrink_launch(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+def _in_two_parts(config: ShrinkConfig) -> ShrinkConfig:
+    """For fp16: x and A have two parts each, for which a wide block of ranks or of K leaves no registers."""
+    block_m = min(config.block_m, 32) if config.block_r > 32 else config.block_m
+    deepest = 128 if block_m >= 64 else 64 if config.block_r < 128 else 32
+    return replace(config, block_m=block_m, block_k=min(config.block_k, deepest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +224,7 @@ class _Hidden:
 
     @staticmethod
     def of(config: ShrinkConfig, c: Call, pdl: bool = False) -> _Hidden:
-        launch = shrink_launch(config, c.m, c.k, c.r, c.stride_x, c.stride_a, c.p, c.precision, pdl)
+        launch = shrink_launch(config, c.m, c.k, c.r, c.stride_x, c.stride_a, c.p, c.precision, c.dtype, pdl)
         shape = (c.m, c.r) if config.splits == 1 else (config.splits, c.m, c.r)
         return _Hidden(launch, shape, (c.m, c.r), c.device, 1.0 / (1.0 - c.p), config.splits)
 
@@ -232,6 +242,8 @@ def _fused(plan: Fused, c: Call) -> Product:
     tiles = blocks(c.m, g.block_rows) * blocks(c.n, g.block_columns)
     tile = (g.block_rows, g.block_columns, g.block_sum, g.block_r, g.group_m, plan.shrink.splits)
     options: dict[str, Any] = {"num_warps": g.num_warps, "num_stages": g.num_stages}
+    if c.dtype is torch.float16 and plan.variant == "flattened":  # a stage of the one loop holds parts of h and B too
+        options["num_stages"] = min(g.num_stages, 3)
     if plan.pdl and not c.machine.interpreter:
         options["launch_pdl"] = True
     strides = (*c.stride_b, c.stride_bias, c.stride_gain, c.stride_h)

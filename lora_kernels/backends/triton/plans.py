@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .backward_choice import backward_fits, backward_plans, shrink_ways
+from .backward_choice import backward_fits, backward_plans, persistent_runs, shrink_ways
 from .backward_model import backward_seconds
 from .configs import (
     FEW_TOKENS,
@@ -119,13 +119,12 @@ def fits(machine: Machine, cell: Cell, plan: Plan) -> bool:
 
 
 def _variant_runs(machine: Machine, cell: Cell, variant: str) -> bool:
-    """TMA came with 9.0. For 10.0 Triton 3.7 fails on the flattened loop: it cannot place the accumulator; and
-    it takes the low-rank step without a loop. The interpreter knows no flattening."""
+    """For 10.0 Triton 3.7 fails on the flattened loop: it cannot place the accumulator; and it takes the low-rank step
+    without a loop. The interpreter knows no flattening."""
     if variant == "pointer" or machine.interpreter:
         return variant != "flattened"
-    if machine.capability < 90 or cell.itemsize != 2:
-        return False
-    return variant == "persistent" or (machine.capability < 100 and cell.r <= _FLATTENED_RANK)
+    flattened = machine.capability < 100 and cell.r <= _FLATTENED_RANK
+    return persistent_runs(machine, cell) and (variant == "persistent" or flattened)
 
 
 def _early(machine: Machine, pdl: bool) -> bool:
