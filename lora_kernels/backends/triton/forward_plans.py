@@ -207,7 +207,7 @@ def shrink_launch(
 def _in_two_parts(config: ShrinkConfig) -> ShrinkConfig:
     """For fp16: x and A have two parts each, for which a wide block of ranks or of K leaves no registers."""
     block_m = min(config.block_m, 32) if config.block_r > 32 else config.block_m
-    deepest = 128 if block_m >= 64 else 64 if config.block_r < 128 else 32
+    deepest = 32 if config.block_r >= 128 else 128 if config.block_r <= 16 and block_m >= 64 else 64
     return replace(config, block_m=block_m, block_k=min(config.block_k, deepest))
 
 
