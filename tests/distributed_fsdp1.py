@@ -5,6 +5,7 @@ Within ``summon_full_params`` everything works in place; elsewhere every process
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -243,11 +244,11 @@ def check_fsdp1_gathers_layers_of_one_input_apart(device: str, folder: Path) -> 
         replacing(target_modules=["q_proj", "k_proj"], init_lora_weights=False)(model)
         assert model.q_proj._shared is not None
         model.requires_grad_(True)
-        expected = model(x).detach()
+        exact, expected = copy.deepcopy(model).double()(x.double()).detach(), model(x).detach()
         for name, layer in list(model.named_children()):
             setattr(model, name, FullyShardedDataParallel(layer, use_orig_params=use_orig_params, device_id=x.device))
         split = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=x.device)
         for _ in range(2):
             y = split(x)
             y.sum().backward()
-            check("y", y.detach(), expected.double(), expected, torch.float32)
+            check("y", y.detach(), exact, expected, torch.float32)

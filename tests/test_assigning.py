@@ -15,9 +15,10 @@ from torch.nn.utils import parametrizations, prune
 
 import lora_kernels
 from lora_kernels import FusedLoRALinear, LoRAConfig, replace_linear
+from lora_kernels.accuracy import sum_error
 from lora_kernels.errors import InvalidArgumentError, LoRAKernelsWarning, LoRAStateError
 from models import acting, formula, layer_refused, layer_state, same_state
-from numerics import check, same_bits
+from numerics import check, check_linear, same_bits
 
 K, N = 8, 6
 KINDS: dict[str, dict[str, Any]] = {
@@ -52,7 +53,9 @@ def exact(layer: FusedLoRALinear, x: Tensor, dtype: torch.dtype) -> Tensor:
 def check_output(layer: FusedLoRALinear) -> None:
     x = torch.randn(5, K)
     with torch.no_grad():
-        check("y", layer(x), exact(layer, x, torch.float64), exact(layer, x, torch.float32), torch.float32)
+        wide, plain = exact(layer, x, torch.float64), exact(layer, x, torch.float32)
+        expected = sum_error(x, formula(layer, torch.float32).t())
+        check("y", layer(x), wide, plain, torch.float32, expected=expected)
 
 
 # Names, while merged
@@ -137,7 +140,7 @@ def test_an_untrained_dora_layer_is_the_new_base_layer() -> None:
     layer, x = FusedLoRALinear(K, N, r=3, use_dora=True), torch.randn(5, K)
     layer.weight = nn.Parameter(torch.randn(N, K))
     check_output(layer)
-    check("y", layer(x), F.linear(x, layer.weight, layer.bias), layer.to_linear()(x), torch.float32)
+    check_linear(layer(x), x, layer.weight, layer.bias)
 
 
 def test_the_same_weight_again_leaves_trained_magnitudes_alone() -> None:
@@ -216,8 +219,9 @@ def test_a_weight_stored_the_other_way_round(merged: bool) -> None:
     layer.weight = new
     x = torch.randn(5, K)
     wide = x.double() @ (new.double() + layer.scaling * (layer.lora_B.double() @ layer.lora_A.double()).t())
-    plain = x @ (new + layer.scaling * (layer.lora_B @ layer.lora_A).t())
-    check("y", layer(x), wide + layer.bias.double(), plain + layer.bias, torch.float32)
+    whole = new + layer.scaling * (layer.lora_B @ layer.lora_A).t()
+    plain, expected = x @ whole + layer.bias, sum_error(x, whole)
+    check("y", layer(x), wide + layer.bias.double(), plain, torch.float32, expected=expected)
     grown = nn.Parameter(torch.cat([new.detach(), torch.randn(K, 2)], 1))
     layer.weight = grown
     assert (layer.nf, layer.out_features, *layer.lora_B.shape) == (N + 2, N + 2, N + 2, 3)
@@ -236,14 +240,15 @@ def resized(layer: FusedLoRALinear, rows: int) -> Tensor:
 def test_a_resized_weight_resizes_the_adapter_in_place(kind: str, rows: int) -> None:
     layer, x = made(kind).eval(), torch.randn(5, K)
     parameters = list(layer.parameters())[1:]
-    y, kept = layer(x), min(rows, N)
+    before, kept = exact(layer, x, torch.float64), min(rows, N)
     layer.weight = nn.Parameter(resized(layer, rows))
     assert [id(p) for p in list(layer.parameters())[1:]] == [id(p) for p in parameters]
     assert (layer.out_features, layer(x).shape[-1]) == (rows, rows)
     check_output(layer)
-    check("y", layer(x)[:, :kept], y[:, :kept], y[:, :kept], torch.float32)
-    added = F.linear(x, layer.weight[N:], None if layer.bias is None else layer.bias[N:])
-    check("added", layer(x)[:, N:], added, added, torch.float32)
+    after = exact(layer, x, torch.float64)
+    check("y", after[:, :kept], before[:, :kept], before[:, :kept], torch.float64)
+    added = F.linear(x.double(), layer.weight[N:].double(), None if layer.bias is None else layer.bias[N:].double())
+    check("added", after[:, N:], added, added.float(), torch.float32)  # DoRA's magnitude is fp32
     layer.merge()
     check_output(layer)
     layer.unmerge()
@@ -284,7 +289,7 @@ def test_a_resized_copy_in_its_place_gives_its_weight_to_the_layer(kind: str, me
     layer, x = parent[0], torch.randn(5, K)
     if merged:
         layer.merge()
-    y, new = layer(x), nn.Linear(K, N + 3, bias=layer.bias is not None)
+    y, new = layer(x).detach(), nn.Linear(K, N + 3, bias=layer.bias is not None)
     new.weight.data[:N] = layer.weight
     if layer.bias is not None:
         new.bias.data[:N] = layer.bias
@@ -292,9 +297,10 @@ def test_a_resized_copy_in_its_place_gives_its_weight_to_the_layer(kind: str, me
     assert parent[0] is layer
     assert layer.merged == merged
     check_output(layer)
-    check("y", layer(x)[:, :N], y, y, torch.float32)
+    twice = sum_error(x, 2 * formula(layer, torch.float32).t())  # both are computed
+    check("y", layer(x)[:, :N], y.double(), y, torch.float32, expected=twice[:, :N])
     added = F.linear(x, new.weight[N:], None if layer.base_bias is None else new.bias[N:])
-    check("added", layer(x)[:, N:], added, added, torch.float32)
+    check("added", layer(x)[:, N:], added.double(), added, torch.float32, expected=twice[:, N:])
 
 
 def test_another_module_in_its_place_is_told_of_where_it_drops_something() -> None:

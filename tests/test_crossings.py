@@ -10,12 +10,12 @@ from torch import Tensor
 
 import crossings
 import test_branches
-from cases import BACKENDS, Case, expected, keep_mask, make, run
+from cases import BACKENDS, Case, keep_mask, make, measures, run
 from lora_kernels import FusedLoRALinear, LoRAConfig, dispatch, lora_linear, replace_linear, restore_linear
 from lora_kernels import autograd as plain_autograd
 from lora_kernels.branches import apply_branches
 from models import acting
-from numerics import check_all, same_bits
+from numerics import check_all, same_bits, three_ways
 
 every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 
@@ -60,9 +60,8 @@ def test_the_mask_goes_on_from_chunk_to_chunk(backend: str, device: str, m: int)
     case = Case(m=m, k=17, n=5, r=2, p=0.3, bias=False)
     inputs = make(case, device)
     mask = keep_mask(case, inputs, backend)
-    exact = expected(case, inputs, mask, torch.float64)
-    yardstick = expected(case, inputs, mask, case.dtype)
-    check_all(run(case, inputs, backend), exact, yardstick, case.dtype)
+    exact, yardstick, errors = measures(case, inputs, mask)
+    check_all(run(case, inputs, backend), exact, yardstick, case.dtype, expected=errors)
 
 
 # Backends x what is remembered of a choice
@@ -107,7 +106,8 @@ def test_an_fp32_bias_over_a_16_bit_base_has_a_gradient_of_fp32(
     y = lora_linear(i.x, i.weight, i.lora_a, i.lora_b, bias, backend=backend)
     (dbias,) = torch.autograd.grad(y, [bias], i.dy)
     assert dbias.dtype == torch.float32
-    check_all({"dbias": dbias}, {"dbias": i.dy.double().sum(0)}, {"dbias": i.dy.float().sum(0)}, torch.float32)
+    exact, yardstick, errors = three_ways(torch.float32, lambda number: {"dbias": number(i.dy).sum(0)})
+    check_all({"dbias": dbias}, exact, yardstick, torch.float32, expected=errors)
 
 
 # Merging x rounding, by bits. All values are whole numbers that fp32 holds exactly, so there is one right result.

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from lora_kernels import FusedLoRALinear, LoRAConfig, merge_lora, replace_linear, unmerge_lora
 from lora_kernels.errors import LoRAStateError
 from models import acting, layer_state, same_state
-from numerics import check, same_bits
+from numerics import check_linear, same_bits
 
 K, N = 8, 6
 KINDS: dict[str, dict[str, Any]] = {
@@ -223,7 +223,7 @@ def test_a_batch_of_merged_weights_is_refused_in_a_sentence() -> None:
     with pytest.raises(LoRAStateError, match=r"unmerge\(\)"):
         torch.func.vmap(call)(batch)
     y = torch.func.vmap(layer)(x)  # its own
-    check("y", y, layer(x), layer(x), torch.float32)
+    check_linear(y, x, layer.weight, layer.bias)
 
 
 class Doubled(nn.Module):
