@@ -22,8 +22,9 @@ __all__ = ["MANY_TOKENS", "Parts", "in_one_piece"]
 # Below this many tokens the forms that dispatch least are quicker.
 MANY_TOKENS = 64
 
-# PyTorch's own 16-bit product on CPUs with AMX was seen to read past a row whose length is no multiple of its tiles.
-_READS_PAST_ROWS = torch.cpu._is_amx_tile_supported()
+# PyTorch's own 16-bit product on CPUs with AMX was seen to read past a row whose length is no multiple of its tiles. A
+# release that does not tell of AMX is taken to run on such a CPU: a copy too many is right.
+_READS_PAST_ROWS = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
 _TILE_ROW = 32  # 16-bit values in a row of a tile
 
 _NORM_ELEMENTS = 1 << 18  # of W, that are held in fp32 at once while norms are computed: they fit a core's cache
