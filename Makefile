@@ -12,10 +12,10 @@ OUT ?= out
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 CXX_FILES := $(wildcard csrc/*.h csrc/*/* tests/native_host/*.h tests/native_host/*.cpp)
-NATIVE_TESTS := tests/test_native_cpu.py tests/test_native_parts.py tests/test_philox.py
+NATIVE_TESTS := tests/backends/native/test_native_cpu.py tests/backends/native/test_native_parts.py tests/core/test_philox.py
 # What another PyTorch, Triton or NumPy may change: capture, what autograd keeps, the library's ABI, the interpreter.
-OLDEST_TESTS := $(patsubst %,tests/test_%.py,compile branches training_memory native_compat native_parts ops parts \
-  import triton_kernels triton_parts)
+OLDEST_TESTS := $(foreach name,compile branches training_memory native_compat native_parts ops parts import \
+  triton_kernels triton_parts,$(wildcard tests/*/test_$(name).py tests/backends/*/test_$(name).py))
 INPUTS := pyproject.toml setup.py $(wildcard requirements/*.txt)
 
 export MPLBACKEND ?= Agg
@@ -58,7 +58,7 @@ format: $(STAMP) ## rewrite the code as ruff and clang-format want it
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 compile-gate: $(STAMP) ## compile the kernels for GPUs that are not here; fail on spills or missing instructions
-	env -u TRITON_INTERPRET $(BIN)/python -m lora_kernels.backends.triton.compile_report --check
+	env -u TRITON_INTERPRET $(BIN)/python -m lora_kernels.backends.triton.offline.compile_report --check
 	$(BIN)/python -m lora_kernels.backends.native.cuda_report --check || [ $$? -eq 3 ]  # 3: no nvcc here, and it says so
 
 sanitize: $(STAMP) ## the native library's tests under AddressSanitizer and UndefinedBehaviorSanitizer

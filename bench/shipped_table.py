@@ -20,9 +20,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lora_kernels.backends.triton import tuned  # noqa: E402  (after the path)
-from lora_kernels.backends.triton.plan_kinds import Cell, Plan, plan_from_json  # noqa: E402
-from lora_kernels.backends.triton.tuned_table import DeviceName, Row, Table, slug  # noqa: E402
+from lora_kernels.backends.triton.choose import tuned  # noqa: E402  (after the path)
+from lora_kernels.backends.triton.choose.plans import Cell, Plan, plan_from_json  # noqa: E402
+from lora_kernels.backends.triton.choose.table import DeviceName, Row, Table, slug  # noqa: E402
 from lora_kernels.benchmark.timing import Timing  # noqa: E402
 from lora_kernels.tuning.search import beats, is_composition  # noqa: E402
 

@@ -33,8 +33,8 @@ sys.path.insert(0, str(ROOT))
 
 from bench import convergence_report, dram_bytes, model_memory  # noqa: E402  (after the path)
 from lora_kernels.benchmark import block  # noqa: E402
-from lora_kernels.benchmark.beside import beside  # noqa: E402
 from lora_kernels.benchmark.grid import grid  # noqa: E402
+from lora_kernels.benchmark.predicted_table import beside  # noqa: E402
 from lora_kernels.benchmark.ratios import ratios  # noqa: E402
 from lora_kernels.benchmark.report import Table, legend, markdown, table  # noqa: E402
 from lora_kernels.benchmark.results import Result, join, load  # noqa: E402

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PLACES = {
-    "FusedLoRAGroup": "grouping",
+    "FusedLoRAGroup": "models.grouping",
     "FusedLoRALinear": "nn",
     "LoRAConfig": "config",
     "LoRAKernelsError": "errors",
@@ -20,16 +20,16 @@ _PLACES = {
     "load_adapter": "checkpoint",
     "lora_linear": "functional",
     "lora_plus_groups": "optim",
-    "lora_state_dict": "model",
-    "mark_only_lora_as_trainable": "model",
-    "merge_lora": "model",
-    "replace_linear": "model",
-    "restore_linear": "model",
+    "lora_state_dict": "models.model",
+    "mark_only_lora_as_trainable": "models.model",
+    "merge_lora": "models.model",
+    "replace_linear": "models.model",
+    "restore_linear": "models.model",
     "save_adapter": "checkpoint",
-    "share_inputs": "grouping",
+    "share_inputs": "models.grouping",
     "unfuse_peft": "peft",
-    "unmerge_lora": "model",
-    "unshare_inputs": "grouping",
+    "unmerge_lora": "models.model",
+    "unshare_inputs": "models.grouping",
     "use_backend": "dispatch",
 }
 
@@ -43,15 +43,15 @@ if TYPE_CHECKING:
     from .dispatch import use_backend as use_backend
     from .errors import LoRAKernelsError as LoRAKernelsError
     from .functional import lora_linear as lora_linear
-    from .grouping import FusedLoRAGroup as FusedLoRAGroup
-    from .grouping import share_inputs as share_inputs
-    from .grouping import unshare_inputs as unshare_inputs
-    from .model import lora_state_dict as lora_state_dict
-    from .model import mark_only_lora_as_trainable as mark_only_lora_as_trainable
-    from .model import merge_lora as merge_lora
-    from .model import replace_linear as replace_linear
-    from .model import restore_linear as restore_linear
-    from .model import unmerge_lora as unmerge_lora
+    from .models.grouping import FusedLoRAGroup as FusedLoRAGroup
+    from .models.grouping import share_inputs as share_inputs
+    from .models.grouping import unshare_inputs as unshare_inputs
+    from .models.model import lora_state_dict as lora_state_dict
+    from .models.model import mark_only_lora_as_trainable as mark_only_lora_as_trainable
+    from .models.model import merge_lora as merge_lora
+    from .models.model import replace_linear as replace_linear
+    from .models.model import restore_linear as restore_linear
+    from .models.model import unmerge_lora as unmerge_lora
     from .nn import FusedLoRALinear as FusedLoRALinear
     from .optim import lora_plus_groups as lora_plus_groups
     from .peft import fuse_peft as fuse_peft

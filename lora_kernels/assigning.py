@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from . import dora, initialisation, merging, residual, sharded
+from . import dora, initialisation, merging, pissa, sharded
 from .errors import InvalidArgumentError, LoRAKernelsWarning, LoRAStateError
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _resize(layer: LoRALayer, rows: int) -> None:
     """Has the adapter give ``rows`` outputs: those at the end are removed, or added with zeros in B."""
     former = layer.lora_B.shape[0]
     parts = {"lora_B": layer.lora_B, "lora_bias": layer.lora_bias, **layer.initial}
-    parts.pop(residual.NAMES[0], None)
+    parts.pop(pissa.NAMES[0], None)
     for name, tensor in {**parts, "lora_magnitude_vector": layer.lora_magnitude_vector}.items():
         if tensor is None:
             continue

@@ -183,7 +183,7 @@ def _native_library() -> dict[str, Any]:
 
 def _tuned_table() -> dict[str, Any]:
     """Each GPU's tuned tables: their files, how many rows count, and what is passed over and why."""
-    from .backends.triton import tuned
+    from .backends.triton.choose import tuned
 
     return tuned.status()
 

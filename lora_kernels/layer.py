@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import assigning, dora, fsdp, initialisation, merging, residual, sharded, storage, telling
+from . import assigning, dora, fsdp, initialisation, merging, pissa, sharded, storage, telling
 from .branches import Branch
 from .config import scaling_of
 from .dispatch import Problem
@@ -53,7 +53,7 @@ class LoRALayer(nn.Module):
     lora_initial_B: Tensor | None
     _left_off: bool = False  # switched off by a call, not for the block of a ``with``
     activation: str = "identity"  # of the class too: layers pickled before there were others have none of their own
-    _initial_scaling: float | None  # that with which a part of the weight was taken, if one was; see residual.py
+    _initial_scaling: float | None  # that with which a part of the weight was taken, if one was; see pissa.py
     _base: merging.Base | None  # the base's weight, and bias where that is merged too, while merged; see merging.py
     _shared: tuple[SharedInput, int] | None = None  # the pass in common with layers that read the same x; and the place
 
@@ -99,7 +99,7 @@ class LoRALayer(nn.Module):
         self.lora_B = parameter(self.out_features, r)
         self.register_parameter("lora_bias", parameter(self.out_features) if lora_bias else None)
         self.register_parameter("lora_magnitude_vector", parameter(self.out_features) if use_dora else None)
-        residual.add_slots(self)
+        pissa.add_slots(self)
         if draw:
             self.reset_lora_parameters()
 
@@ -123,7 +123,7 @@ class LoRALayer(nn.Module):
             return
         init = self.init_lora_weights
         if initialisation.splits(init):
-            residual.start(self)
+            pissa.start(self)
         else:
             wide = torch.promote_types(self.lora_A.dtype, torch.float32)
             slots = (_whole_like(parameter, wide) for parameter in (self.lora_A, self.lora_B))
@@ -170,7 +170,7 @@ class LoRALayer(nn.Module):
     @property
     def plain_weight(self) -> nn.Parameter:
         """``weight`` if merged; else the base weight as it was given, with what PiSSA or OLoRA took of it put back."""
-        return self.weight if self.merged else residual.plain_weight(self)
+        return self.weight if self.merged else pissa.plain_weight(self)
 
     @property
     def base_bias(self) -> nn.Parameter | None:
@@ -190,7 +190,7 @@ class LoRALayer(nn.Module):
     @property
     def initial(self) -> dict[str, Tensor]:
         """What PiSSA or OLoRA took of the weight, by name: lora_initial_A and lora_initial_B; else nothing."""
-        return {name: buffer for name, buffer in self.named_buffers(recurse=False) if name in residual.NAMES}
+        return {name: buffer for name, buffer in self.named_buffers(recurse=False) if name in pissa.NAMES}
 
     def merge(self) -> None:
         """Puts W + s B A (DoRA: its rows rescaled), computed in fp32 and rounded once, in the place of ``weight``.
@@ -423,10 +423,10 @@ class LoRALayer(nn.Module):
         if merged:
             storage.check_merging("load_state_dict", [(prefix.rstrip("."), self)])
             self._unmerge()
-        plain = residual.before_loading(self, state_dict, prefix)
+        plain = pissa.before_loading(self, state_dict, prefix)
         with assigning.allowed(self):
             super()._load_from_state_dict(state_dict, prefix, *args)
-        residual.after_loading(self, state_dict, prefix, plain)
+        pissa.after_loading(self, state_dict, prefix, plain)
         if prefix + "weight" in state_dict and prefix + "lora_magnitude_vector" not in state_dict:
             self._reset_magnitude()
         if merged:

@@ -1,32 +1,5 @@
-"""What transformers' ``save_pretrained`` is told: its files and a model's LoRA layers do not go together."""
+"""Where models that were pickled by lora_kernels 0.1.0 look for ``tell_of_saving``: see ``models/pretrained.py``."""
 
-from __future__ import annotations
-
-import sys
-import warnings
-from types import FrameType
-from typing import Any
-
-from .errors import LoRAKernelsWarning
+from .models.pretrained import tell_of_saving
 
 __all__ = ["tell_of_saving"]
-
-
-def tell_of_saving(model: Any, prefix: str, keep_vars: bool) -> None:
-    """A hook before ``state_dict()``: warns where ``save_pretrained`` asks for it.
-
-    ``from_pretrained`` makes the plain model and reads no ``lora_A``, so what was saved would come back without its
-    adapters, without a word from the one that writes.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    level = 2
-    while frame is not None and frame.f_code.co_name != "save_pretrained":
-        frame, level = frame.f_back, level + 1
-    if frame is not None:
-        warnings.warn(
-            "save_pretrained writes the base weights and the adapters of LoRA layers apart, merged or not, and "
-            "from_pretrained reads the base weights alone. Call save_adapter(model, folder) for the adapters; or "
-            "merge_lora(model) and restore_linear(model) first, and the merged weights are written.",
-            LoRAKernelsWarning,
-            stacklevel=level + 1,
-        )

@@ -210,7 +210,7 @@ def restore_table(out: Path) -> None:
     if not (out / TUNED).is_file():
         return
     code = (
-        "import sys; from pathlib import Path; from lora_kernels.backends.triton import tuned_table as t;"
+        "import sys; from pathlib import Path; from lora_kernels.backends.triton.choose import table as t;"
         "table = t.read(Path(sys.argv[1])); folder = t.user_folder();"
         "t.merge_into(folder / (t.slug(table.device.name) + '.json'), table.device, table.rows)"
     )

@@ -25,7 +25,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["tests/test_native_cpu.py", "tests/test_native_parts.py", "tests/test_philox.py"]
+TESTS = [
+    "tests/backends/native/test_native_cpu.py",
+    "tests/backends/native/test_native_parts.py",
+    "tests/core/test_philox.py",
+]
 CAPABILITY, PRODUCT = "LORA_KERNELS_CPU_CAPABILITY", "LORA_KERNELS_CPU_PRODUCT"
 
 

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from lora_kernels.backends.triton import configs, launch, parts, prepared
-from lora_kernels.backends.triton.compile_jobs import ARCHITECTURES
+from lora_kernels.backends.triton import operators, part_operators
+from lora_kernels.backends.triton.choose import blocks
+from lora_kernels.backends.triton.offline.compile_jobs import ARCHITECTURES
+from lora_kernels.backends.triton.run import prepared
 from recorded_launches import Driver
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -53,7 +55,7 @@ class Empty(dict[Any, Any]):
 
 def twice(call: Callable[[], object]) -> None:
     """By what is kept, then with empty caches: the same launches."""
-    owners = [(launch, "_runs"), (launch, "_backward_runs"), (parts, "_steps")]
+    owners = [(operators, "_runs"), (operators, "_backward_runs"), (part_operators, "_steps")]
     noted.clear()
     call()
     by_kept = list(noted)
@@ -104,23 +106,23 @@ def one(draw: random.Random) -> None:
     of_x, of_weight, of_h = (t if is_due else None for t, is_due in zip((x, weight, h), due, strict=True))
     linear, keep = draw.choice([None, dy]), draw.random() < 0.5
     calls: list[Callable[[], object]] = [
-        *[lambda: launch.forward(x, weight, a, b, bias, scaling, p, state)] * 3,
-        *[lambda: launch.backward(dy, of_x, of_weight, a, b, bias, of_h, scaling, p, state)] * 3,
-        lambda: parts.shrink(x, a, p, state),
-        *[lambda: parts.product(x, weight, b, h, bias, linear if linear is None else gain, scaling, keep)] * 3,
-        lambda: parts.output_grads(dy, b, of_h, bias, scaling),
-        lambda: parts.input_grad([dy], [weight], [h], [a], p, states),
-        lambda: parts.input_grad([dy] * 2, [weight] * 2, [h] * 2, [a] * 2, p, states * 2),
-        lambda: parts.a_grad(h, x, p, state),
-        lambda: parts.gain_grad(dy, linear, gain, bias),
-        lambda: parts.row_norms(weight, a, b, scaling),
+        *[lambda: operators.forward(x, weight, a, b, bias, scaling, p, state)] * 3,
+        *[lambda: operators.backward(dy, of_x, of_weight, a, b, bias, of_h, scaling, p, state)] * 3,
+        lambda: part_operators.shrink(x, a, p, state),
+        *[lambda: part_operators.product(x, weight, b, h, bias, linear if linear is None else gain, scaling, keep)] * 3,
+        lambda: part_operators.output_grads(dy, b, of_h, bias, scaling),
+        lambda: part_operators.input_grad([dy], [weight], [h], [a], p, states),
+        lambda: part_operators.input_grad([dy] * 2, [weight] * 2, [h] * 2, [a] * 2, p, states * 2),
+        lambda: part_operators.a_grad(h, x, p, state),
+        lambda: part_operators.gain_grad(dy, linear, gain, bias),
+        lambda: part_operators.row_norms(weight, a, b, scaling),
     ]
     twice(draw.choice(calls))
 
 
 def main(count: int) -> None:
     driver.set_active(Driver())
-    configs.machine_of = lambda device: ARCHITECTURES[90]
+    blocks.machine_of = lambda device: ARCHITECTURES[90]
     for kind in (prepared.Launch, prepared.ScratchLaunch):
         kind.__call__ = note  # type: ignore[method-assign]
     draw = random.Random(0)

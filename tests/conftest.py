@@ -67,12 +67,12 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     if not config.option.collectonly:
         raise pytest.UsageError("LORA_KERNELS_TESTS_PRETEND_GPU is for --collect-only: there is no GPU to run on.")
-    from lora_kernels.backends.triton import configs
+    from lora_kernels.backends.triton.choose import blocks
     from lora_kernels.benchmark.roofline import MACHINES
 
     gpu = MACHINES["h100"].gpu
     assert gpu is not None
-    configs.machine_of = lambda device: gpu
+    blocks.machine_of = lambda device: gpu
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -114,7 +114,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--random-problems",
         default="1000",
         metavar="N",
-        help="how many random problems to solve, or FIRST:END (default: 1000; see tests/test_random_problems.py)",
+        help="how many random problems to solve, or FIRST:END (default: 1000; see tests/core/test_random_problems.py)",
     )
 
 
@@ -134,12 +134,13 @@ def triton_device() -> str:
 @pytest.fixture
 def fixed_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """On a GPU too, the blocks and plans that Triton's interpreter gets: which kernels are launched is then known."""
-    from lora_kernels.backends.triton import configs, launch
+    from lora_kernels.backends.triton import operators
+    from lora_kernels.backends.triton.choose import blocks
 
-    monkeypatch.setattr(configs, "machine_of", lambda device: configs.INTERPRETER)
-    launch.forget()
+    monkeypatch.setattr(blocks, "machine_of", lambda device: blocks.INTERPRETER)
+    operators.forget()
     yield
-    launch.forget()
+    operators.forget()
 
 
 @pytest.fixture(autouse=True)

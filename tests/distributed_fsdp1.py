@@ -29,8 +29,8 @@ from lora_kernels import (
     unmerge_lora,
 )
 from lora_kernels.errors import InvalidTypeError, LoRAStateError
-from lora_kernels.model import lora_layers
-from models import Net, replacing
+from lora_kernels.models.model import lora_layers
+from made_models import Net, replacing
 from numerics import check, same_bits
 
 summon: Callable[..., Any] = FullyShardedDataParallel.summon_full_params

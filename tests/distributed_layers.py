@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_kernels import FusedLoRALinear, LoRAConfig, merge_lora, replace_linear, restore_linear, save_adapter
 from lora_kernels.accuracy import expected_errors, run_reference
 from lora_kernels.errors import InvalidTypeError, LoRAStateError
-from models import acting, disturb
+from made_models import acting, disturb
 from numerics import check, check_all, same_bits
 
 K, N, R, SCALING = 22, 26, 3, 4 / 3  # none of them is a multiple of four: the last process has less

@@ -46,8 +46,8 @@ from lora_kernels import (
 )
 from lora_kernels.checkpoint.files import CONFIG, WEIGHTS
 from lora_kernels.errors import LoRAStateError
-from lora_kernels.model import lora_layers
-from models import Net, disturb
+from lora_kernels.models.model import lora_layers
+from made_models import Net, disturb
 from numerics import check, same_bits
 
 STEPS, ROWS, WIDTH = 50, 8, 5

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels import __version__
-from lora_kernels.backends.triton.configs import Machine
-from lora_kernels.backends.triton.plan_kinds import Cell, Plan
-from lora_kernels.backends.triton.plans import candidates
-from lora_kernels.backends.triton.tuned_table import DeviceName, Row, merge_into
+from lora_kernels.backends.triton.choose.blocks import Machine
+from lora_kernels.backends.triton.choose.candidates import candidates
+from lora_kernels.backends.triton.choose.plans import Cell, Plan
+from lora_kernels.backends.triton.choose.table import DeviceName, Row, merge_into
 from lora_kernels.benchmark.timing import Timing
 from lora_kernels.tuning import session
 from lora_kernels.tuning.search import Refusal

@@ -17,10 +17,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from cases import Case, make
-from lora_kernels.backends.triton import configs, launch, parts
-from lora_kernels.backends.triton.compile_jobs import ARCHITECTURES, backward_plans_of, plans_of
-from lora_kernels.backends.triton.configs import FEW_TOKENS
-from lora_kernels.backends.triton.plans import Cell, FewTokens
+from lora_kernels.backends.triton import operators, part_operators
+from lora_kernels.backends.triton.choose import blocks
+from lora_kernels.backends.triton.choose.blocks import FEW_TOKENS
+from lora_kernels.backends.triton.choose.candidates import Cell, FewTokens
+from lora_kernels.backends.triton.offline.compile_jobs import ARCHITECTURES, backward_plans_of, plans_of
 
 CASES = [Case(m=m, k=256, n=128, r=16, dtype=torch.bfloat16, p=0.1) for m in (8, 128)]
 STATE = torch.tensor([1, 2])
@@ -77,7 +78,7 @@ def _forward(case: Case) -> Iterator[dict[str, Any]]:
     few = case.m <= FEW_TOKENS
     for plan in (plan for plan in plans_of(ARCHITECTURES[90], cell) if few == isinstance(plan, FewTokens)):
         given = (*tensors, case.scaling, case.p, STATE)
-        yield _three_times(plan, lambda plan=plan, given=given: launch.run_plan(plan, *given))
+        yield _three_times(plan, lambda plan=plan, given=given: operators.run_plan(plan, *given))
 
 
 def _backward(case: Case) -> Iterator[dict[str, Any]]:
@@ -86,7 +87,7 @@ def _backward(case: Case) -> Iterator[dict[str, Any]]:
     cell = Cell("backward", case.m, case.k, case.n, case.r, "bfloat16", True)
     for plan in backward_plans_of(ARCHITECTURES[90], cell):
         given = (*tensors, torch.ones(case.m, case.r), case.scaling, case.p, STATE)
-        yield _three_times(plan, lambda plan=plan, given=given: launch.run_backward(plan, *given))
+        yield _three_times(plan, lambda plan=plan, given=given: operators.run_backward(plan, *given))
 
 
 def _parts(case: Case) -> Iterator[dict[str, Any]]:
@@ -94,15 +95,15 @@ def _parts(case: Case) -> Iterator[dict[str, Any]]:
     x, weight, a, b, bias = (t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.bias))
     gain, h = torch.ones(case.n), torch.ones(case.m, case.r + 8)[:, 8:]
     several = ([i.dy] * 2, [weight] * 2, [h] * 2, [a] * 2, case.p, [STATE] * 2)
-    yield _three_times("product", lambda: parts.product(x, weight, b, h, bias, gain, case.scaling, True))
-    yield _three_times("input_grad", lambda: parts.input_grad(*several))
-    yield _three_times("gain_grad", lambda: parts.gain_grad(i.dy, i.dy, gain, bias))
-    yield _three_times("row_norms", lambda: parts.row_norms(weight, a, b, case.scaling))
+    yield _three_times("product", lambda: part_operators.product(x, weight, b, h, bias, gain, case.scaling, True))
+    yield _three_times("input_grad", lambda: part_operators.input_grad(*several))
+    yield _three_times("gain_grad", lambda: part_operators.gain_grad(i.dy, i.dy, gain, bias))
+    yield _three_times("row_norms", lambda: part_operators.row_norms(weight, a, b, case.scaling))
 
 
 def main() -> None:
     driver.set_active(Driver())
-    configs.machine_of = lambda device: ARCHITECTURES[90]
+    blocks.machine_of = lambda device: ARCHITECTURES[90]
     results = [found for case in CASES for found in (*_forward(case), *_backward(case), *_parts(case))]
     print(json.dumps(results))
 

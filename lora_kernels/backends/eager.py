@@ -1,6 +1,6 @@
 """The plain composition: the library's GEMM (oneDNN, cuBLAS) and as few calls around it as there can be.
 
-Always available, always a candidate, and the yardstick of every fused backend; the products are in ``parts.py``.
+Always available, always a candidate, and the yardstick of every fused backend; the products are in ``composed.py``.
 
 Dropout: on the CPU the mask is drawn again in backward by a private generator that the seed seeds; on CUDA such a
 generator would have to read the seed back from the device, so the mask itself, one byte an element, is kept.
@@ -15,7 +15,7 @@ from ..dispatch import Problem
 from ..ops import register
 from ..reference import adapter_dtype, dropout_threshold
 from . import draw_seed
-from .parts import Parts, in_one_piece, sum_of_rows
+from .composed import Parts, in_one_piece, sum_of_rows
 
 __all__ = ["BACKEND"]
 

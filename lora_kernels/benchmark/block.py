@@ -21,7 +21,7 @@ from .. import accuracy
 from ..config import LoRAConfig
 from ..console import Progress
 from ..errors import InvalidArgumentError
-from ..model import replace_linear
+from ..models.model import replace_linear
 from .memory import peak_of, storages_kept
 from .report import Table, software
 from .results import environment

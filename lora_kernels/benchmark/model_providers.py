@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..branches import Branch, apply_branches
 from ..config import LoRAConfig
-from ..model import replace_linear
+from ..models.model import replace_linear
 from .models import ModelSetup, shared
 from .setups import Layer, Provider
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .. import __version__
-from ..backends.parts import MANY_TOKENS
+from ..backends.composed import MANY_TOKENS
 from . import roofline
 from .preset import Preset
 from .providers import FLOOR, PROVIDERS, Provider

@@ -278,7 +278,7 @@ def _tuned(device: str) -> list[dict[str, Any]]:
     """The tuned tables that the Triton backend reads on this machine's GPUs."""
     if device != "cuda":
         return []
-    from ..backends.triton import tuned
+    from ..backends.triton.choose import tuned
 
     devices: list[dict[str, Any]] = tuned.status()["devices"]
     return devices

@@ -5,7 +5,7 @@ over the bandwidth, plus a launch. So the terms that hide behind the large produ
 additional K step) cost nothing where it is bound by arithmetic, and show where it is bound by memory.
 
 On a GPU there is one model for all: the large product, the share of the bandwidth and the launch are those by which the
-Triton backend ranks its plans (``backends/triton/model.py``, ``backward_model.py``), and each of our passes takes what
+Triton backend ranks its plans (``backends/triton/choose``), and each of our passes takes what
 the best of its plans does.
 """
 
@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from ..backends.triton import plans
-from ..backends.triton.backward_model import BackwardModel
-from ..backends.triton.configs import Machine as Gpu
-from ..backends.triton.configs import gemm_configs, machine_of, persistent_configs, shrink_config
-from ..backends.triton.model import ASSUMED, Model
+from ..backends.triton.choose import candidates
+from ..backends.triton.choose.backward_cost import BackwardModel
+from ..backends.triton.choose.blocks import Machine as Gpu
+from ..backends.triton.choose.blocks import gemm_configs, machine_of, persistent_configs, shrink_config
+from ..backends.triton.choose.cost import ASSUMED, Model
 from .workloads import Workload
 
 __all__ = ["MACHINES", "Cost", "Kernel", "Machine", "cost", "gpu_machine", "kernels", "measure_machine"]
@@ -64,7 +64,7 @@ class Machine:
     def seconds(self, kernel: Kernel, dtype: str) -> float:
         if self.gpu is not None and kernel.product is not None:
             m, k, n = kernel.product
-            cell = plans.Cell("forward", m, k, n, 1, dtype, False)
+            cell = candidates.Cell("forward", m, k, n, 1, dtype, False)
             return Model(self.gpu, cell).library(kernel.accumulates)
         return max(kernel.bytes / self.bandwidth, kernel.flops / self.rates[dtype]) + self.launch
 
@@ -83,7 +83,7 @@ class Cost:
 def gpu_machine(name: str, gpu: Gpu) -> Machine:
     """``gpu`` under the assumptions of the Triton backend's model."""
     dtypes = ("bfloat16", "float16", "float32")
-    rates = {d: Model(gpu, plans.Cell("forward", 1, 1, 1, 1, d, False)).rate for d in dtypes}
+    rates = {d: Model(gpu, candidates.Cell("forward", 1, 1, 1, 1, d, False)).rate for d in dtypes}
     return Machine(name, ASSUMED.memory * gpu.bandwidth, rates, ASSUMED.launch, gpu)
 
 
@@ -120,22 +120,23 @@ def _our_forward(machine: Machine, workload: Workload) -> tuple[int, float]:
     """Launches and seconds of our forward: the plan that the Triton backend takes where nobody has tuned."""
     assert machine.gpu is not None
     cell = _cell(workload, dropout=workload.p > 0)
-    plan = plans.candidates(machine.gpu, cell)[0]
-    return _LAUNCHES[plan.kind] + (getattr(plan, "splits", 1) > 1), plans.predicted_seconds(machine.gpu, cell, plan)
+    plan = candidates.candidates(machine.gpu, cell)[0]
+    seconds = candidates.predicted_seconds(machine.gpu, cell, plan)
+    return _LAUNCHES[plan.kind] + (getattr(plan, "splits", 1) > 1), seconds
 
 
 def _our_backward(machine: Machine, workload: Workload) -> tuple[int, float]:
     """The same of our backward; with dx alone due, of dh and dx."""
     assert machine.gpu is not None
     cell = replace(_cell(workload, dropout=workload.p > 0), direction="backward")
-    plan = plans.candidates(machine.gpu, cell)[0]
+    plan = candidates.candidates(machine.gpu, cell)[0]
     model, way = BackwardModel(machine.gpu, cell), plan.hidden
     if workload.direction == "dx":
         seconds = model.dh(way.shrink) + model.dx(plan)
         return 1 + (way.shrink.splits > 1) + _DX_LAUNCHES[plan.kind], seconds
     hidden = 2 if way.joint else 2 + (way.shrink.splits > 1) + (way.db.splits > 1)
     launches = hidden + _DX_LAUNCHES[plan.kind] + 1 + (plan.da.splits > 1)
-    return launches, plans.predicted_seconds(machine.gpu, cell, plan)
+    return launches, candidates.predicted_seconds(machine.gpu, cell, plan)
 
 
 def _split_kernels(machine: Machine, workload: Workload) -> tuple[int, float]:
@@ -144,9 +145,9 @@ def _split_kernels(machine: Machine, workload: Workload) -> tuple[int, float]:
     cell = _cell(workload, dropout=False)
     sizes = (cell.tokens, cell.n, cell.r, cell.itemsize, cell.tf32)
     shrink = shrink_config(machine.gpu, cell.tokens, cell.r, cell.itemsize, cell.tf32)
-    fused = [plans.Fused(shrink, g, "persistent") for g in persistent_configs(machine.gpu, *sizes)]
-    fused += [plans.Fused(shrink, g) for g in gemm_configs(machine.gpu, *sizes)]
-    seconds = min(plans.predicted_seconds(machine.gpu, cell, plan) for plan in fused)
+    fused = [candidates.Fused(shrink, g, "persistent") for g in persistent_configs(machine.gpu, *sizes)]
+    fused += [candidates.Fused(shrink, g) for g in gemm_configs(machine.gpu, *sizes)]
+    seconds = min(candidates.predicted_seconds(machine.gpu, cell, plan) for plan in fused)
     drop = _drop(_Sizes.of(workload, same_dtype=True))
     return 2 + len(drop), seconds + sum(machine.seconds(k, workload.dtype) for k in drop)
 
@@ -156,7 +157,7 @@ def _split_backward(machine: Machine, workload: Workload) -> tuple[int, float]:
     assert machine.gpu is not None
     cell = replace(_cell(workload, dropout=False), direction="backward")
     model = BackwardModel(machine.gpu, cell)
-    fused = [plan for plan in plans.candidates(machine.gpu, cell) if isinstance(plan, plans.DxFused)]
+    fused = [plan for plan in candidates.candidates(machine.gpu, cell) if isinstance(plan, candidates.DxFused)]
     work = kernels("lorafusion", replace(workload, direction="backward")) or []
     others = [k for k in work if k.product is None and (workload.direction != "dx" or k.name != "da")]
     return 1 + len(others), min(map(model.dx, fused)) + sum(machine.seconds(k, workload.dtype) for k in others)
@@ -168,8 +169,8 @@ _FORWARD = {"triton": _our_forward, "lorafusion": _split_kernels}
 _BACKWARD = {"triton": _our_backward, "lorafusion": _split_backward}
 
 
-def _cell(w: Workload, dropout: bool) -> plans.Cell:
-    return plans.Cell("forward", w.tokens, w.in_features, w.out_features, w.r, w.dtype, dropout)
+def _cell(w: Workload, dropout: bool) -> candidates.Cell:
+    return candidates.Cell("forward", w.tokens, w.in_features, w.out_features, w.r, w.dtype, dropout)
 
 
 def kernels(provider: str, workload: Workload) -> list[Kernel] | None:

@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..adapter import remember, unwrapped
 from ..config import pattern_value, scaling_of
 from ..errors import InvalidTypeError
 from ..layer import LoRALayer
-from ..matching import Match
-from ..model import put_layers, training_kept_on_failure
-from ..replacing import build, check_model, decide
-from ..report import LoadReport, ReplacedLayer
-from ..trained import train_biases, train_whole
+from ..models.adapter import remember, unwrapped
+from ..models.matching import Match
+from ..models.model import put_layers, training_kept_on_failure
+from ..models.replacing import build, check_model, decide
+from ..models.report import LoadReport, ReplacedLayer
+from ..models.trained import train_biases, train_whole
 from . import files, peft_config
 from .plan import Plan, make_plan
 

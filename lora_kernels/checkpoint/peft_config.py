@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter import Adapter
 from ..config import LoRAConfig, pattern_value
 from ..errors import InvalidArgumentError, LoRAKernelsError, LoRAStateError
 from ..fsdp import plain_class
 from ..layer import LoRALayer
-from ..matching import is_all_linear, name_matches, plain_name, selects
+from ..models.adapter import Adapter
+from ..models.matching import is_all_linear, name_matches, plain_name, selects
 from ..nn import FusedLoRAConv1D
 from .plain_form import PlainForm
 

@@ -7,14 +7,14 @@ import warnings
 from torch import Tensor, nn
 
 from .. import storage
-from ..adapter import Adapter, remembered_within, unwrapped
 from ..config import LoRAConfig, as_tuple
 from ..errors import InvalidArgumentError, LoRAStateError
 from ..fsdp import settle_for
 from ..layer import LoRALayer
-from ..matching import plain_name, trained_whole
-from ..model import check_adapters_here, some_lora_layers
-from ..trained import biases, check_bias, warn_of_left_out, whole_tensors
+from ..models.adapter import Adapter, remembered_within, unwrapped
+from ..models.matching import plain_name, trained_whole
+from ..models.model import check_adapters_here, some_lora_layers
+from ..models.trained import biases, check_bias, warn_of_left_out, whole_tensors
 from . import files, peft_config
 from .collective import once
 from .plain_form import NAMES, PlainForm, plain_form, whole

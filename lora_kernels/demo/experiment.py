@@ -287,7 +287,7 @@ def _with_peft(start: nn.Module) -> nn.Module:
     """The same model with PEFT's layer in the place of ours, made by PEFT; its bias trains too."""
     import peft
 
-    from ..model import restore_linear
+    from ..models.model import restore_linear
 
     network = copy.deepcopy(start)
     restore_linear(network)

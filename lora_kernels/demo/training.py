@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..config import LoRAConfig
-from ..model import mark_only_lora_as_trainable, replace_linear
+from ..models.model import mark_only_lora_as_trainable, replace_linear
 from ..nn import FusedLoRALinear
 
 __all__ = [

@@ -11,8 +11,8 @@ from torch import nn
 
 from ..console import MissingExtraError
 from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
-from ..grouping import share_found, unshare_inputs
-from ..report import SkippedLayer
+from ..models.grouping import share_found, unshare_inputs
+from ..models.report import SkippedLayer
 from .report import FusedLayer, FuseReport, UnfuseReport, counter, drop_counter, total
 
 if TYPE_CHECKING:

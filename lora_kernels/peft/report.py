@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import InvalidTypeError, LoRAStateError
-from ..report import SkippedLayer, count, group_lines, skipped_lines, some
+from ..models.report import SkippedLayer, count, group_lines, skipped_lines, some
 
 __all__ = ["BASE", "FUSED", "Calls", "FuseReport", "FusedLayer", "UnfuseReport", "calls", "counter"]
 

@@ -15,10 +15,10 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from ..backends.triton.configs import Machine, machine_of
-from ..backends.triton.plan_kinds import Cell, Plan
-from ..backends.triton.tuned import identify
-from ..backends.triton.tuned_table import DeviceName, running_versions
+from ..backends.triton.choose.blocks import Machine, machine_of
+from ..backends.triton.choose.plans import Cell, Plan
+from ..backends.triton.choose.table import DeviceName, running_versions
+from ..backends.triton.choose.tuned import identify
 from ..benchmark.providers import make_setups
 from ..benchmark.timing import Candidate, Timing, measure
 from ..errors import LoRAKernelsError

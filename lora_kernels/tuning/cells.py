@@ -9,8 +9,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..backends.triton.configs import next_power_of_2
-from ..backends.triton.plan_kinds import DIRECTIONS, DTYPES, Cell
+from ..backends.triton.choose.blocks import next_power_of_2
+from ..backends.triton.choose.plans import DIRECTIONS, DTYPES, Cell
 from ..errors import InvalidArgumentError
 
 __all__ = ["PRESETS", "Preset", "cells_of", "directions", "numbers", "preset", "shapes", "shapes_of_model"]

@@ -14,8 +14,8 @@ from ..console import Progress, check_writable, json_text, progress_bars, progre
 from ..errors import BackendUnavailableError, InvalidArgumentError
 
 if TYPE_CHECKING:
-    from ..backends.triton.configs import Machine
-    from ..backends.triton.plan_kinds import Cell
+    from ..backends.triton.choose.blocks import Machine
+    from ..backends.triton.choose.plans import Cell
     from ..benchmark.report import Table
     from .session import Outcome
 
@@ -133,7 +133,7 @@ def _dry_run(args: argparse.Namespace, cells: list[Cell]) -> int:
     if args.machine:
         machine, name = _named_machine(args.machine)
     else:
-        from ..backends.triton.configs import machine_of
+        from ..backends.triton.choose.blocks import machine_of
 
         device = _device(args.device, "name one by --machine h200, or run it where a GPU is")
         machine, name = machine_of(device), str(device)
@@ -156,8 +156,9 @@ def _tune(args: argparse.Namespace, cells: list[Cell]) -> int:
     device = _device(
         args.device, "run it where a GPU is; `lora-kernels tune --dry-run --machine h200` shows what it does"
     )
-    from ..backends.triton import launch, tuned
-    from ..backends.triton.tuned_table import TableError, slug, user_folder
+    from ..backends.triton import operators
+    from ..backends.triton.choose import tuned
+    from ..backends.triton.choose.table import TableError, slug, user_folder
     from .bench import DeviceBench
     from .report import outcomes_json, outcomes_table, sentences
     from .session import Options, run
@@ -187,7 +188,7 @@ def _tune(args: argparse.Namespace, cells: list[Cell]) -> int:
     with _progress() as progress:
         outcomes = run(cells, bench, options, progress, keep)
     tuned.forget()
-    launch.forget()
+    operators.forget()
     _print(outcomes_table(outcomes, bench.name.name, bench.machine))
     for sentence in sentences(outcomes):
         print(sentence)

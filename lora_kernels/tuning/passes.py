@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import accuracy, reference
-from ..backends.triton.plan_kinds import Cell, Plan
+from ..backends.triton.choose.plans import Cell, Plan
 from ..benchmark.providers import Setup
 from ..benchmark.workloads import Workload
 from ..rounding import Arithmetic
@@ -71,7 +71,7 @@ def pass_of(cell: Cell, sets: list[Inputs], scaling: float) -> Pass:
 
 class _Common:
     def __init__(self, cell: Cell, sets: list[Inputs], scaling: float) -> None:
-        from ..backends.triton.launch import mask
+        from ..backends.triton.operators import mask
 
         x = sets[0].x
         self._cell, self._sets, self._scaling = cell, sets, scaling
@@ -99,7 +99,7 @@ class ForwardPass(_Common):
     """y and h."""
 
     def __init__(self, cell: Cell, sets: list[Inputs], scaling: float) -> None:
-        from ..backends.triton.launch import run_plan
+        from ..backends.triton.operators import run_plan
 
         super().__init__(cell, sets, scaling)
         self._run_plan = run_plan
@@ -143,7 +143,7 @@ class BackwardPass(_Common):
     """dx, da and db, from an h that forward has left."""
 
     def __init__(self, cell: Cell, sets: list[Inputs], scaling: float) -> None:
-        from ..backends.triton.launch import run_backward
+        from ..backends.triton.operators import run_backward
 
         super().__init__(cell, sets, scaling)
         self._run_backward = run_backward

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..backends.triton.configs import Machine
-from ..backends.triton.plan_kinds import Cell, Plan, plan_to_json
-from ..backends.triton.plans import candidates, predicted_seconds
+from ..backends.triton.choose.blocks import Machine
+from ..backends.triton.choose.candidates import candidates, predicted_seconds
+from ..backends.triton.choose.plans import Cell, Plan, plan_to_json
 from ..benchmark import roofline
 from ..benchmark.providers import FLOOR
 from ..benchmark.report import SHORT, Table

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..backends.triton.configs import Machine
-from ..backends.triton.plan_kinds import BaseFirst, Cell, DxBaseFirst, DxLoraFirst, LoraFirst, Plan
-from ..backends.triton.plans import candidates, predicted_seconds
+from ..backends.triton.choose.blocks import Machine
+from ..backends.triton.choose.candidates import candidates, predicted_seconds
+from ..backends.triton.choose.plans import BaseFirst, Cell, DxBaseFirst, DxLoraFirst, LoraFirst, Plan
 from ..benchmark.timing import Timing
 from ..errors import LoRAKernelsError
 

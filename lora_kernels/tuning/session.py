@@ -10,9 +10,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Protocol
 
-from ..backends.triton.configs import Machine
-from ..backends.triton.plan_kinds import Cell
-from ..backends.triton.tuned_table import DeviceName, Row, TableError, merge_into, read
+from ..backends.triton.choose.blocks import Machine
+from ..backends.triton.choose.plans import Cell
+from ..backends.triton.choose.table import DeviceName, Row, TableError, merge_into, read
 from ..console import Progress
 from .search import CANDIDATES, Found, NothingToStoreError, Trial, search
 

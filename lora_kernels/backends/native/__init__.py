@@ -14,7 +14,7 @@ from torch import Tensor
 from ...dispatch import Problem
 from ...ops import register
 from .. import draw_seed
-from ..parts import Parts
+from ..composed import Parts
 from . import choice, load
 
 __all__ = ["BACKEND"]

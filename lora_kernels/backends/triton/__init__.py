@@ -71,9 +71,9 @@ class TritonBackend:
         )
 
     def register(self, device_type: str) -> None:
-        from . import launch, parts
+        from . import operators, part_operators
 
-        modules = (launch, parts)
+        modules = (operators, part_operators)
         own = {name: next(getattr(m, name) for m in modules if name in m.__all__) for name in OPERATOR_NAMES}
         register(self.name, own, _hidden_dtype)
 

@@ -1,0 +1,299 @@
+"""The ways to run a pass, as data: what a choice depends on, the plans to choose among, and JSON both ways.
+
+============ ===================================================================================== ========
+forward      what runs                                                                             launches
+============ ===================================================================================== ========
+FewTokens    one pass over W that forms y and h; with ``splits`` > 1 each takes a part of K        1, or 2
+Fused        h, then one product whose accumulator takes s h Bᵀ as an additional K step            2
+LoraFirst    h, then y₀ = bias + s h Bᵀ, then the library's product accumulates onto it (beta = 1) 3
+BaseFirst    h, then the library's product, then bias + s h Bᵀ is added onto it in place           3
+============ ===================================================================================== ========
+
+The first two round y once. The compositions round twice, as PyTorch's own do: y₀ (or the base) and then the sum.
+
+A backward pass takes dh and db (in one read of dy and a second stage, or one after the other), dx, and da, which has a
+second stage too where its rows are split:
+
+=========== ======================================================================================= =================
+backward    dx                                                                                      launches, with da
+=========== ======================================================================================= =================
+DxFused     one product whose accumulator begins with D * (dh A)                                    4 to 6
+DxLoraFirst D * (dh A), then the library's product accumulates onto it (beta = 1)                   5 to 7
+DxBaseFirst the library's product, then D * (dh A) is added onto it in place                        5 to 7
+=========== ======================================================================================= =================
+
+With ``beside`` small kernels, which read memory, run on a second stream beside the large one, which counts: in backward
+whatever dx does not wait for; and beside a base that comes first all of them, in forward too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TypeAlias
+
+from ....errors import InvalidArgumentError
+from .blocks import DaConfig, DhDbConfig, ExpandConfig, FewTokensConfig, GemmConfig, ShrinkConfig
+
+__all__ = [
+    "DIRECTIONS",
+    "DTYPES",
+    "VARIANTS",
+    "BackwardPlan",
+    "BaseFirst",
+    "Cell",
+    "DxBaseFirst",
+    "DxFused",
+    "DxLoraFirst",
+    "FewTokens",
+    "ForwardPlan",
+    "Fused",
+    "Hidden",
+    "LoraFirst",
+    "Plan",
+    "is_of",
+    "plan_from_json",
+    "plan_to_json",
+]
+
+DIRECTIONS = ("forward", "backward")
+DTYPES = ("bfloat16", "float16", "float32", "tf32")
+# How the fused product loads its operands: tiles of pointers; by TMA, in programs that walk the tiles; the same with
+# the loops over tiles and K made one, so that a tile's first loads start early.
+VARIANTS = ("pointer", "persistent", "flattened")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What the choice of a plan depends on.
+
+    Attributes:
+        direction: which pass, one of ``DIRECTIONS``; of backward, with dx, da and db due.
+        tokens: the token bucket, the next power of 2 of M.
+        k, n, r: in_features, out_features, rank.
+        dtype: the compute dtype, one of ``DTYPES``; ``"tf32"`` is fp32 whose products may round to TF32.
+        dropout: whether a mask is drawn.
+    """
+
+    direction: str
+    tokens: int
+    k: int
+    n: int
+    r: int
+    dtype: str
+    dropout: bool
+
+    @property
+    def itemsize(self) -> int:
+        return 2 if self.dtype in ("bfloat16", "float16") else 4
+
+    @property
+    def tf32(self) -> bool:
+        return self.dtype == "tf32"
+
+    def __str__(self) -> str:
+        dropout = " dropout" if self.dropout else ""
+        return f"{self.direction} {self.dtype} M<={self.tokens} {self.k}->{self.n} r={self.r}{dropout}"
+
+
+@dataclass(frozen=True, slots=True)
+class FewTokens:
+    """``splits`` programs share the sum over K of each strip of y; ``pdl``: the second stage starts early."""
+
+    kind: ClassVar[str] = "few_tokens"
+    config: FewTokensConfig
+    splits: int = 1
+    pdl: bool = False
+
+    def __str__(self) -> str:
+        c = self.config
+        return f"few_tokens {c.block_m}x{c.block_n}x{c.block_k}/{c.num_stages} splits={self.splits}{_pdl(self.pdl)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """``variant``: one of ``VARIANTS``; ``pdl``: the product starts while h is still computed."""
+
+    kind: ClassVar[str] = "fused"
+    shrink: ShrinkConfig
+    gemm: GemmConfig
+    variant: str = "pointer"
+    pdl: bool = False
+
+    def __str__(self) -> str:
+        g = self.gemm
+        tile = f"{g.block_rows}x{g.block_columns}x{g.block_sum}/{g.num_stages} warps={g.num_warps}"
+        return f"fused {self.variant} {tile} {_shrink(self.shrink)}{_pdl(self.pdl)}"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFirst:
+    """``pdl``: the kernel that writes y₀ is launched while h is still computed."""
+
+    kind: ClassVar[str] = "lora_first"
+    shrink: ShrinkConfig
+    expand: ExpandConfig
+    pdl: bool = False
+
+    def __str__(self) -> str:
+        return f"lora_first {_shrink(self.shrink)} {_expand(self.expand)}{_pdl(self.pdl)}"
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFirst:
+    """``beside``: h is computed on a second stream meanwhile."""
+
+    kind: ClassVar[str] = "base_first"
+    shrink: ShrinkConfig
+    expand: ExpandConfig
+    beside: bool = False
+
+    def __str__(self) -> str:
+        return f"base_first {_shrink(self.shrink)} {_expand(self.expand)}{_beside(self.beside)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """How dh and db come about: ``joint``, by ``dh_db`` in one read of dy; else dh by ``shrink``, then db by ``db``.
+
+    Where db is not due, dh is by ``shrink``.
+    """
+
+    shrink: ShrinkConfig
+    db: DaConfig
+    dh_db: DhDbConfig
+    joint: bool
+
+    def __str__(self) -> str:
+        c = self.dh_db
+        joint = f"dh+db {c.block_m}x{c.block_n}/{c.chunk_m}"
+        return joint if self.joint else f"dh {_shrink(self.shrink)} db {_da(self.db)}"
+
+
+@dataclass(frozen=True, slots=True)
+class DxFused:
+    """``variant``: "pointer" or "persistent"."""
+
+    kind: ClassVar[str] = "dx_fused"
+    hidden: Hidden
+    da: DaConfig
+    gemm: GemmConfig
+    variant: str = "pointer"
+    beside: bool = False
+
+    def __str__(self) -> str:
+        g = self.gemm
+        tile = f"{g.block_rows}x{g.block_columns}x{g.block_sum}/{g.num_stages} warps={g.num_warps}"
+        return f"dx_fused {self.variant} {tile} {_rest(self)}"
+
+
+@dataclass(frozen=True, slots=True)
+class DxLoraFirst:
+    kind: ClassVar[str] = "dx_lora_first"
+    hidden: Hidden
+    da: DaConfig
+    expand: ExpandConfig
+    beside: bool = False
+
+    def __str__(self) -> str:
+        return f"dx_lora_first {_expand(self.expand)} {_rest(self)}"
+
+
+@dataclass(frozen=True, slots=True)
+class DxBaseFirst:
+    kind: ClassVar[str] = "dx_base_first"
+    hidden: Hidden
+    da: DaConfig
+    expand: ExpandConfig
+    beside: bool = False
+
+    def __str__(self) -> str:
+        return f"dx_base_first {_expand(self.expand)} {_rest(self)}"
+
+
+ForwardPlan: TypeAlias = FewTokens | Fused | LoraFirst | BaseFirst
+BackwardPlan: TypeAlias = DxFused | DxLoraFirst | DxBaseFirst
+Plan: TypeAlias = ForwardPlan | BackwardPlan
+
+_BY_DIRECTION: dict[str, tuple[type[Any], ...]] = {
+    "forward": (FewTokens, Fused, LoraFirst, BaseFirst),
+    "backward": (DxFused, DxLoraFirst, DxBaseFirst),
+}
+_KINDS: dict[str, type[Any]] = {kind.kind: kind for kinds in _BY_DIRECTION.values() for kind in kinds}
+_CONFIGS: dict[str, type[Any]] = {
+    kind.__name__: kind
+    for kind in (FewTokensConfig, ShrinkConfig, GemmConfig, ExpandConfig, DaConfig, DhDbConfig, Hidden)
+}
+
+
+def is_of(plan: Plan, direction: str) -> bool:
+    """Whether ``plan`` is one for ``direction``."""
+    return isinstance(plan, _BY_DIRECTION[direction])
+
+
+def _pdl(pdl: bool) -> str:
+    return " pdl" if pdl else ""
+
+
+def _beside(beside: bool) -> str:
+    return " beside" if beside else ""
+
+
+def _shrink(c: ShrinkConfig) -> str:
+    return f"shrink {c.block_m}x{c.block_k}/{c.num_stages} splits={c.splits}"
+
+
+def _expand(c: ExpandConfig) -> str:
+    return f"expand {c.block_m}x{c.block_n}"
+
+
+def _da(c: DaConfig) -> str:
+    return f"{c.block_m}x{c.block_k}/{c.num_stages} splits={c.splits}"
+
+
+def _rest(plan: BackwardPlan) -> str:
+    return f"{plan.hidden} da {_da(plan.da)}{_beside(plan.beside)}"
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """``plan`` as JSON knows it: its ``kind`` and its fields, the configurations as objects of their own."""
+    return {"kind": plan.kind, **asdict(plan)}
+
+
+def plan_from_json(document: Mapping[str, Any]) -> Plan:
+    """The plan that ``plan_to_json`` wrote.
+
+    Raises:
+        InvalidArgumentError: ``document`` is no such object: an unknown kind, a field too many or too few, or a value
+            that no configuration has.
+    """
+    if not isinstance(document, Mapping) or document.get("kind") not in _KINDS:
+        raise InvalidArgumentError(f"a plan is an object whose 'kind' is one of {', '.join(_KINDS)}; got {document!r}.")
+    plan: Plan = _parsed(_KINDS[document["kind"]], {name: document[name] for name in document if name != "kind"})
+    return plan
+
+
+def _parsed(kind: type[Any], document: Any) -> Any:
+    """An instance of the dataclass ``kind``; the annotations say what each value may be."""
+    names = [field.name for field in fields(kind)]
+    if not isinstance(document, Mapping) or set(document) != set(names):
+        raise InvalidArgumentError(f"{kind.__name__} has the fields {', '.join(names)}; got {document!r}.")
+    return kind(
+        **{field.name: _value(kind, field.name, str(field.type), document[field.name]) for field in fields(kind)}
+    )
+
+
+def _value(kind: type[Any], name: str, annotation: str, value: Any) -> Any:
+    if annotation in _CONFIGS:
+        return _parsed(_CONFIGS[annotation], value)
+    if annotation == "str":
+        allowed, right = f"one of {', '.join(VARIANTS)}", value in VARIANTS
+    elif annotation == "bool":
+        allowed, right = "true or false", isinstance(value, bool)
+    else:
+        power = name.startswith("block") or name == "num_warps"
+        allowed = f"a positive integer{', a power of 2' if power else ''}, at most 65536"
+        right = type(value) is int and 1 <= value <= 65536 and not (power and value & (value - 1))
+    if not right:
+        raise InvalidArgumentError(f"{name} of {kind.__name__} is {value!r} and must be {allowed}.")
+    return value

@@ -1,0 +1,219 @@
+"""The kernel calls that ``compile_report`` compiles: those that the launch code makes for described machines.
+
+The launch code itself runs, on meta tensors and with every launch replaced by a note of it: so the block sizes,
+argument types and alignments are those of a real call. Forward and backward run by the best predicted plan of each
+kind, the part operators as they come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..choose.blocks import FEW_TOKENS, Machine
+from ..choose.candidates import BackwardPlan, BaseFirst, Cell, DxBaseFirst, FewTokens, ForwardPlan, Fused, candidates
+
+__all__ = ["ARCHITECTURES", "CASES", "QUICK", "Case", "Job", "backward_plans_of", "jobs_of", "plans_of"]
+
+# A100, H200 and B200 by their data sheets; shared memory is what one program may use.
+ARCHITECTURES = {
+    80: Machine(capability=80, sm_count=108, shared_memory=166912, clock=1.41e9, bandwidth=2.0e12),
+    90: Machine(capability=90, sm_count=132, shared_memory=232448, clock=1.98e9, bandwidth=4.8e12),
+    100: Machine(capability=100, sm_count=148, shared_memory=232448, clock=1.96e9, bandwidth=8.0e12),
+}
+_TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer to compile for: K = N = 4096 and ``m`` tokens; ``parts``: the part operators too."""
+
+    dtype: torch.dtype
+    r: int = 16
+    p: float = 0.0
+    adapter_dtype: torch.dtype | None = None
+    tf32: bool = False
+    m: int = 8192
+    parts: bool = False
+
+    def __str__(self) -> str:
+        name = "tf32" if self.tf32 else _TYPE_NAMES[self.dtype]
+        adapter = f" adapters {_TYPE_NAMES[self.adapter_dtype]}" if self.adapter_dtype else ""
+        return f"{name} r={self.r} p={self.p} m={self.m}{adapter}"
+
+
+_FP16, _BF16, _FP32 = torch.float16, torch.bfloat16, torch.float32
+CASES = (
+    Case(_BF16, parts=True),
+    Case(_BF16, p=0.1),
+    Case(_BF16, r=8, adapter_dtype=_FP32),
+    Case(_BF16, r=32, p=0.1, adapter_dtype=_FP32),
+    Case(_BF16, r=64, p=0.1, adapter_dtype=_FP32, parts=True),
+    Case(_BF16, r=128, p=0.1),
+    Case(_BF16, r=300, p=0.1, adapter_dtype=_FP32),
+    Case(_BF16, m=512, r=16, p=0.1, adapter_dtype=_FP32),
+    Case(_BF16, m=8, r=16, p=0.1, adapter_dtype=_FP32),
+    Case(_FP16, p=0.1, parts=True),
+    Case(_FP16, r=64, p=0.1, adapter_dtype=_FP32, parts=True),
+    Case(_FP16, m=8, r=16, p=0.1, adapter_dtype=_FP32),
+    Case(_FP32, tf32=True),
+    Case(_FP32, tf32=True, r=64, p=0.1),
+    Case(_FP32, p=0.1, parts=True),
+)
+QUICK = (CASES[4], CASES[8])  # rank 64 with dropout, and few tokens
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of one kernel, as ``triton.compile`` wants it."""
+
+    kernel: str
+    arch: int
+    case: str
+    exact: bool  # fp32 products in IEEE arithmetic: no tensor core does those
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[str, ...]
+    options: dict[str, Any]
+
+    def key(self) -> str:
+        constants = {name: str(value) for name, value in self.constants.items()}
+        return json.dumps([self.kernel, self.arch, self.signature, constants, self.aligned, self.options])
+
+
+def plans_of(machine: Machine, cell: Cell) -> list[ForwardPlan]:
+    """The best predicted forward plan of each kind and variant; of few tokens, with and without a split of K.
+
+    ``BaseFirst`` only for few tokens: its kernels are ``LoraFirst``'s but for one load.
+    """
+    found: dict[tuple[object, ...], ForwardPlan] = {}
+    for plan in candidates(machine, cell):
+        if isinstance(plan, BaseFirst) and cell.tokens > FEW_TOKENS:
+            continue
+        variant = plan.variant if isinstance(plan, Fused) else isinstance(plan, FewTokens) and plan.splits > 1
+        found.setdefault((plan.kind, variant), plan)
+    return list(found.values())
+
+
+def backward_plans_of(machine: Machine, cell: Cell) -> list[BackwardPlan]:
+    """The best predicted backward plan of each kind and variant, and of each way to dh and db, and to da.
+
+    ``DxBaseFirst`` as ``BaseFirst``: for few tokens.
+    """
+    found: dict[tuple[object, ...], BackwardPlan] = {}
+    for plan in candidates(machine, cell):
+        if isinstance(plan, DxBaseFirst) and cell.tokens > FEW_TOKENS:
+            continue
+        found.setdefault((plan.kind, getattr(plan, "variant", "")), plan)
+        found.setdefault((plan.hidden.joint,), plan)
+        found.setdefault(("da", plan.da.splits > 1), plan)
+    return list(dict.fromkeys(found.values()))
+
+
+def jobs_of(case: Case, arch: int) -> Iterator[Job]:
+    """The kernel calls of one layer, forward and backward by each kind of plan, from the launch code itself."""
+    from .. import operators, part_operators
+    from ..run.forward import Call, ready_product
+    from ..run.prepared import precision_of
+
+    m, k, n, r = case.m, 4096, 4096, case.r
+    adapter, p = case.adapter_dtype or case.dtype, case.p
+
+    def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, dy, weight = (meta(*shape, dtype=case.dtype) for shape in ((m, k), (m, n), (n, k)))
+    lora_a, lora_b, bias = (meta(*shape, dtype=adapter) for shape in ((r, k), (n, r), (n,)))
+    h, gain = (meta(*shape, dtype=torch.float32) for shape in ((m, r), (n,)))
+    state = meta(2, dtype=torch.int64) if p else None
+    states = [] if state is None else [state]
+    dtype = "tf32" if case.tf32 else str(case.dtype).removeprefix("torch.")
+    cell, machine = Cell("forward", m, k, n, r, dtype, state is not None), ARCHITECTURES[arch]
+    back = replace(cell, direction="backward")
+    calls: list[Job] = []
+    with _recording(operators, case, arch, calls):
+        for plan in plans_of(machine, cell):
+            operators.run_plan(plan, x, weight, lora_a, lora_b, bias, 2.5, p, state)
+        for backward in backward_plans_of(machine, back):
+            operators.run_backward(backward, dy, x, weight, lora_a, lora_b, None, h, 2.5, p, state)
+            operators.run_backward(backward, dy, x, weight, lora_a, lora_b, None, None, 2.5, p, state)
+        if case.parts or r > 128:
+            part_operators.row_norms(weight, lora_a, lora_b, 2.5)
+        if case.parts:
+            part_operators.gain_grad(dy, dy, gain, bias)
+            part_operators.output_grads(dy, lora_b, h, bias, 2.5)
+            part_operators.input_grad([dy, dy], [weight, weight], [h, h], [lora_a, lora_a], p, 2 * states)
+            call = Call.of(machine, x, weight, None, lora_b, bias, 0.0, None, precision_of(x.dtype), h, gain)
+            ways = {
+                (plan.kind, getattr(plan, "variant", "")): plan
+                for plan in part_operators.product_plans(x.device, call)[::-1]
+            }
+            for way in ways.values():
+                ready_product(way, call)(None, x, weight, lora_b, bias, gain, h, None, dy, 2.5)
+        if state is not None:
+            operators.mask(state, m, k, p)
+    yield from calls
+
+
+@contextlib.contextmanager
+def _recording(operators: Any, case: Case, arch: int, calls: list[Job]) -> Iterator[None]:
+    """Within it the operators see the machine ``arch``, and launches are noted in the place of being done."""
+    from ..choose import blocks
+    from ..run.prepared import Launch, ScratchLaunch
+
+    def note(self: Launch, stream: int | None, *arguments: Any) -> None:
+        calls.append(_job(self, arguments, case, arch))
+
+    kept = [(blocks, "machine_of"), (Launch, "__call__"), (ScratchLaunch, "__call__")]
+    values = [getattr(owner, name) for owner, name in kept]
+    precision = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
+    operators.forget()
+    for (owner, name), value in zip(kept, (lambda device: ARCHITECTURES[arch], note, note), strict=True):
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = precision
+        for (owner, name), value in zip(kept, values, strict=True):
+            setattr(owner, name, value)
+        operators.forget()
+
+
+def _job(launch: Any, arguments: tuple[Any, ...], case: Case, arch: int) -> Job:
+    """Types the arguments as Triton's launcher does: 1 and None are constants, multiples of 16 aligned."""
+    kernel = launch.kernel
+    values = dict(zip(kernel.arg_names, (*arguments, *launch.static), strict=True))
+    parameters = {parameter.name: parameter for parameter in kernel.params}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned = []
+    for name, value in values.items():
+        specialised = not parameters[name].do_not_specialize
+        one = specialised and isinstance(value, int) and value == 1
+        if parameters[name].is_constexpr or value is None or one:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = f"*{_TYPE_NAMES[value.dtype]}"
+            aligned.append(name)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and specialised:
+                aligned.append(name)
+    exact = case.dtype == torch.float32 and not case.tf32
+    options = {"enable_fp_fusion": True, **launch.options}
+    return Job(kernel.__name__, arch, str(case), exact, signature, constants, tuple(aligned), options)

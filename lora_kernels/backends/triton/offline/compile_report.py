@@ -1,0 +1,222 @@
+"""Compiles every kernel for GPUs that are not there, and reports what the compiler made of it.
+
+``python -m lora_kernels.backends.triton.offline.compile_report [--check] [--json FILE] [--quick] [--arch 80 90 100]``
+
+Each distinct call of ``compile_jobs`` is compiled for its target. ``--check`` exits 1, a sentence each, where registers
+spill, where shared memory exceeds the device's, where fp32 products are not summed block by block, or where an
+instruction that is meant does not appear: the tensor cores' (on Hopper in every K step), TMA's loads, the waits of
+dependent launch. All but the sums is read from the machine code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from .... import env
+from .compile_jobs import ARCHITECTURES, CASES, QUICK, Case, Job, jobs_of
+
+__all__ = ["Record", "faults", "main", "report"]
+
+_INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma.sync": "mma.sync"}
+_SHOWN = ("PARTS", "FLATTEN", "PDL")
+_GEMMS = ("forward_kernel", "persistent_kernel", "dx_kernel", "dx_persistent_kernel")
+_BY_TMA = ("persistent_kernel", "dx_persistent_kernel")
+_NO_PRODUCT = ("reduce_kernel", "mask_kernel", "sum_parts_kernel", "gain_grad_kernel")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the compiler made of one job. ``stack`` and ``local`` are bytes a thread: spilled registers live there.
+
+    ``products``, ``tma_loads`` and ``waits`` count HGMMA, UTMALDG and ACQBULK in the machine code, on sm_90 for GEMMs.
+    ``chained``: of the sums over blocks of IEEE products the compiler has made one chain.
+    """
+
+    kernel: str
+    arch: int
+    case: str
+    exact: bool
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    shared_limit: int
+    instruction: str
+    seconds: float
+    blocks: dict[str, int] = field(default_factory=dict)
+    products: int = 0
+    tma_loads: int = 0
+    waits: int = 0
+    chained: bool = False
+
+
+def report(cases: tuple[Case, ...] = CASES, architectures: tuple[int, ...] = tuple(ARCHITECTURES)) -> list[Record]:
+    """Compiles every distinct kernel call of ``cases`` for ``architectures``, on all cores.
+
+    Raises:
+        RuntimeError: ``TRITON_INTERPRET`` is set, under which kernels cannot be compiled.
+    """
+    if env.triton_interpreter_requested():
+        raise RuntimeError("TRITON_INTERPRET is set: kernels that are interpreted cannot be compiled. Unset it.")
+    jobs: dict[str, Job] = {}
+    for arch in architectures:
+        for case in cases:
+            for job in jobs_of(case, arch):
+                jobs.setdefault(job.key(), job)
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_compile, jobs.values()))
+
+
+def faults(records: list[Record]) -> list[str]:
+    """A sentence for each record that breaks a rule."""
+    sentences = []
+    for r in records:
+        where = f"{r.kernel} for sm_{r.arch} ({r.case})"
+        if r.stack or r.local:
+            sentences.append(f"{where} spills: {r.stack} bytes of stack, {r.local} of local memory.")
+        if r.shared > r.shared_limit:
+            sentences.append(f"{where} takes {r.shared} bytes of shared memory and the device has {r.shared_limit}.")
+        if (wanted := _wanted_instruction(r)) and r.instruction not in wanted:
+            sentences.append(f"{where} uses {r.instruction or 'no tensor core'} where {' or '.join(wanted)} is meant.")
+        if r.chained:
+            sentences.append(f"{where} adds all its products up in one chain, where blocks are meant to be summed.")
+        sentences += [f"{where} {lack}" for lack in _hopper_faults(r)]
+    return sentences
+
+
+def _wanted_instruction(record: Record) -> tuple[str, ...]:
+    """The instructions that will do; none where products are IEEE fp32 or there are none."""
+    if record.exact or record.kernel in _NO_PRODUCT:
+        return ()
+    if record.kernel == "row_norms_kernel" and record.case.startswith("tf32"):  # its products are IEEE's
+        return ()
+    # TF32 takes both operands in one order only, which dx's W is not in: there Triton keeps to mma.sync.
+    tf32 = record.case.startswith("tf32")
+    if record.kernel in _GEMMS and not tf32 and record.arch >= 90 and record.blocks["BLOCK_M"] >= 64:
+        return ("wgmma",) if record.arch < 100 else ("tcgen05",)
+    return tuple(_INSTRUCTIONS)
+
+
+def _hopper_faults(record: Record) -> Iterator[str]:
+    """What a GEMM for sm_90 lacks: one product for each 16 elements of a K step, TMA's loads, the wait for h."""
+    if record.arch != 90 or record.kernel not in _GEMMS or record.instruction != "wgmma":
+        return
+    blocks = record.blocks
+    tall = max(1, blocks["BLOCK_M"] // (16 * blocks["num_warps"]))
+    depth = blocks["BLOCK_N" if record.kernel.startswith("dx_") else "BLOCK_K"]
+    wanted = depth // (8 if record.case.startswith("tf32") else 16) * tall
+    if record.products < wanted:
+        yield f"has {record.products} HGMMA where a K step takes {wanted}."
+    if record.kernel in _BY_TMA and not record.tma_loads:
+        yield "has no UTMALDG: its operands do not come by TMA."
+    if blocks.get("PDL") and not record.waits:
+        yield "has no ACQBULK: it does not wait for the kernel before."
+
+
+def _kernel(name: str) -> Any:
+    from ..kernels import backward, few_tokens, forward, gain, input_grad, persistent, philox
+
+    modules = (backward, few_tokens, forward, gain, input_grad, persistent, philox)
+    return next(getattr(module, name) for module in modules if name in module.__all__)
+
+
+def _compile(job: Job) -> Record:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = _kernel(job.kernel)
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in job.aligned}
+    source = ASTSource(fn=kernel, signature=job.signature, constexprs=job.constants, attrs=attributes)
+    start = time.perf_counter()
+    compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=dict(job.options))
+    seconds = time.perf_counter() - start
+    usage = _resource_usage(compiled.asm["cubin"])
+    instruction = next((name for name, text in _INSTRUCTIONS.items() if text in compiled.asm["ptx"]), "")
+    code = _dump(compiled.asm["cubin"], "-sass") if job.arch == 90 and job.kernel in _GEMMS else ""
+    return Record(
+        kernel=job.kernel,
+        arch=job.arch,
+        case=job.case,
+        exact=job.exact,
+        registers=usage["REG"],
+        stack=usage["STACK"],
+        local=usage["LOCAL"],
+        shared=compiled.metadata.shared,
+        shared_limit=ARCHITECTURES[job.arch].shared_memory,
+        instruction=instruction,
+        seconds=round(seconds, 2),
+        blocks={
+            **{name: value for name, value in job.constants.items() if name in _SHOWN or name.startswith("BLOCK")},
+            **{name: value for name, value in job.options.items() if name != "enable_fp_fusion"},
+        },
+        products=code.count("HGMMA"),
+        tma_loads=code.count("UTMALDG"),
+        waits=code.count("ACQBULK"),
+        chained=job.exact and compiled.asm["ttgir"].count("arith.addf") < compiled.asm["ttgir"].count("= tt.dot "),
+    )
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL and SHARED of the one kernel in ``cubin``."""
+    dumped = _dump(cubin, "--dump-resource-usage")
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", dumped)}
+
+
+def _dump(cubin: bytes, what: str) -> str:
+    """What Triton's ``cuobjdump`` says."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([str(tool), what, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _table(records: list[Record]) -> str:
+    heading = f"{'kernel':20} {'sm':>4} {'regs':>4} {'stack':>5} {'local':>5} {'shared':>7} {'instruction':11}"
+    lines = [f"{heading}  case; blocks"]
+    for r in records:
+        blocks = " ".join(f"{name.removeprefix('BLOCK_')}={value}" for name, value in r.blocks.items())
+        lines.append(
+            f"{r.kernel:20} {r.arch:4} {r.registers:4} {r.stack:5} {r.local:5} {r.shared:7} {r.instruction or '-':11}  "
+            f"{r.case}; {blocks}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="compile_report", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="exit 1 on a broken rule")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
+    parser.add_argument("--quick", action="store_true", help="two cases instead of all")
+    parser.add_argument("--arch", type=int, nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
+    options = parser.parse_args(arguments)
+    start = time.perf_counter()
+    records = report(QUICK if options.quick else CASES, tuple(options.arch))
+    print(_table(records))
+    sentences = faults(records)
+    print(f"{len(records)} kernels compiled in {time.perf_counter() - start:.0f} s; {len(sentences)} faults.")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
+    for sentence in sentences:
+        print(sentence, file=sys.stderr)
+    return 1 if options.check and sentences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

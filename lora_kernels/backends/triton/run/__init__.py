@@ -1,0 +1,1 @@
+"""How a plan runs: which kernels, on which grids and streams, with what memory between them."""

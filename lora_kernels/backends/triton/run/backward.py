@@ -1,0 +1,134 @@
+"""Backward by each plan: what runs in which order, and what runs beside the large product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..choose.blocks import ExpandConfig
+from ..choose.plans import BackwardPlan, DxBaseFirst
+from .steps import BackwardCall, Step, da_step, db_step, dh_db_step, dh_step, dx_step, low_rank_launch
+from .streams import together_on
+
+__all__ = ["BackwardRun", "ready_backward"]
+
+# run(stream, dy, x, weight, lora_a, lora_b, h, scaling, state) -> dx, da, db, dbias; None where not due
+BackwardRun: TypeAlias = Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]
+
+
+def ready_backward(plan: BackwardPlan, c: BackwardCall, need_x: bool, need_a: bool, need_b: bool) -> BackwardRun:
+    """The run of ``plan`` for what is due; nothing is compiled before its first use."""
+    small = _Small.of(plan, c, need_x, need_a, need_b)
+    if not need_x:
+        return lambda stream, dy, x, weight, lora_a, lora_b, h, scaling, state: (
+            None,
+            *small.rest(stream, dy, x, h, small.first(stream, dy, lora_b, h, scaling), scaling, state),
+        )
+    if plan.beside and isinstance(plan, DxBaseFirst):
+        return _all_beside_base(plan.expand, small, c)
+    dx, together = dx_step(plan, c), together_on(c.device, plan.beside and small.any_rest)
+
+    def run(
+        stream: int | None,
+        dy: Tensor,
+        x: Any,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        h: Any,
+        scaling: float,
+        state: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        found = small.first(stream, dy, lora_b, h, scaling)
+        grad_x, others = together(
+            stream,
+            lambda own: dx(own, dy, weight, found[0], lora_a, state),
+            lambda own: small.rest(own, dy, x, h, found, scaling, state),
+        )
+        return grad_x, *others
+
+    return run
+
+
+def _all_beside_base(expand: ExpandConfig, small: _Small, c: BackwardCall) -> BackwardRun:
+    """Nothing waits for dh but the low-rank term, so everything small has the library's product to run beside."""
+    together, low_rank = together_on(c.device, True), low_rank_launch(expand, c, (0, c.r), add=True)
+
+    def run(
+        stream: int | None,
+        dy: Tensor,
+        x: Any,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        h: Any,
+        scaling: float,
+        state: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        def every(own: int | None) -> tuple[Tensor | None, ...]:
+            found = small.first(own, dy, lora_b, h, scaling)
+            return found[0], *small.rest(own, dy, x, h, found, scaling, state)
+
+        dx, (dh, da, db, dbias) = together(stream, lambda own: torch.mm(dy, weight), every)
+        low_rank(stream, dh, lora_a, state, dx)
+        return dx, da, db, dbias
+
+    return run
+
+
+@dataclass(frozen=True, slots=True)
+class _Small:
+    """All of backward but dx: what dx waits for, and what waits for nobody but it."""
+
+    joint: Step | None
+    dh: Step | None
+    db: Step | None
+    da: Step | None
+    bias_dtype: torch.dtype | None
+
+    @staticmethod
+    def of(plan: BackwardPlan, c: BackwardCall, need_x: bool, need_a: bool, need_b: bool) -> _Small:
+        way, joint = plan.hidden, need_b and plan.hidden.joint
+        return _Small(
+            joint=dh_db_step(way.dh_db, c) if joint else None,
+            dh=dh_step(way.shrink, c) if not joint and (need_x or need_a) else None,
+            db=db_step(way.db, c) if not joint and need_b else None,
+            da=da_step(plan.da, c) if need_a else None,
+            bias_dtype=c.bias_dtype,
+        )
+
+    @property
+    def any_rest(self) -> bool:
+        return self.da is not None or self.db is not None or (self.joint is None and self.bias_dtype is not None)
+
+    def first(
+        self, stream: int | None, dy: Tensor, lora_b: Tensor, h: Any, scaling: float
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dh, and with it db and dbias where one read of dy gives all three."""
+        if self.joint is not None:
+            found: tuple[Tensor, Tensor, Tensor | None] = self.joint(stream, dy, lora_b, h, scaling)
+            return found
+        return None if self.dh is None else self.dh(stream, dy, lora_b, scaling), None, None
+
+    def rest(
+        self,
+        stream: int | None,
+        dy: Tensor,
+        x: Any,
+        h: Any,
+        found: tuple[Tensor | None, Tensor | None, Tensor | None],
+        scaling: float,
+        state: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """da, db, dbias: what ``first`` has not found, as far as it is due."""
+        dh, db, dbias = found
+        if self.db is not None:
+            db = self.db(stream, dy, h, scaling)
+        if dbias is None and self.bias_dtype is not None:
+            dbias = dy.sum(0, dtype=self.bias_dtype)
+        da = None if self.da is None else self.da(stream, dh, x, state)
+        return da, db, dbias

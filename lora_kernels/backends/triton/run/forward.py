@@ -1,0 +1,380 @@
+"""Forward by each plan: which kernels, on which grids, with what memory between them.
+
+A run is made ready once for each plan and call (sizes, strides, dtypes, alignments); see ``prepared``. In all of them
+whatever a kernel reads stays referenced until its launch: with ``pdl`` a kernel starts while the one before still
+writes, and memory that were freed in between could be handed to it for other things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ....errors import InvalidArgumentError
+from ....reference import dropout_threshold
+from ..choose.blocks import ExpandConfig, Machine, ShrinkConfig, next_power_of_2
+from ..choose.plans import BaseFirst, Cell, FewTokens, ForwardPlan, Fused, LoraFirst
+from ..kernels.few_tokens import few_tokens_kernel, sum_parts_kernel
+from ..kernels.forward import expand_kernel, forward_kernel, shrink_kernel
+from ..kernels.persistent import persistent_kernel
+from .prepared import Launch, ScratchLaunch
+from .streams import together_on
+
+__all__ = ["Call", "Product", "Run", "cdiv", "ready", "ready_product", "shrink_launch"]
+
+# run(stream, x, weight, lora_a, lora_b, bias, scaling, state) -> y, h
+Run: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+# product(stream, x, weight, lora_b, bias, gain, h, h_sum, linear, scaling) -> y
+Product: TypeAlias = Callable[..., Tensor]
+
+_SUM_BLOCK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a run is made ready for. ``aligned``: x's and weight's storages start on 16-byte boundaries."""
+
+    machine: Machine
+    device: torch.device
+    dtype: torch.dtype
+    m: int
+    k: int
+    n: int
+    r: int
+    stride_x: tuple[int, ...]
+    stride_w: tuple[int, ...]
+    stride_a: tuple[int, ...]
+    stride_b: tuple[int, ...]
+    stride_bias: int
+    p: float
+    dropout: bool
+    precision: str
+    aligned: bool
+    stride_h: int
+    gain: bool = False
+    stride_gain: int = 0
+
+    @staticmethod
+    def of(
+        machine: Machine,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor | None,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        p: float,
+        state: Tensor | None,
+        precision: str,
+        h: Tensor | None = None,
+        gain: Tensor | None = None,
+    ) -> Call:
+        """Of a whole forward pass; or, with ``h``, of the product alone."""
+        r = lora_b.shape[1]
+        return Call(
+            machine=machine,
+            device=x.device,
+            dtype=x.dtype,
+            m=x.shape[0],
+            k=x.shape[1],
+            n=weight.shape[0],
+            r=r,
+            stride_x=x.stride(),
+            stride_w=weight.stride(),
+            stride_a=() if lora_a is None else lora_a.stride(),
+            stride_b=lora_b.stride(),
+            stride_bias=0 if bias is None else bias.stride(0),
+            p=p,
+            dropout=state is not None,
+            precision=precision,
+            aligned=x.device.type == "meta" or (x.data_ptr() | weight.data_ptr()) % 16 == 0,
+            stride_h=r if h is None else h.stride(0),
+            gain=gain is not None,
+            stride_gain=0 if gain is None else gain.stride(0),
+        )
+
+    @property
+    def cell(self) -> Cell:
+        dtype = "tf32" if self.precision == "tf32" else str(self.dtype).removeprefix("torch.")
+        return Cell("forward", next_power_of_2(self.m), self.k, self.n, self.r, dtype, self.dropout)
+
+    @property
+    def split(self) -> bool:
+        """Whether h enters its product as two 16-bit parts."""
+        return self.dtype.itemsize == 2
+
+    @property
+    def by_descriptor(self) -> bool:
+        """Whether TMA can read x and weight: contiguous rows, all on 16-byte boundaries, and no size of zero."""
+        rows = (self.stride_x[0] * self.dtype.itemsize, self.stride_w[0] * self.dtype.itemsize)
+        contiguous = self.stride_x[1] == 1 == self.stride_w[1]
+        on_boundaries = self.aligned and all(row > 0 and row % 16 == 0 for row in rows)
+        return contiguous and on_boundaries and self.k > 0 and max(self.m, self.n, self.k) < 2**31
+
+
+def ready(plan: ForwardPlan, call: Call) -> Run:
+    """The run of ``plan`` for ``call``; nothing is compiled before its first use.
+
+    Raises:
+        InvalidArgumentError: the plan does not cover so many tokens or so large a rank.
+    """
+    if isinstance(plan, FewTokens):
+        return _few_tokens(plan, call)
+    hidden = _Hidden.of(plan.shrink, call, getattr(plan, "pdl", False))
+    if isinstance(plan, BaseFirst):
+        return _base_and_hidden(plan, hidden, call)
+    product = ready_product(plan, call)
+
+    def run(
+        stream: int | None,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        h, h_sum = hidden(stream, x, lora_a, state)
+        y = product(stream, x, weight, lora_b, bias, None, h, h_sum, None, scaling)
+        return y, h if h_sum is None else h_sum
+
+    return run
+
+
+def _base_and_hidden(plan: BaseFirst, hidden: _Hidden, c: Call) -> Run:
+    """Neither waits for the other."""
+    together, add = together_on(c.device, plan.beside), _expand(plan.expand, c, plan.shrink.splits, True, False)
+
+    def run(
+        stream: int | None,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        y, (h, h_sum) = together(stream, lambda own: torch.mm(x, weight.t()), lambda own: hidden(own, x, lora_a, state))
+        add(stream, lora_b, bias, None, h, h_sum, y, None, scaling)
+        return y, h if h_sum is None else h_sum
+
+    return run
+
+
+def ready_product(plan: Fused | LoraFirst | BaseFirst, call: Call) -> Product:
+    """What ``plan`` does once h is there. A gain acts on the whole sum, so with one the base comes first."""
+    if isinstance(plan, Fused):
+        return _fused(plan, call)
+    if isinstance(plan, LoraFirst) and not call.gain:
+        return _lora_first(plan, call)
+    return _base_first(plan, call)
+
+
+def cdiv(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def shrink_launch(
+    config: ShrinkConfig,
+    m: int,
+    k: int,
+    r: int,
+    stride_x: tuple[int, ...],
+    stride_a: tuple[int, ...],
+    p: float,
+    precision: str,
+    dtype: torch.dtype,
+    pdl: bool = False,
+) -> Launch:
+    """``launch(stream, x, a, h, state, scale)``."""
+    if dtype is torch.float16:
+        config = _in_two_parts(config)
+    tile = (config.block_m, config.block_k, config.block_r, config.splits, k % config.block_k == 0)
+    return Launch(
+        shrink_kernel,
+        (cdiv(m, config.block_m), cdiv(r, config.block_r), config.splits),
+        (m, k, r, dropout_threshold(p), *stride_x, *stride_a, *tile, precision, pdl),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def _in_two_parts(config: ShrinkConfig) -> ShrinkConfig:
+    """For fp16: x and A have two parts each, for which a wide block of ranks or of K leaves no registers."""
+    block_m = min(config.block_m, 32) if config.block_r > 32 else config.block_m
+    deepest = 32 if config.block_r >= 128 else 128 if config.block_r <= 16 and block_m >= 64 else 64
+    return replace(config, block_m=block_m, block_k=min(config.block_k, deepest))
+
+
+@dataclass(frozen=True, slots=True)
+class _Hidden:
+    """The shrink of a forward plan and the memory of h: as it is, or in parts and their sum."""
+
+    launch: Launch
+    shape: tuple[int, ...]
+    sum_shape: tuple[int, int]
+    device: torch.device
+    scale: float
+    parts: int
+
+    @staticmethod
+    def of(config: ShrinkConfig, c: Call, pdl: bool = False) -> _Hidden:
+        launch = shrink_launch(config, c.m, c.k, c.r, c.stride_x, c.stride_a, c.p, c.precision, c.dtype, pdl)
+        shape = (c.m, c.r) if config.splits == 1 else (config.splits, c.m, c.r)
+        return _Hidden(launch, shape, (c.m, c.r), c.device, 1.0 / (1.0 - c.p), config.splits)
+
+    def __call__(self, stream: int | None, x: Tensor, lora_a: Tensor, state: Tensor | None) -> tuple[Tensor, Any]:
+        """h, and where it comes in parts the memory that their sum is to be written to."""
+        h = torch.empty(self.shape, dtype=torch.float32, device=self.device)
+        self.launch(stream, x, lora_a, h, state, self.scale)
+        if self.parts == 1:
+            return h, None
+        return h, torch.empty(self.sum_shape, dtype=torch.float32, device=self.device)
+
+
+def _fused(plan: Fused, c: Call) -> Product:
+    g, shape = plan.gemm, (c.m, c.n)
+    tiles = cdiv(c.m, g.block_rows) * cdiv(c.n, g.block_columns)
+    tile = (g.block_rows, g.block_columns, g.block_sum, g.block_r, g.group_m, plan.shrink.splits)
+    options: dict[str, Any] = {"num_warps": g.num_warps, "num_stages": g.num_stages}
+    if c.dtype is torch.float16 and plan.variant == "flattened":  # a stage of the one loop holds parts of h and B too
+        options["num_stages"] = min(g.num_stages, 3)
+    if plan.pdl and not c.machine.interpreter:
+        options["launch_pdl"] = True
+    strides = (*c.stride_b, c.stride_bias, c.stride_gain, c.stride_h)
+    static: tuple[Any, ...] = (c.m, c.n, c.k, c.r)
+    if plan.variant != "pointer" and c.by_descriptor:
+        static += (c.stride_x[0], c.stride_w[0], *strides, *tile)
+        static += (c.split, c.precision, plan.variant == "flattened", plan.pdl)
+        grid = (min(tiles, c.machine.sm_count), 1, 1)
+        launch: Launch = ScratchLaunch(persistent_kernel, grid, static, **options)
+    else:
+        static += (*c.stride_x, *c.stride_w, *strides, *tile)
+        static += (c.k % g.block_sum == 0, c.split, c.precision, plan.pdl)
+        launch = Launch(forward_kernel, (tiles, 1, 1), static, **options)
+
+    def product(
+        stream: int | None,
+        x: Tensor,
+        weight: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        gain: Tensor | None,
+        h: Tensor,
+        h_sum: Tensor | None,
+        linear: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        y = torch.empty(shape, dtype=c.dtype, device=c.device)
+        launch(stream, x, weight, lora_b, bias, gain, h, h_sum, y, linear, scaling)
+        return y
+
+    return product
+
+
+def _expand(config: ExpandConfig, c: Call, parts: int, add: bool, pdl: bool) -> Launch:
+    """``launch(stream, lora_b, bias, gain, h, h_sum, y, linear, scaling)``."""
+    options = {"launch_pdl": True} if pdl and not c.machine.interpreter else {}
+    tile = (config.block_m, config.block_n, config.block_r, parts, add)
+    strides = (*c.stride_b, c.stride_bias, c.stride_gain, c.stride_h)
+    return Launch(
+        expand_kernel,
+        (cdiv(c.m, config.block_m) * cdiv(c.n, config.block_n), 1, 1),
+        (c.m, c.n, c.r, *strides, *tile, c.split, c.precision, pdl),
+        num_warps=config.num_warps,
+        num_stages=1,
+        **options,
+    )
+
+
+def _lora_first(plan: LoraFirst, c: Call) -> Product:
+    expand, shape = _expand(plan.expand, c, plan.shrink.splits, False, plan.pdl), (c.m, c.n)
+
+    def product(
+        stream: int | None,
+        x: Tensor,
+        weight: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        gain: None,
+        h: Tensor,
+        h_sum: Tensor | None,
+        linear: None,
+        scaling: float,
+    ) -> Tensor:
+        y = torch.empty(shape, dtype=c.dtype, device=c.device)
+        expand(stream, lora_b, bias, None, h, h_sum, y, None, scaling)
+        return y.addmm_(x, weight.t())
+
+    return product
+
+
+def _base_first(plan: LoraFirst | BaseFirst, c: Call) -> Product:
+    expand = _expand(plan.expand, c, plan.shrink.splits, True, False)
+
+    def product(
+        stream: int | None,
+        x: Tensor,
+        weight: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        gain: Tensor | None,
+        h: Tensor,
+        h_sum: Tensor | None,
+        linear: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        y = torch.mm(x, weight.t())
+        expand(stream, lora_b, bias, gain, h, h_sum, y, linear, scaling)
+        return y
+
+    return product
+
+
+def _few_tokens(plan: FewTokens, c: Call) -> Run:
+    config, parts = plan.config, plan.splits
+    if c.m > config.block_m or c.r > config.block_r:
+        raise InvalidArgumentError(
+            f"the plan {plan} is for at most {config.block_m} tokens of rank {config.block_r}; got {c.m} of rank {c.r}."
+        )
+    if c.dtype is torch.float16:  # x and A in two parts each: a deeper tile leaves them no registers
+        config = replace(config, block_k=min(config.block_k, 128))
+    static: tuple[Any, ...] = (c.m, c.n, c.k, c.r, 1.0 / (1.0 - c.p), dropout_threshold(c.p))
+    static += (*c.stride_x, *c.stride_w, *c.stride_a, *c.stride_b, c.stride_bias)
+    static += (config.block_m, config.block_n, config.block_k, config.block_r, parts)
+    static += (c.k % config.block_k == 0, c.split, c.precision, plan.pdl)
+    grid = (cdiv(c.n, config.block_n), parts, 1)
+    product = Launch(few_tokens_kernel, grid, static, num_warps=config.num_warps, num_stages=config.num_stages)
+    grid = (cdiv(c.m * c.n, _SUM_BLOCK) + cdiv(c.m * c.r, _SUM_BLOCK), 1, 1)
+    static = (c.m, c.n, c.r, c.stride_bias, _SUM_BLOCK, parts, plan.pdl)
+    options = {"launch_pdl": True} if plan.pdl and not c.machine.interpreter else {}
+    total = Launch(sum_parts_kernel, grid, static, num_warps=4, num_stages=1, **options)
+    shape, hidden_shape = (c.m, c.n), (c.m, c.r)
+
+    def run(
+        stream: int | None,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        y = torch.empty(shape, dtype=c.dtype, device=c.device)
+        h = torch.empty(hidden_shape, dtype=torch.float32, device=c.device)
+        if parts == 1:
+            product(stream, x, weight, lora_a, lora_b, bias, state, h, y, scaling)
+            return y, h
+        y_parts = torch.empty((parts, *shape), dtype=torch.float32, device=c.device)
+        h_parts = torch.empty((parts, *hidden_shape), dtype=torch.float32, device=c.device)
+        product(stream, x, weight, lora_a, lora_b, bias, state, h_parts, y_parts, scaling)
+        total(stream, y_parts, h_parts, bias, y, h)
+        return y, h
+
+    return run

@@ -1,0 +1,298 @@
+"""The steps that backward's plans and the part operators are made of: kernels, grids, memory between them.
+
+A step is made ready once for each call (sizes, strides, dtypes) and configuration; see ``prepared``. All are for sizes
+above 0. What comes in parts is summed by ``reduce_kernel``, in the order of the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ....reference import dropout_threshold
+from ..choose.blocks import DaConfig, DhDbConfig, ExpandConfig, GemmConfig, Machine, ShrinkConfig, next_power_of_2
+from ..choose.plans import BackwardPlan, Cell, DxBaseFirst, DxFused
+from ..kernels.backward import da_kernel, dh_db_kernel, reduce_kernel
+from ..kernels.input_grad import dx_kernel, dx_low_rank_kernel, dx_persistent_kernel
+from .forward import cdiv, shrink_launch
+from .prepared import Launch, ScratchLaunch
+
+__all__ = [
+    "BackwardCall",
+    "Step",
+    "da_step",
+    "db_step",
+    "dh_db_step",
+    "dh_step",
+    "dx_step",
+    "input_grad_step",
+    "low_rank_launch",
+    "reduce_launch",
+    "shrink_step",
+]
+
+Step: TypeAlias = Callable[..., Any]
+
+_REDUCE_BLOCK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardCall:
+    """What a step is made ready for; a field that it does not read may stay as it is.
+
+    Attributes:
+        stride_h, stride_dh: the rows' distances; each row is in one piece.
+        bias_dtype: None where dbias is not due.
+        aligned: dy's and weight's storages start on 16-byte boundaries.
+    """
+
+    machine: Machine
+    device: torch.device
+    dtype: torch.dtype
+    precision: str
+    m: int
+    n: int
+    k: int
+    r: int
+    stride_dy: tuple[int, ...] = (0, 0)
+    stride_w: tuple[int, ...] = (0, 0)
+    stride_x: tuple[int, ...] = (0, 0)
+    stride_a: tuple[int, ...] = (0, 0)
+    stride_b: tuple[int, ...] = (0, 0)
+    stride_h: int = 0
+    stride_dh: int = 0
+    a_dtype: torch.dtype = torch.float32
+    b_dtype: torch.dtype = torch.float32
+    bias_dtype: torch.dtype | None = None
+    p: float = 0.0
+    dropout: bool = False
+    aligned: bool = False
+
+    @property
+    def cell(self) -> Cell:
+        dtype = "tf32" if self.precision == "tf32" else str(self.dtype).removeprefix("torch.")
+        return Cell("backward", next_power_of_2(self.m), self.k, self.n, self.r, dtype, self.dropout)
+
+    @property
+    def split(self) -> bool:
+        """Whether h and dh enter their products as two 16-bit parts."""
+        return self.dtype.itemsize == 2
+
+    @property
+    def keep_scale(self) -> float:
+        return 1.0 / (1.0 - self.p)
+
+    @property
+    def by_descriptor(self) -> bool:
+        """Whether TMA can read dy and weight: contiguous rows, all on 16-byte boundaries, and no size of zero."""
+        rows = (self.stride_dy[0] * self.dtype.itemsize, self.stride_w[0] * self.dtype.itemsize)
+        contiguous = self.stride_dy[1] == 1 == self.stride_w[1]
+        on_boundaries = self.aligned and all(row > 0 and row % 16 == 0 for row in rows)
+        return contiguous and on_boundaries and self.n > 0 and max(self.m, self.n, self.k) < 2**31
+
+
+def reduce_launch(first: int, second: int, sums: int, first_count: int, count: int) -> Launch:
+    """``launch(stream, first_parts, second_parts, sums_parts, first, second, sums, scaling)``: sizes, and counts."""
+    grid = (sum(cdiv(size, _REDUCE_BLOCK) for size in (first, second, sums)), 1, 1)
+    return Launch(reduce_kernel, grid, (first, second, sums, first_count, count, _REDUCE_BLOCK), num_warps=4)
+
+
+def shrink_step(
+    config: ShrinkConfig,
+    c: BackwardCall,
+    m: int,
+    k: int,
+    strides: tuple[tuple[int, ...], tuple[int, ...]],
+    p: float = 0.0,
+) -> Step:
+    """``step(stream, x, a, state, scale)`` -> scale (x * keep) aᵀ, (M, R) fp32, for x (M, K) and a (R, K)."""
+    launch = shrink_launch(config, m, k, c.r, *strides, p, c.precision, c.dtype)
+    parts, shape, device = config.splits, (m, c.r), c.device
+    total = reduce_launch(m * c.r, 0, 0, parts, 0)
+
+    def step(stream: int | None, x: Tensor, a: Tensor, state: Tensor | None, scale: float) -> Tensor:
+        out = torch.empty(shape, dtype=torch.float32, device=device)
+        if parts == 1:
+            launch(stream, x, a, out, state, scale)
+            return out
+        own = torch.empty((parts, *shape), dtype=torch.float32, device=device)
+        launch(stream, x, a, own, state, scale)
+        total(stream, own, None, None, out, None, None, 1.0)
+        return out
+
+    return step
+
+
+def dh_step(config: ShrinkConfig, c: BackwardCall) -> Step:
+    """``step(stream, dy, lora_b, scaling)`` -> dh."""
+    shrink = shrink_step(config, c, c.m, c.n, (c.stride_dy, (c.stride_b[1], c.stride_b[0])))
+    return lambda stream, dy, lora_b, scaling: shrink(stream, dy, lora_b, None, scaling)
+
+
+def dh_db_step(config: DhDbConfig, c: BackwardCall) -> Step:
+    """``step(stream, dy, lora_b, h, scaling)`` -> dh, db, and dbias where it is due."""
+    m, n, r, device = c.m, c.n, c.r, c.device
+    if c.bias_dtype is not None and c.machine.capability < 90:  # dbias too: the widest tile leaves it no registers
+        config = replace(config, block_n=min(config.block_n, 128))
+    if c.dtype is torch.float16:  # dy and B in two parts: the same; fewer ranks, for less wide tiles write more of dh
+        config = replace(config, block_n=min(config.block_n, 64), block_r=min(config.block_r, 32))
+    dh_count, count = cdiv(n, config.block_n), cdiv(m, config.chunk_m)
+    tile = (config.block_m, config.block_n, config.block_r)
+    first = Launch(
+        dh_db_kernel,
+        (dh_count, count, cdiv(r, config.block_r)),
+        (m, n, r, config.chunk_m, *c.stride_dy, *c.stride_b, c.stride_h, *tile, c.split, c.precision),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    second = reduce_launch(m * r, n * r, 0 if c.bias_dtype is None else n, dh_count, count)
+
+    def step(
+        stream: int | None, dy: Tensor, lora_b: Tensor, h: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        dh = torch.empty((m, r), dtype=torch.float32, device=device)
+        db = torch.empty((n, r), dtype=c.b_dtype, device=device)
+        dh_parts = torch.empty((dh_count, m, r), dtype=torch.float32, device=device)
+        db_parts = torch.empty((count, n, r), dtype=torch.float32, device=device)
+        dbias = dbias_parts = None
+        if c.bias_dtype is not None:
+            dbias = torch.empty(n, dtype=c.bias_dtype, device=device)
+            dbias_parts = torch.empty((count, n), dtype=torch.float32, device=device)
+        first(stream, dy, lora_b, h, dh_parts, db_parts, dbias_parts)
+        second(stream, dh_parts, db_parts, dbias_parts, dh, db, dbias, scaling)
+        return dh, db, dbias
+
+    return step
+
+
+def db_step(config: DaConfig, c: BackwardCall) -> Step:
+    """``step(stream, dy, h, scaling)`` -> db alone."""
+    outer = _outer_step(config, c, c.n, c.stride_h, c.stride_dy, 0.0, (c.n, c.r), (1, c.r), c.b_dtype)
+    return lambda stream, dy, h, scaling: outer(stream, h, dy, None, scaling)
+
+
+def da_step(config: DaConfig, c: BackwardCall) -> Step:
+    """``step(stream, dh, x, state)`` -> da in ``c.a_dtype``."""
+    outer = _outer_step(config, c, c.k, c.stride_dh, c.stride_x, c.p, (c.r, c.k), (c.k, 1), c.a_dtype)
+    scale = c.keep_scale
+    return lambda stream, dh, x, state: outer(stream, dh, x, state, scale)
+
+
+def _outer_step(
+    config: DaConfig,
+    c: BackwardCall,
+    columns: int,
+    stride_left: int,
+    stride_x: tuple[int, ...],
+    p: float,
+    shape: tuple[int, int],
+    strides: tuple[int, int],
+    dtype: torch.dtype,
+) -> Step:
+    """``step(stream, left, x, state, scale)`` -> scale leftᵀ (x * keep); ``strides`` are of rank and column."""
+    if c.dtype is torch.float16:  # x in two parts: taller blocks leave it no registers
+        config = replace(config, block_m=min(config.block_m, 32))
+    chunk_m = config.block_m * cdiv(cdiv(c.m, config.splits), config.block_m)
+    count, device, size = cdiv(c.m, chunk_m), c.device, c.r * columns
+    tile = (config.block_m, config.block_k, config.block_r)
+    sizes = (c.m, columns, c.r, chunk_m, dropout_threshold(p))
+    launch = Launch(
+        da_kernel,
+        (cdiv(columns, config.block_k), cdiv(c.r, config.block_r), count),
+        (*sizes, stride_left, *stride_x, *strides, *tile, c.split, c.precision),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    total = reduce_launch(0, size, 0, 0, count)
+
+    def step(stream: int | None, left: Tensor, x: Tensor, state: Tensor | None, scale: float) -> Tensor:
+        out = torch.empty(shape, dtype=dtype, device=device)
+        if count == 1:
+            launch(stream, left, x, state, out, scale)
+            return out
+        parts = torch.empty((count, *shape), dtype=torch.float32, device=device)
+        launch(stream, left, x, state, parts, scale)
+        total(stream, None, parts, None, None, out, None, 1.0)
+        return out
+
+    return step
+
+
+def dx_step(plan: BackwardPlan, c: BackwardCall) -> Step:
+    """``step(stream, dy, weight, dh, lora_a, state)`` -> dx, by the plan's way."""
+    if isinstance(plan, DxFused):
+        return _dx_fused(plan.gemm, plan.variant, c)
+    several = input_grad_step(plan.expand, c, (0, c.r), base_first=isinstance(plan, DxBaseFirst))
+    return lambda stream, dy, weight, dh, lora_a, state: several(stream, [dy], [weight], dh, lora_a, state)
+
+
+def _dx_fused(g: GemmConfig, variant: str, c: BackwardCall) -> Step:
+    shape = (c.m, c.k)
+    sizes = (c.m, c.n, c.k, c.r, c.keep_scale, dropout_threshold(c.p))
+    tiles = cdiv(c.m, g.block_rows) * cdiv(c.k, g.block_columns)
+    tile = (g.block_rows, g.block_sum, g.block_columns, g.block_r, g.group_m)
+    options: dict[str, Any] = {"num_warps": g.num_warps, "num_stages": g.num_stages}
+    if variant != "pointer" and c.by_descriptor:
+        static = (*sizes, c.stride_dy[0], c.stride_w[0], c.stride_dh, *c.stride_a, *tile, c.split, c.precision)
+        grid = (min(tiles, c.machine.sm_count), 1, 1)
+        launch: Launch = ScratchLaunch(dx_persistent_kernel, grid, static, **options)
+    else:
+        static = (*sizes, *c.stride_dy, *c.stride_w, c.stride_dh, *c.stride_a, *tile)
+        static += (c.n % g.block_sum == 0, c.split, c.precision)
+        launch = Launch(dx_kernel, (tiles, 1, 1), static, **options)
+
+    def step(
+        stream: int | None, dy: Tensor, weight: Tensor, dh: Tensor, lora_a: Tensor, state: Tensor | None
+    ) -> Tensor:
+        dx = torch.empty(shape, dtype=c.dtype, device=c.device)
+        launch(stream, dy, weight, dh, lora_a, state, dx)
+        return dx
+
+    return step
+
+
+def input_grad_step(config: ExpandConfig, c: BackwardCall, starts: tuple[int, ...], base_first: bool = False) -> Step:
+    """``step(stream, dys, weights, dh, lora_a, states)`` -> Σ_i dy_i W_i + D_i * (dh_i A_i).
+
+    Member i has the columns of dh and the rows of lora_a from ``starts[i]`` on, and row i of ``states``. The low-rank
+    terms of all members are one launch; each base is the library's product.
+    """
+    shape, low_rank = (c.m, c.k), low_rank_launch(config, c, starts, base_first)
+
+    def step(
+        stream: int | None,
+        dys: list[Tensor],
+        weights: list[Tensor],
+        dh: Tensor,
+        lora_a: Tensor,
+        states: Tensor | None,
+    ) -> Tensor:
+        if base_first:
+            dx = torch.mm(dys[0], weights[0])
+            low_rank(stream, dh, lora_a, states, dx)
+            return dx
+        dx = torch.empty(shape, dtype=c.dtype, device=c.device)
+        low_rank(stream, dh, lora_a, states, dx)
+        for dy, weight in zip(dys, weights, strict=True):
+            dx.addmm_(dy, weight)
+        return dx
+
+    return step
+
+
+def low_rank_launch(config: ExpandConfig, c: BackwardCall, starts: tuple[int, ...], add: bool) -> Launch:
+    """``launch(stream, dh, lora_a, states, dx)``: the low-rank terms are written to dx, or added to it."""
+    if c.dtype is torch.float16 and c.machine.capability < 90:  # A in two parts: the mask leaves them no registers
+        config = replace(config, block_r=min(config.block_r, 16))
+    tile = (config.block_m, config.block_n, config.block_r, add, c.split, c.precision)
+    return Launch(
+        dx_low_rank_kernel,
+        (cdiv(c.m, config.block_m) * cdiv(c.k, config.block_n), 1, 1),
+        (c.m, c.k, starts, c.keep_scale, dropout_threshold(c.p), c.stride_dh, *c.stride_a, *tile),
+        num_warps=config.num_warps,
+        num_stages=1,
+    )

@@ -1,0 +1,231 @@
+"""Which layers read one x: ``FusedLoRAGroup`` and ``share_inputs`` say it; self-attention and gated MLPs show it.
+
+What they then do together is in ``shared_input.py``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
+from ..shared_input import attach, detach, shared_inputs
+from .replacing import joined, listed
+from .report import ShareReport
+
+__all__ = ["FusedLoRAGroup", "share_found", "share_inputs", "unshare_inputs"]
+
+# Siblings that read one x where their parent's forward takes one activation: transformers' self-attention (Llama, Qwen,
+# Mistral and their kin; BERT's, ViT's) and gated MLPs.
+_KNOWN: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+# Parameters of a forward that takes a second activation, as in cross-attention.
+_SECOND = re.compile(
+    r"query|key|value|queries|keys|values|[qkv]|kv|context|memory|latents?|key_value_states|.*(encoder|cross).*"
+)
+
+
+class FusedLoRAGroup(nn.Module):
+    r"""Layers that read one x, as one module: ``y_1, ..., y_n = group(x)``.
+
+    .. math:: y_i = x W_i^\top + b_i + s_i\,(\mathrm{drop}_i(x) A_i^\top) B_i^\top
+
+    In training all h are computed in one read of x, dx is accumulated in one place instead of summed from n, and all da
+    come from one read of x; the adapters stay apart, each with its own rank, scaling and dropout mask. What runs is
+    the same for layers that :func:`~lora_kernels.share_inputs` has joined, which stay where they are in the model.
+
+    Args:
+        layers: the members by name, or in a list (they are then called "0", "1", ...): ``FusedLoRALinear``, or layers
+            that will be replaced by such. They are the group's children, so names in a state dict are ``group.name.…``.
+
+    Raises:
+        InvalidArgumentError: fewer than two members, or members of different in_features.
+        InvalidTypeError: a member that is no linear layer.
+        LoRAStateError: a member runs in common with others already.
+
+    Example:
+        >>> import torch
+        >>> from lora_kernels import FusedLoRAGroup, FusedLoRALinear
+        >>> group = FusedLoRAGroup({"q": FusedLoRALinear(16, 16, r=4), "v": FusedLoRALinear(16, 8, r=2)})
+        >>> q, v = group(torch.ones(2, 5, 16))
+        >>> q.shape, v.shape
+        (torch.Size([2, 5, 16]), torch.Size([2, 5, 8]))
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module] | Sequence[nn.Module]) -> None:
+        super().__init__()
+        named = layers if isinstance(layers, Mapping) else {str(i): layer for i, layer in enumerate(layers)}
+        for name, layer in named.items():
+            if not isinstance(layer, nn.Module) or not hasattr(layer, "in_features"):
+                raise InvalidTypeError(
+                    f"{name!r} of a FusedLoRAGroup is a {type(layer).__name__}: it must be a linear layer, such as a "
+                    "FusedLoRALinear."
+                )
+        _check_sizes(named)
+        _refuse_shared(named)
+        for name, layer in named.items():
+            self.add_module(name, layer)
+        share_found(self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Each member's output (..., N_i) for x (..., K), in the members' order."""
+        common = self._outputs_while_compiling(x) if torch.compiler.is_compiling() else {}
+        return tuple(common[i] if i in common else member(x) for i, member in enumerate(self.children()))
+
+    def _outputs_while_compiling(self, x: Tensor) -> dict[int, Tensor]:
+        """What members give in common, by their places, where outputs cannot wait from call to call; see there."""
+        members: list[Any] = list(self.children())
+        for shared in shared_inputs(self) if self.training else ():
+            if not any(member._forward_hooks for member in shared.members):
+                places = [members.index(member) for member in shared.members]
+                return {places[i]: y for i, y in shared.outputs(x).items()}
+        return {}
+
+
+def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] | None = None) -> ShareReport:
+    """Lets LoRA layers that read one x run together in training: one read of x for all h and all da, one dx.
+
+    The layers stay where they are, with their names, adapters and hooks, and are called as ever: at the first one's
+    call all are computed, and the others' outputs wait for their calls with the same tensor. A layer that is called
+    with another tensor runs by itself, and so does one that is merged, switched off or changed in between.
+
+    ``replace_linear`` and ``fuse_peft`` call it. By itself it finds q, k, v and gate, up in modules whose ``forward``
+    takes one activation, as in transformers' self-attention and gated MLPs; cross-attention takes two. Under
+    ``torch.compile`` layers that are found or named run by themselves, and a :class:`FusedLoRAGroup` in common.
+
+    Args:
+        model: a module that holds ``FusedLoRALinear`` layers, or a PEFT model that ``fuse_peft`` was called on.
+        names: for each group the names that its layers have in their parent; every parent that holds two or more of
+            them as LoRA layers is a group. None: as said.
+
+    Returns:
+        The groups that were made; those from before stay.
+
+    Raises:
+        InvalidTypeError: ``model`` is no module.
+        InvalidArgumentError: ``names`` fit nowhere, or layers of different in_features.
+
+    Example:
+        >>> from lora_kernels import LoRAConfig, replace_linear, share_inputs
+        >>> model = nn.ModuleDict({"left": nn.Linear(8, 8), "right": nn.Linear(8, 4)})
+        >>> report = replace_linear(model, LoRAConfig(r=2, target_modules=["left", "right"]))
+        >>> print(share_inputs(model, [["left", "right"]]))
+        1 group of layers with one input:
+          left, right
+    """
+    _check_module(model, "share_inputs")
+    if names is None:
+        return share_found(model)
+    found = []
+    for siblings in names:
+        of_these = [group for prefix, holder in model.named_modules() if (group := _group(prefix, holder, siblings))]
+        if not of_these:
+            raise InvalidArgumentError(
+                f"{list(siblings)} was given to share_inputs, and no module of {type(model).__name__} holds two of "
+                "them as LoRA layers that run by themselves. Give the names that the layers have in their parent, "
+                "after replace_linear or fuse_peft."
+            )
+        for _, members in of_these:
+            _check_sizes(members)
+        found += of_these
+    return _share(found)
+
+
+def share_found(model: nn.Module) -> ShareReport:
+    """:func:`share_inputs` of what is found by itself; nothing is refused."""
+    holders = ((prefix, holder) for prefix, holder in model.named_modules())
+    groups = (_group(prefix, holder, names) for prefix, holder in holders for names in _siblings(holder))
+    return _share([group for group in groups if group is not None and len(_widths(group[1])) == 1])
+
+
+def unshare_inputs(model: nn.Module) -> int:
+    """Has every layer run by itself again; returns how many groups there were.
+
+    Raises:
+        InvalidTypeError: ``model`` is no module.
+
+    Example:
+        >>> from lora_kernels import FusedLoRAGroup, FusedLoRALinear, unshare_inputs
+        >>> unshare_inputs(FusedLoRAGroup([FusedLoRALinear(4, 4, r=2), FusedLoRALinear(4, 4, r=2)]))
+        1
+    """
+    _check_module(model, "unshare_inputs")
+    return sum(detach(holder) for holder in model.modules())
+
+
+def _group(prefix: str, holder: nn.Module, siblings: Sequence[str]) -> tuple[nn.Module, dict[str, Any]] | None:
+    """``holder`` and those of its children called ``siblings`` that can run together and do not yet; None if few."""
+    named = {joined(prefix, name): holder._modules.get(name) for name in siblings}
+    members = {name: m for name, m in named.items() if m is not None and _can_share(m) and not _is_shared(m)}
+    return (holder, members) if len(set(members.values())) > 1 else None
+
+
+def _share(found: list[tuple[nn.Module, dict[str, Any]]]) -> ShareReport:
+    groups = []
+    for holder, members in found:
+        if not any(_is_shared(member) for member in members.values()):  # a holder may stand at several places
+            attach(holder, list(dict.fromkeys(members.values())))
+            groups.append(tuple(members))
+    return ShareReport(tuple(groups))
+
+
+def _siblings(holder: nn.Module) -> list[tuple[str, ...]]:
+    """The names of ``holder``'s children that read one x."""
+    if isinstance(holder, FusedLoRAGroup):
+        return [tuple(holder._modules)]
+    known = [names for names in _KNOWN if sum(name in holder._modules for name in names) > 1]
+    return known if known and _takes_one_activation(holder) else []
+
+
+def _takes_one_activation(holder: nn.Module) -> bool:
+    """Whether ``holder.forward`` is declared to take one activation to project, and not a second one."""
+    try:
+        parameters = list(inspect.signature(type(holder).forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return False
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return bool(named) and not any(_SECOND.fullmatch(name) for name in named)
+
+
+def _can_share(module: nn.Module) -> bool:
+    return hasattr(module, "shared_branch")
+
+
+def _is_shared(module: nn.Module) -> bool:
+    return vars(module).get("_shared") is not None
+
+
+def _widths(members: Mapping[str, Any]) -> set[int]:
+    return {member.in_features for member in members.values()}
+
+
+def _check_sizes(members: Mapping[str, Any]) -> None:
+    if len(members) < 2:
+        raise InvalidArgumentError(f"{len(members)} layer was given as a group: two or more can share an input.")
+    if len(_widths(members)) > 1:
+        sizes = ", ".join(f"{name} {member.in_features}" for name, member in members.items())
+        raise InvalidArgumentError(
+            f"layers of different in_features were given as one group: {sizes}. Layers that read one x have one."
+        )
+
+
+def _refuse_shared(members: Mapping[str, nn.Module]) -> None:
+    if shared := [name for name, member in members.items() if _is_shared(member)]:
+        raise LoRAStateError(
+            f"{listed(shared)} runs in common with other layers already. Call unshare_inputs on the model that holds "
+            "it first."
+        )
+
+
+def _check_module(model: Any, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise InvalidTypeError(f"{function} was given a {type(model).__name__}: it must be a torch.nn.Module.")

@@ -1,0 +1,214 @@
+"""Which modules of a model a ``LoRAConfig`` names; PEFT's rules, in our own words.
+
+``exclude_modules`` is asked first, then ``target_modules``. A list names modules by their whole dotted name or by a
+dotted suffix of it; a string is a regular expression that matches the whole name, or ``"all-linear"``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..config import LoRAConfig, as_tuple
+from ..errors import InvalidArgumentError
+from ..layer import LoRALayer
+from ..replaceable import is_conv1d
+
+__all__ = [
+    "Match",
+    "close_names",
+    "find_matches",
+    "is_all_linear",
+    "is_linear",
+    "name_matches",
+    "output_heads",
+    "plain_name",
+    "saved_whole",
+    "selects",
+    "trained_whole",
+]
+
+# How transformers calls the untrained head of a classifier; it has to be trained whole, not adapted.
+_CLASSIFIER_HEADS = ("score", "classifier")
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+@dataclass(frozen=True)
+class Match:
+    """One module that the configuration names.
+
+    Attributes:
+        name: the first dotted name that matches; rank and alpha patterns are asked about it.
+        places: every dotted name that the module has in the model; more than one where it is shared.
+        module: the module.
+        excluded: one of its names that ``exclude_modules`` matches, or None.
+        whole: an entry of ``modules_to_save`` that it is or belongs to, or None.
+    """
+
+    name: str
+    places: tuple[str, ...]
+    module: nn.Module
+    excluded: str | None
+    whole: str | None = None
+
+
+def name_matches(selection: str | Collection[str], name: str) -> bool:
+    """Whether the dotted ``name`` is selected: a string must match all of it, a list holds it or a dotted suffix of it.
+
+    Example:
+        >>> name_matches(["q_proj"], "layers.0.q_proj"), name_matches(["proj"], "layers.0.q_proj")
+        (True, False)
+        >>> name_matches(r".*[qv]_proj", "layers.0.q_proj")
+        True
+    """
+    if isinstance(selection, str):
+        return re.fullmatch(selection, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in selection)
+
+
+def selects(config: LoRAConfig, name: str) -> bool:
+    """Whether ``config`` gives the module called ``name`` an adapter, ``"all-linear"`` aside.
+
+    Example:
+        >>> config = LoRAConfig(target_modules=["q_proj"], layers_to_transform=[1])
+        >>> selects(config, "model.layers.1.q_proj"), selects(config, "model.layers.2.q_proj")
+        (True, False)
+    """
+    if name_matches(config.exclude_modules or (), name) or saved_whole(config, name) is not None:
+        return False
+    return _targets(config, name)
+
+
+def _targets(config: LoRAConfig, name: str) -> bool:
+    """Whether ``target_modules`` with ``layers_to_transform`` and ``layers_pattern`` matches ``name``."""
+    target = config.target_modules or ()
+    if isinstance(target, str):
+        return name_matches(target, name)
+    return name in target or (name_matches(target, name) and _in_layers(config, name))
+
+
+def _in_layers(config: LoRAConfig, name: str) -> bool:
+    """Whether the first number in ``name``, or after ``layers_pattern``, is in ``layers_to_transform``."""
+    wanted = as_tuple(config.layers_to_transform)
+    if not wanted:
+        return True
+    patterns = as_tuple(config.layers_pattern or None)
+    expressions = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns] or [
+        r".*?\.[^.]*\.(?P<index>\d+)\."
+    ]
+    found = next((match for match in (re.match(expression, name) for expression in expressions) if match), None)
+    return found is not None and int(found["index"]) in wanted
+
+
+def saved_whole(config: LoRAConfig, name: str) -> str | None:
+    """The entry of ``modules_to_save`` that ``name`` is, or is within; None if there is none."""
+    entries = as_tuple(config.modules_to_save)
+    return next((entry for entry in entries if re.match(rf"(^|.*\.){entry}($|\..*)", name)), None)
+
+
+def plain_name(name: str) -> str:
+    """A dotted name without the parts that ``torch.compile`` and wrappers of blocks put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def trained_whole(names: Collection[str], model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that ``modules_to_save`` means: those whose dotted names end with one of ``names``, as in PEFT."""
+    modules = model.named_modules(remove_duplicate=False)
+    return [(name, module) for name, module in modules if name and plain_name(name).endswith(tuple(names))]
+
+
+def is_all_linear(selection: str | Collection[str] | None) -> bool:
+    """Whether ``selection`` is the word "all-linear", in upper or lower case."""
+    return isinstance(selection, str) and selection.lower() == "all-linear"
+
+
+def output_heads(model: nn.Module) -> set[nn.Module]:
+    """The modules that "all-linear" leaves out.
+
+    The outermost module that has transformers' ``get_output_embeddings`` is asked for its head; where it has none, its
+    child ``score`` or ``classifier`` is the head. A model without that method has no head that could be told from its
+    other layers.
+    """
+    owners = (module for module in model.modules() if callable(getattr(module, "get_output_embeddings", None)))
+    owner = next(owners, None)
+    if owner is None:
+        return set()
+    head = owner.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(head, nn.Module):
+        children = dict(owner.named_children())
+        head = next((children[name] for name in _CLASSIFIER_HEADS if name in children), None)
+    return set() if head is None else set(head.modules())
+
+
+def find_matches(model: nn.Module, config: LoRAConfig) -> list[Match]:
+    """Every module that the configuration names, the excluded ones included, in the model's order.
+
+    The model itself is never matched. "all-linear" names each ``nn.Linear``, subclasses included, so that a report can
+    say why those are left alone, and transformers' ``Conv1D``.
+
+    Raises:
+        InvalidArgumentError: ``target_modules`` is None or empty.
+    """
+    target = config.target_modules
+    if not target:
+        raise InvalidArgumentError(
+            f"target_modules={target!r} was given: replace_linear has no default for a model's architecture. Give "
+            'names such as ["q_proj", "v_proj"], a regular expression, or "all-linear".'
+        )
+    heads = output_heads(model) if is_all_linear(target) else set()
+
+    def wanted(name: str, module: nn.Module) -> bool:
+        if is_all_linear(target):
+            return is_linear(module) and module not in heads
+        return _targets(config, name)
+
+    matches = []
+    for module, places in _places(model):
+        name = next((place for place in places if wanted(place, module)), None)
+        if name is not None:
+            excluded = next((place for place in places if name_matches(config.exclude_modules or (), place)), None)
+            whole = next((entry for place in places if (entry := saved_whole(config, place)) is not None), None)
+            matches.append(Match(name, places, module, excluded, whole))
+    return matches
+
+
+def unmatched_names(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """The entries of a ``target_modules`` list that name no module of the model."""
+    target = config.target_modules
+    if target is None or isinstance(target, str):
+        return []
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    return [entry for entry in target if not any(name_matches([entry], name) for name in names)]
+
+
+def close_names(wanted: str, model: nn.Module, count: int = 3) -> list[str]:
+    """Names of the model's linear layers that resemble ``wanted``: whole names if it has a dot, else last parts."""
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if name and is_linear(module)]
+    known = dict.fromkeys(names if "." in wanted else (name.rpartition(".")[2] for name in names))
+    by_lower_case = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(wanted.lower(), by_lower_case, count, cutoff=0.5)
+    return [by_lower_case[name] for name in close]
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The distinct last parts of the names of the model's linear layers, in order."""
+    names = (name for name, module in model.named_modules(remove_duplicate=False) if name and is_linear(module))
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
+    """Each module below ``model``, once, with all of its dotted names."""
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            places.setdefault(module, []).append(name)
+    return ((module, tuple(names)) for module, names in places.items())
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is an ``nn.Linear``, subclasses included, or transformers' ``Conv1D``, replaced or not."""
+    return isinstance(module, (nn.Linear, LoRALayer)) or is_conv1d(module)

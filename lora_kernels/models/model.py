@@ -1,0 +1,406 @@
+"""Whole models: replacing ``nn.Linear`` by ``FusedLoRALinear``, merging, restoring, and what trains.
+
+Each function does all of its work or none: where it raises, the model is as it was.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import fsdp, storage
+from ..assigning import has_moved
+from ..config import LoRAConfig, as_tuple
+from ..errors import InvalidTypeError, LoRAKernelsError, LoRAKernelsWarning, LoRAStateError
+from ..layer import LoRALayer
+from .adapter import Adapter, forget, remember, remember_bias, remembered_within
+from .grouping import share_found, unshare_inputs
+from .matching import find_matches, trained_whole
+from .pretrained import tell_of_saving
+from .replacing import build, check_model, decide, joined, listed, make_report, nothing_to_replace
+from .report import ReplaceReport, RestoredLayer, RestoreReport, ShareReport
+from .trained import biases, check_bias, train_biases, train_whole, warn_of_left_out, whole_tensors
+
+__all__ = [
+    "lora_layers",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "merge_lora",
+    "replace_linear",
+    "restore_linear",
+    "unmerge_lora",
+]
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
+    """``(dotted name, layer)`` of each ``FusedLoRALinear`` in ``model``, a shared one once, by its first name.
+
+    Example:
+        >>> from lora_kernels import FusedLoRALinear
+        >>> [name for name, _ in lora_layers(nn.Sequential(FusedLoRALinear(4, 4, r=2), nn.ReLU()))]
+        ['0']
+    """
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer))
+
+
+def replace_linear(model: nn.Module, config: LoRAConfig) -> ReplaceReport:
+    """Replaces, in place, each ``nn.Linear`` that ``config`` names by a ``FusedLoRALinear`` around the same Parameters.
+
+    transformers' ``Conv1D`` (GPT-2) becomes a ``FusedLoRAConv1D`` around its weight as it is stored. Names match as in
+    PEFT. "all-linear" is every ``nn.Linear`` and ``Conv1D`` but the output head: what ``get_output_embeddings()`` of a
+    transformers model returns, or, where that is None, the model's child ``score`` or ``classifier``; other models have
+    no head that could be told from the rest, so all of their linear layers are meant. ``exclude_modules`` always wins.
+
+    The replaced layers' weights are frozen, and their biases as ``config.bias`` says; the modules of
+    ``config.modules_to_save`` train whole; nothing outside of them is touched (:func:`mark_only_lora_as_trainable` does
+    that). Device, dtype, mode and forward hooks are kept. A module that is used at several places is one
+    ``FusedLoRALinear`` at all of them; Parameters that are tied stay tied (with PiSSA and OLoRA each layer
+    has a residual of its own, and what it was tied to keeps its values), and a layer whose trainable weight is also
+    used outside of the replaced layers (a head tied to an embedding) is left alone. Layers that read one x, found as
+    :func:`share_inputs` says, run together in training. A layer on the meta device stays
+    there: call ``reset_lora_parameters`` after ``to_empty``, with its weights loaded. Make the optimizer afterwards.
+
+    Args:
+        model: any module; wrapped ones (``torch.compile``, ``DataParallel``) are looked into.
+        config: what to replace and how.
+
+    Returns:
+        A report to print: which layers were replaced, which were left alone and why, how many parameters train.
+
+    Raises:
+        InvalidArgumentError: no ``target_modules``, or they match no module (the sentence names close ones); or a
+            rank that PiSSA or OLoRA cannot give a layer.
+        InvalidTypeError: the model is no module, itself an ``nn.Linear`` or scripted; or none of the matches can be
+            replaced.
+        LoRAStateError: a layer that matches is replaced already; its weight has no decomposition (PiSSA, OLoRA); the
+            model holds a ``DistributedDataParallel``.
+
+    Example:
+        >>> from lora_kernels import LoRAConfig, replace_linear
+        >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 1))
+        >>> print(replace_linear(model, LoRAConfig(r=2, lora_alpha=4, target_modules=["0"])))
+        replaced 1 layer:
+          0 (16 -> 32), r=2, alpha=4, 96 parameters
+        trainable parameters: 129 of 673 (19.17 %)
+          of these 33 are not adapters; mark_only_lora_as_trainable(model) freezes them
+    """
+    check_model(model, config)
+    matches = find_matches(model, config)
+    targets, skipped = decide(model, config, matches)
+    if not targets:
+        raise nothing_to_replace(model, config, skipped)
+    with training_kept_on_failure(model):
+        layers = build(targets, config)
+        train_biases(model, list(layers.values()), config.bias)
+        train_whole(model, config)
+    shared = put_layers(model, {match.places: layers[match.name] for match in targets})
+    remember(model, config)
+    return make_report(model, config, matches, layers, targets, skipped, shared)
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: str | None = None) -> None:
+    """Freezes every parameter but those of the adapters: lora_A, lora_B, lora_bias and lora_magnitude_vector.
+
+    Modules that :func:`replace_linear` was told to train whole, with ``modules_to_save``, go on training.
+
+    Args:
+        model: a module that holds ``FusedLoRALinear`` layers.
+        bias: which biases train too: ``"none"``, ``"lora_only"`` (those of the LoRA layers) or ``"all"``. None: as
+            ``LoRAConfig.bias`` said. Biases that train are saved with the adapter.
+
+    Raises:
+        InvalidArgumentError: another ``bias``.
+        LoRAStateError: the model holds no ``FusedLoRALinear``.
+
+    Example:
+        >>> from lora_kernels import FusedLoRALinear
+        >>> model = nn.Sequential(FusedLoRALinear(4, 4, r=2), nn.Linear(4, 1))
+        >>> mark_only_lora_as_trainable(model)
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ['0.lora_A', '0.lora_B']
+    """
+    check_bias(bias)
+    layers = [layer for _, layer in some_lora_layers(model, "mark_only_lora_as_trainable")]
+    adapter = remembered_within(model) or Adapter(LoRAConfig())
+    bias = adapter.config.bias if bias is None else bias
+    fsdp.settle(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in layers:
+        layer.base_weight.requires_grad_(False)
+        if layer.base_bias is not None:
+            layer.base_bias.requires_grad_(False)
+        for parameter in layer.adapter.values():
+            parameter.requires_grad_(True)
+    train_biases(model, layers, bias)
+    train_whole(model, adapter.config)
+    remember_bias(model, bias)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Merges every ``FusedLoRALinear``; see :meth:`FusedLoRALinear.merge`. One more copy of their weights in memory.
+
+    Raises:
+        LoRAStateError: the model holds no LoRA layer, one is merged already, or one cannot be merged (its weights are
+            on the meta device, or would not be finite), or FSDP1 or ZeRO-3 would not keep merged values now; the
+            layers that were merged until then are unmerged again.
+
+    Example:
+        >>> from lora_kernels import FusedLoRALinear
+        >>> model = nn.Sequential(FusedLoRALinear(4, 4, r=2))
+        >>> merge_lora(model)
+        >>> model[0].merged
+        True
+    """
+    layers = some_lora_layers(model, "merge_lora")
+    fsdp.settle_for(model, layers, "merge_lora")
+    if merged := [name for name, layer in layers if layer.merged]:
+        raise LoRAStateError(
+            f"merge_lora was called on a model where {listed(merged)} is merged already. Call unmerge_lora(model) "
+            "first, or merge() on the layers that are not."
+        )
+    storage.check_merging("merge_lora", layers)
+    for name, layer in layers:
+        if fsdp.in_place(layer):
+            fsdp.check_untied(name, layer, _untied_from(model, layer))
+    done: list[LoRALayer] = []
+    try:
+        for name, layer in layers:
+            try:
+                layer._merge()
+            except LoRAKernelsError as error:
+                raise LoRAStateError(f"layer {name!r} cannot be merged, so none is: {error}") from error
+            done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer._unmerge()
+        raise
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Puts the original weights of every ``FusedLoRALinear`` back, exactly.
+
+    Raises:
+        LoRAStateError: the model holds no LoRA layer, one is not merged, or FSDP1 or ZeRO-3 would not keep the original
+            values now; nothing is changed then.
+
+    Example:
+        >>> from lora_kernels import FusedLoRALinear
+        >>> model = nn.Sequential(FusedLoRALinear(4, 4, r=2))
+        >>> merge_lora(model)
+        >>> unmerge_lora(model)
+        >>> model[0].merged
+        False
+    """
+    layers = some_lora_layers(model, "unmerge_lora")
+    fsdp.settle_for(model, layers, "unmerge_lora")
+    if unmerged := [name for name, layer in layers if not layer.merged]:
+        raise LoRAStateError(
+            f"unmerge_lora was called on a model where {listed(unmerged)} is not merged. Call merge_lora(model) first, "
+            "or unmerge() on the layers that are."
+        )
+    storage.check_merging("unmerge_lora", layers)
+    for _, layer in layers:
+        layer._unmerge()
+
+
+def restore_linear(model: nn.Module) -> RestoreReport:
+    """Replaces, in place, every ``FusedLoRALinear`` by a plain ``nn.Linear`` with the layer's current weight.
+
+    That is the merged weight of a merged layer, and the base weight of another: its adapter is dropped, with a warning
+    if it adds anything, so call :func:`merge_lora` or save :func:`lora_state_dict` first. What PiSSA or OLoRA took of
+    the base weight is put back, to within rounding. Weights and biases keep their ``requires_grad``: they stay frozen,
+    as :func:`replace_linear` left them. Forward hooks, also later ones, are kept.
+
+    Returns:
+        A report to print: of which layers the adapter was kept or dropped, and which merged weights are tied no longer.
+
+    Raises:
+        LoRAStateError: the model holds no ``FusedLoRALinear``, is one itself, or another (FSDP, ZeRO-3, accelerate's
+            offloading) holds the values of a layer.
+
+    Example:
+        >>> from lora_kernels import FusedLoRALinear
+        >>> model = nn.Sequential(FusedLoRALinear(4, 4, r=2))
+        >>> print(restore_linear(model))
+        restored 1 layer:
+          0: base weight; adapter dropped
+        adapters merged: 0; adapters dropped: 1
+        >>> type(model[0]).__name__
+        'Linear'
+    """
+    layers = some_lora_layers(model, "restore_linear")
+    if isinstance(model, LoRALayer):
+        raise LoRAStateError(
+            "restore_linear was called on a FusedLoRALinear itself, which has no parent to put an nn.Linear into. Call "
+            "its to_linear() instead."
+        )
+    if managed := [name for name, layer in layers if fsdp.is_managed(layer)]:
+        raise LoRAStateError(
+            f"restore_linear was called on a model where fully_shard (FSDP2) manages {listed(managed)}: it would go on "
+            "with the layers that are replaced. Save the adapter, and merge or restore the plain model."
+        )
+    storage.check_free("restore_linear", layers)
+    if dropped := [name for name, layer in layers if not layer.merged and has_moved(layer)]:
+        warnings.warn(
+            f"restore_linear drops the adapters of {listed(dropped)}, which add to the base weights that remain. Call "
+            "merge_lora(model) first to keep what they do, or save_adapter(model, folder) to keep them.",
+            LoRAKernelsWarning,
+            stacklevel=2,
+        )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places: dict[LoRALayer, list[str]] = {layer: [] for _, layer in layers}
+    for name, module in modules.items():
+        if isinstance(module, LoRALayer):
+            places[module].append(name)
+    restored = tuple(
+        RestoredLayer(name, tuple(places[layer]), layer.merged, _untied_from(model, layer) if layer.merged else ())
+        for name, layer in layers
+    )
+    linears = [layer.to_plain() for _, layer in layers]
+    unshare_inputs(model)
+    for (_, layer), linear in zip(layers, linears, strict=True):
+        _remove_hook(linear._forward_pre_hooks, _keep_off_the_fast_path)
+        _put(modules, tuple(places[layer]), linear)
+    _remove_hook(model._load_state_dict_pre_hooks, _check_ranks)
+    _remove_hook(model._state_dict_pre_hooks, tell_of_saving)
+    forget(model)
+    return RestoreReport(restored)
+
+
+def lora_state_dict(model: nn.Module, bias: str | None = None) -> dict[str, Tensor]:
+    """The adapters' tensors by their names in ``model.state_dict()``; a shared layer's once, under its first name.
+
+    With them are the biases that train and the modules of ``modules_to_save``, whole; a warning names what else may
+    have been trained.
+
+    ``model.load_state_dict(tensors, strict=False)`` loads them back. As in ``state_dict()`` they are detached, on their
+    device, and no copies: clone them to keep their values while training goes on. Layers that PiSSA or OLoRA
+    initialised add their initial values: loaded into a model with the same base, its weights are set to go with them.
+    Of what accelerate has offloaded they are the values that it keeps.
+
+    Args:
+        model: a module that holds ``FusedLoRALinear`` layers.
+        bias: which biases are added: ``"none"``, ``"lora_only"`` (those of the LoRA layers) or ``"all"``. None: as
+            ``LoRAConfig.bias`` or :func:`mark_only_lora_as_trainable` said.
+
+    Raises:
+        InvalidArgumentError: another ``bias``.
+        LoRAStateError: the model holds no ``FusedLoRALinear``, or values that FSDP1 or ZeRO-3 holds are not gathered.
+
+    Example:
+        >>> from lora_kernels import FusedLoRALinear
+        >>> list(lora_state_dict(nn.Sequential(FusedLoRALinear(4, 4, r=2))))
+        ['0.lora_A', '0.lora_B']
+    """
+    check_bias(bias)
+    layers = some_lora_layers(model, "lora_state_dict")
+    fsdp.settle(model)
+    adapter = remembered_within(model) or Adapter(LoRAConfig())
+    entire = as_tuple(adapter.config.modules_to_save)
+    found = list(biases(model, adapter.config.bias if bias is None else bias))
+    check_adapters_here("lora_state_dict", layers)
+    storage.check_here("lora_state_dict", ((name, module, ["bias"]) for name, module, _ in found))
+    tensors: dict[str, Tensor] = {}
+    for prefix, layer in layers:
+        own = layer.adapter | layer.initial
+        tensors |= {joined(prefix, name): storage.value(layer, name, tensor) for name, tensor in own.items()}
+    seen: set[Tensor] = set()
+    for prefix, module, parameter in found:
+        if parameter not in seen:
+            tensors[joined(prefix, "bias")] = storage.value(module, "bias", parameter)
+            seen.add(parameter)
+    tensors |= whole_tensors(model, entire, "lora_state_dict")
+    seen |= {parameter for _, module in trained_whole(entire, model) for parameter in module.parameters()}
+    warn_of_left_out(model, seen, "lora_state_dict", stacklevel=2)
+    return {storage.state_name(name): tensor for name, tensor in tensors.items()}
+
+
+def put_layers(model: nn.Module, layers: Mapping[tuple[str, ...], nn.Module]) -> ShareReport:
+    """Puts each layer at its places, and has ``load_state_dict`` look at ranks first; which layers share an input."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for places, layer in layers.items():
+        _put(modules, places, layer)
+    hooks = model._load_state_dict_pre_hooks.values()
+    if not any(getattr(hook, "hook", None) is _check_ranks for hook in hooks):
+        model.register_load_state_dict_pre_hook(_check_ranks)
+    if tell_of_saving not in model._state_dict_pre_hooks.values():
+        model.register_state_dict_pre_hook(tell_of_saving)
+    return share_found(model)
+
+
+@contextmanager
+def training_kept_on_failure(model: nn.Module) -> Iterator[None]:
+    """Where the block raises, each parameter trains, or does not, as before it."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        raise
+
+
+def _put(modules: Mapping[str, nn.Module], places: tuple[str, ...], layer: nn.Module) -> None:
+    """Puts ``layer`` at each of its places. It writes to the parents' tables, so no override can fail half-way."""
+    for place in places:
+        prefix, _, name = place.rpartition(".")
+        parent = modules[prefix]
+        parent._modules[name] = layer
+        guarded = any(hook is _keep_off_the_fast_path for hook in layer._forward_pre_hooks.values())
+        if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(layer, LoRALayer) and not guarded:
+            layer.register_forward_pre_hook(_keep_off_the_fast_path)
+
+
+def _keep_off_the_fast_path(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing but be there.
+
+    In evaluation ``nn.TransformerEncoderLayer`` reads its linear layers' weights and calls none of them, which would
+    leave the adapters out, unless one of its modules has a hook.
+    """
+
+
+def _check_ranks(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Raises for an adapter of another rank before anything of the state dict is loaded."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LoRALayer):
+            module.check_rank(state_dict, f"{joined(prefix.removesuffix('.'), name)}." if name else prefix)
+
+
+def _remove_hook(hooks: dict[int, Any], function: Any) -> None:
+    for key in [key for key, hook in hooks.items() if hook is function or getattr(hook, "hook", None) is function]:
+        del hooks[key]
+
+
+def some_lora_layers(model: nn.Module, function: str) -> list[tuple[str, LoRALayer]]:
+    if not isinstance(model, nn.Module):
+        raise InvalidTypeError(f"a model of type {type(model).__name__} was given: it must be a torch.nn.Module.")
+    layers = list(lora_layers(model))
+    if not layers:
+        raise LoRAStateError(
+            f"{function} was called on {type(model).__name__}, which holds no FusedLoRALinear. Call "
+            "replace_linear(model, config) first."
+        )
+    return layers
+
+
+def check_adapters_here(function: str, layers: list[tuple[str, LoRALayer]]) -> None:
+    """Raises unless the adapters' values are here, or where they can be fetched from."""
+    names = ("lora_A", "lora_B", "lora_bias", "lora_magnitude_vector")
+    own = ((name, layer, [each for each in names if getattr(layer, each) is not None]) for name, layer in layers)
+    storage.check_here(function, own)
+
+
+def _untied_from(model: nn.Module, layer: LoRALayer) -> tuple[str, ...]:
+    """Names of other modules' parameters that are the layer's base weight."""
+    names = []
+    for prefix, module in model.named_modules():
+        for name, own in module.named_parameters(recurse=False):
+            parameter = module.base_weight if isinstance(module, LoRALayer) and name == "weight" else own
+            if module is not layer and parameter is layer.base_weight:
+                names.append(joined(prefix, name))
+    return tuple(names)

@@ -1,0 +1,263 @@
+"""What ``replace_linear`` decides before it touches the model, and what it says about it afterwards.
+
+:func:`check_model` refuses whole models, :func:`decide` sorts the matches, :func:`build` makes the layers,
+:func:`make_report` tells. Only ``build`` changes anything: it freezes the weights that it takes.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from ..config import LoRAConfig, pattern_value
+from ..errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, LoRAStateError
+from ..layer import LoRALayer
+from ..nn import around
+from ..replaceable import is_conv1d, why_not_replaceable
+from .matching import (
+    Match,
+    close_names,
+    is_all_linear,
+    linear_names,
+    name_matches,
+    trained_whole,
+    unmatched_names,
+)
+from .report import ReplacedLayer, ReplaceReport, ShareReport, SkippedLayer
+
+__all__ = ["build", "check_model", "decide", "joined", "listed", "make_report", "nothing_to_replace"]
+
+_NAMES_SHOWN = 12
+
+
+def joined(prefix: str, name: str) -> str:
+    """The dotted name of ``name`` under ``prefix``, which may be the root's empty one."""
+    return f"{prefix}.{name}" if prefix else name
+
+
+def listed(names: list[str]) -> str:
+    """The names in quotes, the first of them where there are many."""
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(repr(name) for name in names[:_NAMES_SHOWN]) + more
+
+
+def check_model(model: nn.Module, config: LoRAConfig) -> None:
+    """Raises for what no configuration can repair."""
+    if not isinstance(config, LoRAConfig):
+        raise InvalidTypeError(
+            f"a configuration of type {type(config).__name__} was given: it must be a lora_kernels.LoRAConfig, whose "
+            "fields have the names of peft.LoraConfig's."
+        )
+    if not isinstance(model, nn.Module):
+        raise InvalidTypeError(f"a model of type {type(model).__name__} was given: it must be a torch.nn.Module.")
+    if isinstance(model, LoRALayer):
+        raise LoRAStateError("the model given to replace_linear is a FusedLoRALinear already. Train it as it is.")
+    if is_conv1d(model):
+        raise InvalidTypeError("the model given to replace_linear is itself a Conv1D. Give the model that holds it.")
+    if isinstance(model, nn.Linear):
+        raise InvalidTypeError(
+            "the model given to replace_linear is itself an nn.Linear, which cannot be replaced in place. Use "
+            "FusedLoRALinear.from_linear(model, r=...) and take what it returns."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InvalidTypeError(
+            f"the model is a ScriptModule ({type(model).__name__}), whose layers cannot be exchanged. Call "
+            "replace_linear on the model before torch.jit.script or torch.jit.trace."
+        )
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise LoRAStateError(
+            "the model is wrapped in DistributedDataParallel, which would not synchronise the gradients of parameters "
+            "that come later. Call replace_linear on the plain model, then wrap it."
+        )
+
+
+def decide(model: nn.Module, config: LoRAConfig, matches: list[Match]) -> tuple[list[Match], list[SkippedLayer]]:
+    """The matches to replace, and those to leave alone, with the reasons."""
+    adapted = (match for match in matches if isinstance(match.module, LoRALayer))
+    replaced = [match.name for match in adapted if not match.excluded and not match.whole]
+    if replaced:
+        raise LoRAStateError(
+            f"{listed(replaced)} is a FusedLoRALinear already, and no layer takes a second adapter. Name it in "
+            "exclude_modules, or call restore_linear(model) first."
+        )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    reasons = {match.name: _why_left_alone(match, modules) for match in matches}
+    targets = [match for match in matches if reasons[match.name] is None]
+    while tied := _tied_outside(model, targets, config.bias):
+        reasons |= tied
+        targets = [match for match in targets if match.name not in tied]
+    return targets, [SkippedLayer(name, reason) for name, reason in reasons.items() if reason is not None]
+
+
+def _why_left_alone(match: Match, modules: Mapping[str, nn.Module]) -> str | None:
+    if match.excluded is not None:
+        also = "it" if match.excluded == match.name else f"{match.excluded!r}, another name of it"
+        return f"exclude_modules matches {also}."
+    if match.whole is not None:
+        return f"modules_to_save names it ({match.whole!r}), so it trains whole."
+    for place in match.places:
+        ends = [*(dot.start() for dot in re.finditer(r"\.", place)), len(place)]
+        if any(_is_pefts(modules[place[:end]]) for end in ends):
+            return (
+                "it is PEFT's, or a part of a layer of PEFT's, which has an adapter already: exclude it, or unload "
+                "PEFT's first. lora_kernels.fuse_peft(model) has PEFT's LoRA layers run fused as they are."
+            )
+    if isinstance(match.module, torch.jit.ScriptModule):
+        return "it is a ScriptModule: call replace_linear before torch.jit.script or torch.jit.trace."
+    return why_not_replaceable(match.module)
+
+
+def _is_pefts(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
+
+
+def _tied_outside(model: nn.Module, targets: list[Match], bias: str) -> dict[str, str]:
+    """For each target whose freezing would freeze a module that is not replaced: its name and the reason."""
+    replaced = {match.module for match in targets}
+    outside = {
+        parameter: joined(prefix, name)
+        for prefix, module in model.named_modules()
+        if module not in replaced
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    }
+    reasons = {}
+    for match in targets:
+        for name, parameter in match.module.named_parameters(recurse=False):
+            if parameter in outside and (name == "weight" or bias == "none"):
+                reasons[match.name] = (
+                    f"its {name} is also {outside[parameter]}, which is not replaced and would be frozen with it. "
+                    f"Freeze it yourself with requires_grad_(False) first, give the layer its own {name} or exclude it."
+                )
+    return reasons
+
+
+def nothing_to_replace(model: nn.Module, config: LoRAConfig, skipped: list[SkippedLayer]) -> LoRAKernelsError:
+    kind, target = type(model).__name__, config.target_modules
+    if skipped:
+        reasons = dict.fromkeys(layer.reason for layer in skipped)
+        by_choice = all("exclude_modules" in reason or "modules_to_save" in reason for reason in reasons)
+        error = InvalidArgumentError if by_choice else InvalidTypeError
+        return error(
+            f"target_modules={target!r} matches {listed([layer.name for layer in skipped])} in {kind}, and nothing of "
+            f"it can be replaced: {' '.join(reasons)}"
+        )
+    if config.layers_to_transform is not None:  # target_modules is a list then
+        named = [name for name, _ in model.named_modules() if name and name_matches(target or (), name)]
+        if named:
+            return InvalidArgumentError(
+                f"target_modules={target!r} matches {listed(named)} in {kind}, and none of it is in "
+                f"layers_to_transform={config.layers_to_transform!r}. Without layers_pattern a block's number is the "
+                "first one that stands below two names (model.layers.3); for blocks at the top give "
+                "layers_pattern='layers', or whatever their list is called."
+            )
+    names = linear_names(model)
+    if not names:
+        return InvalidArgumentError(f"target_modules={target!r} was given, but {kind} has no nn.Linear to replace.")
+    if is_all_linear(target):
+        return InvalidArgumentError(
+            f"target_modules={target!r} was given, but the output head is the only nn.Linear in {kind}: "
+            f"{listed(names)}. Name it to replace it."
+        )
+    whole = "the whole dotted name of " if isinstance(target, str) else ""
+    return InvalidArgumentError(
+        f"target_modules={target!r} matches {whole}no module in {kind}. {_close_sentence(model, config)}Its linear "
+        f"layers are called {listed(names)}."
+    )
+
+
+def _close_sentence(model: nn.Module, config: LoRAConfig) -> str:
+    target = config.target_modules or ()
+    words = re.findall(r"\w{2,}", target) if isinstance(target, str) else list(target)
+    close = dict.fromkeys(name for word in words for name in close_names(word, model))
+    return f"Close names are {listed(list(close))}. " if close else ""
+
+
+def build(targets: list[Match], config: LoRAConfig, draw: bool = True) -> dict[str, LoRALayer]:
+    """The layers for ``targets`` by name, with one warning for all ranks that are too high.
+
+    ``draw=False`` is for adapters that exist: it leaves their values unset and torch's generator as it is, and does not
+    warn.
+    """
+    layers = {
+        match.name: around(
+            match.module,
+            r=pattern_value(config.rank_pattern, match.name, config.r),
+            lora_alpha=pattern_value(config.alpha_pattern, match.name, config.lora_alpha),
+            lora_dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            init_lora_weights=config.init_lora_weights,
+            adapter_dtype=config.adapter_dtype,
+            lora_bias=config.lora_bias,
+            activation=config.activation,
+            draw=draw,
+        )
+        for match in targets
+    }
+    high = [name for name, layer in layers.items() if layer.r > min(layer.in_features, layer.out_features)]
+    if high and draw:
+        warnings.warn(
+            f"the rank is above min(in_features, out_features) of {listed(high)}: the adapter costs more than a full "
+            "update of the weight and can represent no more. A smaller r, or a rank_pattern for these, does the same.",
+            stacklevel=3,
+        )
+    return layers
+
+
+def make_report(
+    model: nn.Module,
+    config: LoRAConfig,
+    matches: list[Match],
+    layers: dict[str, LoRALayer],
+    targets: list[Match],
+    skipped: list[SkippedLayer],
+    shared: ShareReport,
+) -> ReplaceReport:
+    replaced = []
+    for match in targets:
+        layer = layers[match.name]
+        count = sum(parameter.numel() for parameter in layer.adapter.values())
+        shape = layer.in_features, layer.out_features
+        sizes = *shape, layer.r, layer.lora_alpha, layer.scaling, count
+        replaced.append(ReplacedLayer(match.name, match.places, *sizes, layer.activation))
+    parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
+    return ReplaceReport(
+        layers=tuple(replaced),
+        skipped=tuple(skipped),
+        notes=tuple(_notes(model, config, matches, list(layers))),
+        groups=shared.groups,
+        adapter_parameters=sum(
+            p.numel() for m in model.modules() if isinstance(m, LoRALayer) for p in m.adapter.values()
+        ),
+        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        total=sum(parameter.numel() for parameter in parameters),
+    )
+
+
+def _notes(model: nn.Module, config: LoRAConfig, matches: list[Match], replaced: list[str]) -> Iterator[str]:
+    for entry in unmatched_names(model, config):
+        close = close_names(entry, model)
+        yield f"target_modules names {entry!r}, which matches nothing{f' (close: {listed(close)})' if close else ''}."
+    if config.exclude_modules and not any(match.excluded for match in matches):
+        yield f"exclude_modules={config.exclude_modules!r} excludes nothing that target_modules matches."
+    for entry in config.modules_to_save or ():
+        if not trained_whole([entry], model):
+            yield f"modules_to_save names {entry!r}, which matches nothing."
+    for pattern, field in ((config.rank_pattern, "rank_pattern"), (config.alpha_pattern, "alpha_pattern")):
+        for key in pattern:
+            if not any(pattern_value({key: True}, name, False) for name in replaced):
+                yield f"{field} has the key {key!r}, which matches no replaced layer."
+    for prefix, module in model.named_modules():
+        nested = isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False)
+        if nested and any(name.startswith(f"{prefix}." if prefix else "") for name in replaced):
+            yield (
+                f"{prefix or 'the model'} is an nn.TransformerEncoder, which turns padded batches into nested tensors "
+                "in evaluation, and the replaced layers take none. Set its use_nested_tensor to False."
+            )

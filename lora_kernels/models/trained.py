@@ -1,0 +1,96 @@
+"""What trains beside the adapters: biases and whole modules; and what trains that none of them is.
+
+Training, saving and warnings ask the same functions, so that what trains and what is saved are one list.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterable, Iterator
+
+from torch import Tensor, nn
+
+from .. import storage
+from ..config import BIAS_CHOICES, LoRAConfig, as_tuple
+from ..errors import InvalidArgumentError
+from ..layer import LoRALayer
+from .matching import trained_whole
+from .replacing import joined, listed
+
+__all__ = ["biases", "check_bias", "left_out", "train_biases", "train_whole", "warn_of_left_out", "whole_tensors"]
+
+
+def check_bias(bias: str | None) -> None:
+    if bias is not None and bias not in BIAS_CHOICES:
+        raise InvalidArgumentError(f"bias={bias!r} was given: it must be one of {BIAS_CHOICES}, or None.")
+
+
+def biases(model: nn.Module, which: str) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """``(dotted name of the module, module, bias)`` of each bias that ``which`` means: "none", "lora_only" or "all".
+
+    Of a merged layer it is the one that was merged into.
+    """
+    for prefix, module in model.named_modules() if which != "none" else ():
+        if isinstance(module, LoRALayer):
+            bias = module.base_bias
+        else:
+            bias = module._parameters.get("bias") if which == "all" else None
+        if bias is not None:
+            yield prefix, module, bias
+
+
+def train_biases(model: nn.Module, layers: Iterable[LoRALayer], which: str) -> None:
+    """Has the biases train that ``which`` means; with "lora_only" those of ``layers``."""
+    of_layers = (layer.base_bias for layer in layers) if which == "lora_only" else ()
+    of_all = (bias for _, _, bias in biases(model, which)) if which == "all" else ()
+    for bias in (*of_layers, *of_all):
+        if bias is not None:
+            _train(bias)
+
+
+def train_whole(model: nn.Module, config: LoRAConfig) -> None:
+    """Has the modules of ``modules_to_save`` train, with all that is in them."""
+    for _, module in trained_whole(as_tuple(config.modules_to_save), model):
+        for parameter in module.parameters():
+            _train(parameter)
+
+
+def _train(parameter: nn.Parameter) -> None:
+    parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+
+
+def whole_tensors(model: nn.Module, names: Collection[str], function: str) -> dict[str, Tensor]:
+    """The whole state of the modules that ``names`` (``modules_to_save``) mean, by its names in ``model``."""
+    found = {}
+    for name, module in trained_whole(names, model):
+        parts = {f"{name}.{inner}".rstrip("."): part for inner, part in module.named_modules()}
+        storage.check_here(function, ((path, part, list(part._parameters)) for path, part in parts.items()))
+        for key, tensor in module.state_dict().items():
+            path, _, own = joined(name, key).rpartition(".")
+            holder = parts.get(path)
+            found[joined(name, key)] = tensor if holder is None else storage.value(holder, own, tensor)
+    return found
+
+
+def left_out(model: nn.Module, written: Collection[nn.Parameter | Tensor]) -> list[str]:
+    """Names of the Parameters that require a gradient and are none of the adapters' and none of ``written``."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer)]
+    kept = {*written, *(parameter for _, layer in layers for parameter in layer.adapter.values())}
+    candidates = dict(model.named_parameters())
+    for prefix, layer in layers:
+        aside = (("weight", layer.base_weight), ("bias", layer.base_bias)) if layer.merged else ()
+        candidates |= {joined(prefix, own): parameter for own, parameter in aside if parameter is not None}
+    return [name for name, parameter in candidates.items() if parameter.requires_grad and parameter not in kept]
+
+
+def warn_of_left_out(
+    model: nn.Module, written: Collection[nn.Parameter | Tensor], function: str, stacklevel: int
+) -> None:
+    """Names what trains and is not in what ``function`` gives; ``stacklevel`` as if the caller warned itself."""
+    if names := left_out(model, written):
+        warnings.warn(
+            f"{function} leaves out {listed(names)}, which can train (requires_grad=True) and may have been trained. "
+            "To keep it, name its module in modules_to_save, or give bias='lora_only' or 'all' for biases. If it has "
+            "not been trained, freeze it: mark_only_lora_as_trainable(model) does that.",
+            stacklevel=stacklevel + 1,
+        )

@@ -1,0 +1,91 @@
+"""Offline compilation for GPUs that are not here (a small part of the gate that CI runs whole), and block sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_kernels.backends.triton.choose import blocks
+from lora_kernels.backends.triton.offline import compile_report
+from lora_kernels.backends.triton.offline.compile_jobs import ARCHITECTURES
+from lora_kernels.backends.triton.offline.compile_report import Record
+
+ROOT = Path(__file__).parents[3]
+MACHINES = [
+    *ARCHITECTURES.values(),
+    blocks.Machine(capability=86, sm_count=84, shared_memory=101376),
+    blocks.Machine(capability=90, sm_count=1, shared_memory=232448),
+]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_compile(arch: int, tmp_path: Path) -> None:
+    """bf16 under fp32 adapters with dropout, and few tokens: no spills, in shared memory, the meant instructions."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    file = tmp_path / "report.json"
+    module = "lora_kernels.backends.triton.offline.compile_report"
+    command = [sys.executable, "-m", module, "--quick", "--check", "--arch", str(arch), "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    records = [Record(**record) for record in json.loads(file.read_text())]
+    names = ["forward", "expand", "shrink", "few_tokens", "sum_parts", "dh_db", "reduce", "dx", "dx_low_rank", "da"]
+    names += ["mask", "row_norms", "gain_grad", *(["persistent", "dx_persistent"] if arch >= 90 else [])]
+    assert {record.kernel for record in records} == {f"{name}_kernel" for name in names}
+
+
+def test_the_interpreter_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
+        compile_report.report()
+
+
+BLOCKS = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "PDL": True, "num_warps": 8}
+GOOD = Record("persistent_kernel", 90, "bf16", False, 250, 0, 0, 100_000, 232_448, "wgmma", 1.0, BLOCKS, 6, 6, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"stack": 8}, "spills: 8 bytes of stack"),
+        ({"local": 16}, "16 of local memory"),
+        ({"shared": 232_449}, "takes 232449 bytes of shared memory and the device has 232448"),
+        ({"instruction": "mma.sync"}, "uses mma.sync where wgmma is meant"),
+        ({"instruction": ""}, "uses no tensor core where wgmma is meant"),
+        ({"arch": 100}, "uses wgmma where tcgen05 is meant"),
+        ({"products": 3}, "has 3 HGMMA where a K step takes 4"),
+        ({"tma_loads": 0}, "has no UTMALDG"),
+        ({"waits": 0}, "has no ACQBULK"),
+        ({"chained": True}, "adds all its products up in one chain"),
+    ],
+)
+def test_the_gate_can_fail(change: dict[str, object], sentence: str) -> None:
+    assert compile_report.faults([GOOD]) == []
+    (fault,) = compile_report.faults([Record(**({f: getattr(GOOD, f) for f in Record.__dataclass_fields__} | change))])
+    assert sentence in fault
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: f"sm{machine.capability}x{machine.sm_count}")
+@pytest.mark.parametrize(("itemsize", "tf32"), [(2, False), (4, True), (4, False)])
+def test_blocks_fit_the_machine(machine: blocks.Machine, itemsize: int, tf32: bool) -> None:
+    """Every size gets blocks that are powers of two, and operand tiles that shared memory holds."""
+    for rows in (1, 16, 64, 1024, 2**20):
+        for columns in (1, 40, 1024, 4096, 14336):
+            for r in (1, 8, 17, 64, 300):
+                gemm = blocks.gemm_config(machine, rows, columns, r, itemsize, tf32, dropout=r > 8)
+                tiles = gemm.num_stages * (gemm.block_rows + gemm.block_columns) * gemm.block_sum
+                assert tiles * itemsize <= machine.shared_memory
+                chosen = [
+                    gemm,
+                    blocks.shrink_config(machine, rows, r, itemsize, tf32),
+                    blocks.few_tokens_config(machine, columns, r, itemsize, tf32),
+                    blocks.dh_db_config(machine, rows, columns, r, itemsize, tf32),
+                    blocks.da_config(machine, columns, r, itemsize, tf32),
+                ]
+                for config in filter(None, chosen):
+                    sizes = [getattr(config, name) for name in config.__slots__ if name.startswith(("block", "chunk"))]
+                    assert all(block >= 16 and block & (block - 1) == 0 for block in sizes), config

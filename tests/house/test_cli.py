@@ -1,0 +1,184 @@
+"""The command line: help, versions, exit statuses, and errors that are one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lora_kernels
+from lora_kernels import cli, console
+from lora_kernels.backends.native import command
+from lora_kernels.backends.native.toolchain import BuildError
+from lora_kernels.cli import main
+from stand_in import StandIn
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    for name in [package, *(n for n in sys.modules if n.startswith(package + "."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def sentence(captured: str) -> str:
+    assert captured.startswith("lora-kernels: ")
+    assert captured.count("\n") == 1, captured
+    return captured
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_names_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n    {command} " in shown for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert f"lora-kernels {command}" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"lora-kernels {lora_kernels.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["verify", "--backend", "cutlass", "--json"], "'cutlass' is not known"),
+        (["verify", "--dtype", "int8", "--json"], "must be one of fp32, bf16, fp16, fp64"),
+        (["verify", "--device", "tpu", "--json"], "must be cpu, cuda or cuda:N"),
+        (["verify", "--device", "cuda:99", "--json"], "PyTorch sees"),
+        (["verify", "--backend", "triton", "--dtype", "fp64", "--json"], "float64"),
+        (["info", "--require", "cutlass"], "the backends are"),
+        (["demo", "--seeds", "0", "--json", "-"], "must be at least 1"),
+        (["demo", "--plot", "/nowhere/at/all.png"], "cannot be written"),
+        (["demo", "--plot", "curves.docx"], "writes no .docx files"),
+        (["bench", "--preset", "smoke", "--plot", "ratios.docx"], "writes no .docx files"),
+        (["verify", "--backend", "eager,cutlass", "--json"], "'cutlass' is not known"),
+        (["bench", "--peers", "peft", "addmm,nobody"], "'nobody' are not known"),
+        (["demo", "--no-plot", "--json", "/nowhere/at/all.json"], "cannot be written"),
+        (["demo", "--device", "tpu", "--json", "-"], "cannot be used"),
+        (["bench", "--preset", "nonsense"], "nonsense"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert words in sentence(captured.err)
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("arguments", [["verfy"], ["build", "gpu"], ["info", "--jsn"], ["verify", "--seed", "x"]])
+def test_argparse_errors_are_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert "usage: lora-kernels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["verify"], ["demo", "--no-plot"]])
+def test_without_rich_the_sentence_tells_what_to_install(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without(monkeypatch, "rich")
+    assert main(arguments) == 2
+    assert 'pip install "lora-kernels[cli]"' in sentence(capsys.readouterr().err)
+
+
+def test_without_matplotlib_the_sentence_tells_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    without(monkeypatch, "matplotlib")
+    assert main(["demo", "--plot", str(tmp_path / "curves.png")]) == 2
+    assert 'pip install "lora-kernels[plot]"' in sentence(capsys.readouterr().err)
+
+
+def test_an_import_that_fails_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "info", cli.Command("help", "info", "run_command"))
+    monkeypatch.setattr("lora_kernels.info.run_command", lambda args: __import__("torch_is_not_here"))
+    assert main(["info"]) == 2
+    assert "`lora-kernels info` tells" in sentence(capsys.readouterr().err)
+
+
+def test_an_interrupt_is_status_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_kernels.info.run_command", interrupted)
+    assert main(["info"]) == 130
+    assert "interrupted" in sentence(capsys.readouterr().err)
+
+
+def test_the_module_runs_from_a_checkout() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_kernels", "info", "--json"],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["versions"]["lora_kernels"] == lora_kernels.__version__
+
+
+def test_json_is_strict_where_numbers_are_not_finite() -> None:
+    found = json.loads(console.json_text({"a": [float("nan"), 1.5], "b": (float("inf"),)}), parse_constant=pytest.fail)
+    assert found == {"a": ["nan", 1.5], "b": ["inf"]}
+
+
+def test_progress_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    console.progress_lines("verify")("eager fp32", 3, 14)
+    assert capsys.readouterr() == ("", "verify: eager fp32 3/14\n")
+
+
+def test_build_prints_path_log_and_time(native: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"cpu: {native.home}")
+    log = native.home / "build.log"
+    assert re.search(rf"compiled in [0-9.]+ s, by stand-in compiler 1\.0 .*\n  log: {log}\n", captured.out)
+    assert captured.err.splitlines() == ["build: cpu 0/1", "build: cpu 1/1"]
+    assert "-fPIC" in log.read_text()
+
+
+def test_build_compiles_again_only_by_force(native: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    reports = []
+    for options in ([], [], ["--force"]):
+        assert main(["build", "cpu", "--json", *options]) == 0
+        reports.append(json.loads(capsys.readouterr().out)["cpu"])
+    assert [report["compiled"] for report in reports] == [True, False, True]
+    assert {report["path"] for report in reports} == {str(next(native.home.glob("lib*")))}
+
+
+def test_build_that_fails_is_one_sentence_and_builds_the_others(
+    native: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDACXX", "no-such-nvcc")
+    assert main(["build", "all", "--json"]) == 2
+    captured = capsys.readouterr()
+    assert list(json.loads(captured.out)) == ["cpu"]
+    assert "CUDACXX=no-such-nvcc was given" in sentence(captured.err.splitlines()[-1] + "\n")
+
+
+def test_build_takes_cuda_by_itself_where_torch_is_a_cuda_build(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_nvcc(kind: str) -> None:
+        raise BuildError("no nvcc was found.")
+
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr(command, "find_compiler", lambda kind: None)
+    assert command._default_kinds() == ("cpu", "cuda")
+    monkeypatch.setattr(command, "find_compiler", no_nvcc)
+    assert command._default_kinds() == ("cpu",)
+    assert capsys.readouterr().err == "build: cuda is left out: no nvcc was found.\n"
+    monkeypatch.setattr("torch.version.cuda", None)
+    assert command._default_kinds() == ("cpu",)

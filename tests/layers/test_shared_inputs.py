@@ -1,0 +1,355 @@
+"""Layers that read one x: what runs in common, and that nothing else of the model notices."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import architectures
+import lora_kernels
+from common_passes import passes, waiting
+from lora_kernels import FusedLoRAGroup, FusedLoRALinear, LoRAConfig, replace_linear, unshare_inputs
+from lora_kernels import shared_input as module
+from made_models import acting
+from numerics import check, check_all, same_bits
+
+K, SIZES = 24, {"q": (16, 4), "k": (8, 4), "v": (8, 3)}
+
+
+def group(**arguments: Any) -> FusedLoRAGroup:
+    """Three layers of one x, whose adapters act."""
+    dtype = arguments.pop("dtype", torch.float32)
+    return FusedLoRAGroup({name: acting(K, n, r=r, dtype=dtype, **arguments) for name, (n, r) in SIZES.items()})
+
+
+def apart(together: FusedLoRAGroup) -> FusedLoRAGroup:
+    """A copy whose layers run by themselves."""
+    single = copy.deepcopy(together)
+    assert unshare_inputs(single) == 1
+    return single
+
+
+def draw(dtype: torch.dtype = torch.float32, *shape: int) -> Tensor:
+    x = torch.randn(*(shape or (5, 7)), K, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return x.to(dtype).requires_grad_()
+
+
+def results(model: nn.Module, x: Tensor, seed: int = 2) -> dict[str, Tensor]:
+    """Each y, dx and each parameter's gradient; the dys are random and always the same."""
+    torch.manual_seed(seed)
+    ys = model(x)
+    generator = torch.Generator().manual_seed(3)
+    dys = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in ys]
+    named = {"dx": x} | {name: p for name, p in model.named_parameters() if p.requires_grad}
+    torch.autograd.backward(ys, dys)
+    gradients = {name: tensor.grad for name, tensor in named.items() if tensor.grad is not None}
+    for tensor in named.values():
+        tensor.grad = None
+    return {f"y{i}": y.detach() for i, y in enumerate(ys)} | gradients
+
+
+def assert_right(y: Tensor, layer: FusedLoRALinear, x: Tensor) -> None:
+    """y passes the policy as the layer's output, a layer of its own being the yardstick."""
+    single = copy.deepcopy(layer)
+    check("y", y.detach(), copy.deepcopy(layer).double()(x.detach().double()).detach(), single(x).detach(), x.dtype)
+
+
+# Values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"use_dora": True}, {"lora_bias": True}, {"bias": False, "use_rslora": True}, {"activation": "gelu"}],
+    ids=str,
+)
+def test_a_group_is_as_exact_as_its_layers(arguments: dict[str, Any], dtype: torch.dtype) -> None:
+    together = group(**arguments, dtype=dtype)
+    single, x = apart(together), draw(dtype)
+    exact = results(copy.deepcopy(single).double(), draw(dtype).detach().double().requires_grad_())
+    with passes() as counted:
+        actual = results(together, x)
+    assert counted == [3]
+    check_all(actual, exact, results(single, x), dtype)
+    assert not waiting(together)
+
+
+def test_with_dropout_each_layer_has_a_mask_of_its_own_and_draws_as_it_would_alone() -> None:
+    """With W = 0 and A = B = 1 an output is the number of kept elements: the layers' differ, and are those of alone."""
+    together = group(lora_dropout=0.5, bias=False)
+    for layer in together.children():
+        layer.weight.data.zero_(), layer.lora_A.data.fill_(1.0), layer.lora_B.data.fill_(1.0)
+        layer.scaling = 1.0
+    x = torch.ones(40, K)
+    torch.manual_seed(1)
+    kept = [y[:, 0] for y in together(x)]
+    torch.manual_seed(1)
+    alone = [y[:, 0] for y in apart(together)(x)]
+    assert not torch.equal(kept[1], kept[0])
+    assert all(torch.equal(left, right) for left, right in zip(kept, alone, strict=True))
+
+
+def test_with_dropout_the_gradients_are_those_of_alone() -> None:
+    together = group(lora_dropout=0.3)
+    single, x = apart(together), draw()
+    exact = copy.deepcopy(single).double()
+    with lora_kernels.use_backend("eager"):  # its mask is the same in every dtype
+        given = results(exact, x.detach().double().requires_grad_())
+        check_all(results(together, x), given, results(single, x), torch.float32)
+
+
+def test_dora_with_dropout_runs_alone() -> None:
+    together = group(use_dora=True, lora_dropout=0.3)
+    with passes() as counted:
+        together(draw())
+    assert not counted
+
+
+# When a layer runs by itself
+
+
+def written_to(x: Tensor, model: FusedLoRAGroup) -> Tensor:
+    with torch.no_grad():
+        return x.add_(1.0)
+
+
+def new_values(x: Tensor, model: FusedLoRAGroup) -> Tensor:
+    with torch.no_grad():
+        model.v.lora_B.mul_(2.0)
+    return x
+
+
+def scaled(x: Tensor, model: FusedLoRAGroup) -> Tensor:
+    model.v.scaling = 0.25
+    return x
+
+
+def merged(x: Tensor, model: FusedLoRAGroup) -> Tensor:
+    model.v.merge()
+    return x
+
+
+def switched_off(x: Tensor, model: FusedLoRAGroup) -> Tensor:
+    model.v.enable_lora(False)
+    return x
+
+
+def evaluating(x: Tensor, model: FusedLoRAGroup) -> Tensor:
+    model.v.eval()
+    return x
+
+
+def with_another_weight(x: Tensor, model: FusedLoRAGroup) -> Tensor:
+    model.v.lora_A = nn.Parameter(torch.ones_like(model.v.lora_A))
+    return x
+
+
+CHANGES = [written_to, new_values, scaled, merged, switched_off, evaluating, with_another_weight]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_waits_is_not_taken_after_a_change(change: Callable[[Tensor, FusedLoRAGroup], Tensor]) -> None:
+    together = group()
+    with torch.no_grad():
+        x = draw().detach()
+    together.q(x)
+    x = change(x, together)
+    y = together.v(x)
+    assert same_bits(y, apart(together).v(x))
+
+
+def test_under_autocast_or_another_backend_or_without_gradients_what_waits_is_not_taken() -> None:
+    together, x = group(), draw()
+    together.q(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert together.k(x).dtype == torch.bfloat16
+    together.q(x)
+    with lora_kernels.use_backend("eager"):
+        y = together.k(x)
+    with lora_kernels.use_backend("eager"):
+        assert same_bits(y, apart(together).k(x))
+    together.q(x)
+    with torch.no_grad():
+        assert not together.k(x).requires_grad
+
+
+@pytest.mark.parametrize("how", ["evaluation", "merged", "off", "inference"])
+def test_only_layers_that_train_run_in_common(how: str) -> None:
+    together, x = group(), draw()
+    with passes() as counted, torch.inference_mode(how == "inference"):
+        if how == "evaluation":
+            together.eval()
+        for layer in together.children() if how in ("merged", "off") else ():
+            layer.merge() if how == "merged" else layer.enable_lora(False)
+        together(x + 0.0)
+    assert not counted
+
+
+def test_those_that_can_run_in_common_do() -> None:
+    together, x = group(), draw()
+    together.k.merge()
+    with passes() as counted:
+        ys = together(x)
+    assert counted == [2]
+    assert same_bits(ys[1], apart(together).k(x))
+
+
+def test_a_layer_called_twice_computes_twice_and_all_is_right() -> None:
+    together, x = group(), draw()
+    for layer in (together.k, together.k, together.q, together.v, together.v):
+        assert_right(layer(x), layer, x)
+
+
+def test_another_tensor_begins_a_pass_of_its_own() -> None:
+    together, x = group(), draw()
+    together.q(x)
+    other = x.detach() + 1.0
+    with passes() as counted:
+        for layer in (together.v, together.k, together.q):
+            assert_right(layer(other), layer, other)
+    assert counted == [3]
+
+
+def test_outputs_that_nobody_takes_are_told_once() -> None:
+    together = group()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(9):
+            together.q(draw())
+    assert [str(warning.message) for warning in told if "unshare_inputs" in str(warning.message)] != []
+    assert len(told) == 1
+    assert len(waiting(together)) == 1
+
+
+def test_hooks_run_and_what_acts_before_a_call_keeps_the_layer_alone() -> None:
+    together, x, seen = group(), draw(), []
+    together.v.register_forward_hook(lambda layer, args, y: y + 100.0)
+    hook = together.k.register_forward_pre_hook(lambda layer, args: seen.append(layer))
+    with passes() as counted:
+        ys = together(x)
+        hook.remove()
+        together(x)
+    assert counted == [2, 3]
+    assert seen == [together.k]
+    assert ys[2].min() > 50.0
+
+
+# The model around
+
+
+def test_a_copy_runs_in_common_a_layer_alone_is_alone_and_nothing_is_held() -> None:
+    together, x = group(), draw()
+    for copied in (copy.deepcopy(together), pickle.loads(pickle.dumps(together))):
+        assert {id(part) for part in copied.modules()}.isdisjoint({id(part) for part in together.modules()})
+        with passes() as counted:
+            assert all(same_bits(left, right) for left, right in zip(copied(x), together(x), strict=True))
+        assert counted == [3, 3]
+    layer = copy.deepcopy(together.q)
+    assert "_shared" not in vars(layer)
+    gone = weakref.ref(together.q)
+    gc.disable()
+    try:
+        del together, counted, copied
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_threads_do_not_mix() -> None:
+    together = group()
+    xs = [torch.randn(9, K) for _ in range(4)]
+    alone = [together(x) for x in xs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        rounds = (zip(together(xs[i]), alone[i], strict=True) for _ in range(30))
+        wrong.extend(i for pairs in rounds if not all(same_bits(y, given) for y, given in pairs))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert not waiting(together)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_bits(reentrant: bool) -> None:
+    together, x = group(lora_dropout=0.3), draw()
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.group = together
+
+        def forward(self, x: Tensor) -> Any:
+            return checkpoint(self.group, x, use_reentrant=reentrant)
+
+    plain = {f"group.{name}" if "." in name else name: value for name, value in results(together, x).items()}
+    again = results(Checkpointed(), x)
+    assert all(same_bits(again[name], value) for name, value in plain.items())
+    assert not waiting(together)
+
+
+def test_saving_and_restoring_see_plain_layers(tmp_path: Any) -> None:
+    pytest.importorskip("safetensors")
+    model = architectures.llama()
+    report = replace_linear(model, LoRAConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    assert report.groups[0] == tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
+    assert "4 groups of layers with one input: model.layers.0.self_attn.q_proj + " in str(report)
+    lora_kernels.save_adapter(model, tmp_path)
+    other = architectures.llama()
+    lora_kernels.load_adapter(other, tmp_path)
+    assert sum(len(module.shared_inputs(holder)) for holder in other.modules()) == 4
+    lora_kernels.restore_linear(model)
+    assert not any("_shared_inputs" in vars(holder) for holder in model.modules())
+
+
+# Under a compiler
+
+
+def test_a_llama_compiles_in_one_graph_and_once() -> None:
+    model = architectures.llama()
+    replace_linear(model, LoRAConfig(r=2, target_modules="all-linear"))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for _ in range(2):
+        loss = compiled(input_ids=architectures.TOKENS, labels=architectures.TOKENS).loss
+    assert counter.frame_count == 1
+    assert not waiting(model)
+    unshare_inputs(model)  # a compiler has found layers run by themselves
+    assert torch.equal(loss, model(input_ids=architectures.TOKENS, labels=architectures.TOKENS).loss)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_group_compiles_in_one_graph_and_runs_in_common(checkpointed: bool) -> None:
+    together, x = group(), draw()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+
+    def step(x: Tensor) -> Any:
+        return checkpoint(together, x, use_reentrant=False) if checkpointed else together(x)
+
+    ys = torch.compile(step, backend=counter, fullgraph=True)(x)
+    assert counter.frame_count == 1
+    assert all(same_bits(y, given) for y, given in zip(ys, together(x), strict=True))
+    assert all(y.grad_fn is ys[0].grad_fn for y in ys)
+
+
+def test_a_member_with_a_hook_compiles_with_it() -> None:
+    together, x = group(), draw()
+    together.v.register_forward_hook(lambda layer, args, y: y + 100.0)
+    ys = torch.compile(together, backend="eager", fullgraph=True)(x)
+    assert ys[2].min() > 50.0

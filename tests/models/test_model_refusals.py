@@ -1,0 +1,169 @@
+"""What cannot be replaced is refused with a sentence, and the model is as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lora_kernels
+from lora_kernels import FusedLoRALinear, LoRAConfig, replace_linear, restore_linear
+from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
+from made_models import UP, Net, Snapshot, refused, replacing
+
+
+class Own(nn.Linear):
+    pass
+
+
+def parametrized() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+
+
+def offloaded() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].forward = lambda x: x
+    return model
+
+
+def pruned() -> nn.Module:
+    from torch.nn.utils import prune
+
+    return nn.Sequential(prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=1))
+
+
+def integer() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    return model
+
+
+def packed() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.ones(8, 2))
+    return model
+
+
+REFUSED = {
+    "no match": (
+        Net,
+        {"target_modules": ["q_proj"]},
+        InvalidArgumentError,
+        ["'q_proj'", "Net", "'up', 'down', 'head'"],
+    ),
+    "close": (Net, {"target_modules": ["dwn", "hed"]}, InvalidArgumentError, ["Close names are 'down', 'head'"]),
+    "no match of a pattern": (Net, {"target_modules": "up"}, InvalidArgumentError, ["whole dotted name", "'up'"]),
+    "no such block": (
+        Net,
+        {"target_modules": ["up"], "layers_to_transform": [1]},
+        InvalidArgumentError,
+        ["'blocks.0.up', 'blocks.1.up'", "layers_to_transform=[1]", "layers_pattern"],
+    ),
+    "none": (Net, {}, InvalidArgumentError, ["target_modules=None", "all-linear"]),
+    "no linear": (
+        lambda: nn.Sequential(nn.ReLU()),
+        {"target_modules": "all-linear"},
+        InvalidArgumentError,
+        ["no nn.Linear"],
+    ),
+    "all excluded": (
+        Net,
+        {"target_modules": ["up"], "exclude_modules": ["up"]},
+        InvalidArgumentError,
+        ["'blocks.0.up'", "exclude_modules"],
+    ),
+    "root": (lambda: nn.Linear(4, 4), {"target_modules": "all-linear"}, InvalidTypeError, ["from_linear"]),
+    "root replaced": (lambda: FusedLoRALinear(4, 4, r=2), {"target_modules": ".*"}, LoRAStateError, ["already"]),
+    "scripted": (
+        lambda: torch.jit.script(nn.Sequential(nn.Linear(4, 4))),
+        {"target_modules": ["0"]},
+        InvalidTypeError,
+        ["ScriptModule", "before torch.jit.script"],
+    ),
+    "scripted part": (
+        lambda: nn.Sequential(torch.jit.script(nn.Linear(4, 4))),
+        {"target_modules": ["0"]},
+        InvalidTypeError,
+        ["ScriptModule", "before torch.jit.script"],
+    ),
+    "subclass": (
+        lambda: nn.Sequential(Own(4, 4)),
+        {"target_modules": "all-linear"},
+        InvalidTypeError,
+        ["Own", "plain"],
+    ),
+    "of the same name": (
+        lambda: nn.Sequential(type("Linear", (nn.Linear,), {})(4, 4)),
+        {"target_modules": ["0"]},
+        InvalidTypeError,
+        [f"{__name__}.Linear is not a plain torch.nn.Linear"],
+    ),
+    "attention's": (
+        lambda: nn.Sequential(nn.MultiheadAttention(4, 2)),
+        {"target_modules": "all-linear"},
+        InvalidTypeError,
+        ["NonDynamicallyQuantizableLinear", "plain"],
+    ),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(4)), {"target_modules": ["0"]}, InvalidTypeError, ["LazyLinear"]),
+    "parametrized": (parametrized, {"target_modules": ["0"]}, InvalidTypeError, ["parametrized", "remove_parametr"]),
+    "pruned": (pruned, {"target_modules": ["0"]}, InvalidTypeError, ["hook", "pruning"]),
+    "offloaded": (offloaded, {"target_modules": ["0"]}, InvalidTypeError, ["forward of its own", "accelerate"]),
+    "integer": (integer, {"target_modules": ["0"]}, InvalidTypeError, ["quantized", "torch.int8"]),
+    "packed": (packed, {"target_modules": ["0"]}, InvalidTypeError, ["(8, 2)", "(4, 4)"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*Lazy modules", "ignore:.*is deprecated")
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_replaced_is_refused_with_a_sentence(name: str) -> None:
+    make, arguments, error, words = REFUSED[name]
+    refused(make(), replacing(**arguments), error, *words)
+
+
+def test_a_model_and_a_configuration_of_other_types_are_refused() -> None:
+    refused("model", replacing(target_modules=["up"]), InvalidTypeError, "str", "torch.nn.Module")
+    refused(Net(), lambda model: replace_linear(model, {"r": 2}), InvalidTypeError, "dict", "LoRAConfig")
+    for function in (lora_kernels.merge_lora, restore_linear, lora_kernels.lora_state_dict):
+        refused(3, function, InvalidTypeError, "int", "torch.nn.Module")
+
+
+def test_models_that_are_distributed_already_are_refused(tmp_path: Any) -> None:
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(Net())
+        refused(model, replacing(target_modules=["up"]), LoRAStateError, "DistributedDataParallel", "then wrap it")
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        sharded = parallelize_module(nn.Sequential(nn.Linear(4, 4)), mesh, {"0": ColwiseParallel()})
+        with pytest.raises(InvalidTypeError, match=r"DTensor.*then call parallelize_module"):
+            replace_linear(sharded, LoRAConfig(r=2, target_modules=["0"]))
+        assert sharded[0].weight.requires_grad
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_failure_while_the_layers_are_made_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, reset = Net(), FusedLoRALinear.reset_lora_parameters
+    calls = []
+
+    def fail_on_the_second(layer: FusedLoRALinear) -> None:
+        calls.append(layer)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("full")
+        reset(layer)
+
+    monkeypatch.setattr(FusedLoRALinear, "reset_lora_parameters", fail_on_the_second)
+    before = Snapshot(model)
+    with pytest.raises(torch.OutOfMemoryError):
+        replace_linear(model, UP)
+    before.assert_unchanged(model)
+
+
+def test_what_is_left_alone_does_not_stop_the_rest() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Own(4, 4), nn.Linear(4, 4))
+    report = replace_linear(model, LoRAConfig(r=2, target_modules="all-linear"))
+    assert [layer.name for layer in report] == ["0", "2"]
+    assert [(layer.name, "Own" in layer.reason) for layer in report.skipped] == [("1", True)]
