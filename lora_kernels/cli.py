@@ -32,7 +32,9 @@ class Command:
 COMMANDS = {
     "info": Command("versions, devices, and each backend: available, or why not and what to do", "info"),
     "verify": Command("the forward product and every gradient of every backend, against float64", "verify.command"),
-    "bench": Command("side by side with PEFT, addmm_, torch.compile and the frozen nn.Linear", "benchmark.command", "run"),
+    "bench": Command(
+        "side by side with PEFT, addmm_, torch.compile and the frozen nn.Linear", "benchmark.command", "run"
+    ),
     "tune": Command("measure the ways to run on this device and store the quickest", "tuning.command"),
     "demo": Command("the worked example: pre-train a small model, fine-tune one layer by LoRA", "demo.command"),
     "build": Command("compile the native library for this machine into the user's cache", "backends.native.command"),
