@@ -74,11 +74,12 @@ def _is_managed(layer: LoRALayer) -> bool:
 
 
 def _assign_merged(layer: LoRALayer, name: str, value: Any) -> None:
-    assert layer._base is not None
+    base = merging.base_of(layer)
+    assert base is not None
     same = value is layer._parameters.get(name) or value is layer.__dict__.get(name)
     if same and value is not None:
         _follow(layer, _rows(layer, layer.base_weight))
-    elif name == "bias" and "bias" not in layer._base._parameters:
+    elif name == "bias" and "bias" not in base._parameters:
         nn.Module.__setattr__(layer, name, value)
     elif value is not layer._parameters.get(name, layer) and (name != "scaling" or value != layer.scaling):
         raise _while_merged(f"{name} was assigned to")
@@ -86,7 +87,7 @@ def _assign_merged(layer: LoRALayer, name: str, value: Any) -> None:
 
 def check_removable(layer: LoRALayer, name: str) -> None:
     """Raises where ``layer.name`` is to be removed, as a parametrization does, and a merged layer needs it."""
-    base = layer.__dict__.get("_base")
+    base = merging.base_of(layer)
     if base is None or (base.in_place and _is_managed(layer)):  # FSDP1 takes its views away, and merged into them
         return
     if name in _MERGED_FROM and (name != "bias" or "bias" in base._parameters):
@@ -103,7 +104,7 @@ def _while_merged(what: str) -> LoRAStateError:
 def _assign_weight(layer: LoRALayer, value: nn.Parameter) -> None:
     rows = _checked_rows(layer, value)
     known = _is_known(layer, value)
-    if not known and layer._initial_scaling is not None:
+    if not known and pissa.is_residual(layer):
         raise LoRAStateError(
             f"a weight was assigned to a layer whose adapter started as a part of it ({layer.init_lora_weights!r}): "
             "the layer keeps the rest, and which of both was meant cannot be told. Load it by load_state_dict, or "
@@ -162,10 +163,10 @@ def _follow(layer: LoRALayer, rows: int) -> None:
         return
     merged = layer.merged
     if merged:
-        layer._unmerge()
+        merging.unmerge(layer)
     _resize(layer, rows)
     if merged:
-        layer._merge()
+        merging.merge(layer)
 
 
 @torch.no_grad()
@@ -182,7 +183,7 @@ def _resize(layer: LoRALayer, rows: int) -> None:
         tensor.data = data.new_empty(0, dtype=other)  # or autograd, where a loss is kept, goes by the former shape
         tensor.data = data
         if name == "lora_magnitude_vector" and rows > former and not layer.weight.is_meta:
-            tensor[former:] = layer._row_norms()[former:].to(tensor)
+            tensor[former:] = layer.row_norms()[former:].to(tensor)
     if (bias := layer.base_bias) is not None and bias.shape[0] == former:
         bias.data = _resized(bias, rows)
     for name in _SIZES:
@@ -210,7 +211,7 @@ def _set_magnitude_anew(layer: LoRALayer) -> None:
             stacklevel=5,
         )
     elif sharded.is_sharded(layer.weight):
-        layer._reset_magnitude()
+        layer.reset_magnitude()
     else:
         weight = layer.matrix(layer.weight)
         a, b = (adapter.to(weight.device) for adapter in (layer.lora_A, layer.lora_B))
@@ -224,7 +225,7 @@ def has_moved(layer: LoRALayer) -> bool:
     if any(p.is_meta for p in own):
         return False
     own = [p.full_tensor() if sharded.is_sharded(p) else p for p in own]
-    if layer._initial_scaling is not None:
+    if pissa.is_residual(layer):
         starts: list[Any] = list(layer.initial.values())
         starts = [p.full_tensor() if sharded.is_sharded(p) else p for p in starts]
         return not all(torch.equal(p, start.to(p)) for p, start in zip(own[:2], starts, strict=True))
@@ -238,14 +239,14 @@ def has_moved(layer: LoRALayer) -> bool:
 
 # A module that takes a layer's place
 
-_watching = False
+_watched: type[LoRALayer] | None = None  # LoRALayer itself, from the first layer of a process on
 
 
-def watch() -> None:
-    """Has PyTorch tell of modules that are put into others, from the first LoRA layer of a process on."""
-    global _watching
-    if not _watching:
-        _watching = True
+def watch(kind: type[LoRALayer]) -> None:
+    """Has PyTorch tell of modules that are put into others, in the place of a ``kind`` too."""
+    global _watched
+    if _watched is None:
+        _watched = kind
         register_module_module_registration_hook(_on_registration)
 
 
@@ -253,10 +254,13 @@ def _on_registration(parent: nn.Module, name: str, module: Any) -> Any:
     """A resized copy of a LoRA layer gives its weight to the layer, which stays; of another loss it tells."""
     if name not in parent._modules:  # this is called for each module that is put into any other
         return None
-    from .layer import LoRALayer
-
-    former = parent._modules[name]
-    if not isinstance(former, LoRALayer) or module is former or getattr(parent, "_is_replica", False):
+    former: Any = parent._modules[name]
+    if (
+        _watched is None
+        or not isinstance(former, _watched)
+        or module is former
+        or getattr(parent, "_is_replica", False)
+    ):
         return None
     if isinstance(module, nn.Module) and any(part is former for part in module.modules()):
         return None  # it is wrapped
@@ -278,7 +282,7 @@ def _take_over(layer: LoRALayer, linear: Any) -> bool:
     """Takes ``linear``'s weight and bias, if they are the layer's with outputs added or removed at the end."""
     weight: nn.Parameter = linear.weight
     bias: nn.Parameter | None = linear.bias
-    rows, base = weight.shape[0], layer._base
+    rows, base = weight.shape[0], merging.base_of(layer)
     plain = not any(sharded.is_sharded(t) or t.is_meta for t in (weight, layer.weight, layer.lora_B))
     if not plain or (bias is None) != (layer.bias is None) or (base is not None and base.in_place):
         return False
@@ -287,12 +291,12 @@ def _take_over(layer: LoRALayer, linear: Any) -> bool:
     if base is not None:  # the added rows are the base's too: B's are zero
         weight = _continued(layer.base_weight, weight)
         bias = None if layer.base_bias is None or bias is None else _continued(layer.base_bias, bias)
-        layer._unmerge()
+        merging.unmerge(layer)
     layer.register_parameter("weight", weight)
     layer.register_parameter("bias", bias)
     _resize(layer, rows)
     if base is not None:
-        layer._merge()
+        merging.merge(layer)
     return True
 
 

@@ -1,4 +1,4 @@
-"""The one ``autograd.Function``: what is saved for backward, and which gradients are due.
+"""The plain layer's ``autograd.Function``: what is saved for backward, and which gradients are due.
 
 Saved: the parameters as they are (never a cast of them), x, h, and with dropout the state that regenerates the mask;
 what takes memory of its own only where a gradient that is due needs it.
@@ -15,8 +15,9 @@ from torch import Tensor
 from . import reference
 from .errors import UnsupportedTransformError
 from .ops import operators
+from .tensors import as_dtype, flatten, unflatten
 
-__all__ = ["LoRALinearFunction", "apply_function", "as_dtype", "flatten", "forward_only", "unflatten"]
+__all__ = ["LoRALinearFunction", "apply_function", "forward_only"]
 
 _GradInputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None, None, None]
 
@@ -142,26 +143,3 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> _GradInputs:
     if need_bias:
         dbias = dy.sum(0).to(bias.dtype)
     return dx, dw, da, db, dbias, None, None, None, None
-
-
-def flatten(tensor: Tensor) -> Tensor:
-    """(..., F) as (M, F)."""
-    if tensor.dim() == 2:
-        return tensor
-    features = tensor.shape[-1]
-    rows = -1 if features else tensor.shape[:-1].numel()  # of no features, torch cannot tell how many rows
-    return tensor.reshape(rows, features)
-
-
-def unflatten(matrix: Tensor, shape: torch.Size) -> Tensor:
-    """(M, F) with the leading dimensions of ``shape``. ``_unsafe_view``, as in F.linear: autograd does not see a view,
-    so the result may be modified in place."""
-    if len(shape) == 2:
-        return matrix
-    unflattened: Tensor = torch.ops.aten._unsafe_view.default(matrix, (*shape[:-1], matrix.shape[-1]))
-    return unflattened
-
-
-def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, without the microseconds of a call that changes nothing."""
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)

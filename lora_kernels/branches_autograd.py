@@ -14,9 +14,9 @@ from torch import Tensor
 
 from . import reference
 from .activations import activate, activate_backward
-from .autograd import as_dtype, flatten, unflatten
 from .errors import UnsupportedTransformError
 from .ops import operators
+from .tensors import as_dtype, flatten, unflatten
 
 __all__ = ["BranchesFunction", "apply_branches_function", "forward_only"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,17 +15,84 @@ from .errors import InvalidArgumentError, InvalidTypeError
 from .initialisation import check_initialisation, kind_of
 
 __all__ = [
+    "AdapterOptions",
     "LoRAConfig",
     "as_tuple",
-    "check_hyperparameters",
-    "check_layer_activation",
-    "check_lora_bias",
     "pattern_value",
     "scaling_of",
 ]
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What one layer's adapter is made with; the fields have the meanings of ``LoRAConfig``'s."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    adapter_dtype: torch.dtype | None = None
+    lora_bias: bool = False
+    activation: str = "identity"
+
+    def check(self) -> None:
+        """Raises one sentence for the first value that a LoRA layer cannot have."""
+        self.check_numbers()
+        self.check_kinds()
+
+    def check_numbers(self) -> None:
+        """Raises for a rank, alpha, dropout, initialisation or dtype that cannot be."""
+        r, lora_alpha, lora_dropout, adapter_dtype = self.r, self.lora_alpha, self.lora_dropout, self.adapter_dtype
+        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+            raise InvalidArgumentError(
+                f"r={r!r} was given: the rank must be an integer of at least 1, such as 8 or 16."
+            )
+        if not _is_number(lora_alpha) or not lora_alpha >= 0 or math.isinf(lora_alpha):
+            raise InvalidArgumentError(
+                f"lora_alpha={lora_alpha!r} was given: it must be a finite number that is not negative, often r or 2 r."
+            )
+        if not _is_number(lora_dropout) or not 0 <= lora_dropout < 1:
+            raise InvalidArgumentError(
+                f"lora_dropout={lora_dropout!r} was given: it must lie in [0, 1). Use 0.0 to switch dropout off."
+            )
+        check_initialisation(self.init_lora_weights, r, lora_alpha)
+        if adapter_dtype is not None and adapter_dtype not in ADAPTER_DTYPES:
+            raise InvalidTypeError(
+                f"adapter_dtype={adapter_dtype!r} was given: it must be torch.float16, torch.bfloat16, torch.float32, "
+                "torch.float64, or None for fp32 over a 16-bit base and the base's dtype otherwise."
+            )
+
+    def check_kinds(self) -> None:
+        """Raises for options that do not go together: those that PEFT does not have together either, and activations
+        beside what reads the product B A."""
+        init = self.init_lora_weights
+        if not isinstance(self.lora_bias, bool):
+            raise InvalidArgumentError(f"lora_bias={self.lora_bias!r} was given: it must be True or False.")
+        if self.lora_bias and self.use_dora:
+            raise InvalidArgumentError("lora_bias=True was given with use_dora=True, which has no such bias. Give one.")
+        if self.lora_bias and not isinstance(init, bool):
+            raise InvalidArgumentError(
+                f"lora_bias=True was given with init_lora_weights={init!r}: it goes with True or False only."
+            )
+        check_activation(self.activation)
+        if self.activation == "identity":
+            return
+        if self.use_dora:
+            raise InvalidArgumentError(
+                f"activation={self.activation!r} was given with use_dora=True, which scales the rows of W + s B A: "
+                "with an activation between A and B there is no such sum. Give one of the two."
+            )
+        if kind_of(init) not in (True, False, "zero", "gaussian"):
+            raise InvalidArgumentError(
+                f"activation={self.activation!r} was given with init_lora_weights={init!r}, which chooses A and B "
+                "by their product B A: with an activation between them it says nothing. Give True, False, 'zero' or "
+                "'gaussian'."
+            )
 
 
 @dataclass(frozen=True)
@@ -96,17 +163,17 @@ class LoRAConfig:
     activation: str = "identity"
 
     def __post_init__(self) -> None:
-        check_hyperparameters(self.r, self.lora_alpha, self.lora_dropout, self.init_lora_weights, self.adapter_dtype)
+        options = self.options_of("")
+        options.check_numbers()
         for name in ("rank_pattern", "alpha_pattern"):
             _check_pattern(name, getattr(self, name))
         for rank in self.rank_pattern.values():
-            check_hyperparameters(rank, self.lora_alpha, self.lora_dropout, self.init_lora_weights, self.adapter_dtype)
+            replace(options, r=rank).check_numbers()
         for alpha in self.alpha_pattern.values():
-            check_hyperparameters(self.r, alpha, self.lora_dropout, self.init_lora_weights, self.adapter_dtype)
+            replace(options, lora_alpha=alpha).check_numbers()
         if self.bias not in BIAS_CHOICES:
             raise InvalidArgumentError(f"bias={self.bias!r} was given: it must be one of {BIAS_CHOICES}.")
-        check_lora_bias(self.lora_bias, self.use_dora, self.init_lora_weights)
-        check_layer_activation(self.activation, self.use_dora, self.init_lora_weights)
+        options.check_kinds()
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             _check_names(name, getattr(self, name))
         if isinstance(self.modules_to_save, str):
@@ -124,6 +191,20 @@ class LoRAConfig:
                 raise InvalidArgumentError(
                     f"{expression!r} is not a regular expression ({error}); mend it, or give a list of module names."
                 ) from error
+
+    def options_of(self, name: str) -> AdapterOptions:
+        """What the layer of this dotted name is made with."""
+        return AdapterOptions(
+            r=pattern_value(self.rank_pattern, name, self.r) if name else self.r,
+            lora_alpha=pattern_value(self.alpha_pattern, name, self.lora_alpha) if name else self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            init_lora_weights=self.init_lora_weights,
+            adapter_dtype=self.adapter_dtype,
+            lora_bias=self.lora_bias,
+            activation=self.activation,
+        )
 
     def _check_layers(self) -> None:
         if not all(type(index) is int and index >= 0 for index in as_tuple(self.layers_to_transform)):
@@ -167,58 +248,6 @@ def _check_pattern(argument: str, pattern: Any) -> None:
         raise InvalidTypeError(
             f"{argument}={pattern!r} was given: it must be a dictionary from regular expressions over the ends of "
             f'names to numbers, such as {{"q_proj": 4}}, or {{}}.'
-        )
-
-
-def check_hyperparameters(
-    r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str, adapter_dtype: torch.dtype | None
-) -> None:
-    """Raises one sentence for the first value that a LoRA layer cannot have."""
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise InvalidArgumentError(f"r={r!r} was given: the rank must be an integer of at least 1, such as 8 or 16.")
-    if not _is_number(lora_alpha) or not lora_alpha >= 0 or math.isinf(lora_alpha):
-        raise InvalidArgumentError(
-            f"lora_alpha={lora_alpha!r} was given: it must be a finite number that is not negative, often r or 2 r."
-        )
-    if not _is_number(lora_dropout) or not 0 <= lora_dropout < 1:
-        raise InvalidArgumentError(
-            f"lora_dropout={lora_dropout!r} was given: it must lie in [0, 1). Use 0.0 to switch dropout off."
-        )
-    check_initialisation(init_lora_weights, r, lora_alpha)
-    if adapter_dtype is not None and adapter_dtype not in ADAPTER_DTYPES:
-        raise InvalidTypeError(
-            f"adapter_dtype={adapter_dtype!r} was given: it must be torch.float16, torch.bfloat16, torch.float32, "
-            "torch.float64, or None for fp32 over a 16-bit base and the base's dtype otherwise."
-        )
-
-
-def check_lora_bias(lora_bias: bool, use_dora: bool, init_lora_weights: bool | str) -> None:
-    """Raises for a bias of the branch that PEFT does not have either."""
-    if not isinstance(lora_bias, bool):
-        raise InvalidArgumentError(f"lora_bias={lora_bias!r} was given: it must be True or False.")
-    if lora_bias and use_dora:
-        raise InvalidArgumentError("lora_bias=True was given with use_dora=True, which has no such bias. Give one.")
-    if lora_bias and not isinstance(init_lora_weights, bool):
-        raise InvalidArgumentError(
-            f"lora_bias=True was given with init_lora_weights={init_lora_weights!r}: it goes with True or False only."
-        )
-
-
-def check_layer_activation(activation: str, use_dora: bool, init_lora_weights: bool | str) -> None:
-    """Raises for an activation between A and B that is unknown, or that stands beside what reads the product B A."""
-    check_activation(activation)
-    if activation == "identity":
-        return
-    if use_dora:
-        raise InvalidArgumentError(
-            f"activation={activation!r} was given with use_dora=True, which scales the rows of W + s B A: with an "
-            "activation between A and B there is no such sum. Give one of the two."
-        )
-    if kind_of(init_lora_weights) not in (True, False, "zero", "gaussian"):
-        raise InvalidArgumentError(
-            f"activation={activation!r} was given with init_lora_weights={init_lora_weights!r}, which chooses A and B "
-            "by their product B A: with an activation between them it says nothing. Give True, False, 'zero' or "
-            "'gaussian'."
         )
 
 

@@ -1,19 +1,18 @@
 """Weight-decomposed adapters (Liu et al., "DoRA", 2024, eq. 5) with PEFT's semantics, over plain tensors.
 
 Shapes: weight (N, K), lora_a (R, K), lora_b (N, R), magnitude (N,), x (..., K). The norm is a constant to the gradient.
+The forward pass is in :func:`lora_kernels.gate.run_branch`.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import functional
-from .branches import Branch, apply_branches
+from .gate import device_type_of, prepare
 from .ops import operators
 
-__all__ = ["adapted_rows", "forward", "gain", "merged", "row_norms"]
+__all__ = ["adapted_rows", "gain", "merged", "row_norms"]
 
 
 def adapted_rows(
@@ -32,9 +31,9 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) ->
 
     W is read at each call: a norm that was kept would be wrong, unseen, after a write to ``weight.data``.
     """
-    device_type = functional.device_type_of(weight)
+    device_type = device_type_of(weight)
     with torch.autocast("cpu" if device_type == "meta" else device_type, enabled=False):
-        weight, name = functional.prepare(weight, None)
+        weight, name = prepare(weight, None)
         return operators(name).row_norms(weight, lora_a, lora_b, float(scaling))
 
 
@@ -53,28 +52,3 @@ def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
     """magnitude / ‖W + s B A‖ with 1 for a norm of 0: a row of zeros has no direction to scale, and stays zero."""
     norms = norms.to(magnitude.dtype)
     return magnitude / norms.masked_fill(norms == 0, 1.0)
-
-
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    gains: Tensor,
-    p: float,
-    dropped: Tensor | None = None,
-) -> Tensor:
-    """y = g * (x Wᵀ + s h Bᵀ) + bias, in one pass.
-
-    With dropout, as in PEFT, x Wᵀ + bias keeps the whole x and what the adapter changes sees the dropped one: that is
-    y = g * (d Wᵀ + s h Bᵀ) + (x - d) Wᵀ + bias with d = drop(x), two products with W. ``dropped`` is d, where it was
-    drawn already.
-    """
-    if p == 0.0:
-        return apply_branches(x, [Branch(weight, lora_a, lora_b, bias, scaling, gains)], 0.0)[0]
-    if dropped is None:
-        dropped = F.dropout(x, p)
-    (adapted,) = apply_branches(dropped, [Branch(weight, lora_a, lora_b, None, scaling, gains)], 0.0)
-    return adapted + F.linear(x - dropped, weight, bias)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import select
-from .functional import device_type_of, draw_state, is_autocast_enabled
+from .gate import device_type_of, draw_state, is_autocast_enabled
 
 __all__ = ["Foreseen", "foresee"]
 

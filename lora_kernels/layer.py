@@ -1,4 +1,4 @@
-"""``LoRALayer``: all that a linear layer with an adapter has and does besides its forward pass.
+"""``LoRALayer``: all that a linear layer with an adapter has and does.
 
 ``nn.py`` has the two layers themselves, which differ in how their weight is stored: (N, K) or (K, N).
 """
@@ -6,33 +6,24 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import assigning, dora, fsdp, initialisation, merging, pissa, sharded, storage, telling
+from . import assigning, dora, fsdp, gate, initialisation, merging, pissa, sharded, storage, telling
 from .branches import Branch
-from .config import scaling_of
+from .config import AdapterOptions, scaling_of
 from .dispatch import Problem
 from .errors import InvalidArgumentError, LoRAStateError
+from .gate import run_plain
 from .shared_input import SharedInput
+from .tensors import PLAIN_TENSORS, is_plain
 
-__all__ = ["LoRALayer", "hand_over", "warn_of_rank"]
+__all__ = ["LoRALayer"]
 
 Layer = TypeVar("Layer", bound="LoRALayer")
-
-_HOOK_TABLES = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 class LoRALayer(nn.Module):
@@ -61,34 +52,28 @@ class LoRALayer(nn.Module):
         """``weight`` as it is stored, as (N, K), and the other way round: it is its own inverse. No copy."""
         return weight
 
+    def base_product(self, input: Tensor, weight: Any, bias: Any) -> Tensor:
+        """input Wᵀ + bias, (..., N), for a weight as it is stored: what a merged layer gives, or one switched off."""
+        raise NotImplementedError
+
     def to_plain(self) -> nn.Module:
         """A module of the kind that was replaced, around this layer's current weight and bias."""
         raise NotImplementedError
 
-    def _add_adapter(
-        self,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        use_rslora: bool,
-        use_dora: bool,
-        init_lora_weights: bool | str,
-        adapter_dtype: torch.dtype | None,
-        lora_bias: bool,
-        activation: str = "identity",
-        draw: bool = True,
-    ) -> None:
+    def add_adapter(self, options: AdapterOptions, draw: bool = True) -> None:
         """Freezes the base and adds the adapter's Parameters; ``draw=False`` leaves them unset."""
-        initialisation.check_weight(init_lora_weights, r, self.in_features, self.out_features, self.weight)
-        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
-        self.use_rslora, self.use_dora, self.init_lora_weights = use_rslora, use_dora, init_lora_weights
-        self.scaling, self.activation = scaling_of(r, lora_alpha, use_rslora), activation
+        o, r = options, options.r
+        initialisation.check_weight(o.init_lora_weights, r, self.in_features, self.out_features, self.weight)
+        self.r, self.lora_alpha, self.lora_dropout = r, o.lora_alpha, o.lora_dropout
+        self.use_rslora, self.use_dora, self.init_lora_weights = o.use_rslora, o.use_dora, o.init_lora_weights
+        self.scaling, self.activation = scaling_of(r, o.lora_alpha, o.use_rslora), o.activation
         self._lora_enabled = True
         object.__setattr__(self, "_base", None)
-        assigning.watch()
+        assigning.watch(LoRALayer)
         weight = self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
+        adapter_dtype = o.adapter_dtype
         if adapter_dtype is None:
             adapter_dtype = weight.dtype if weight.dtype.itemsize > 2 else torch.float32
 
@@ -97,8 +82,8 @@ class LoRALayer(nn.Module):
 
         self.lora_A = parameter(r, self.in_features)
         self.lora_B = parameter(self.out_features, r)
-        self.register_parameter("lora_bias", parameter(self.out_features) if lora_bias else None)
-        self.register_parameter("lora_magnitude_vector", parameter(self.out_features) if use_dora else None)
+        self.register_parameter("lora_bias", parameter(self.out_features) if o.lora_bias else None)
+        self.register_parameter("lora_magnitude_vector", parameter(self.out_features) if o.use_dora else None)
         pissa.add_slots(self)
         if draw:
             self.reset_lora_parameters()
@@ -133,13 +118,53 @@ class LoRALayer(nn.Module):
             bound = self.r**-0.5 if init is False else 0.0
             drawn = _whole_like(self.lora_bias, torch.promote_types(self.lora_bias.dtype, torch.float32))
             sharded.put(self.lora_bias, nn.init.uniform_(drawn, -bound, bound))
-        self._reset_magnitude()
+        self.reset_magnitude()
 
-    def _offset(self, bias: Tensor | None, lora_bias: Tensor) -> Tensor:
-        """bias + s b_B, (N,), in the wider of their dtypes."""
-        return lora_bias * self.scaling if bias is None else torch.add(bias, lora_bias, alpha=self.scaling)
+    @property
+    def total_bias(self) -> Tensor | None:
+        """What is added to y: bias, with ``lora_bias`` bias + s b_B, (N,), in the wider of their dtypes; or None."""
+        bias: Tensor | None = self.bias
+        return bias if self.lora_bias is None else merging.with_offset(bias, self.lora_bias, self.scaling)
 
-    def _row_norms(self) -> Tensor:
+    def branch(self) -> Branch:
+        """All that y depends on besides x, dropout and merging; of Parameters that are plain tensors.
+
+        Who has them in parts (:mod:`.sharded`) makes a branch of its own part.
+        """
+        magnitude = self.lora_magnitude_vector
+        gains = None if magnitude is None else dora.gain(magnitude, self.row_norms())  # the norm is no part of a graph
+        weight, bias = self.matrix(self.weight), self.total_bias
+        return Branch(weight, self.lora_A, self.lora_B, bias, self.scaling, gains, self.activation)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y (..., N) in ``input``'s dtype (autocast's under autocast) for ``input`` (..., K); see the class."""
+        if self._base is not None or not self._lora_enabled:
+            return self.base_product(input, *merging.acting(self))
+        if (
+            self._shared is not None
+            and self.training
+            and (y := self._shared[0].take(self._shared[1], input)) is not None
+        ):
+            return y
+        p = self.lora_dropout if self.training else 0.0
+        own: dict[str, Any] = self._parameters  # nn.Module's __getattr__ takes a microsecond a name
+        try:
+            weight, lora_a, lora_b, bias, lora_bias = (
+                own["weight"],
+                own["lora_A"],
+                own["lora_B"],
+                own["bias"],
+                own["lora_bias"],
+            )
+        except KeyError:  # a parametrization or a sharding wrapper has put something else in their place
+            weight, lora_a, lora_b, bias, lora_bias = (self.weight, self.lora_A, self.lora_B, self.bias, self.lora_bias)
+        if type(weight) not in PLAIN_TENSORS and sharded.is_sharded(weight):
+            return sharded.forward(self, input, p)
+        if self.use_dora or lora_bias is not None or self.activation != "identity":
+            return gate.run_branch(input, self.branch(), p)
+        return run_plain(input, self.matrix(weight), lora_a, lora_b, bias, self.scaling, p, None)
+
+    def row_norms(self) -> Tensor:
         """‖W + s B A‖ of each row, (N,), in fp32 or better."""
         if sharded.is_sharded(self.base_weight):
             norms: Tensor = sharded.row_norms(self)
@@ -147,9 +172,9 @@ class LoRALayer(nn.Module):
         return dora.row_norms(self.matrix(self.base_weight), self.lora_A, self.lora_B, self.scaling)
 
     @torch.no_grad()
-    def _reset_magnitude(self) -> None:
+    def reset_magnitude(self) -> None:
         if self.lora_magnitude_vector is not None and not self.weight.is_meta:
-            sharded.put(self.lora_magnitude_vector, self._row_norms())
+            sharded.put(self.lora_magnitude_vector, self.row_norms())
 
     @property
     def merged(self) -> bool:
@@ -209,41 +234,7 @@ class LoRALayer(nn.Module):
         """
         fsdp.check_own(self, "merge")
         storage.check_merging("merge", [("", self)])
-        self._merge()
-
-    @torch.no_grad()
-    def _merge(self) -> None:
-        with storage.onloaded(self):
-            self._merge_here()
-
-    def _merge_here(self) -> None:
-        if self.merged:
-            raise LoRAStateError("merge was called on a layer that is merged already. Call unmerge() first.")
-        if self.weight.is_meta:
-            raise LoRAStateError("merge was called on a layer on the meta device. Load its weights first.")
-        self.check_is_lora("merge")
-        if "weight" not in self._parameters or "bias" not in self._parameters:
-            raise LoRAStateError(
-                "merge was called on a layer whose weight or bias is parametrized or pruned, so nothing can be put in "
-                "its place. Call torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove "
-                "first."
-            )
-        weight, bias = self._merged_weight(), self._merged_bias()
-        _check_finite("weight", weight, self.weight)
-        if bias is not None:
-            _check_finite("bias", bias, self.bias)
-        names = ("weight",) if bias is self.bias else ("weight", "bias")
-        offloaded = storage.owner(self) == storage.OFFLOADED
-        base = merging.Base(self, names, in_place=offloaded or fsdp.in_place(self))
-        if offloaded:  # accelerate's map takes the merged Parameters in the place of these
-            merging.exchange(self, weight, bias)
-        elif base.in_place:
-            fsdp.merge_in_place(self, base, weight, bias)
-        else:
-            merging.beside(self, base, {"weight": weight, "bias": bias})
-        object.__setattr__(self, "_base", base)
-        merging.show(self)
-        telling.forget(merging.TRAINING)
+        merging.merge(self)
 
     def check_is_lora(self, function: str) -> None:
         """Raises ``LoRAStateError`` where an activation stands between A and B: ``function`` needs ``W + s B A``."""
@@ -254,26 +245,6 @@ class LoRALayer(nn.Module):
                 "adapter with lora_state_dict(model)."
             )
 
-    def _merged_weight(self) -> Tensor:
-        """The merged weight as it is stored, in its dtype."""
-        if sharded.is_sharded(self.weight):
-            parts: Tensor = sharded.merged_weight(self)
-            return parts
-        magnitude = self.lora_magnitude_vector
-        norms = None if magnitude is None else self._row_norms()
-        base = self.matrix(self.weight)
-        merged = dora.merged(base, self.lora_A, self.lora_B, self.scaling, magnitude, norms)
-        return self.matrix(merged).contiguous()
-
-    def _merged_bias(self) -> Tensor | None:
-        """The bias itself, or with ``lora_bias`` one with s b_B added in fp32."""
-        bias: nn.Parameter | None = self.bias
-        if self.lora_bias is None:
-            return bias
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        offset = self._offset(None if bias is None else bias.to(wide), self.lora_bias.to(wide))
-        return offset.to(self.weight.dtype if bias is None else bias.dtype)
-
     def unmerge(self) -> None:
         """Puts the original weight and bias back, exactly.
 
@@ -283,20 +254,7 @@ class LoRALayer(nn.Module):
         """
         fsdp.check_own(self, "unmerge")
         storage.check_merging("unmerge", [("", self)])
-        self._unmerge()
-
-    def _unmerge(self) -> None:
-        if self._base is None:
-            raise LoRAStateError("unmerge was called on a layer that is not merged. Call merge() first.")
-        with storage.onloaded(self):
-            weight, bias, in_place = self.base_weight, self.base_bias, self._base.in_place
-            object.__setattr__(self, "_base", None)
-            if not in_place:
-                merging.take_away(self)
-            elif storage.owner(self) == storage.OFFLOADED:
-                merging.exchange(self, weight, bias)
-            else:
-                fsdp.unmerge_in_place(self, weight, bias)
+        merging.unmerge(self)
 
     def enable_lora(self: Layer, enabled: bool = True) -> _RestoreEnabled[Layer]:
         """Switches the adapter on or off (then: base output only, merged or not). In a ``with``, for its block only.
@@ -317,23 +275,16 @@ class LoRALayer(nn.Module):
     def shared_branch(self, x: Tensor) -> tuple[Branch, float] | None:
         """See :class:`~lora_kernels.shared_input.Member`. DoRA with dropout needs two products of W: not in common."""
         p = self.lora_dropout
-        plain = all(type(own) in (Tensor, nn.Parameter) for own in self._parameters.values() if own is not None)
+        plain = all(is_plain(own) for own in self._parameters.values() if own is not None)
         acts = self.training and self._lora_enabled and self._base is None and storage.is_here(self)
         if not acts or not plain or (p > 0.0 and self.use_dora):
             return None
-        bias = self.bias if self.lora_bias is None else self._offset(self.bias, self.lora_bias)
-        weight, gains = self.matrix(self.weight), self._gains()
-        return Branch(weight, self.lora_A, self.lora_B, bias, self.scaling, gains, self.activation), p
+        return self.branch(), p
 
     def sharing_state(self) -> tuple[Any, ...]:
         own = (tensor for tensor in self._parameters.values() if tensor is not None)
         tensors = ((id(tensor), tensor._version) for tensor in own)
         return (self.training, self._lora_enabled, self.merged, self.scaling, self.lora_dropout, *tensors)
-
-    def _gains(self) -> Tensor | None:
-        """DoRA's magnitude / ‖W + s B A‖ of each row, the norm outside of the graph; None without DoRA."""
-        magnitude = self.lora_magnitude_vector
-        return None if magnitude is None else dora.gain(magnitude, self._row_norms())
 
     @property
     def problem(self) -> Problem:
@@ -361,7 +312,7 @@ class LoRALayer(nn.Module):
         super().__setstate__(state)
         merging.adopt(self)
         merging.show(self)
-        assigning.watch()
+        assigning.watch(LoRALayer)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in assigning.WATCHED and "lora_B" in self.__dict__.get("_parameters", ()):
@@ -422,49 +373,20 @@ class LoRALayer(nn.Module):
         merged = self.merged
         if merged:
             storage.check_merging("load_state_dict", [(prefix.rstrip("."), self)])
-            self._unmerge()
+            merging.unmerge(self)
         plain = pissa.before_loading(self, state_dict, prefix)
         with assigning.allowed(self):
             super()._load_from_state_dict(state_dict, prefix, *args)
         pissa.after_loading(self, state_dict, prefix, plain)
         if prefix + "weight" in state_dict and prefix + "lora_magnitude_vector" not in state_dict:
-            self._reset_magnitude()
+            self.reset_magnitude()
         if merged:
-            self._merge()
-
-
-def hand_over(former: nn.Module, latter: nn.Module) -> None:
-    """Shares ``former``'s hook tables with ``latter``, so that handles on hooks keep working, and copies its mode."""
-    latter.training = former.training
-    for table in _HOOK_TABLES:
-        setattr(latter, table, getattr(former, table))
-    latter._is_full_backward_hook = former._is_full_backward_hook
-
-
-def warn_of_rank(r: int, in_features: int, out_features: int, stacklevel: int) -> None:
-    """Warns of a rank that is above both sizes; ``stacklevel`` as if the caller warned itself."""
-    features = min(in_features, out_features)
-    if r > features:
-        warnings.warn(
-            f"r={r} is above min(in_features, out_features) = {features}: the adapter costs more than a full update of "
-            "the weight and can represent no more. A smaller r does the same.",
-            stacklevel=stacklevel + 1,
-        )
+            merging.merge(self)
 
 
 def _whole_like(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """An empty plain tensor of ``parameter``'s shape, also where that is sharded."""
     return torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
-
-
-def _check_finite(name: str, merged: Tensor, base: Tensor | None) -> None:
-    """Raises for merged values that are not finite where the base's are."""
-    if sharded.is_finite(merged) or (base is not None and not sharded.is_finite(base)):
-        return
-    raise LoRAStateError(
-        f"merging gives a {name} that is not finite in {merged.dtype}: lora_A or lora_B holds NaN or inf, or the sum "
-        "overflows. Nothing was changed; look at the adapters, or merge in a wider dtype."
-    )
 
 
 class _RestoreEnabled(Generic[Layer]):

@@ -1,4 +1,4 @@
-"""Where a merged layer keeps what: the base Parameters stay registered, and the merged values act in their place.
+"""Merging, and where a merged layer keeps what: the base Parameters stay registered, the merged values act for them.
 
 ``state_dict()``, ``named_parameters()``, an optimizer and a module that is tied to the weight see the base, merged or
 not. The merged values are buffers that no state dict has, ``merged_weight`` and ``merged_bias``, so that they move,
@@ -16,17 +16,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import fsdp, storage, telling
+from . import dora, fsdp, sharded, storage, telling
 from .errors import LoRAStateError
-from .sharded import is_sharded
+from .tensors import is_plain
 
 if TYPE_CHECKING:
     from .layer import LoRALayer
 
-__all__ = ["BUFFERS", "Base", "acting", "adopt", "beside", "exchange", "follow", "show", "take_away"]
+__all__ = [
+    "BUFFERS",
+    "Base",
+    "acting",
+    "adopt",
+    "base_of",
+    "follow",
+    "merge",
+    "show",
+    "unmerge",
+    "with_offset",
+]
 
 BUFFERS = {"weight": "merged_weight", "bias": "merged_bias"}
-_PLAIN = (Tensor, nn.Parameter)
 TRAINING = "training"  # the key of what is told of training that cannot be; merging and switching off ask for it anew
 
 
@@ -38,6 +48,102 @@ class Base(nn.Module):
         self.in_place = in_place
         for name in names:
             self.register_parameter(name, storage.at_rest(layer, name))
+
+
+@torch.no_grad()
+def merge(layer: LoRALayer) -> None:
+    """What :meth:`LoRALayer.merge` says; the caller has checked that the Parameters may be changed here."""
+    with storage.onloaded(layer):
+        _merge_here(layer)
+
+
+def _merge_here(layer: LoRALayer) -> None:
+    if layer.merged:
+        raise LoRAStateError("merge was called on a layer that is merged already. Call unmerge() first.")
+    if layer.weight.is_meta:
+        raise LoRAStateError("merge was called on a layer on the meta device. Load its weights first.")
+    layer.check_is_lora("merge")
+    if "weight" not in layer._parameters or "bias" not in layer._parameters:
+        raise LoRAStateError(
+            "merge was called on a layer whose weight or bias is parametrized or pruned, so nothing can be put in "
+            "its place. Call torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove "
+            "first."
+        )
+    weight, bias = _merged_weight(layer), _merged_bias(layer)
+    _check_finite("weight", weight, layer.weight)
+    if bias is not None:
+        _check_finite("bias", bias, layer.bias)
+    names = ("weight",) if bias is layer.bias else ("weight", "bias")
+    offloaded = storage.owner(layer) == storage.OFFLOADED
+    base = Base(layer, names, in_place=offloaded or fsdp.in_place(layer))
+    if offloaded:  # accelerate's map takes the merged Parameters in the place of these
+        exchange(layer, weight, bias)
+    elif base.in_place:
+        fsdp.merge_in_place(layer, base, weight, bias)
+    else:
+        beside(layer, base, {"weight": weight, "bias": bias})
+    object.__setattr__(layer, "_base", base)
+    show(layer)
+    telling.forget(TRAINING)
+
+
+def unmerge(layer: LoRALayer) -> None:
+    """What :meth:`LoRALayer.unmerge` says, likewise."""
+    base = layer._base
+    if base is None:
+        raise LoRAStateError("unmerge was called on a layer that is not merged. Call merge() first.")
+    with storage.onloaded(layer):
+        weight, bias = layer.base_weight, layer.base_bias
+        object.__setattr__(layer, "_base", None)
+        if not base.in_place:
+            take_away(layer)
+        elif storage.owner(layer) == storage.OFFLOADED:
+            exchange(layer, weight, bias)
+        else:
+            fsdp.unmerge_in_place(layer, weight, bias)
+
+
+def base_of(layer: LoRALayer) -> Base | None:
+    """The base Parameters of a merged layer; None of one that is not merged."""
+    base: Base | None = layer.__dict__.get("_base")
+    return base
+
+
+def with_offset(bias: Tensor | None, lora_bias: Tensor, scaling: float) -> Tensor:
+    """bias + s b_B, (N,), in the wider of their dtypes."""
+    return lora_bias * scaling if bias is None else torch.add(bias, lora_bias, alpha=scaling)
+
+
+def _merged_weight(layer: LoRALayer) -> Tensor:
+    """The merged weight as it is stored, in its dtype."""
+    if sharded.is_sharded(layer.weight):
+        parts: Tensor = sharded.merged_weight(layer)
+        return parts
+    magnitude = layer.lora_magnitude_vector
+    norms = None if magnitude is None else layer.row_norms()
+    base = layer.matrix(layer.weight)
+    merged = dora.merged(base, layer.lora_A, layer.lora_B, layer.scaling, magnitude, norms)
+    return layer.matrix(merged).contiguous()
+
+
+def _merged_bias(layer: LoRALayer) -> Tensor | None:
+    """The bias itself, or with ``lora_bias`` one with s b_B added in fp32."""
+    bias: nn.Parameter | None = layer.bias
+    if layer.lora_bias is None:
+        return bias
+    wide = torch.promote_types(layer.weight.dtype, torch.float32)
+    total = with_offset(None if bias is None else bias.to(wide), layer.lora_bias.to(wide), layer.scaling)
+    return total.to(layer.weight.dtype if bias is None else bias.dtype)
+
+
+def _check_finite(name: str, merged: Tensor, base: Tensor | None) -> None:
+    """Raises for merged values that are not finite where the base's are."""
+    if sharded.is_finite(merged) or (base is not None and not sharded.is_finite(base)):
+        return
+    raise LoRAStateError(
+        f"merging gives a {name} that is not finite in {merged.dtype}: lora_A or lora_B holds NaN or inf, or the sum "
+        "overflows. Nothing was changed; look at the adapters, or merge in a wider dtype."
+    )
 
 
 def exchange(layer: LoRALayer, weight: Tensor, bias: Tensor | None) -> None:
@@ -141,7 +247,7 @@ def _check_unchanged(layer: LoRALayer, base: Base) -> None:
     kept, held = base._parameters["weight"], layer._buffers["merged_weight"]
     now: Any = layer._parameters.get("weight")
     shown: Any = layer.__dict__.get("weight")
-    if is_sharded(now):
+    if sharded.is_sharded(now):
         return  # distributed since: the same values, in parts
     compared = not torch._C._are_functorch_transforms_active()  # in vmap and the like no memory can be asked for
     if now is not kept and not (compared and _are_plain(now, kept) and now.is_set_to(kept)):
@@ -151,7 +257,7 @@ def _check_unchanged(layer: LoRALayer, base: Base) -> None:
 
 
 def _are_plain(one: Any, other: Any) -> bool:
-    return type(one) in _PLAIN and type(other) in _PLAIN
+    return is_plain(one) and is_plain(other)
 
 
 def _exchanged() -> LoRAStateError:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import dora, merging, sharded, storage
-from .branches import Branch, apply_branches
-from .config import check_hyperparameters, check_layer_activation, check_lora_bias
+from . import storage
+from .config import AdapterOptions
 from .dispatch import COMPUTE_DTYPES
 from .errors import InvalidTypeError, LoRAStateError
-from .functional import apply
-from .layer import LoRALayer, hand_over, warn_of_rank
+from .layer import LoRALayer
 from .replaceable import is_conv1d, why_not_replaceable
 
 __all__ = ["FusedLoRAConv1D", "FusedLoRALinear"]
 
-_PLAIN_TENSORS = (nn.Parameter, Tensor)
+_HOOK_TABLES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 class FusedLoRALinear(LoRALayer, nn.Linear):
@@ -87,15 +94,14 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         lora_bias: bool = False,
         activation: str = "identity",
     ) -> None:
-        check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
-        check_lora_bias(lora_bias, use_dora, init_lora_weights)
-        check_layer_activation(activation, use_dora, init_lora_weights)
+        of_layer = r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, adapter_dtype, lora_bias
+        options = AdapterOptions(*of_layer, activation)
+        options.check()
         if (dtype or torch.get_default_dtype()) not in COMPUTE_DTYPES:
             raise InvalidTypeError(f"dtype={dtype} was given: it must be torch.float16, bfloat16, float32 or float64.")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         warn_of_rank(r, in_features, out_features, stacklevel=2)
-        of_layer = r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, adapter_dtype, lora_bias
-        self._add_adapter(*of_layer, activation)
+        self.add_adapter(options)
 
     @classmethod
     def from_linear(
@@ -134,8 +140,8 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
                 "a transformers Conv1D was given to from_linear, which takes an nn.Linear: FusedLoRALinear stores its "
                 "weight the other way round. Call replace_linear on the model that holds it."
             )
-        arguments = (r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, adapter_dtype, lora_bias)
-        layer = around(linear, *arguments, activation, kind=cls)
+        of_layer = r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, adapter_dtype, lora_bias
+        layer = around(linear, AdapterOptions(*of_layer, activation), kind=cls)
         assert isinstance(layer, cls)
         warn_of_rank(r, layer.in_features, layer.out_features, stacklevel=2)
         return layer
@@ -158,38 +164,8 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
     def to_plain(self) -> nn.Linear:
         return self.to_linear()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """y (..., N) in ``input``'s dtype (autocast's under autocast) for ``input`` (..., K); see the class."""
-        if self._base is not None or not self._lora_enabled:
-            return F.linear(input, *merging.acting(self))
-        if (
-            self._shared is not None
-            and self.training
-            and (y := self._shared[0].take(self._shared[1], input)) is not None
-        ):
-            return y
-        p = self.lora_dropout if self.training else 0.0
-        own: dict[str, Any] = self._parameters  # nn.Module's __getattr__ takes a microsecond a name
-        try:
-            weight, lora_a, lora_b, bias, lora_bias = (
-                own["weight"],
-                own["lora_A"],
-                own["lora_B"],
-                own["bias"],
-                own["lora_bias"],
-            )
-        except KeyError:  # a parametrization or a sharding wrapper has put something else in their place
-            weight, lora_a, lora_b, bias, lora_bias = (self.weight, self.lora_A, self.lora_B, self.bias, self.lora_bias)
-        if type(weight) not in _PLAIN_TENSORS and sharded.is_sharded(weight):
-            return sharded.forward(self, input, p)
-        if self.use_dora:
-            return _forward_dora(self, input, p)
-        if lora_bias is not None:
-            bias = self._offset(bias, lora_bias)
-        if self.activation != "identity":
-            branch = Branch(weight, lora_a, lora_b, bias, self.scaling, None, self.activation)
-            return apply_branches(input, [branch], p)[0]
-        return apply(input, weight, lora_a, lora_b, bias, self.scaling, p, None)
+    def base_product(self, input: Tensor, weight: Any, bias: Any) -> Tensor:
+        return F.linear(input, weight, bias)
 
 
 class FusedLoRAConv1D(LoRALayer):
@@ -225,45 +201,21 @@ class FusedLoRAConv1D(LoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., N) for x (..., K)."""
-        if self._base is not None or not self._lora_enabled:
-            weight, offset = merging.acting(self)
-            return torch.addmm(offset, x.reshape(-1, self.nx), weight).view(*x.shape[:-1], self.nf)
-        if self._shared is not None and self.training and (y := self._shared[0].take(self._shared[1], x)) is not None:
-            return y
-        p = self.lora_dropout if self.training else 0.0
-        if sharded.is_sharded(self.weight):
-            return sharded.forward(self, x, p)
-        if self.use_dora:
-            return _forward_dora(self, x, p)
-        bias: Tensor | None = self.bias if self.lora_bias is None else self._offset(self.bias, self.lora_bias)
-        if self.activation != "identity":
-            branch = Branch(self.weight.t(), self.lora_A, self.lora_B, bias, self.scaling, None, self.activation)
-            return apply_branches(x, [branch], p)[0]
-        return apply(x, self.weight.t(), self.lora_A, self.lora_B, bias, self.scaling, p, None)
+        return super().forward(x)
+
+    def base_product(self, input: Tensor, weight: Any, bias: Any) -> Tensor:
+        return torch.addmm(bias, input.reshape(-1, self.nx), weight).view(*input.shape[:-1], self.nf)
 
 
 def around(
-    module: nn.Module,
-    r: int,
-    lora_alpha: float,
-    lora_dropout: float,
-    use_rslora: bool,
-    use_dora: bool,
-    init_lora_weights: bool | str,
-    adapter_dtype: torch.dtype | None,
-    lora_bias: bool,
-    activation: str = "identity",
-    draw: bool = True,
-    kind: type[FusedLoRALinear] = FusedLoRALinear,
+    module: nn.Module, options: AdapterOptions, draw: bool = True, kind: type[FusedLoRALinear] = FusedLoRALinear
 ) -> LoRALayer:
     """The LoRA layer for ``module``, an ``nn.Linear`` or ``Conv1D``, around its own Parameters.
 
     ``draw=False`` leaves the adapter's values unset; an ``nn.Linear`` becomes a ``kind``. Errors as for
     ``FusedLoRALinear.from_linear``.
     """
-    check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
-    check_lora_bias(lora_bias, use_dora, init_lora_weights)
-    check_layer_activation(activation, use_dora, init_lora_weights)
+    options.check()
     if isinstance(module, LoRALayer):
         raise LoRAStateError(
             "the layer given to from_linear is a FusedLoRALinear already. Set its parameters, or call "
@@ -281,15 +233,25 @@ def around(
         layer.in_features, layer.out_features = module.in_features, module.out_features
     layer.register_parameter("weight", module._parameters["weight"])
     layer.register_parameter("bias", module._parameters["bias"])
-    of_layer = r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, adapter_dtype, lora_bias
-    layer._add_adapter(*of_layer, activation, draw)
+    layer.add_adapter(options, draw)
     hand_over(module, layer)
     return layer
 
 
-def _forward_dora(layer: LoRALayer, x: Tensor, p: float) -> Tensor:
-    """See :mod:`lora_kernels.dora`."""
-    gains = layer._gains()
-    assert gains is not None
-    weight = layer.matrix(layer.weight)
-    return dora.forward(x, weight, layer.lora_A, layer.lora_B, layer.bias, layer.scaling, gains, p)
+def hand_over(former: nn.Module, latter: nn.Module) -> None:
+    """Shares ``former``'s hook tables with ``latter``, so that handles on hooks keep working, and copies its mode."""
+    latter.training = former.training
+    for table in _HOOK_TABLES:
+        setattr(latter, table, getattr(former, table))
+    latter._is_full_backward_hook = former._is_full_backward_hook
+
+
+def warn_of_rank(r: int, in_features: int, out_features: int, stacklevel: int) -> None:
+    """Warns of a rank that is above both sizes; ``stacklevel`` as if the caller warned itself."""
+    features = min(in_features, out_features)
+    if r > features:
+        warnings.warn(
+            f"r={r} is above min(in_features, out_features) = {features}: the adapter costs more than a full update of "
+            "the weight and can represent no more. A smaller r does the same.",
+            stacklevel=stacklevel + 1,
+        )

@@ -22,7 +22,7 @@ from .initialisation import check_weight, split, splits
 if TYPE_CHECKING:
     from .layer import LoRALayer
 
-__all__ = ["add_slots", "after_loading", "before_loading", "plain_weight", "start"]
+__all__ = ["add_slots", "after_loading", "before_loading", "initial_scaling", "is_residual", "plain_weight", "start"]
 
 NAMES = ("lora_initial_A", "lora_initial_B")
 
@@ -33,6 +33,16 @@ def add_slots(layer: LoRALayer) -> None:
     for name, parameter in zip(NAMES, (layer.lora_A, layer.lora_B), strict=True):
         layer.register_buffer(name, torch.empty_like(parameter, requires_grad=False) if wanted else None)
     layer._initial_scaling = None
+
+
+def initial_scaling(layer: LoRALayer) -> float | None:
+    """s of when a part of the weight was taken; None where ``weight`` is W itself."""
+    return layer._initial_scaling
+
+
+def is_residual(layer: LoRALayer) -> bool:
+    """Whether a part of the weight was taken."""
+    return layer._initial_scaling is not None
 
 
 def plain_weight(layer: LoRALayer) -> nn.Parameter:

@@ -28,11 +28,9 @@ import torch
 from torch import Tensor
 
 from . import dora
-from .dispatch import backend
+from .branches import Branch
 from .errors import InvalidTypeError
-from .functional import apply, prepare
-from .ops import operators
-from .reference import drop
+from .gate import run_branch
 
 if TYPE_CHECKING:
     from .layer import LoRALayer
@@ -174,12 +172,10 @@ def forward(layer: LoRALayer, x: Any, p: float) -> Tensor:
         _local(layer.lora_A, layout.a, layout.da),
         _local(layer.lora_B, layout.b, layout.db),
     )
-    bias: Any = layer.bias if layer.lora_bias is None else layer._offset(layer.bias, layer.lora_bias)
+    bias: Any = layer.total_bias
     fused = None if bias is None or layout.sums else _local(bias, layout.vector, layout.dvector)
-    if layer.use_dora:
-        y: Tensor = _dora(layer, layout, own, fused, p)
-    else:
-        y = apply(own.x, own.weight, own.a, own.b, fused, layer.scaling, p, None, layout.share)
+    gains = _gains(layer, layout, own) if layer.use_dora else None
+    y = run_branch(own.x, Branch(own.weight, own.a, own.b, fused, layer.scaling, gains), p, layout.share)
     out: Tensor = _joined(y, layout, (*x.shape[:-1], weight.shape[0]))
     if bias is not None and layout.sums:  # once, not by each process that is summed over
         out = out + bias.to(out.dtype)
@@ -207,18 +203,12 @@ def _joined(local: Tensor, layout: Layout, shape: tuple[int, ...]) -> Any:
     )
 
 
-def _dora(layer: LoRALayer, layout: Layout, own: _Parts, bias: Tensor | None, p: float) -> Tensor:
+def _gains(layer: LoRALayer, layout: Layout, own: _Parts) -> Tensor:
+    """DoRA's gains of this process's rows."""
     magnitude = layer.lora_magnitude_vector
     assert magnitude is not None
     norms = layout.sum_squares(dora.row_norms(own.weight, own.a, own.b, layer.scaling))
-    gains = dora.gain(_local(magnitude, layout.vector, layout.dvector), norms)
-    dropped = None
-    if p > 0.0:
-        x, name = prepare(own.x, None)
-        flat = x.reshape(-1, x.shape[-1])
-        state = layout.share(backend(name).dropout_state(flat, p))
-        dropped = drop(flat, operators(name).mask(state, *flat.shape, p), p).view_as(x)
-    return dora.forward(own.x, own.weight, own.a, own.b, bias, layer.scaling, gains, p, dropped)
+    return dora.gain(_local(magnitude, layout.vector, layout.dvector), norms)
 
 
 def _at_rest(weight: Any, lora_a: Any, lora_b: Any) -> tuple[Layout, _Parts]:

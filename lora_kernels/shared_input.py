@@ -22,16 +22,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .branches import Branch, apply_branches
+from .branches import Branch
 from .dispatch import requested
 from .foreseen import Foreseen, foresee
-from .functional import device_type_of, is_autocast_enabled
+from .gate import device_type_of, is_autocast_enabled, run_branches
+from .tensors import is_plain
 
 __all__ = ["Member", "SharedInput", "attach", "detach", "shared_inputs"]
 
 _AT_MEMBER, _AT_HOLDER = "_shared", "_shared_inputs"
 _MISSES = 3  # passes in a row whose outputs nobody took, before a warning
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 class Member(Protocol):
@@ -196,7 +196,7 @@ def detach(holder: nn.Module) -> int:
 def _may_not_wait(x: Tensor) -> bool:
     """Whether outputs must not wait from call to call: a compiler, a tracer or a function transform records (a graph of
     a checkpointed block may not change what lies outside of it), or x does not tell whether it was written to since."""
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS or x.is_inference():
+    if torch.compiler.is_compiling() or not is_plain(x) or x.is_inference():
         return True
     return torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
 
@@ -230,4 +230,4 @@ def _together(parts: dict[int, tuple[Branch, float]], needed: int) -> dict[int, 
 
 
 def _run(x: Tensor, branches: dict[int, Branch], p: float) -> dict[int, Tensor]:
-    return dict(zip(branches, apply_branches(x, list(branches.values()), p), strict=True))
+    return dict(zip(branches, run_branches(x, list(branches.values()), p), strict=True))

@@ -15,17 +15,17 @@ from lora_kernels import shared_input as module
 def passes() -> Iterator[list[int]]:
     """How many branches each common pass had."""
     counted: list[int] = []
-    run = module.apply_branches
+    run = module.run_branches
 
     def counting(x: Tensor, branches: Any, p: float) -> list[Tensor]:
         counted.append(len(branches))
         return run(x, branches, p)
 
-    module.apply_branches = counting
+    module.run_branches = counting
     try:
         yield counted
     finally:
-        module.apply_branches = run
+        module.run_branches = run
 
 
 def waiting(model: nn.Module) -> list[Any]:

@@ -119,7 +119,7 @@ def check_dropout_takes_one_mask_for_a_whole_x_and_one_for_each_part(device: str
         layer = make(device, lora_dropout=p, use_dora=dora)
         layer.weight.data.zero_()  # so that dx is zero where the mask is
         x, dy = batch(device, torch.float32)
-        gain = layer.lora_magnitude_vector.detach() / layer._row_norms() if dora else None
+        gain = layer.lora_magnitude_vector.detach() / layer.row_norms() if dora else None
         tensors = x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, dy
         split = parallelize_module(copy.deepcopy(layer), mesh, PLANS[plan]())
         torch.manual_seed(100 + distributed.get_rank())  # the processes need not be seeded alike

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import adapter_dtype
+from ..tensors import as_dtype
 from . import composed_fp16
 
 __all__ = ["MANY_TOKENS", "Parts", "in_one_piece"]
@@ -50,9 +51,9 @@ class Parts:
     def shrink(self, x: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
         if x.dtype is torch.float16:
             return composed_fp16.shrink(x, lora_a, p, state, self.keep)
-        x, right = in_one_piece(x), _as(lora_a, x.dtype).t()
+        x, right = in_one_piece(x), as_dtype(lora_a, x.dtype).t()
         z = x @ right if state is None else scaled_product(x * self.keep(x, p, state), right, 1.0 / (1.0 - p))
-        return _as(z, self.hidden_dtype(x.dtype))
+        return as_dtype(z, self.hidden_dtype(x.dtype))
 
     def product(
         self,
@@ -65,7 +66,7 @@ class Parts:
         scaling: float,
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
-        added = None if gain is not None or bias is None else _as(bias, x.dtype)
+        added = None if gain is not None or bias is None else as_dtype(bias, x.dtype)
         linear = self._sum(x, weight, lora_b, h, added, scaling)
         if gain is None:
             return linear, x.new_empty(0)
@@ -73,7 +74,7 @@ class Parts:
         if bias is None:
             torch.mul(linear, gain, out=out)
         else:
-            torch.addcmul(_as(bias, gain.dtype), linear, gain, out=out)
+            torch.addcmul(as_dtype(bias, gain.dtype), linear, gain, out=out)
         return out, linear if keep else x.new_empty(0)
 
     def _sum(
@@ -83,7 +84,7 @@ class Parts:
         x, few = in_one_piece(x), x.shape[0] < MANY_TOKENS
         if x.dtype is torch.float16:
             return composed_fp16.low_rank_sum(x, weight, lora_b, h, added, scaling, few)
-        right, h = _as(lora_b, x.dtype).t(), in_one_piece(_as(h, x.dtype))
+        right, h = as_dtype(lora_b, x.dtype).t(), in_one_piece(as_dtype(h, x.dtype))
         if few:
             return F.linear(x, weight, added).addmm_(h, right, alpha=scaling)
         if added is None:
@@ -95,17 +96,17 @@ class Parts:
     ) -> tuple[Tensor, Tensor, Tensor]:
         if dy.dtype is torch.float16:
             dh, found = composed_fp16.output_grads(dy, lora_b, h, scaling)
-            return dh, lora_b.new_empty(0) if found is None else _as(found, lora_b.dtype), sum_of_rows(dy, bias)
+            return dh, lora_b.new_empty(0) if found is None else as_dtype(found, lora_b.dtype), sum_of_rows(dy, bias)
         dy = in_one_piece(dy)
-        dh = scaled_product(dy, _as(lora_b, dy.dtype), scaling)
+        dh = scaled_product(dy, as_dtype(lora_b, dy.dtype), scaling)
         if h is None:
             db = lora_b.new_empty(0)
         elif dy.shape[0] < MANY_TOKENS:
-            db = scaled_product(dy.t(), in_one_piece(_as(h, dy.dtype)), scaling)
+            db = scaled_product(dy.t(), in_one_piece(as_dtype(h, dy.dtype)), scaling)
         else:
-            left = in_one_piece(_as(h, dy.dtype)).t()  # the quicker order of the product
+            left = in_one_piece(as_dtype(h, dy.dtype)).t()  # the quicker order of the product
             db = scaled_product(left, dy, scaling).t().contiguous()
-        return _as(dh, self.hidden_dtype(dy.dtype)), _as(db, lora_b.dtype), sum_of_rows(dy, bias)
+        return as_dtype(dh, self.hidden_dtype(dy.dtype)), as_dtype(db, lora_b.dtype), sum_of_rows(dy, bias)
 
     def input_grad(
         self,
@@ -122,9 +123,9 @@ class Parts:
                 [in_one_piece(dy) for dy in dys], weights, dhs, lora_as, p, states, self.keep
             )
         if not states:
-            dh = in_one_piece(_as(dhs[0] if len(dhs) == 1 else torch.cat(dhs, 1), dtype))
-            lora_a = lora_as[0] if len(lora_as) == 1 else torch.cat([_as(a, dtype) for a in lora_as])
-            dx = dh @ _as(lora_a, dtype)
+            dh = in_one_piece(as_dtype(dhs[0] if len(dhs) == 1 else torch.cat(dhs, 1), dtype))
+            lora_a = lora_as[0] if len(lora_as) == 1 else torch.cat([as_dtype(a, dtype) for a in lora_as])
+            dx = dh @ as_dtype(lora_a, dtype)
         else:
             members = zip(dhs, lora_as, states, strict=True)
             terms = (self._dropped_input_grad(dh, a, dtype, p, state) for dh, a, state in members)
@@ -136,15 +137,15 @@ class Parts:
         return dx
 
     def _dropped_input_grad(self, dh: Tensor, lora_a: Tensor, dtype: torch.dtype, p: float, state: Tensor) -> Tensor:
-        low_rank = scaled_product(in_one_piece(_as(dh, dtype)), _as(lora_a, dtype), 1.0 / (1.0 - p))
+        low_rank = scaled_product(in_one_piece(as_dtype(dh, dtype)), as_dtype(lora_a, dtype), 1.0 / (1.0 - p))
         return low_rank.mul_(self.keep(low_rank, p, state))
 
     def a_grad(self, dh: Tensor, x: Tensor, p: float, state: Tensor | None) -> Tensor:
         if x.dtype is torch.float16:
             return composed_fp16.a_grad(dh, x, p, state, self.keep)
-        x, left = in_one_piece(x), in_one_piece(_as(dh, x.dtype)).t()
+        x, left = in_one_piece(x), in_one_piece(as_dtype(dh, x.dtype)).t()
         da = left @ x if state is None else scaled_product(left, x * self.keep(x, p, state), 1.0 / (1.0 - p))
-        return _as(da, self.hidden_dtype(x.dtype))
+        return as_dtype(da, self.hidden_dtype(x.dtype))
 
     def gain_grad(
         self, dy: Tensor, linear: Tensor | None, gain: Tensor, bias: Tensor | None
@@ -200,8 +201,3 @@ def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
 def sum_of_rows(dy: Tensor, bias: Tensor | None) -> Tensor:
     """The gradient of ``bias`` in its dtype; empty without one."""
     return dy.new_empty(0) if bias is None else dy.sum(0, dtype=bias.dtype)
-
-
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, without the microseconds of a call that changes nothing."""
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..branches import Branch, apply_branches
+from ..branches import Branch
 from ..config import LoRAConfig
+from ..gate import run_branches
 from ..models.model import replace_linear
 from .models import ModelSetup, shared
 from .setups import Layer, Provider
@@ -133,7 +134,7 @@ def _group(layers: list[Any]) -> Callable[[Tensor], Any]:
     def call(x: Tensor) -> tuple[Tensor, ...]:
         p = layers[0].lora_dropout if layers[0].training else 0.0
         branches = [Branch(one.weight, one.lora_A, one.lora_B, one.bias, one.scaling) for one in layers]
-        return tuple(apply_branches(x, branches, p))
+        return tuple(run_branches(x, branches, p))
 
     return call
 

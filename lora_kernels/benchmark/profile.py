@@ -32,8 +32,8 @@ _TOP = 6
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "benchmark": ("lora_kernels/benchmark/", "autograd/grad_mode"),
-    "layer": ("lora_kernels/nn.py", "peft/", "nn/modules/"),
-    "validation": ("lora_kernels/functional.py",),
+    "layer": ("lora_kernels/nn.py", "lora_kernels/layer.py", "peft/", "nn/modules/"),
+    "validation": ("lora_kernels/functional.py", "lora_kernels/gate.py"),
     "dispatch": ("lora_kernels/dispatch.py", "lora_kernels/ops.py", "lora_kernels/backends/__init__.py"),
     "autograd": ("lora_kernels/autograd.py", "autograd/", "FunctionMeta", "_C._functions"),
     "launch": ("lora_kernels/backends/", "triton/"),

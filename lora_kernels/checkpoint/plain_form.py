@@ -13,6 +13,7 @@ from .. import storage
 from ..config import scaling_of
 from ..errors import LoRAStateError
 from ..layer import LoRALayer
+from ..pissa import initial_scaling
 from ..sharded import is_sharded
 
 __all__ = ["NAMES", "PlainForm", "plain_form", "whole"]
@@ -73,7 +74,7 @@ def plain_form(name: str, layer: LoRALayer) -> PlainForm:
             "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove first."
         )
     alpha = layer.lora_alpha if layer.scaling == scaling_of(layer.r, layer.lora_alpha, layer.use_rslora) else None
-    s, s0 = layer.scaling, layer._initial_scaling
+    s, s0 = layer.scaling, initial_scaling(layer)
     if s0 is None:
         if s < 0:
             tensors |= {own: -tensors[own] for own in ("lora_B", "lora_bias") if own in tensors}

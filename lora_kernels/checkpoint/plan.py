@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .. import storage
+from .. import pissa, storage
 from ..config import ADAPTER_DTYPES, LoRAConfig, as_tuple, pattern_value
 from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 from ..layer import LoRALayer
@@ -187,7 +187,7 @@ def _check_fits(name: str, layer: LoRALayer, rank: int, tensors: Mapping[str, Te
         )
     if layer.merged:
         raise LoRAStateError(f"the layer {name!r} is merged. Call unmerge_lora(model) before load_adapter.")
-    if layer._initial_scaling is not None:
+    if pissa.is_residual(layer):
         raise LoRAStateError(
             f"the layer {name!r} was initialised with {layer.init_lora_weights!r}, so its weight is a residual, and "
             "the file is for the untouched model. Call restore_linear(model) first, which puts that weight back."

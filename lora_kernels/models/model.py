@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import fsdp, storage
+from .. import fsdp, merging, storage
 from ..assigning import has_moved
 from ..config import LoRAConfig, as_tuple
 from ..errors import InvalidTypeError, LoRAKernelsError, LoRAKernelsWarning, LoRAStateError
@@ -171,13 +171,13 @@ def merge_lora(model: nn.Module) -> None:
     try:
         for name, layer in layers:
             try:
-                layer._merge()
+                merging.merge(layer)
             except LoRAKernelsError as error:
                 raise LoRAStateError(f"layer {name!r} cannot be merged, so none is: {error}") from error
             done.append(layer)
     except BaseException:
         for layer in done:
-            layer._unmerge()
+            merging.unmerge(layer)
         raise
 
 
@@ -205,7 +205,7 @@ def unmerge_lora(model: nn.Module) -> None:
         )
     storage.check_merging("unmerge_lora", layers)
     for _, layer in layers:
-        layer._unmerge()
+        merging.unmerge(layer)
 
 
 def restore_linear(model: nn.Module) -> RestoreReport:

@@ -185,22 +185,7 @@ def build(targets: list[Match], config: LoRAConfig, draw: bool = True) -> dict[s
     ``draw=False`` is for adapters that exist: it leaves their values unset and torch's generator as it is, and does not
     warn.
     """
-    layers = {
-        match.name: around(
-            match.module,
-            r=pattern_value(config.rank_pattern, match.name, config.r),
-            lora_alpha=pattern_value(config.alpha_pattern, match.name, config.lora_alpha),
-            lora_dropout=config.lora_dropout,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            init_lora_weights=config.init_lora_weights,
-            adapter_dtype=config.adapter_dtype,
-            lora_bias=config.lora_bias,
-            activation=config.activation,
-            draw=draw,
-        )
-        for match in targets
-    }
+    layers = {match.name: around(match.module, config.options_of(match.name), draw=draw) for match in targets}
     high = [name for name, layer in layers.items() if layer.r > min(layer.in_features, layer.out_features)]
     if high and draw:
         warnings.warn(

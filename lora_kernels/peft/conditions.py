@@ -16,11 +16,12 @@ from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
 from ..dispatch import COMPUTE_DTYPES
+from ..tensors import is_plain
 from . import dora
 
 __all__ = ["is_transposed", "own_parameter", "why_adapter", "why_base", "why_call", "why_weight"]
 
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
+
 _KNOWN_ARGUMENTS = {"adapter_names", "alora_offsets"}  # what PEFT's hooks add to a call
 
 
@@ -39,7 +40,7 @@ def why_call(x: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> s
     """Why this call's input, arguments or surroundings are PEFT's own matter; None if they are not."""
     if arguments or (keywords and not _KNOWN_ARGUMENTS.issuperset(keywords)):
         return "the call has arguments that only the base layer knows"
-    if type(x) not in _PLAIN_TENSORS or x.dtype not in COMPUTE_DTYPES or x.dim() < 1:
+    if not is_plain(x) or x.dtype not in COMPUTE_DTYPES or x.dim() < 1:
         return "the input is not a plain floating tensor"
     if torch.compiler.is_compiling():
         return "torch.export is recording" if torch.compiler.is_exporting() else None
@@ -64,7 +65,7 @@ def why_base(base: nn.Module) -> str | None:
 
 def why_weight(weight: Any) -> str | None:
     """Why a base weight cannot be read as it is."""
-    if type(weight) not in _PLAIN_TENSORS:
+    if not is_plain(weight):
         return f"its weight is a {type(getattr(weight, 'data', weight)).__name__} (sharded or quantized)"
     if weight.dtype not in COMPUTE_DTYPES or weight.dim() != 2:
         return f"its weight is {weight.dtype} of {weight.dim()} dimensions (quantized or packed)"
@@ -88,7 +89,7 @@ def why_adapter(layer: Any, adapter: str) -> str | None:
     if _hooked(modules["base_layer"]) or _hooked(lora_a) or _hooked(lora_b) or _hooked(dropout):
         return "a module within it has hooks"
     a, b = own_parameter(lora_a, "weight"), own_parameter(lora_b, "weight")
-    if type(a) not in _PLAIN_TENSORS or type(b) not in _PLAIN_TENSORS or own_parameter(lora_a, "bias") is not None:
+    if not is_plain(a) or not is_plain(b) or own_parameter(lora_a, "bias") is not None:
         return "lora_A or lora_B is not a plain matrix"
     if a.dtype not in COMPUTE_DTYPES or b.dtype not in COMPUTE_DTYPES:
         return f"its adapter is stored as {a.dtype}"

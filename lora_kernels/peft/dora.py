@@ -5,7 +5,7 @@ PEFT adds active adapters one after the other onto the result r = x Wᵀ + b. It
     r + (g - 1) (r - b) + g s B A x = g (r - b + s B A x) + b,      g = magnitude / ‖W + s B A‖, row by row,
 
 without dropout: all that came before it is scaled too, which is one fused product of all adapters if DoRA comes last.
-With dropout d = drop(x) it makes r + (g - 1) d Wᵀ + g s B A d, which is ``lora_kernels.dora.forward`` if r is the
+With dropout d = drop(x) it makes r + (g - 1) d Wᵀ + g s B A d, which is ``lora_kernels.gate.run_branch`` if r is the
 base's alone. The norm is a constant to the gradient, and of this adapter alone.
 """
 

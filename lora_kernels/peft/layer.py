@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear, dispatch_default
 from torch import Tensor, nn
 
-from .. import dora, storage
-from ..branches import Branch, apply_branches
+from .. import storage
+from ..branches import Branch
 from ..dispatch import Problem
-from ..functional import apply
+from ..gate import run_branch
 from ..shared_input import SharedInput
 from . import dora as peft_dora
 from .conditions import is_transposed, own_parameter, why_adapter, why_base, why_call, why_dtypes
@@ -113,12 +113,7 @@ class FusedLoraLinear(Linear):
             counter(self)[path] += 1
 
     def _fused(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
-        b, p = self._branch(adapters), self._p(adapters[0])
-        if b.gain is None:
-            return apply(x, b.weight, b.lora_a, b.lora_b, b.bias, b.scaling, p, None)
-        if len(adapters) == 1:
-            return dora.forward(x, b.weight, b.lora_a, b.lora_b, b.bias, b.scaling, b.gain, p)
-        return apply_branches(x, [b], 0.0)[0]
+        return run_branch(x, self._branch(adapters), self._p(adapters[0]))
 
     def _branch(self, adapters: Sequence[str]) -> Branch:
         base = self._modules["base_layer"]

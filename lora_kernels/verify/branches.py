@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..accuracy import Accuracy, expected_errors, judge, run_reference
-from ..branches import Branch, apply_branches
+from ..branches import Branch
+from ..gate import run_branches
 from .cases import SCALING, Case, Inputs, make
 from .draws import drawn_masks, seeded
 
@@ -72,7 +73,7 @@ def _outputs(
         due |= {(output, i): own[leaf] for output, leaf in _LEAVES.items() if own[leaf] is not None}
         leaves.append(replace(branch, **own))
     with seeded(seed, x.device):
-        ys = apply_branches(due["dx", 0], leaves, p, name)
+        ys = run_branches(due["dx", 0], leaves, p, name)
     gradients = dict(zip(due, torch.autograd.grad(ys, list(due.values()), dys), strict=True))
     for output, gradient in gradients.items():
         if gradient.dtype != due[output].dtype:

@@ -18,7 +18,7 @@ from lora_kernels.cli import main
     [
         ("lora_kernels/nn.py:forward", "layer"),
         ("peft/tuners/lora/layer.py:forward", "layer"),
-        ("lora_kernels/functional.py:_check", "validation"),
+        ("lora_kernels/gate.py:check", "validation"),
         ("lora_kernels/dispatch.py:select", "dispatch"),
         ("lora_kernels/autograd.py:forward_only", "autograd"),
         ("lora_kernels/backends/triton/launch.py:forward", "launch"),

@@ -12,7 +12,8 @@ from cases import BACKENDS, Case, make
 from lora_kernels import LoRAKernelsError, dispatch, lora_linear, ops
 from lora_kernels.accuracy import expected_errors, run_reference
 from lora_kernels.activations import ACTIVATIONS
-from lora_kernels.branches import Branch, apply_branches
+from lora_kernels.branches import Branch
+from lora_kernels.gate import run_branches
 from numerics import check, check_all, same_bits
 
 every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
@@ -71,7 +72,7 @@ def leaves(x: Tensor, branches: list[Branch]) -> dict[str, Tensor]:
 
 def run(group: Group, x: Tensor, branches: list[Branch], dys: list[Tensor], backend: str) -> dict[str, Tensor]:
     torch.manual_seed(1)
-    ys = apply_branches(x, branches, group.case.p, backend)
+    ys = run_branches(x, branches, group.case.p, backend)
     named = leaves(x, branches)
     gradients = torch.autograd.grad(ys, list(named.values()), dys)
     return {f"y{i}": y.detach() for i, y in enumerate(ys)} | dict(zip(named, gradients, strict=True))
@@ -124,7 +125,7 @@ def test_by_finite_differences(p: float, activation: str, backend: str, device: 
                     gain=given.get(f"dgain{i}"))
             for i, b in enumerate(branches)
         ]  # fmt: skip
-        return tuple(apply_branches(given["dx"], own, p, backend))
+        return tuple(run_branches(given["dx"], own, p, backend))
 
     arguments = tuple(tensor.detach().requires_grad_() for tensor in named.values())
     assert torch.autograd.gradcheck(run_from, arguments)
@@ -136,7 +137,7 @@ def test_by_finite_differences(p: float, activation: str, backend: str, device: 
 def test_one_branch_is_the_plain_layer(backend: str, device: str) -> None:
     i = make(Case(), device)
     x = i.x.detach().reshape(2, 12, -1)
-    (y,) = apply_branches(x, [Branch(i.weight, i.lora_a, i.lora_b, i.bias, 0.5)], 0.0, backend)
+    (y,) = run_branches(x, [Branch(i.weight, i.lora_a, i.lora_b, i.bias, 0.5)], 0.0, backend)
     plain = lora_linear(x, i.weight, i.lora_a, i.lora_b, i.bias, 0.5, backend=backend)
     exact = lora_linear(*(t.detach().double() for t in (x, i.weight, i.lora_a, i.lora_b, i.bias)), 0.5, backend="eager")
     check("y", y.flatten(0, 1), exact.flatten(0, 1), plain.flatten(0, 1), torch.float32)
@@ -148,7 +149,7 @@ def test_plain_branches_of_few_tokens_are_plain_layers(m: int, count: int, backe
     x, (first, second), _ = draw(replace(SEVERAL[1], case=Case(m=m)), "cpu")
     branches = [first, second][:count]
     torch.manual_seed(1)
-    together = apply_branches(x, branches, 0.3, backend)
+    together = run_branches(x, branches, 0.3, backend)
     torch.manual_seed(1)
     alone = [lora_linear(x, b.weight, b.lora_a, b.lora_b, b.bias, b.scaling, 0.3, True, backend) for b in branches]
     assert all(same_bits(y, other) for y, other in zip(together, alone, strict=True))
@@ -159,7 +160,7 @@ def test_plain_branches_of_few_tokens_are_plain_layers(m: int, count: int, backe
 def test_members_of_a_group_draw_masks_of_their_own(backend: str, device: str) -> None:
     i = make(Case(zeroed="weight", bias=False), device)
     branch = Branch(i.weight, i.lora_a, i.lora_b)
-    first, second = apply_branches(i.x, [branch, branch], 0.5, backend)
+    first, second = run_branches(i.x, [branch, branch], 0.5, backend)
     assert not torch.equal(first, second)
 
 
@@ -181,7 +182,7 @@ def test_each_gradient_alone(names: set[str], backend: str, device: str) -> None
     for name, leaf in leaves(x, branches).items():
         leaf.requires_grad_(name in names)
     named = {name: leaf for name, leaf in leaves(x, branches).items() if name in names}
-    ys = apply_branches(x, branches, group.case.p, backend)
+    ys = run_branches(x, branches, group.case.p, backend)
     gradients = torch.autograd.grad(ys, list(named.values()), dys)
     check_all(dict(zip(named, gradients, strict=True)), exact, yardstick, group.case.dtype, expected=errors)
 
@@ -189,7 +190,7 @@ def test_each_gradient_alone(names: set[str], backend: str, device: str) -> None
 @every_backend
 def test_an_output_that_nobody_uses(backend: str, device: str) -> None:
     x, branches, dys = draw(SEVERAL[0], device)
-    first, *_ = apply_branches(x, branches, 0.0, backend)
+    first, *_ = run_branches(x, branches, 0.0, backend)
     da, other = torch.autograd.grad(first, [branches[0].lora_a, branches[1].lora_a], dys[0], materialize_grads=True)
     assert torch.isfinite(da).all()
     assert not other.any()
@@ -199,7 +200,7 @@ def test_compiles_in_one_graph() -> None:
     x, branches, dys = draw(SEVERAL[2], "cpu")
 
     def step(x: Tensor) -> list[Tensor]:
-        return apply_branches(x, branches, 0.0, "eager")
+        return run_branches(x, branches, 0.0, "eager")
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     named = leaves(x, branches)
@@ -220,7 +221,7 @@ def test_bad_branches_are_refused(change: dict[str, object], sentence: str) -> N
     i = make(Case())
     branch = replace(Branch(i.weight, i.lora_a, i.lora_b), **change)
     with pytest.raises(LoRAKernelsError, match=sentence):
-        apply_branches(i.x, [branch], 0.0)
+        run_branches(i.x, [branch], 0.0)
 
 
 def test_bad_activation_of_the_function() -> None:

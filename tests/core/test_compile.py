@@ -21,7 +21,8 @@ from cases import BACKENDS, Case, make
 from lora_kernels import FusedLoRALinear, lora_linear, use_backend
 from lora_kernels.accuracy import sum_error
 from lora_kernels.backends import composed
-from lora_kernels.branches import Branch, apply_branches
+from lora_kernels.branches import Branch
+from lora_kernels.gate import run_branches
 from made_models import acting
 from numerics import check, same_bits
 
@@ -72,7 +73,7 @@ class Group(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         own = [(e.weight, e.lora_A, e.lora_B, e.bias, e.scaling) for e in self.layers]
         branches = [Branch(*own[0]), Branch(*own[1], self.gain), Branch(*own[2], None, "silu")]
-        return torch.cat(apply_branches(input, branches, self.p if self.training else 0.0), -1)
+        return torch.cat(run_branches(input, branches, self.p if self.training else 0.0), -1)
 
 
 BF16 = {"dtype": torch.bfloat16}

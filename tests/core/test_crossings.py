@@ -13,7 +13,7 @@ import test_branches
 from cases import BACKENDS, Case, keep_mask, make, measures, run
 from lora_kernels import FusedLoRALinear, LoRAConfig, dispatch, lora_linear, replace_linear, restore_linear
 from lora_kernels import autograd as plain_autograd
-from lora_kernels.branches import apply_branches
+from lora_kernels.gate import run_branches
 from made_models import acting
 from numerics import check_all, same_bits, three_ways
 
@@ -43,7 +43,7 @@ def test_what_is_frozen_of_one_member_changes_no_other(
     for name in frozen:
         test_branches.leaves(x, branches)[name].requires_grad_(False)
     torch.manual_seed(1)
-    ys = apply_branches(x, branches, group.case.p, backend)
+    ys = run_branches(x, branches, group.case.p, backend)
     found = dict(zip(due, torch.autograd.grad(ys, list(due.values()), dys), strict=True))
     check_all(found, exact, yardstick, group.case.dtype, expected=errors)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from cases import BACKENDS, Case, keep_mask, make, run
 from lora_kernels import dispatch, lora_linear, ops
 from lora_kernels.accuracy import run_reference
-from lora_kernels.branches import Branch, apply_branches
+from lora_kernels.branches import Branch
+from lora_kernels.gate import run_branches
 from lora_kernels.verify.cases import Inputs
 from numerics import check_all
 
@@ -75,7 +76,7 @@ def test_branches(m: int, activation: str, gain: bool, scale: str, backend: str,
     given = [replace(i, x=x) for i in given]
     factors = 2.0 ** torch.arange(-2.0, 4.0, device=device).repeat(4) if gain else None  # exact in dl, which is fp16
     branches = [Branch(i.weight, i.lora_a, i.lora_b, None, case.scaling, factors, activation) for i in given]
-    ys = apply_branches(x, branches, 0.0, backend)
+    ys = run_branches(x, branches, 0.0, backend)
     leaves = [x, *(t for i in given for t in (i.lora_a, i.lora_b))]
     dx, *gradients = torch.autograd.grad(ys, leaves, [i.dy for i in given])
     for dtype in (torch.float64, FLOAT):
@@ -126,7 +127,7 @@ def test_create_graph(scale: str, backend: str, device: str) -> None:
     leaves = (i.x, i.lora_a, i.lora_b)
     plain = lora_linear(i.x, i.weight, i.lora_a, i.lora_b, None, case.scaling, backend=backend)
     ones = torch.ones(case.n, device=device)
-    (gained,) = apply_branches(i.x, [Branch(i.weight, i.lora_a, i.lora_b, None, case.scaling, ones)], 0.0, backend)
+    (gained,) = run_branches(i.x, [Branch(i.weight, i.lora_a, i.lora_b, None, case.scaling, ones)], 0.0, backend)
     for y in (plain, gained):
         gradients = torch.autograd.grad(y, leaves, i.dy, create_graph=True)
         actual: dict[str, Tensor | None] = {

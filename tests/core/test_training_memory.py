@@ -14,8 +14,9 @@ import lora_kernels
 from cases import BACKENDS
 from lora_kernels import LoRAConfig, replace_linear, use_backend
 from lora_kernels.benchmark.memory import storages_kept
-from lora_kernels.branches import Branch, apply_branches
+from lora_kernels.branches import Branch
 from lora_kernels.console import one_thread
+from lora_kernels.gate import run_branches
 from made_models import acting
 from numerics import same_bits
 
@@ -56,7 +57,7 @@ def test_a_group_keeps_its_input_once(backend: str, p: float) -> None:
     layers = nn.ModuleList(acting(K, N, r=R) for _ in range(3))
     x = torch.randn(M, K, requires_grad=True)
     branches = [Branch(e.weight, e.lora_A, e.lora_B, e.bias, e.scaling) for e in layers]
-    found = kept(lambda: apply_branches(x, branches, p, backend), but=[x, *layers.parameters()])
+    found = kept(lambda: run_branches(x, branches, p, backend), but=[x, *layers.parameters()])
     assert size_of(found) == 3 * M * R * found[0].itemsize + (3 * SEED if p else 0)
 
 

@@ -39,7 +39,11 @@ def test_the_package_alone_loads_nothing_heavy() -> None:
     assert not set(HEAVY) & set(loaded_by("import lora_kernels, lora_kernels.cli")["loaded"])
 
 
-@pytest.mark.parametrize("module", ["nn", "functional", "model", "dispatch", "reference", "config"])
+def test_the_functions_for_peft_load_no_peft() -> None:
+    assert "peft" not in loaded_by("import lora_kernels.peft; lora_kernels.peft.fuse_peft")["loaded"]
+
+
+@pytest.mark.parametrize("module", ["nn", "functional", "models.model", "dispatch", "reference", "config"])
 def test_no_module_of_the_public_surface_loads_triton_or_cuda(module: str) -> None:
     found = loaded_by(f"import lora_kernels.{module}")
     assert not {"triton"} & set(found["loaded"])

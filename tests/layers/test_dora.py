@@ -108,8 +108,8 @@ def test_dora_without_dropout_in_evaluation_is_bit_for_bit_dora_without_dropout(
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_doras_gradients_by_finite_differences(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = acting(5, 4, r=2, use_dora=True, dtype=torch.float64, lora_dropout=p)
-    norms = layer._row_norms()
-    monkeypatch.setattr(layer, "_row_norms", lambda: norms)  # the norm is a constant to the gradient
+    norms = layer.row_norms()
+    monkeypatch.setattr(layer, "row_norms", lambda: norms)  # the norm is a constant to the gradient
 
     def run(x: Tensor, a: Tensor, b: Tensor, m: Tensor) -> Tensor:
         torch.manual_seed(2)
@@ -123,9 +123,9 @@ def test_doras_gradients_by_finite_differences(p: float, monkeypatch: pytest.Mon
 
 def test_dora_under_autocast_runs_in_its_dtype_with_norms_in_fp32() -> None:
     layer, x = acting(use_dora=True), torch.randn(4, 8)
-    norms = layer._row_norms()
+    norms = layer.row_norms()
     with torch.autocast("cpu", torch.bfloat16):
-        assert same_bits(layer._row_norms(), norms)
+        assert same_bits(layer.row_norms(), norms)
         y = layer(x)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from numerics import check, same_bits
 
 pytest.importorskip("peft")
 from lora_kernels import dora, fuse_peft, unfuse_peft
+from lora_kernels.branches import Branch
+from lora_kernels.gate import run_branch
 from lora_kernels.peft import calls
 from lora_kernels.peft import dora as peft_dora
 from lora_kernels.peft import layer as peft_layer
@@ -70,32 +73,25 @@ def test_parity_in_training_with_pefts_own_mask(option: Option, dtype: torch.dty
     assert_parity(option, dtype, seed=4)
 
 
-def _gain_dropped(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Any, s: float, gains: Tensor, p: float) -> Any:
-    return dora.forward(x, weight, a, b, bias, s, torch.ones_like(gains), p)
+def _gain_dropped(x: Tensor, branch: Branch, p: float) -> Tensor:
+    return run_branch(x, replace(branch, gain=torch.ones_like(branch.gain)), p)
 
 
-def _gain_detached(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Any, s: float, g: Tensor, p: float) -> Any:
-    return dora.forward(x, weight, a, b, bias, s, g.detach() + 0 * g, p)
+def _gain_detached(x: Tensor, branch: Branch, p: float) -> Tensor:
+    return run_branch(x, replace(branch, gain=branch.gain.detach() + 0 * branch.gain), p)
 
 
-def _bias_scaled(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Any, s: float, g: Tensor, p: float) -> Any:
-    return dora.forward(x, weight, a, b, bias * g.detach(), s, g, p)
+def _bias_scaled(x: Tensor, branch: Branch, p: float) -> Tensor:
+    return run_branch(x, replace(branch, bias=branch.bias * branch.gain.detach()), p)
 
 
-def _base_dropped(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Any, s: float, g: Tensor, p: float) -> Any:
-    return dora.forward(nn.functional.dropout(x, p), weight, a, b, bias, s, g, 0.0)
-
-
-class _Dora:
-    """``lora_kernels.dora`` with another forward."""
-
-    def __init__(self, forward: Callable[..., Tensor]) -> None:
-        self.forward = forward
+def _base_dropped(x: Tensor, branch: Branch, p: float) -> Tensor:
+    return run_branch(nn.functional.dropout(x, p), branch, 0.0)
 
 
 @pytest.mark.parametrize("fault", [_gain_dropped, _gain_detached, _bias_scaled, _base_dropped])
 def test_a_seeded_fault_is_caught(fault: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft_layer, "dora", _Dora(fault))
+    monkeypatch.setattr(peft_layer, "run_branch", fault)
     with pytest.raises(AssertionError, match="FAILS"):
         assert_parity(DROPPED[0], seed=4)
 

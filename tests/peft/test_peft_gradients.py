@@ -19,7 +19,8 @@ from lora_kernels import fuse_peft
 from numerics import check, same_bits
 
 pytest.importorskip("peft")
-from lora_kernels.functional import apply
+from lora_kernels import gate
+from lora_kernels.gate import run_plain
 from lora_kernels.peft import calls, layer
 from peft_models import OPTIONS, Option, assert_parity, fused, lora_layers, make, results
 
@@ -50,28 +51,28 @@ def test_parity_with_adapters_of_the_bases_dtype(option: Option, dtype: torch.dt
 
 
 def _da_flipped(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Tensor:
-    return apply(x, weight, 2 * a.detach() - a, b, *rest)
+    return run_plain(x, weight, 2 * a.detach() - a, b, *rest)
 
 
 def _db_unscaled(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Any, scaling: float, *rest: Any) -> Tensor:
-    return apply(x, weight, a, b.detach() + (b - b.detach()) / scaling, bias, scaling, *rest)
+    return run_plain(x, weight, a, b.detach() + (b - b.detach()) / scaling, bias, scaling, *rest)
 
 
 def _dx_without_low_rank(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     base = F.linear(x, weight)
-    return apply(x.detach(), weight, *rest) + base - base.detach()
+    return run_plain(x.detach(), weight, *rest) + base - base.detach()
 
 
 def _scaling_dropped(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Any, scaling: float, *rest: Any) -> Tensor:
-    return apply(x, weight, a, b, bias, 1.0, *rest)
+    return run_plain(x, weight, a, b, bias, 1.0, *rest)
 
 
 def _last_rank_forgotten(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Tensor:
-    return apply(x, weight, a[:-1], b[:, :-1], *rest)
+    return run_plain(x, weight, a[:-1], b[:, :-1], *rest)
 
 
 def _bias_forgotten(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Any, *rest: Any) -> Tensor:
-    return apply(x, weight, a, b, None, *rest)
+    return run_plain(x, weight, a, b, None, *rest)
 
 
 FAULTS = [_da_flipped, _db_unscaled, _dx_without_low_rank, _scaling_dropped, _last_rank_forgotten, _bias_forgotten]
@@ -82,7 +83,7 @@ FAULTS = [_da_flipped, _db_unscaled, _dx_without_low_rank, _scaling_dropped, _la
 def test_a_seeded_fault_is_caught(
     fault: Callable[..., Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer, "apply", fault)
+    monkeypatch.setattr(gate, "run_plain", fault)
     with pytest.raises(AssertionError, match="FAILS"):
         assert_parity(OPTIONS[0], dtype)
 

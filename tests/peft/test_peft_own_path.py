@@ -179,12 +179,6 @@ def test_explain_takes_a_fused_layer(p: float) -> None:
     assert repr(lora_layers(model)[0]).startswith("lora.Linear[fused](")
 
 
-def test_importing_the_functions_loads_no_peft() -> None:
-    from test_import import loaded_by
-
-    assert "peft" not in loaded_by("import lora_kernels.peft; lora_kernels.peft.fuse_peft")["loaded"]
-
-
 def test_a_data_parallel_replica_finds_its_tensors() -> None:
     """Replicas hold plain tensors where the module has Parameters."""
     model = fused(make())

@@ -13,7 +13,8 @@ from torch import Tensor
 from cases import Case, Inputs, make
 from lora_kernels import FusedLoRALinear, dispatch, reference
 from lora_kernels.backends.triton.choose.blocks import machine_of
-from lora_kernels.branches import Branch, apply_branches
+from lora_kernels.branches import Branch
+from lora_kernels.gate import run_branches
 from numerics import check_all
 from test_triton_kernels import count_launches
 
@@ -135,7 +136,7 @@ def test_launches_of_a_group_step(triton_device: str, p: float, monkeypatch: pyt
     members = [make(Case(n=n, bias=False), triton_device, seed) for seed, n in enumerate((56, 24, 24))]
     x = members[0].x
     launched = count_launches(monkeypatch)
-    ys = apply_branches(x, [Branch(i.weight, i.lora_a, i.lora_b) for i in members], p, "triton")
+    ys = run_branches(x, [Branch(i.weight, i.lora_a, i.lora_b) for i in members], p, "triton")
     each = 3 if p else 1
     assert launched == ["shrink_kernel"] * each + ["forward_kernel"] * 3
     launched.clear()

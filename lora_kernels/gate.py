@@ -1,0 +1,336 @@
+"""Between what is called and the operators: autocast, checks, dropout's draw, the choice of backend, recording.
+
+Three ways lead through it. :func:`run_plain` is the plain layer's, the shortest. :func:`run_branches` takes several
+branches of one x, and what the plain layer does not have: gains, activations between A and B. :func:`run_branch` takes
+one branch and chooses between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from numbers import Real
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .autograd import LoRALinearFunction, apply_function, forward_only
+from .branches import Branch
+from .branches_autograd import BranchesFunction, apply_branches_function
+from .branches_autograd import forward_only as branches_forward_only
+from .dispatch import COMPUTE_DTYPES, backend, select
+from .errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, UnsupportedTransformError
+from .ops import operators
+from .reference import drop
+from .tensors import flatten
+
+__all__ = [
+    "autocast_input",
+    "check_dropout_p",
+    "device_type_of",
+    "draw_state",
+    "is_autocast_enabled",
+    "prepare",
+    "run_branch",
+    "run_branches",
+    "run_plain",
+]
+
+# Up to this many tokens on a CPU the host's time decides, of which the plain layer's way takes least: one read of x for
+# all branches saves less than it costs there.
+_FEW_TOKENS = 16
+
+
+def run_plain(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    p: float,
+    backend_name: str | None,
+    share: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """y (..., N) of one plain branch: ``lora_linear`` for a p that is known to be valid, 0 where dropout does not act.
+
+    It allocates nothing of its own. ``share`` is given dropout's state and returns the one to take: several processes
+    may have to agree on it.
+    """
+    # One question that most programs answer with no, before those that take longer to answer.
+    if torch._C._is_any_autocast_enabled() and is_autocast_enabled(device_type := device_type_of(x)):
+        x = autocast_input(x, device_type)
+        with torch.autocast(device_type, enabled=False):
+            # The cast of W is made again in backward rather than saved; so its dtype may differ from x's here.
+            return _run_plain(x, weight, lora_a, lora_b, bias, scaling, p, backend_name, True, share)
+    return _run_plain(x, weight, lora_a, lora_b, bias, scaling, p, backend_name, False, share)
+
+
+def _run_plain(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    p: float,
+    backend_name: str | None,
+    autocast: bool,
+    share: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    check(x, weight, lora_a, lora_b, bias, autocast)
+    if type(scaling) is not float:  # a layer's may have been set to anything
+        scaling = number(scaling)
+    if forward_ad._current_level >= 0:
+        refuse_tangents(x, weight, lora_a, lora_b, bias)
+    x, name = prepare(x, backend_name)
+    state = draw_state(x, p, name) if p != 0.0 else None
+    if share is not None and state is not None:
+        state = share(state)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or lora_a.requires_grad
+        or lora_b.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        record = LoRALinearFunction.apply if torch.compiler.is_compiling() else apply_function
+        out: Tensor = record(x, weight, lora_a, lora_b, bias, scaling, p, state, name)
+        return out
+    return forward_only(x, weight, lora_a, lora_b, bias, scaling, p, state, name)
+
+
+def run_branches(x: Tensor, branches: Sequence[Branch], p: float, backend_name: str | None = None) -> list[Tensor]:
+    """Each branch's y (..., N_i) for x (..., K), and in backward one dx.
+
+    A p above 0 draws a mask for each branch, in their order, but where its state is there. Dtypes, autocast, backends
+    and errors are ``lora_linear``'s; p is known to be valid, 0 where dropout does not act.
+    """
+    device_type = device_type_of(x)
+    if torch._C._is_any_autocast_enabled() and is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return _run_branches(autocast_input(x, device_type), branches, p, backend_name, autocast=True)
+    return _run_branches(x, branches, p, backend_name, autocast=False)
+
+
+def _run_branches(
+    x: Tensor, branches: Sequence[Branch], p: float, backend_name: str | None, autocast: bool
+) -> list[Tensor]:
+    for branch in branches:
+        check(x, branch.weight, branch.lora_a, branch.lora_b, branch.bias, autocast)
+        branch.check(x)
+    if forward_ad._current_level >= 0:
+        refuse_tangents(x, *(tensor for branch in branches for tensor in branch.tensors))
+    x, name = prepare(x, backend_name)
+    states = [draw_state(x, p, name) if b.state is None else b.state for b in branches] if p != 0.0 else []
+    if not torch.compiler.is_compiling() and _are_apart(x, branches):
+        return [_run_apart(x, b, p, states[i] if states else None, name) for i, b in enumerate(branches)]
+    tensors = [tensor for branch in branches for tensor in branch.tensors]
+    scalings = tuple(float(number(branch.scaling)) for branch in branches)
+    activations = tuple(branch.activation for branch in branches)
+    if torch.is_grad_enabled() and _any_requires_grad(x, *tensors):
+        record = BranchesFunction.apply if torch.compiler.is_compiling() else apply_branches_function
+        return list(record(x, name, p, scalings, activations, *tensors, *states))
+    linears = (False,) * len(branches)
+    return branches_forward_only(x, name, p, scalings, activations, linears, *tensors, *states)[0]
+
+
+def _are_apart(x: Tensor, branches: Sequence[Branch]) -> bool:
+    """Whether each branch runs as the plain layer that it is."""
+    few = x.is_cpu and x.numel() <= _FEW_TOKENS * x.shape[-1]
+    return (few or len(branches) == 1) and all(branch.is_plain for branch in branches)
+
+
+def _run_apart(x: Tensor, branch: Branch, p: float, state: Tensor | None, name: str) -> Tensor:
+    b = branch
+    record = torch.is_grad_enabled() and _any_requires_grad(x, *b.tensors)
+    act = apply_function if record else forward_only
+    return act(x, b.weight, b.lora_a, b.lora_b, b.bias, float(number(b.scaling)), p, state, name)
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def run_branch(x: Tensor, branch: Branch, p: float, share: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """y (..., N) of one branch, whatever it has: the one place that says by which way it runs.
+
+    With a gain (DoRA) and dropout, as in PEFT, x Wᵀ + bias keeps the whole x and what the adapter changes sees the
+    dropped one: y = g * (d Wᵀ + s h Bᵀ) + (x - d) Wᵀ + bias with d = drop(x), two products with W.
+    ``share`` as for :func:`run_plain`; with an activation between A and B there is none.
+    """
+    b = branch
+    if b.is_plain:
+        return run_plain(x, b.weight, b.lora_a, b.lora_b, b.bias, b.scaling, p, None, share)
+    if b.gain is None or p == 0.0:
+        return run_branches(x, [b], p)[0]
+    dropped = F.dropout(x, p) if share is None else _dropped(x, p, share)
+    (adapted,) = run_branches(dropped, [replace(b, bias=None)], 0.0)
+    return adapted + F.linear(x - dropped, b.weight, b.bias)
+
+
+def _dropped(x: Tensor, p: float, share: Callable[[Tensor], Tensor]) -> Tensor:
+    """x, dropped by a state that several processes agree on."""
+    x, name = prepare(x, None)
+    flat = flatten(x)
+    state = share(draw_state(x, p, name))
+    return drop(flat, operators(name).mask(state, *flat.shape, p), p).view_as(x)
+
+
+def prepare(x: Tensor, backend_name: str | None) -> tuple[Tensor, str]:
+    """x as the operators may see it, and the backend that runs it.
+
+    Raises:
+        UnsupportedTransformError: x is within ``torch.func`` or ``vmap``.
+    """
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        if torch._C._are_functorch_transforms_active():
+            raise UnsupportedTransformError(
+                "lora_linear was called under torch.func or vmap, which are not supported: its kernels have no "
+                "batching rules. Call it on the whole batch (it takes any number of leading dimensions), or use "
+                "lora_kernels.reference.forward, which is plain PyTorch."
+            )
+        x = torch._C._functorch.unwrap_if_dead(x)  # one that leaked out of a transform that is over
+    choose = _select_constant if compiling else select
+    return x, choose(device_type_of(x), x.dtype, backend_name)
+
+
+def _select_constant(device_type: str, dtype: torch.dtype, backend_name: str | None) -> str:
+    """``select`` as a compiled graph sees it: it holds the choice that was made when it was captured."""
+    return select(device_type, dtype, backend_name)
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which would import Triton.
+_select_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def device_type_of(x: Tensor) -> str:
+    """``x.device.type``."""
+    try:
+        return "cpu" if x.is_cpu else x.device.type  # the string takes PyTorch a microsecond
+    except AttributeError as error:
+        raise _kind_refusal({"x": x}) from error
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    """Whether autocast acts on such a device now."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch knows no autocast of meta
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raises where one of them has a forward-mode derivative (``torch.autograd.forward_ad``): it would be lost."""
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor is not None):
+        raise UnsupportedTransformError(
+            "lora_linear was given a dual tensor (torch.autograd.forward_ad, torch.func.jvp), and it has no "
+            "forward-mode derivative. Differentiate backward, or use lora_kernels.reference.forward, which is plain "
+            "PyTorch."
+        )
+
+
+def draw_state(x: Tensor, p: float, backend_name: str) -> Tensor:
+    """What regenerates dropout's mask of x (..., K): see ``ops.py``. A layer's p may have been set to anything."""
+    check_dropout_p(p)
+    return backend(backend_name).dropout_state(flatten(x), p)
+
+
+def autocast_input(x: Tensor, device_type: str) -> Tensor:
+    """x in autocast's dtype; as it is where autocast leaves it alone: fp64, and what is not floating (and refused)."""
+    if x.dtype == torch.float64 or not x.is_floating_point():
+        return x
+    return x.to(torch.get_autocast_dtype(device_type))
+
+
+def check_dropout_p(p: float) -> None:
+    """Raises unless 0 <= p < 1."""
+    try:
+        allowed = 0.0 <= p < 1.0
+    except TypeError:
+        allowed = False
+    if not allowed:
+        raise InvalidArgumentError(
+            f"dropout probability {p!r} was given: it must lie in [0, 1). Use 0.0 to switch dropout off."
+        )
+
+
+def number(scaling: Any) -> float:
+    """``scaling``, as a plain number."""
+    if isinstance(scaling, (int, float)):
+        return scaling
+    if isinstance(scaling, Real) or (isinstance(scaling, Tensor) and scaling.dim() == 0 and not scaling.requires_grad):
+        return float(scaling)
+    raise InvalidTypeError(
+        f"scaling={scaling!r} was given: it must be a number, such as lora_alpha / r, and gets no gradient. To learn "
+        "it, give 1.0 and multiply lora_b by it."
+    )
+
+
+def check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, autocast: bool) -> None:
+    """The quick test of what may be run; the sentences are composed only where something is wrong."""
+    try:
+        device, dtype = x.device, x.dtype
+        if (
+            not x.is_nested
+            and _shapes_fit(x, weight, lora_a, lora_b, bias)
+            and device == weight.device == lora_a.device == lora_b.device
+            and (weight.dtype is dtype or (autocast and weight.dtype.is_floating_point))
+            and dtype in COMPUTE_DTYPES
+            and lora_a.dtype in COMPUTE_DTYPES
+            and lora_b.dtype in COMPUTE_DTYPES
+            and (bias is None or (bias.device == device and bias.dtype in COMPUTE_DTYPES))
+        ):
+            return
+    except AttributeError:  # something that is no tensor
+        pass
+    raise _refusal(x, weight, lora_a, lora_b, bias)
+
+
+def _shapes_fit(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> bool:
+    shape, a_shape, b_shape = weight.shape, lora_a.shape, lora_b.shape
+    return (
+        len(shape) == len(a_shape) == len(b_shape) == 2
+        and x.dim() >= 1
+        and x.shape[-1] == shape[1] == a_shape[1]
+        and b_shape[0] == shape[0]
+        and b_shape[1] == a_shape[0] >= 1
+        and (bias is None or bias.shape == shape[:1])
+    )
+
+
+def _refusal(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> LoRAKernelsError:
+    """What :func:`check` raises: the first of kinds, shapes, devices and dtypes that is wrong, told of all tensors."""
+    given: dict[str, Any] = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
+    given |= {} if bias is None else {"bias": bias}
+    if not all(isinstance(tensor, Tensor) for tensor in given.values()):
+        return _kind_refusal(given)
+    if x.is_nested:
+        return InvalidTypeError(
+            "a nested tensor was given: LoRA's products need plain tensors. Pad it first, with "
+            "torch.nested.to_padded_tensor(x, 0.0)."
+        )
+    if not _shapes_fit(x, weight, lora_a, lora_b, bias):
+        return InvalidArgumentError(
+            f"shapes that do not fit were given: {', '.join([f'{name} {tuple(t.shape)}' for name, t in given.items()])}"
+            ". They must be x (..., K), weight (N, K), lora_a (R, K), lora_b (N, R) with R >= 1, and bias (N,) or "
+            "None; make K, N and R agree in all of them."
+        )
+    if len({t.device for t in given.values()}) > 1:
+        listed = ", ".join([f"{name} on {t.device}" for name, t in given.items()])
+        return InvalidTypeError(f"tensors on different devices were given: {listed}. Move all of them to one device.")
+    return InvalidTypeError(
+        f"dtypes that cannot run together were given: {', '.join([f'{name} {t.dtype}' for name, t in given.items()])}. "
+        "All must be floating (torch.float16, torch.bfloat16, torch.float32, torch.float64), and x and weight must "
+        "share one dtype; lora_a, lora_b and bias may differ. Convert x with x.to(weight.dtype), or run under "
+        "torch.autocast."
+    )
+
+
+def _kind_refusal(given: dict[str, Any]) -> InvalidTypeError:
+    kinds = [f"{name} of type {type(t).__name__}" for name, t in given.items() if not isinstance(t, Tensor)]
+    return InvalidTypeError(
+        f"{', '.join(kinds)} was given where a torch.Tensor is expected. A NumPy array becomes one by "
+        "torch.from_numpy; bias alone may be None."
+    )

@@ -1,0 +1,39 @@
+"""Views and casts of tensors that cost nothing where they change nothing, and which tensors are plain."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["PLAIN_TENSORS", "as_dtype", "flatten", "is_plain", "unflatten"]
+
+# The types whose values are their own memory: no subclass that computes or exchanges them.
+PLAIN_TENSORS = (nn.Parameter, Tensor)
+
+
+def is_plain(tensor: object) -> bool:
+    """Whether ``tensor`` is one of ``PLAIN_TENSORS`` itself."""
+    return type(tensor) in PLAIN_TENSORS
+
+
+def flatten(tensor: Tensor) -> Tensor:
+    """(..., F) as (M, F)."""
+    if tensor.dim() == 2:
+        return tensor
+    features = tensor.shape[-1]
+    rows = -1 if features else tensor.shape[:-1].numel()  # of no features, torch cannot tell how many rows
+    return tensor.reshape(rows, features)
+
+
+def unflatten(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """(M, F) with the leading dimensions of ``shape``. ``_unsafe_view``, as in F.linear: autograd does not see a view,
+    so the result may be modified in place."""
+    if len(shape) == 2:
+        return matrix
+    unflattened: Tensor = torch.ops.aten._unsafe_view.default(matrix, (*shape[:-1], matrix.shape[-1]))
+    return unflattened
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, without the microseconds of a call that changes nothing."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
