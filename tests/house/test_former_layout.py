@@ -57,7 +57,7 @@ def conv1d() -> nn.Module:
 
 
 def group() -> nn.Module:
-    return disturbed(FusedLoRAGroup([FusedLoRALinear(6, 5, r=2), FusedLoRALinear(6, 4, r=3)]))
+    return disturbed(FusedLoRAGroup([FusedLoRALinear(6, 5, r=2), FusedLoRALinear(6, 4, r=4)]))
 
 
 def shared() -> nn.Module:
