@@ -43,18 +43,20 @@ def forward_only(
     p: float,
     scalings: tuple[float, ...],
     activations: tuple[str, ...],
-    keeps: tuple[bool, ...],
+    with_linears: tuple[bool, ...],
     *tensors: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Each branch's y (..., N_i), z (M, R_i) and, where ``keeps``, l (M, N_i); arguments as ``BranchesFunction``'s."""
+    """Each branch's y (..., N_i), z (M, R_i) and, where ``with_linears``, l (M, N_i); arguments as ``BranchesFunction``'s."""
     ops, count = operators(backend_name), len(scalings)
     members, states = _members(tensors, count), tensors[_PER_BRANCH * count :]
     flat = flatten(x)
     zs = _shrink_all(ops, flat, [member.lora_a for member in members], p, states)
     ys, linears = [], []
-    for member, z, scaling, activation, keep in zip(members, zs, scalings, activations, keeps, strict=True):
+    for member, z, scaling, activation, with_linear in zip(
+        members, zs, scalings, activations, with_linears, strict=True
+    ):
         weight, h = as_dtype(member.weight, x.dtype), activate(activation, z)
-        y, linear = ops.product(flat, weight, member.lora_b, h, member.bias, member.gain, scaling, keep)
+        y, linear = ops.product(flat, weight, member.lora_b, h, member.bias, member.gain, scaling, with_linear)
         ys.append(unflatten(y, x.shape))
         linears.append(linear)
     return ys, zs, linears
@@ -104,8 +106,8 @@ class BranchesFunction(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)  # an output that nobody used gives no gradients, not zeros
         needs, members = _needs(ctx, count), _members(tensors, count)
-        keeps = tuple(need.gain for need in needs)
-        ys, zs, linears = forward_only(x, backend_name, p, scalings, activations, keeps, *tensors)
+        with_linears = tuple(need.gain for need in needs)
+        ys, zs, linears = forward_only(x, backend_name, p, scalings, activations, with_linears, *tensors)
         need_x, any_a = ctx.needs_input_grad[0], any(need.lora_a for need in needs)
         saved: list[Tensor | None] = [x if any_a or any(need.weight for need in needs) else None]
         for member, need, activation, z, linear in zip(members, needs, activations, zs, linears, strict=True):

@@ -59,10 +59,10 @@ def fakes(hidden_dtype: Callable[[torch.dtype], torch.dtype]) -> dict[str, Calla
         bias: Tensor | None,
         gain: Tensor | None,
         scaling: float,
-        keep: bool,
+        with_linear: bool,
     ) -> tuple[Tensor, Tensor]:
         size = (x.shape[0], weight.shape[0])
-        return x.new_empty(size), x.new_empty(0 if gain is None or not keep else size)
+        return x.new_empty(size), x.new_empty(0 if gain is None or not with_linear else size)
 
     def output_grads(
         dy: Tensor, lora_b: Tensor, h: Tensor | None, bias: Tensor | None, scaling: float

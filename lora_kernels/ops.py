@@ -25,9 +25,9 @@ operator     arguments                                            returns
 ============ ==================================================== ======================================================
 shrink       x (M,K), lora_a (R,K), p, state?                     z (M,R) = (x * D) Aᵀ
 product      x (M,K), weight (N,K), lora_b (N,R), h (M,R),        y (M,N) = g * l + bias, with l = x Wᵀ + s h Bᵀ, in x's
-             bias (N)?, gain (N)?, s, keep                        dtype, rounded once (g = 1 without gain);
-                                                                  l (M,N) in x's dtype where gain is there and keep is
-                                                                  True, else empty
+             bias (N)?, gain (N)?, s, with_linear                 dtype, rounded once (g = 1 without gain);
+                                                                  l (M,N) in x's dtype where gain is there and
+                                                                  with_linear is True, else empty
 output_grads dy (M,N), lora_b (N,R), h (M,R)?, bias (N)?, s       dh (M,R) = s dy B; db (N,R) = s dyᵀ h in lora_b's
                                                                   dtype; dbias (N) = Σ_m dy in bias's dtype
 input_grad   dys [(M,N_i)], weights [(N_i,K)], dhs [(M,R_i)],     dx (M,K) = Σ_i dy_i W_i + D_i * (dh_i A_i) in dy's
@@ -75,7 +75,7 @@ _SCHEMAS = {
     "mask": "(Tensor state, SymInt rows, SymInt columns, float p) -> Tensor",
     "shrink": "(Tensor x, Tensor lora_a, float p, Tensor? state) -> Tensor",
     "product": "(Tensor x, Tensor weight, Tensor lora_b, Tensor h, Tensor? bias, Tensor? gain, float scaling, "
-    "bool keep) -> (Tensor y, Tensor linear)",
+    "bool with_linear) -> (Tensor y, Tensor linear)",
     "output_grads": "(Tensor dy, Tensor lora_b, Tensor? h, Tensor? bias, float scaling) -> (Tensor dh, Tensor db, "
     "Tensor dbias)",
     "input_grad": "(Tensor[] dys, Tensor[] weights, Tensor[] dhs, Tensor[] lora_as, float p, Tensor[] states) -> "

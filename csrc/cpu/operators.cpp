@@ -85,7 +85,7 @@ Tensor shrink(const Tensor& x, const Tensor& lora_a, double p, const std::option
 
 std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& weight, const Tensor& lora_b, const Tensor& h,
                                    const std::optional<Tensor>& bias, const std::optional<Tensor>& gain, double scaling,
-                                   bool keep) {
+                                   bool with_linear) {
     const Dtype compute = dtype_of(x, "x"), wide = hidden_of(compute);
     const Matrix tokens(x, "x"), low(h, "h");
     const int64_t m = tokens.rows, k = tokens.columns, r = columns_of(lora_b, "lora_b"), n = lora_b.sizes()[0];
@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& weight, const 
     const Adapter b(lora_b, "lora_b", adapter_of(compute));
     const OptionalAdapter offset(bias, "bias", compute), factor(gain, "gain", wide);
     const bool own = multiplies(weight, compute, Pass::forward, m, n, k), gained = gain.has_value(),
-               kept = gained && keep;
+               kept = gained && with_linear;
     std::optional<Matrix> base;
     if (own) base.emplace(weight, "weight");
     Tensor y = empty({m, n}, x.scalar_type()),

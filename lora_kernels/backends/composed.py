@@ -64,18 +64,18 @@ class Parts:
         bias: Tensor | None,
         gain: Tensor | None,
         scaling: float,
-        keep: bool,
+        with_linear: bool,
     ) -> tuple[Tensor, Tensor]:
         added = None if gain is not None or bias is None else as_dtype(bias, x.dtype)
         linear = self._sum(x, weight, lora_b, h, added, scaling)
         if gain is None:
             return linear, x.new_empty(0)
-        out = torch.empty_like(linear) if keep else linear
+        out = torch.empty_like(linear) if with_linear else linear
         if bias is None:
             torch.mul(linear, gain, out=out)
         else:
             torch.addcmul(as_dtype(bias, gain.dtype), linear, gain, out=out)
-        return out, linear if keep else x.new_empty(0)
+        return out, linear if with_linear else x.new_empty(0)
 
     def _sum(
         self, x: Tensor, weight: Tensor, lora_b: Tensor, h: Tensor, added: Tensor | None, scaling: float

@@ -86,17 +86,17 @@ def product(
     bias: Tensor | None,
     gain: Tensor | None,
     scaling: float,
-    keep: bool,
+    with_linear: bool,
 ) -> tuple[Tensor, Tensor]:
     size, h = (x.shape[0], weight.shape[0]), rows_in_one_piece(h)
-    linear = x.new_empty(size) if gain is not None and keep else None
+    linear = x.new_empty(size) if gain is not None and with_linear else None
     left = x.new_empty(0) if linear is None else linear
     if 0 in size:
         return x.new_empty(size), left
     precision, tensors = precision_of(x.dtype), (x, weight, lora_b, h)
     vectors = tuple(None if t is None else (t.dtype, t.stride()) for t in (bias, gain))
     aligned = alignment(*tensors, bias, gain)
-    key = ("product", *(part for t in tensors for part in matrix(t)), *vectors, keep, aligned, precision)
+    key = ("product", *(part for t in tensors for part in matrix(t)), *vectors, with_linear, aligned, precision)
     arguments = (x, weight, lora_b, bias, gain, h, None, linear, float(scaling))
     with on_device(x.device):
         stream, found = current_stream(key[1]), _steps.get(key)
