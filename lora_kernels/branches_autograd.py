@@ -46,7 +46,10 @@ def forward_only(
     with_linears: tuple[bool, ...],
     *tensors: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Each branch's y (..., N_i), z (M, R_i) and, where ``with_linears``, l (M, N_i); arguments as ``BranchesFunction``'s."""
+    """Each branch's y (..., N_i), z (M, R_i) and, where ``with_linears`` says so, l (M, N_i).
+
+    The other arguments are ``BranchesFunction``'s.
+    """
     ops, count = operators(backend_name), len(scalings)
     members, states = _members(tensors, count), tensors[_PER_BRANCH * count :]
     flat = flatten(x)

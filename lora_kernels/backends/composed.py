@@ -18,7 +18,7 @@ from ..reference import adapter_dtype
 from ..tensors import as_dtype
 from . import composed_fp16
 
-__all__ = ["MANY_TOKENS", "Parts", "in_one_piece"]
+__all__ = ["MANY_TOKENS", "Composition", "in_one_piece"]
 
 # Below this many tokens the forms that dispatch least are quicker.
 MANY_TOKENS = 64
@@ -32,7 +32,7 @@ _NORM_ELEMENTS = 1 << 18  # of W, that are held in fp32 at once while norms are 
 
 
 @dataclass(frozen=True)
-class Parts:
+class Composition:
     """``keep(like, p, state)``: the keep mask of ``like``'s shape, to be multiplied with it.
 
     Over fp16 what the adapters take part in is ``composed_fp16.py``'s.

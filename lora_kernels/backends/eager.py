@@ -15,7 +15,7 @@ from ..dispatch import Problem
 from ..ops import register
 from ..reference import adapter_dtype, dropout_threshold
 from . import draw_seed
-from .composed import Parts, in_one_piece, sum_of_rows
+from .composed import Composition, in_one_piece, sum_of_rows
 
 __all__ = ["BACKEND"]
 
@@ -31,8 +31,8 @@ def forward(
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     x = in_one_piece(x)  # once for both
-    h = _parts.shrink(x, lora_a, p, state)
-    return _parts.product(x, weight, lora_b, h, bias, None, scaling, False)[0], h
+    h = _composition.shrink(x, lora_a, p, state)
+    return _composition.product(x, weight, lora_b, h, bias, None, scaling, False)[0], h
 
 
 def backward(
@@ -51,11 +51,11 @@ def backward(
     dx, da, db = dy.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
     if weight is None and x is None and h is None:
         return dx, da, db, sum_of_rows(dy, bias)
-    dh, db, dbias = _parts.output_grads(dy, lora_b, h, bias, scaling)
+    dh, db, dbias = _composition.output_grads(dy, lora_b, h, bias, scaling)
     if weight is not None:
-        dx = _parts.input_grad([dy], [weight], [dh], [lora_a], p, [] if state is None else [state])
+        dx = _composition.input_grad([dy], [weight], [dh], [lora_a], p, [] if state is None else [state])
     if x is not None:
-        da = _parts.a_grad(dh, x, p, state).to(lora_a.dtype)
+        da = _composition.a_grad(dh, x, p, state).to(lora_a.dtype)
     return dx, da, db, dbias
 
 
@@ -78,7 +78,7 @@ def _keep(like: Tensor, p: float, state: Tensor) -> Tensor:
     return _draw_mask(state, like.shape[0], like.shape[1], p).to(like.dtype)
 
 
-_parts = Parts(_keep, adapter_dtype)
+_composition = Composition(_keep, adapter_dtype)
 
 
 class EagerBackend:
@@ -101,7 +101,9 @@ class EagerBackend:
         return f"{order} {dropout}" if problem.dropout_p else order
 
     def register(self, device_type: str) -> None:
-        register(self.name, {"forward": forward, "backward": backward, "mask": mask, **_parts.operators}, adapter_dtype)
+        register(
+            self.name, {"forward": forward, "backward": backward, "mask": mask, **_composition.operators}, adapter_dtype
+        )
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
         if x.device.type == "cpu":

@@ -13,13 +13,11 @@ from torch import Tensor
 
 from ...dispatch import Problem
 from ...ops import register
-from .. import draw_seed
-from ..composed import Parts
+from .. import draw_seed, why_not_capability
+from ..composed import Composition
 from . import choice, load
 
 __all__ = ["BACKEND"]
-
-_MINIMUM_CAPABILITY = (8, 0)
 
 
 class NativeBackend:
@@ -62,7 +60,7 @@ class NativeBackend:
         return f"PyTorch's large product, own vectorised code around it, in one call; the library: {where}.{dropped}"
 
     def register(self, device_type: str) -> None:
-        register(self.name, Parts(_keep, _hidden_dtype).operators, _hidden_dtype)
+        register(self.name, Composition(_keep, _hidden_dtype).operators, _hidden_dtype)
         if device_type != "meta":
             load.load(device_type)
         if device_type == "cpu":
@@ -87,11 +85,7 @@ def _why_not_device() -> list[str]:
         return [
             f"No CUDA device is visible ({build}): check the driver with nvidia-smi, or move the tensors to the CPU."
         ]
-    capability = torch.cuda.get_device_capability()
-    if capability < _MINIMUM_CAPABILITY:
-        has = f"{capability[0]}.{capability[1]}"
-        return [f"This GPU has compute capability {has} and the kernels need 8.0 or above: use backend='eager'."]
-    return []
+    return why_not_capability()
 
 
 BACKEND = NativeBackend()

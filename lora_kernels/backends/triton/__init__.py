@@ -15,11 +15,9 @@ from torch import Tensor
 from ... import env
 from ...dispatch import Problem
 from ...ops import OPERATOR_NAMES, register
-from .. import draw_seed
+from .. import draw_seed, why_not_capability
 
 __all__ = ["BACKEND", "interpreter_fault"]
-
-_MINIMUM_CAPABILITY = (8, 0)
 
 
 class TritonBackend:
@@ -107,11 +105,7 @@ def _why_not_cuda() -> list[str]:
             else f"this torch is built for CUDA {torch.version.cuda}; check the driver with nvidia-smi"
         )
         return [f"No CUDA device is visible ({build}, or use backend='eager')."]
-    capability = torch.cuda.get_device_capability()
-    if capability < _MINIMUM_CAPABILITY:
-        has = f"{capability[0]}.{capability[1]}"
-        return [f"This GPU has compute capability {has} and the kernels need 8.0 or above: use backend='eager'."]
-    return []
+    return why_not_capability()
 
 
 BACKEND = TritonBackend()
