@@ -101,9 +101,8 @@ class EagerBackend:
         return f"{order} {dropout}" if problem.dropout_p else order
 
     def register(self, device_type: str) -> None:
-        register(
-            self.name, {"forward": forward, "backward": backward, "mask": mask, **_composition.operators}, adapter_dtype
-        )
+        whole = {"forward": forward, "backward": backward, "mask": mask}
+        register(self.name, whole | _composition.operators, adapter_dtype)
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
         if x.device.type == "cpu":

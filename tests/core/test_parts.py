@@ -183,7 +183,7 @@ def test_no_product_is_given_rows_that_it_would_read_past(
         monkeypatch.setattr(composed, "_READS_PAST_ROWS", amx)
         with _RowsApart(g.i.weight) as watch:
             given = [(name, arguments) for name, every in calls(g).items() for arguments in every]
-            results.append([eager._parts.operators[name](*arguments) for name, arguments in given])
+            results.append([eager._composition.operators[name](*arguments) for name, arguments in given])
         counts.append(watch.found)
     assert counts[0] > 0
     assert counts[1] == 0
