@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import assigning, dora, fsdp, gate, initialisation, merging, pissa, sharded, storage, telling
+from . import assigning, dora, fsdp, initialisation, merging, pissa, sharded, storage, telling
 from .branches import Branch
 from .config import AdapterOptions, scaling_of
 from .dispatch import Problem
 from .errors import InvalidArgumentError, LoRAStateError
-from .gate import run_plain
+from .gate import run_branch, run_plain
 from .shared_input import SharedInput
-from .tensors import PLAIN_TENSORS, is_plain
+from .tensors import PLAIN_TENSORS
 
 __all__ = ["LoRALayer"]
 
@@ -29,7 +30,7 @@ Layer = TypeVar("Layer", bound="LoRALayer")
 class LoRALayer(nn.Module):
     """The adapter of a linear layer: its Parameters, merging, switching it off, saving and loading.
 
-    A subclass has ``weight`` and ``bias``, and says in :meth:`matrix` how the stored weight is (N, K).
+    A subclass has ``weight`` and ``bias``, and says in ``is_transposed`` whether the weight is stored (K, N).
     """
 
     in_features: int
@@ -42,6 +43,7 @@ class LoRALayer(nn.Module):
     lora_magnitude_vector: nn.Parameter | None
     lora_initial_A: Tensor | None
     lora_initial_B: Tensor | None
+    is_transposed: ClassVar[bool] = False
     _left_off: bool = False  # switched off by a call, not for the block of a ``with``
     activation: str = "identity"  # of the class too: layers pickled before there were others have none of their own
     _initial_scaling: float | None  # that with which a part of the weight was taken, if one was; see pissa.py
@@ -50,11 +52,7 @@ class LoRALayer(nn.Module):
 
     def matrix(self, weight: Tensor) -> Tensor:
         """``weight`` as it is stored, as (N, K), and the other way round: it is its own inverse. No copy."""
-        return weight
-
-    def base_product(self, input: Tensor, weight: Any, bias: Any) -> Tensor:
-        """input Wᵀ + bias, (..., N), for a weight as it is stored: what a merged layer gives, or one switched off."""
-        raise NotImplementedError
+        return weight.t() if self.is_transposed else weight
 
     def to_plain(self) -> nn.Module:
         """A module of the kind that was replaced, around this layer's current weight and bias."""
@@ -131,15 +129,22 @@ class LoRALayer(nn.Module):
 
         Who has them in parts (:mod:`.sharded`) makes a branch of its own part.
         """
-        magnitude = self.lora_magnitude_vector
-        gains = None if magnitude is None else dora.gain(magnitude, self.row_norms())  # the norm is no part of a graph
-        weight, bias = self.matrix(self.weight), self.total_bias
-        return Branch(weight, self.lora_A, self.lora_B, bias, self.scaling, gains, self.activation)
+        return self._branch_of(self.matrix(self.weight), self.lora_A, self.lora_B, self.total_bias)
+
+    def _branch_of(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> Branch:
+        gains = None
+        if self.use_dora and (magnitude := self.lora_magnitude_vector) is not None:
+            gains = dora.gain(magnitude, self.row_norms())  # the norm is no part of a graph
+        return Branch(weight, lora_a, lora_b, bias, self.scaling, gains, self.activation)
 
     def forward(self, input: Tensor) -> Tensor:
         """y (..., N) in ``input``'s dtype (autocast's under autocast) for ``input`` (..., K); see the class."""
         if self._base is not None or not self._lora_enabled:
-            return self.base_product(input, *merging.acting(self))
+            acting = merging.acting(self)
+            if not self.is_transposed:
+                return F.linear(input, *acting)
+            y = torch.addmm(acting[1], input.reshape(-1, self.in_features), acting[0])  # as transformers' Conv1D
+            return y.view(*input.shape[:-1], self.out_features)
         if (
             self._shared is not None
             and self.training
@@ -160,9 +165,12 @@ class LoRALayer(nn.Module):
             weight, lora_a, lora_b, bias, lora_bias = (self.weight, self.lora_A, self.lora_B, self.bias, self.lora_bias)
         if type(weight) not in PLAIN_TENSORS and sharded.is_sharded(weight):
             return sharded.forward(self, input, p)
-        if self.use_dora or lora_bias is not None or self.activation != "identity":
-            return gate.run_branch(input, self.branch(), p)
-        return run_plain(input, self.matrix(weight), lora_a, lora_b, bias, self.scaling, p, None)
+        if lora_bias is not None:
+            bias = merging.with_offset(bias, lora_bias, self.scaling)
+        weight = weight.t() if self.is_transposed else weight
+        if self.use_dora or self.activation != "identity":
+            return run_branch(input, self._branch_of(weight, lora_a, lora_b, bias), p)
+        return run_plain(input, weight, lora_a, lora_b, bias, self.scaling, p, None)
 
     def row_norms(self) -> Tensor:
         """‖W + s B A‖ of each row, (N,), in fp32 or better."""
@@ -275,7 +283,7 @@ class LoRALayer(nn.Module):
     def shared_branch(self, x: Tensor) -> tuple[Branch, float] | None:
         """See :class:`~lora_kernels.shared_input.Member`. DoRA with dropout needs two products of W: not in common."""
         p = self.lora_dropout
-        plain = all(is_plain(own) for own in self._parameters.values() if own is not None)
+        plain = all(type(own) in PLAIN_TENSORS for own in self._parameters.values() if own is not None)
         acts = self.training and self._lora_enabled and self._base is None and storage.is_here(self)
         if not acts or not plain or (p > 0.0 and self.use_dora):
             return None

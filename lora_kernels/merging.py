@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import dora, fsdp, sharded, storage, telling
 from .errors import LoRAStateError
-from .tensors import is_plain
+from .tensors import PLAIN_TENSORS
 
 if TYPE_CHECKING:
     from .layer import LoRALayer
@@ -257,7 +257,7 @@ def _check_unchanged(layer: LoRALayer, base: Base) -> None:
 
 
 def _are_plain(one: Any, other: Any) -> bool:
-    return is_plain(one) and is_plain(other)
+    return type(one) in PLAIN_TENSORS and type(other) in PLAIN_TENSORS
 
 
 def _exchanged() -> LoRAStateError:

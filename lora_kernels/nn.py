@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import storage
@@ -164,9 +163,6 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
     def to_plain(self) -> nn.Linear:
         return self.to_linear()
 
-    def base_product(self, input: Tensor, weight: Any, bias: Any) -> Tensor:
-        return F.linear(input, weight, bias)
-
 
 class FusedLoRAConv1D(LoRALayer):
     """transformers' ``Conv1D`` (GPT-2's linear layer, its weight stored (K, N)) with an adapter; the same product.
@@ -177,15 +173,13 @@ class FusedLoRAConv1D(LoRALayer):
 
     nf: int
     nx: int
+    is_transposed = True
 
     def __init__(self, conv: Any) -> None:
         super().__init__()
         self.nf, self.nx = conv.nf, conv.nx
         self.in_features, self.out_features = conv.nx, conv.nf
         self._plain_class = type(conv)
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        return weight.t()
 
     def to_plain(self) -> nn.Module:
         kind: Any = self._plain_class
@@ -202,9 +196,6 @@ class FusedLoRAConv1D(LoRALayer):
     def forward(self, x: Tensor) -> Tensor:
         """y (..., N) for x (..., K)."""
         return super().forward(x)
-
-    def base_product(self, input: Tensor, weight: Any, bias: Any) -> Tensor:
-        return torch.addmm(bias, input.reshape(-1, self.nx), weight).view(*input.shape[:-1], self.nf)
 
 
 def around(

@@ -8,6 +8,9 @@ generator would have to read the seed back from the device, so the mask itself, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -101,7 +104,7 @@ class EagerBackend:
         return f"{order} {dropout}" if problem.dropout_p else order
 
     def register(self, device_type: str) -> None:
-        whole = {"forward": forward, "backward": backward, "mask": mask}
+        whole: dict[str, Callable[..., Any]] = {"forward": forward, "backward": backward, "mask": mask}
         register(self.name, whole | _composition.operators, adapter_dtype)
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
