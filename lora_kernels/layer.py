@@ -140,11 +140,11 @@ class LoRALayer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """y (..., N) in ``input``'s dtype (autocast's under autocast) for ``input`` (..., K); see the class."""
         if self._base is not None or not self._lora_enabled:
-            acting = merging.acting(self)
+            kept, added = merging.acting(self)
             if not self.is_transposed:
-                return F.linear(input, *acting)
-            y = torch.addmm(acting[1], input.reshape(-1, self.in_features), acting[0])  # as transformers' Conv1D
-            return y.view(*input.shape[:-1], self.out_features)
+                return F.linear(input, kept, added)
+            rows = input.reshape(-1, self.in_features)  # as transformers' Conv1D
+            return torch.addmm(added, rows, kept).view(*input.shape[:-1], self.out_features)
         if (
             self._shared is not None
             and self.training
