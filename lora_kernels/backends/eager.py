@@ -104,8 +104,11 @@ class EagerBackend:
         return f"{order} {dropout}" if problem.dropout_p else order
 
     def register(self, device_type: str) -> None:
-        whole: dict[str, Callable[..., Any]] = {"forward": forward, "backward": backward, "mask": mask}
-        register(self.name, whole | _composition.operators, adapter_dtype)
+        register(self.name, self.operators(), adapter_dtype)
+
+    def operators(self) -> dict[str, Callable[..., Any]]:
+        """Its implementations of the operators of ``ops.py``, by name."""
+        return {"forward": forward, "backward": backward, "mask": mask, **_composition.operators}
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
         if x.device.type == "cpu":
