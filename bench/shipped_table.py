@@ -24,7 +24,7 @@ from lora_kernels.backends.triton.choose import tuned  # noqa: E402  (after the 
 from lora_kernels.backends.triton.choose.plans import Cell, Plan, plan_from_json  # noqa: E402
 from lora_kernels.backends.triton.choose.table import DeviceName, Row, Table, slug  # noqa: E402
 from lora_kernels.benchmark.timing import Timing  # noqa: E402
-from lora_kernels.tuning.search import beats, is_composition  # noqa: E402
+from lora_kernels.tuning.search import beats  # noqa: E402
 
 MEASURED = ROOT / "bench" / "results" / "nvidia-h100" / "tune.json"
 # At commit ed63ecf the tuner's digest was of the whole backend's sources; that of its kernels was dd932ed0fde2, by git.
@@ -63,7 +63,7 @@ def _row(measured: dict[str, Any], versions: dict[str, str]) -> Row:
 
 def _chosen(timings: dict[Plan, Timing]) -> Plan:
     quickest = min(timings, key=lambda plan: timings[plan].ratio)
-    composition = min((plan for plan in timings if is_composition(plan)), key=lambda plan: timings[plan].ratio)
+    composition = min((plan for plan in timings if plan.is_composition), key=lambda plan: timings[plan].ratio)
     return quickest if beats(timings[quickest], timings[composition]) else composition
 
 

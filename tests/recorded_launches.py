@@ -20,7 +20,7 @@ from cases import Case, make
 from lora_kernels.backends.triton import operators, part_operators
 from lora_kernels.backends.triton.choose import blocks
 from lora_kernels.backends.triton.choose.blocks import FEW_TOKENS
-from lora_kernels.backends.triton.choose.candidates import Cell, FewTokens
+from lora_kernels.backends.triton.choose.plans import Cell, FewTokens
 from lora_kernels.backends.triton.offline.compile_jobs import ARCHITECTURES, backward_plans_of, plans_of
 
 CASES = [Case(m=m, k=256, n=128, r=16, dtype=torch.bfloat16, p=0.1) for m in (8, 128)]

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from ..backends.triton.choose import candidates
-from ..backends.triton.choose.backward_cost import BackwardModel
 from ..backends.triton.choose.blocks import Machine as Gpu
 from ..backends.triton.choose.blocks import gemm_configs, machine_of, persistent_configs, shrink_config
-from ..backends.triton.choose.cost import ASSUMED, Model
+from ..backends.triton.choose.cost import ASSUMED, BackwardModel, Model
+from ..backends.triton.choose.plans import Cell, DxFused, Fused
 from .workloads import Workload
 
 __all__ = ["MACHINES", "Cost", "Kernel", "Machine", "cost", "gpu_machine", "kernels", "measure_machine"]
@@ -64,7 +64,7 @@ class Machine:
     def seconds(self, kernel: Kernel, dtype: str) -> float:
         if self.gpu is not None and kernel.product is not None:
             m, k, n = kernel.product
-            cell = candidates.Cell("forward", m, k, n, 1, dtype, False)
+            cell = Cell("forward", m, k, n, 1, dtype, False)
             return Model(self.gpu, cell).library(kernel.accumulates)
         return max(kernel.bytes / self.bandwidth, kernel.flops / self.rates[dtype]) + self.launch
 
@@ -83,7 +83,7 @@ class Cost:
 def gpu_machine(name: str, gpu: Gpu) -> Machine:
     """``gpu`` under the assumptions of the Triton backend's model."""
     dtypes = ("bfloat16", "float16", "float32")
-    rates = {d: Model(gpu, candidates.Cell("forward", 1, 1, 1, 1, d, False)).rate for d in dtypes}
+    rates = {d: Model(gpu, Cell("forward", 1, 1, 1, 1, d, False)).rate for d in dtypes}
     return Machine(name, ASSUMED.memory * gpu.bandwidth, rates, ASSUMED.launch, gpu)
 
 
@@ -121,8 +121,7 @@ def _our_forward(machine: Machine, workload: Workload) -> tuple[int, float]:
     assert machine.gpu is not None
     cell = _cell(workload, dropout=workload.p > 0)
     plan = candidates.candidates(machine.gpu, cell)[0]
-    seconds = candidates.predicted_seconds(machine.gpu, cell, plan)
-    return _LAUNCHES[plan.kind] + (getattr(plan, "splits", 1) > 1), seconds
+    return plan.launches, candidates.predicted_seconds(machine.gpu, cell, plan)
 
 
 def _our_backward(machine: Machine, workload: Workload) -> tuple[int, float]:
@@ -130,13 +129,11 @@ def _our_backward(machine: Machine, workload: Workload) -> tuple[int, float]:
     assert machine.gpu is not None
     cell = replace(_cell(workload, dropout=workload.p > 0), direction="backward")
     plan = candidates.candidates(machine.gpu, cell)[0]
-    model, way = BackwardModel(machine.gpu, cell), plan.hidden
     if workload.direction == "dx":
-        seconds = model.dh(way.shrink) + model.dx(plan)
-        return 1 + (way.shrink.splits > 1) + _DX_LAUNCHES[plan.kind], seconds
-    hidden = 2 if way.joint else 2 + (way.shrink.splits > 1) + (way.db.splits > 1)
-    launches = hidden + _DX_LAUNCHES[plan.kind] + 1 + (plan.da.splits > 1)
-    return launches, candidates.predicted_seconds(machine.gpu, cell, plan)
+        model = BackwardModel(machine.gpu, cell)
+        seconds = model.of_dy.summed(plan.hidden.shrink) + model.dx(plan)
+        return plan.hidden.dh_launches + plan.dx_launches, seconds
+    return plan.launches, candidates.predicted_seconds(machine.gpu, cell, plan)
 
 
 def _split_kernels(machine: Machine, workload: Workload) -> tuple[int, float]:
@@ -145,8 +142,8 @@ def _split_kernels(machine: Machine, workload: Workload) -> tuple[int, float]:
     cell = _cell(workload, dropout=False)
     sizes = (cell.tokens, cell.n, cell.r, cell.itemsize, cell.tf32)
     shrink = shrink_config(machine.gpu, cell.tokens, cell.r, cell.itemsize, cell.tf32)
-    fused = [candidates.Fused(shrink, g, "persistent") for g in persistent_configs(machine.gpu, *sizes)]
-    fused += [candidates.Fused(shrink, g) for g in gemm_configs(machine.gpu, *sizes)]
+    fused = [Fused(shrink, g, "persistent") for g in persistent_configs(machine.gpu, *sizes)]
+    fused += [Fused(shrink, g) for g in gemm_configs(machine.gpu, *sizes)]
     seconds = min(candidates.predicted_seconds(machine.gpu, cell, plan) for plan in fused)
     drop = _drop(_Sizes.of(workload, same_dtype=True))
     return 2 + len(drop), seconds + sum(machine.seconds(k, workload.dtype) for k in drop)
@@ -157,20 +154,18 @@ def _split_backward(machine: Machine, workload: Workload) -> tuple[int, float]:
     assert machine.gpu is not None
     cell = replace(_cell(workload, dropout=False), direction="backward")
     model = BackwardModel(machine.gpu, cell)
-    fused = [plan for plan in candidates.candidates(machine.gpu, cell) if isinstance(plan, candidates.DxFused)]
+    fused = [plan for plan in candidates.candidates(machine.gpu, cell) if isinstance(plan, DxFused)]
     work = kernels("lorafusion", replace(workload, direction="backward")) or []
     others = [k for k in work if k.product is None and (workload.direction != "dx" or k.name != "da")]
     return 1 + len(others), min(map(model.dx, fused)) + sum(machine.seconds(k, workload.dtype) for k in others)
 
 
-_LAUNCHES = {"few_tokens": 1, "fused": 2, "lora_first": 3, "base_first": 3}
-_DX_LAUNCHES = {"dx_fused": 1, "dx_lora_first": 2, "dx_base_first": 2}
 _FORWARD = {"triton": _our_forward, "lorafusion": _split_kernels}
 _BACKWARD = {"triton": _our_backward, "lorafusion": _split_backward}
 
 
-def _cell(w: Workload, dropout: bool) -> candidates.Cell:
-    return candidates.Cell("forward", w.tokens, w.in_features, w.out_features, w.r, w.dtype, dropout)
+def _cell(w: Workload, dropout: bool) -> Cell:
+    return Cell("forward", w.tokens, w.in_features, w.out_features, w.r, w.dtype, dropout)
 
 
 def kernels(provider: str, workload: Workload) -> list[Kernel] | None:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .. import dispatch
 from ..accuracy import tf32_allowed
-from ..backends.triton.choose import candidates
+from ..backends.triton.choose import plans
 from ..backends.triton.choose.blocks import machine_of, next_power_of_2
+from ..backends.triton.choose.candidates import plan_for
 from ..console import Progress
 from ..errors import InvalidArgumentError
 from . import gate, memory, roofline
@@ -271,8 +272,8 @@ def _plan(setup: Setup) -> str | None:
         return None
     dtype = "tf32" if setup.dtype == torch.float32 and tf32_allowed() else w.dtype
     tokens = next_power_of_2(w.tokens)
-    cell = candidates.Cell("forward", tokens, w.in_features, w.out_features, w.r, dtype, w.p > 0)
-    return str(candidates.plan_for(device, machine_of(device), cell))
+    cell = plans.Cell("forward", tokens, w.in_features, w.out_features, w.r, dtype, w.p > 0)
+    return str(plan_for(device, machine_of(device), cell))
 
 
 def _sets(workload: Workload, device: str) -> int:

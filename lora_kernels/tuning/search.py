@@ -16,7 +16,7 @@ from typing import Protocol
 
 from ..backends.triton.choose.blocks import Machine
 from ..backends.triton.choose.candidates import candidates, predicted_seconds
-from ..backends.triton.choose.plans import BaseFirst, Cell, DxBaseFirst, DxLoraFirst, LoraFirst, Plan
+from ..backends.triton.choose.plans import Cell, Plan
 from ..benchmark.timing import Timing
 from ..errors import LoRAKernelsError
 
@@ -102,11 +102,6 @@ class Found:
         return best
 
 
-def is_composition(plan: Plan) -> bool:
-    """Whether the large product is the library's."""
-    return isinstance(plan, (LoraFirst, BaseFirst, DxLoraFirst, DxBaseFirst))
-
-
 def shortlist(machine: Machine, cell: Cell, limit: int = CANDIDATES) -> list[Plan]:
     """The plans worth measuring, best predicted first.
 
@@ -160,7 +155,7 @@ def search(machine: Machine, cell: Cell, trial: Trial, limit: int = CANDIDATES) 
         alive = _survivors(latest)
     order = sorted(latest, key=lambda plan: latest[plan].ratio)
     stored, composition = order[0], _best_composition(latest)
-    if not is_composition(stored):
+    if not stored.is_composition:
         floor, latest = _time(trial, [stored, composition], CONFIRMATION)
         timings |= latest
         if stored not in latest or not beats(latest[stored], timings[composition]):
@@ -173,7 +168,7 @@ def search(machine: Machine, cell: Cell, trial: Trial, limit: int = CANDIDATES) 
         timings=dict(sorted(timings.items(), key=lambda item: item[1].ratio)),
         predicted={plan: predicted_seconds(machine, cell, plan) for plan in tried},
         refused=refused,
-        composition=None if is_composition(stored) else composition,
+        composition=None if stored.is_composition else composition,
         runner_up=others[0] if others else None,
     )
 
@@ -198,7 +193,7 @@ def _survivors(latest: Mapping[Plan, Timing]) -> list[Plan]:
 
 
 def _best_composition(latest: Mapping[Plan, Timing]) -> Plan:
-    return min((plan for plan in latest if is_composition(plan)), key=lambda plan: latest[plan].ratio)
+    return min((plan for plan in latest if plan.is_composition), key=lambda plan: latest[plan].ratio)
 
 
 def _time(trial: Trial, plans: Sequence[Plan], rounds: int) -> tuple[Timing, dict[Plan, Timing]]:
@@ -208,8 +203,8 @@ def _time(trial: Trial, plans: Sequence[Plan], rounds: int) -> tuple[Timing, dic
 
 
 def _need_composition(cell: Cell, alive: Sequence[Plan], refused: Mapping[Plan, Refusal]) -> None:
-    if not any(is_composition(plan) for plan in alive):
-        said = " ".join(f"{plan}: {refusal.sentence}" for plan, refusal in refused.items() if is_composition(plan))
+    if not any(plan.is_composition for plan in alive):
+        said = " ".join(f"{plan}: {refusal.sentence}" for plan, refusal in refused.items() if plan.is_composition)
         raise NothingToStoreError(
             f"{cell} is not tuned, for no plain composition runs there. {said} Free the device's memory, or leave the "
             "cell out."

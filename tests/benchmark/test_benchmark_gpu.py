@@ -16,6 +16,7 @@ import torch
 
 from lora_kernels import accuracy
 from lora_kernels.backends.triton.choose import candidates
+from lora_kernels.backends.triton.choose.plans import Cell
 from lora_kernels.benchmark import capture, device, lorafusion, prediction, results, roofline, runner, timing
 from lora_kernels.benchmark.gpu_presets import RANKS, SHAPES, TOKENS
 from lora_kernels.benchmark.presets import preset
@@ -136,7 +137,7 @@ def test_an_option_without_its_file_is_one_sentence(arguments: list[str], capsys
 @pytest.mark.parametrize("workload", preset("gpu-forward").workloads[::29], ids=str)
 def test_our_prediction_is_the_one_by_which_plans_are_ranked(workload: Workload) -> None:
     machine = roofline.MACHINES["h200"]
-    cell = candidates.Cell(*key(workload)[:5], workload.dtype, workload.p > 0)
+    cell = Cell(*key(workload)[:5], workload.dtype, workload.p > 0)
     best = candidates.predicted_seconds(machine.gpu, cell, candidates.candidates(machine.gpu, cell)[0])
     found = roofline.cost("triton", workload, machine)
     assert found is not None
@@ -146,7 +147,7 @@ def test_our_prediction_is_the_one_by_which_plans_are_ranked(workload: Workload)
 @pytest.mark.parametrize("workload", preset("gpu-step").workloads[::61], ids=str)
 def test_a_step_is_predicted_as_both_its_passes_plans(workload: Workload) -> None:
     machine = roofline.MACHINES["h200"]
-    passes = [candidates.Cell(d, *key(workload)[1:5], workload.dtype, workload.p > 0) for d in ("forward", "backward")]
+    passes = [Cell(d, *key(workload)[1:5], workload.dtype, workload.p > 0) for d in ("forward", "backward")]
     seconds = [
         candidates.predicted_seconds(machine.gpu, cell, candidates.candidates(machine.gpu, cell)[0]) for cell in passes
     ]

@@ -18,7 +18,6 @@ from lora_kernels.tuning.search import (
     NothingToStoreError,
     Refusal,
     beats,
-    is_composition,
     shortlist,
 )
 from lora_kernels.tuning.session import Outcome
@@ -72,7 +71,7 @@ def test_the_quickest_plan_wins_whatever_the_model_holds_of_it(place: int, seed:
 @pytest.mark.parametrize("gain", [0.0, 0.001, 0.0025])
 def test_the_composition_wins_ties(gain: float, seed: int) -> None:
     trial = FakeTrial({"fused": 1.1 - gain, "lora_first": 1.1, "base_first": 1.1}, noise=0.01, seed=seed)
-    assert is_composition(search.search(H200, CELL, trial).plan)
+    assert search.search(H200, CELL, trial).plan.is_composition
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -109,7 +108,7 @@ def test_many_rounds_are_for_the_best() -> None:
     assert counts[1] <= (counts[0] + 1) // 2 + 1
     assert counts[2] <= (counts[1] + 1) // 2 + 1
     assert counts[3] == 2
-    assert all(best in plans and any(map(is_composition, plans)) for plans, _ in trial.stages)
+    assert all(best in plans and any(plan.is_composition for plan in plans) for plans, _ in trial.stages)
 
 
 def test_what_is_as_good_as_the_best_stays() -> None:
@@ -134,7 +133,7 @@ def test_what_fails_under_the_clock_is_out() -> None:
 
 
 def test_without_a_composition_nothing_is_stored() -> None:
-    compositions = {plan: NO_ROOM for plan in shortlist(H200, CELL) if is_composition(plan)}
+    compositions = {plan: NO_ROOM for plan in shortlist(H200, CELL) if plan.is_composition}
     with pytest.raises(
         NothingToStoreError, match=r"no plain composition runs there. .*OutOfResources.*Free the device"
     ):

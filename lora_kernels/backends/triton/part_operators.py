@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ...reference import adapter_dtype
 from .choose import blocks
-from .choose.backward_candidates import da_for, hidden_for, shrink_for
 from .choose.blocks import expand_config, gain_grad_config, row_norms_config
 from .choose.candidates import candidates, plan_for
 from .choose.plans import FewTokens, Fused
+from .choose.ways import dh_db_for, outer_for, shrink_for
 from .kernels.gain import gain_grad_kernel, row_norms_kernel
 from .run.forward import Call, Product, cdiv, ready_product
 from .run.prepared import Cache, Launch, alignment, current_stream, first_that_runs, matrix, on_device, precision_of
@@ -72,7 +72,7 @@ def shrink(x: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
         step = _steps.get(key)
         if step is None:
             call = _call(x, precision, m, k, k, r, p=p, dropout=state is not None)
-            config = shrink_for(call.machine, call.cell)
+            config = shrink_for(call.machine, call.cell.of_x)
             step = _steps.keep(key, shrink_step(config, call, m, k, (x.stride(), lora_a.stride()), p))
         z: Tensor = step(current_stream(key[1]), x, lora_a, state, 1.0 / (1.0 - p))
         return z
@@ -164,7 +164,7 @@ def output_grads(
 
 def _output_grads_step(c: BackwardCall, with_h: bool) -> Step:
     """``step(stream, dy, lora_b, h, scaling)`` -> dh, db or None, dbias or None."""
-    way = hidden_for(c.machine, c.cell)
+    way = dh_db_for(c.machine, c.cell.of_dy)
     if with_h and way.joint:
         return dh_db_step(way.dh_db, c)
     dh, db = dh_step(way.shrink, c), db_step(way.db, c) if with_h else None
@@ -251,7 +251,7 @@ def a_grad(dh: Tensor, x: Tensor, p: float, state: Tensor | None) -> Tensor:
         if step is None:
             dropout = state is not None
             call = _call(x, precision, m, k, k, r, stride_x=x.stride(), stride_dh=dh.stride(0), p=p, dropout=dropout)
-            step = _steps.keep(key, da_step(da_for(call.machine, call.cell), call))
+            step = _steps.keep(key, da_step(outer_for(call.machine, call.cell.of_x), call))
         da: Tensor = step(current_stream(key[1]), dh, x, state)
         return da
 

@@ -14,7 +14,6 @@ from lora_kernels.backends.triton.choose import candidates, tuned
 from lora_kernels.backends.triton.choose.plans import Cell, plan_from_json
 from lora_kernels.backends.triton.choose.table import DeviceName
 from lora_kernels.benchmark.roofline import MACHINES
-from lora_kernels.tuning.search import is_composition
 
 H100 = DeviceName("NVIDIA H100 80GB HBM3", 90, 132)
 DOCUMENT: dict[str, Any] = json.loads(shipped_table.MEASURED.read_text(encoding="utf-8"))
@@ -56,7 +55,7 @@ def test_no_choice_is_slower_than_a_composition_or_the_untuned_choice(shipped: d
     slower = []
     for cell, ratios in MEASURED:
         one_stream = {plan: ratio for plan, ratio in ratios.items() if not getattr(plan, "beside", False)}
-        rivals = {plan: ratio for plan, ratio in one_stream.items() if is_composition(plan)}
+        rivals = {plan: ratio for plan, ratio in one_stream.items() if plan.is_composition}
         untuned = candidates.candidates(gpu, cell)[0]
         rivals |= {untuned: ratios[untuned]} if untuned in ratios else {}
         slower += [cell for ratio in rivals.values() if ratios[shipped[cell]] > 1.005 * ratio]

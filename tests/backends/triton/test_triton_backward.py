@@ -13,10 +13,12 @@ from torch import Tensor
 from cases import Case, Inputs, make, measures
 from lora_kernels import reference
 from lora_kernels.backends.triton.choose.blocks import INTERPRETER, machine_of
-from lora_kernels.backends.triton.choose.candidates import BackwardPlan, candidates
+from lora_kernels.backends.triton.choose.candidates import candidates
+from lora_kernels.backends.triton.choose.plans import BackwardPlan
 from lora_kernels.backends.triton.offline.compile_jobs import backward_plans_of
 from numerics import check_all, same_bits
 from test_triton_plans import SEED, Fault, _less, _without, cell_of, seed_on
+from test_triton_plans import by_plan as forward_by_plan
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 CASES = [
@@ -142,3 +144,17 @@ def test_a_fault_is_caught(
     monkeypatch.setattr(Launch, "__call__", faulty)
     with pytest.raises(AssertionError, match="FAILS"):
         judge(plan, case, i)
+
+
+@pytest.mark.parametrize(("direction", "m"), [("forward", 9), ("forward", 70), ("backward", 70)])
+def test_a_plan_launches_what_it_says(direction: str, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's product is counted too, and a composition's alone; of 9 rows backward would split fewer."""
+    from lora_kernels.backends.triton.run.prepared import Launch
+
+    case = Case(m=m, k=96, n=72, r=4)
+    i, counted = make(case, "cpu"), []
+    monkeypatch.setattr(Launch, "__call__", lambda self, *arguments: counted.append(self.kernel))
+    for plan in candidates(INTERPRETER, replace(cell_of(case), direction=direction)):
+        counted.clear()
+        (forward_by_plan if direction == "forward" else by_plan)(plan, case, i)
+        assert len(counted) == plan.launches - plan.is_composition, plan

@@ -14,7 +14,8 @@ from torch import Tensor
 from cases import Case, make
 from lora_kernels.backends.triton import operators
 from lora_kernels.backends.triton.choose.blocks import INTERPRETER
-from lora_kernels.backends.triton.choose.candidates import BaseFirst, Cell, DxBaseFirst, candidates, predicted_seconds
+from lora_kernels.backends.triton.choose.candidates import candidates, predicted_seconds
+from lora_kernels.backends.triton.choose.plans import BaseFirst, Cell, DxBaseFirst
 from lora_kernels.backends.triton.offline.compile_jobs import ARCHITECTURES
 from lora_kernels.backends.triton.run import backward, forward, streams
 from test_triton_backward import judge as judge_backward

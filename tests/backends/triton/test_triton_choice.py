@@ -9,9 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels.backends.triton.choose import backward_candidates, candidates, tuned
+from lora_kernels.backends.triton.choose import candidates, tuned, ways
 from lora_kernels.backends.triton.choose.blocks import INTERPRETER, ExpandConfig, Machine, ShrinkConfig
-from lora_kernels.backends.triton.choose.candidates import BaseFirst, Cell, FewTokens, Fused, LoraFirst
+from lora_kernels.backends.triton.choose.plans import (
+    BaseFirst,
+    Cell,
+    FewTokens,
+    Fused,
+    LoraFirst,
+    Plan,
+    plan_from_json,
+    plan_to_json,
+)
 from lora_kernels.backends.triton.offline.compile_jobs import ARCHITECTURES
 from lora_kernels.errors import InvalidArgumentError
 
@@ -38,7 +47,7 @@ def test_candidates(machine: Machine) -> None:
         assert machine.interpreter or seconds == sorted(seconds)
         for plan in found:
             assert candidates.fits(machine, cell, plan)
-            assert candidates.plan_from_json(json.loads(json.dumps(candidates.plan_to_json(plan)))) == plan
+            assert plan_from_json(json.loads(json.dumps(plan_to_json(plan)))) == plan
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: f"sm{machine.capability}")
@@ -55,7 +64,7 @@ def test_backward_candidates(machine: Machine) -> None:
         for plan in found:
             assert candidates.fits(machine, cell, plan)
             assert not candidates.fits(machine, replace(cell, direction="forward"), plan)
-            assert candidates.plan_from_json(json.loads(json.dumps(candidates.plan_to_json(plan)))) == plan
+            assert plan_from_json(json.loads(json.dumps(plan_to_json(plan)))) == plan
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -79,14 +88,14 @@ def test_small_kernels_of_backward_are_split_where_the_machine_is_idle() -> None
         (8192, 65536, False, False),
     ):
         cell = replace(SQUARE, direction="backward", tokens=tokens, k=k)
-        assert (backward_candidates.shrink_for(H200, cell).splits > 1) == split_dh
-        assert (backward_candidates.da_for(H200, cell).splits > 1) == split_da
+        assert (ways.shrink_for(H200, cell.of_dy).splits > 1) == split_dh
+        assert (ways.outer_for(H200, cell.of_x).splits > 1) == split_da
 
 
 def test_dy_is_read_once_unless_partial_sums_outweigh_it() -> None:
     """They grow with R."""
     for r, joint in ((16, True), (128, False)):
-        assert backward_candidates.hidden_for(H200, replace(SQUARE, direction="backward", r=r)).joint == joint
+        assert ways.dh_db_for(H200, replace(SQUARE, r=r).of_dy).joint == joint
 
 
 @pytest.mark.parametrize(
@@ -145,9 +154,7 @@ def test_a_faster_product_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["of this machine", "of a newer machine", "of fewer tokens"],
 )
-def test_a_table_s_plan_is_taken_where_it_fits(
-    plan: candidates.Plan, cell: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_s_plan_is_taken_where_it_fits(plan: Plan, cell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = cell if isinstance(cell, Machine) else H200
     cell = cell if isinstance(cell, Cell) else SQUARE
     monkeypatch.setattr(tuned, "lookup", lambda device, cell: plan)
@@ -156,7 +163,7 @@ def test_a_table_s_plan_is_taken_where_it_fits(
     assert (chosen == plan) == (machine is H200 and cell == SQUARE)
 
 
-GOOD = candidates.plan_to_json(LoraFirst(ShrinkConfig(64, 128, 16, 4, 4), ExpandConfig(64, 128, 16, 4), True))
+GOOD = plan_to_json(LoraFirst(ShrinkConfig(64, 128, 16, 4, 4), ExpandConfig(64, 128, 16, 4), True))
 
 
 @pytest.mark.parametrize(
@@ -171,8 +178,8 @@ GOOD = candidates.plan_to_json(LoraFirst(ShrinkConfig(64, 128, 16, 4, 4), Expand
     ],
 )
 def test_nonsense_is_no_plan(change: dict[str, Any], sentence: str) -> None:
-    assert candidates.plan_from_json(GOOD).kind == "lora_first"
+    assert plan_from_json(GOOD).kind == "lora_first"
     with pytest.raises(InvalidArgumentError, match=sentence):
-        candidates.plan_from_json({**GOOD, **change})
+        plan_from_json({**GOOD, **change})
     with pytest.raises(InvalidArgumentError, match="a plan is an object"):
-        candidates.plan_from_json([])  # type: ignore[arg-type]
+        plan_from_json([])  # type: ignore[arg-type]

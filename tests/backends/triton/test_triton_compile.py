@@ -79,12 +79,13 @@ def test_blocks_fit_the_machine(machine: blocks.Machine, itemsize: int, tf32: bo
                 gemm = blocks.gemm_config(machine, rows, columns, r, itemsize, tf32, dropout=r > 8)
                 tiles = gemm.num_stages * (gemm.block_rows + gemm.block_columns) * gemm.block_sum
                 assert tiles * itemsize <= machine.shared_memory
+                assert blocks.fits_shared_memory(machine, gemm, itemsize)
                 chosen = [
                     gemm,
                     blocks.shrink_config(machine, rows, r, itemsize, tf32),
                     blocks.few_tokens_config(machine, columns, r, itemsize, tf32),
                     blocks.dh_db_config(machine, rows, columns, r, itemsize, tf32),
-                    blocks.da_config(machine, columns, r, itemsize, tf32),
+                    blocks.outer_config(machine, columns, r, itemsize, tf32),
                 ]
                 for config in filter(None, chosen):
                     sizes = [getattr(config, name) for name in config.__slots__ if name.startswith(("block", "chunk"))]

@@ -14,7 +14,8 @@ from lora_kernels import use_backend
 from lora_kernels.backends.triton import operators
 from lora_kernels.backends.triton.choose import tuned
 from lora_kernels.backends.triton.choose.blocks import machine_of
-from lora_kernels.backends.triton.choose.candidates import BackwardPlan, BaseFirst, Cell, FewTokens, Plan, candidates
+from lora_kernels.backends.triton.choose.candidates import candidates
+from lora_kernels.backends.triton.choose.plans import BackwardPlan, BaseFirst, Cell, FewTokens, Plan
 from made_models import acting
 from numerics import same_bits
 from test_triton_backward import by_plan as backward_by_plan

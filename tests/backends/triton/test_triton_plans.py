@@ -14,7 +14,8 @@ from torch import Tensor
 from cases import Case, Inputs, make, measures
 from lora_kernels import reference
 from lora_kernels.backends.triton.choose.blocks import INTERPRETER, machine_of
-from lora_kernels.backends.triton.choose.candidates import Cell, FewTokens, Plan, candidates
+from lora_kernels.backends.triton.choose.candidates import candidates
+from lora_kernels.backends.triton.choose.plans import Cell, FewTokens, Plan
 from numerics import check_all, same_bits, three_ways
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32

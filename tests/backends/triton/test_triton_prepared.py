@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cases import Case, make
 from lora_kernels.backends.triton import operators
-from lora_kernels.backends.triton.choose import candidates
+from lora_kernels.backends.triton.choose.plans import Plan
 from lora_kernels.backends.triton.run import forward as forward_run
 from lora_kernels.backends.triton.run import steps
 from lora_kernels.backends.triton.run.prepared import Cache, Launch, ScratchLaunch
@@ -213,7 +213,7 @@ def test_a_plan_that_does_not_fit_is_stepped_over(kernels: dict[str, Kernel], mo
     given = tensors(Case(m=35))
     tried = []
 
-    def ready(plan: candidates.Plan, call: forward.Call) -> forward.Run:
+    def ready(plan: Plan, call: forward.Call) -> forward.Run:
         def run(*arguments: Any) -> Any:
             tried.append(plan)
             if len(tried) < 3:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("recorded launches")
 
 

@@ -6,32 +6,34 @@ model meets a handful of configurations and the kernels are compiled a handful o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from typing import TypeVar
 
 import torch
 
 __all__ = [
     "FEW_TOKENS",
     "INTERPRETER",
-    "DaConfig",
     "DhDbConfig",
     "ExpandConfig",
     "FewTokensConfig",
     "GainGradConfig",
     "GemmConfig",
     "Machine",
+    "OuterConfig",
     "RowNormsConfig",
     "ShrinkConfig",
-    "da_config",
     "dh_db_config",
     "expand_config",
     "few_tokens_config",
+    "fits_shared_memory",
     "gain_grad_config",
     "gemm_config",
     "gemm_configs",
     "machine_of",
     "next_power_of_2",
+    "outer_config",
     "persistent_configs",
     "row_norms_config",
     "shrink_config",
@@ -39,6 +41,9 @@ __all__ = [
 
 # What is taken for a device that does not tell: about an A100's.
 _CLOCK, _BANDWIDTH = 1.4e9, 2.0e12
+
+# Bytes of shared memory that a product's stages leave to the compiler.
+_SPARE = 4096
 
 # Up to this many tokens (one tensor-core tile) and this rank, forward is one launch.
 FEW_TOKENS = 16
@@ -75,6 +80,11 @@ class GemmConfig:
     num_warps: int
     num_stages: int
 
+    @property
+    def stage(self) -> int:
+        """Numbers that one stage loads."""
+        return (self.block_rows + self.block_columns) * self.block_sum
+
 
 @dataclass(frozen=True, slots=True)
 class ShrinkConfig:
@@ -107,6 +117,11 @@ class FewTokensConfig:
     num_warps: int
     num_stages: int
 
+    @property
+    def stage(self) -> int:
+        """Numbers that one stage loads; A counts twice, for it may come in fp32."""
+        return (self.block_m + self.block_n + 2 * self.block_r) * self.block_k
+
 
 @dataclass(frozen=True, slots=True)
 class DhDbConfig:
@@ -121,7 +136,7 @@ class DhDbConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class DaConfig:
+class OuterConfig:
     """``splits`` programs share the sum over M of each block; a second stage adds their parts, in order."""
 
     block_m: int
@@ -151,6 +166,9 @@ class GainGradConfig:
     num_warps: int
 
 
+_Staged = TypeVar("_Staged", GemmConfig, FewTokensConfig)
+
+
 @cache
 def machine_of(device: torch.device) -> Machine:
     """The device's properties; the interpreter's stand-in for a CPU."""
@@ -175,6 +193,18 @@ def machine_of(device: torch.device) -> Machine:
 
 def next_power_of_2(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
+
+
+def fits_shared_memory(machine: Machine, config: GemmConfig | FewTokensConfig, itemsize: int, spare: int = 0) -> bool:
+    """Whether one program may keep all stages of ``config``, and has ``spare`` bytes left."""
+    return config.num_stages * config.stage * itemsize <= machine.shared_memory - spare
+
+
+def _in_fewer_stages(machine: Machine, config: _Staged, itemsize: int, spare: int) -> _Staged:
+    """``config`` with as many of its stages as fit, at least one."""
+    while config.num_stages > 1 and not fits_shared_memory(machine, config, itemsize, spare):
+        config = replace(config, num_stages=config.num_stages - 1)
+    return config
 
 
 # Tiles in order of preference at equal cost, with the share of the tensor cores' peak that each reaches when all
@@ -230,13 +260,13 @@ def gemm_configs(
     largest = 128 * 256 if wide else 128 * 128
     fitting: list[tuple[float, GemmConfig]] = []
     for rows, width, depth, warps, stages, efficiency in _tiles(itemsize, tf32):
-        while stages > 1 and stages * (rows + width) * depth * itemsize > machine.shared_memory - 4096:
-            stages -= 1
-        if (rows + width) * depth * itemsize * stages > machine.shared_memory or rows * width > largest:
+        config = GemmConfig(rows, width, depth, block_r, 8, warps, stages)
+        config = _in_fewer_stages(machine, config, itemsize, _SPARE)
+        if not fits_shared_memory(machine, config, itemsize) or rows * width > largest:
             continue
         tiles = -(-rows_power // rows) * -(-columns // width)
         cost = -(-tiles // machine.sm_count) * rows * width / efficiency
-        fitting.append((cost, GemmConfig(rows, width, depth, block_r, 8, warps, stages)))
+        fitting.append((cost, config))
     assert fitting, f"no tile fits {machine}"
     return tuple(config for _, config in sorted(fitting, key=lambda found: found[0]))
 
@@ -262,13 +292,13 @@ def persistent_configs(
         return ()
     block_r = 32 if dropout and r % 32 == 0 else 16  # without a mask wider steps leave the widest tile no registers
     steps = dropout and r > block_r
-    return tuple(
+    largest = 128 * 256 if machine.capability < 100 else 128 * 128
+    configs = (
         GemmConfig(rows, width, depth, block_r, 8, warps, stages)
         for rows, width, depth, warps, stages in _TILES_PERSISTENT
-        if stages * (rows + width) * depth * itemsize <= machine.shared_memory - 4096
-        and rows * width <= (128 * 256 if machine.capability < 100 else 128 * 128)
-        and not (steps and (width > 128 or rows * width > 64 * 32 * warps))
+        if rows * width <= largest and not (steps and (width > 128 or rows * width > 64 * 32 * warps))
     )
+    return tuple(config for config in configs if fits_shared_memory(machine, config, itemsize, _SPARE))
 
 
 @lru_cache(maxsize=4096)
@@ -317,11 +347,8 @@ def few_tokens_config(
         block_k = min(block_k, 128)  # W's wider strips take the registers
     if itemsize == 4 and not tf32:
         block_n, block_k = min(block_n, 32), 32
-    stages = 4
-    stage_bytes = (FEW_TOKENS + block_n + 2 * block_r) * block_k * itemsize
-    while stages > 1 and stages * stage_bytes > machine.shared_memory // 2:
-        stages -= 1
-    return FewTokensConfig(FEW_TOKENS, block_n, block_k, block_r, 4, stages)
+    half = machine.shared_memory - machine.shared_memory // 2  # so that two programs share a multiprocessor
+    return _in_fewer_stages(machine, FewTokensConfig(FEW_TOKENS, block_n, block_k, block_r, 4, 4), itemsize, half)
 
 
 @lru_cache(maxsize=4096)
@@ -344,19 +371,19 @@ def dh_db_config(machine: Machine, rows_power: int, columns: int, r: int, itemsi
 
 
 @lru_cache(maxsize=4096)
-def da_config(machine: Machine, columns: int, r: int, itemsize: int, tf32: bool) -> DaConfig:
+def outer_config(machine: Machine, columns: int, r: int, itemsize: int, tf32: bool) -> OuterConfig:
     """Columns few enough to give every multiprocessor a program without a split of M."""
     if machine.interpreter:
-        return DaConfig(32, 64, min(max(next_power_of_2(r), 16), 64), 4, 1)
+        return OuterConfig(32, 64, min(max(next_power_of_2(r), 16), 64), 4, 1)
     block_r = min(max(next_power_of_2(r), 16), 64)
     block_k = 64
     while block_k > 16 and -(-columns // block_k) < machine.sm_count // 2 + 1:
         block_k //= 2
     if itemsize == 4 and not tf32:
-        return DaConfig(32, block_k, min(block_r, 32), 4, 3)
+        return OuterConfig(32, block_k, min(block_r, 32), 4, 3)
     # sm_100 has no registers for taller blocks of a large rank.
     block_m = 32 if block_r > 16 and (r % 16 or block_r == 32 or machine.capability >= 100) else 64
-    return DaConfig(block_m, block_k, block_r, 4, 4 if block_r <= 32 else 3)
+    return OuterConfig(block_m, block_k, block_r, 4, 4 if block_r <= 32 else 3)
 
 
 @lru_cache(maxsize=4096)

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from .backward_candidates import backward_fits, backward_plans, persistent_runs, shrink_ways
-from .backward_cost import backward_seconds
+from . import tuned
 from .blocks import (
     FEW_TOKENS,
     ExpandConfig,
@@ -21,10 +20,11 @@ from .blocks import (
     ShrinkConfig,
     expand_config,
     few_tokens_config,
+    fits_shared_memory,
     gemm_configs,
     persistent_configs,
 )
-from .cost import forward_seconds
+from .cost import backward_seconds, forward_seconds
 from .plans import (
     VARIANTS,
     BackwardPlan,
@@ -39,31 +39,11 @@ from .plans import (
     LoraFirst,
     Plan,
     is_of,
-    plan_from_json,
-    plan_to_json,
 )
+from .ways import SPLITS, shrink_ways, small_ways, ways_to_dh_db, worth_dividing
 
-__all__ = [
-    "BackwardPlan",
-    "BaseFirst",
-    "Cell",
-    "DxBaseFirst",
-    "DxFused",
-    "DxLoraFirst",
-    "FewTokens",
-    "ForwardPlan",
-    "Fused",
-    "LoraFirst",
-    "Plan",
-    "candidates",
-    "fits",
-    "plan_for",
-    "plan_from_json",
-    "plan_to_json",
-    "predicted_seconds",
-]
+__all__ = ["candidates", "fits", "plan_for", "predicted_seconds"]
 
-_SPLITS = (1, 2, 4, 8, 16)
 _FLATTENED_RANK = 64
 _SHRINKS = 2  # of the ways to compute h, so many of the best predicted enter the plans
 
@@ -77,9 +57,7 @@ def predicted_seconds(machine: Machine, cell: Cell, plan: Any) -> float:
 @lru_cache(maxsize=4096)
 def plan_for(device: torch.device, machine: Machine, cell: Cell) -> Any:
     """The plan measured on ``device`` for ``cell`` if there is one that fits, else the best predicted one."""
-    from .tuned import lookup
-
-    found = lookup(device, cell)
+    found = tuned.lookup(device, cell)
     return found if found is not None and fits(machine, cell, found) else candidates(machine, cell)[0]
 
 
@@ -89,7 +67,7 @@ def candidates(machine: Machine, cell: Cell) -> tuple[Any, ...]:
 
     The interpreter's come in a fixed order, the fused ones first: there, they are what is to be seen.
     """
-    every = backward_plans(machine, cell) if cell.direction == "backward" else _all(machine, cell)
+    every = _backward(machine, cell) if cell.direction == "backward" else _forward(machine, cell)
     plans: list[Any] = [plan for plan in every if fits(machine, cell, plan)]
     if not machine.interpreter:
         plans.sort(key=lambda plan: predicted_seconds(machine, cell, plan))
@@ -98,41 +76,43 @@ def candidates(machine: Machine, cell: Cell) -> tuple[Any, ...]:
 
 def fits(machine: Machine, cell: Cell, plan: Plan) -> bool:
     """Whether the machine has what ``plan`` needs, and the plan covers the cell."""
-    if not is_of(plan, cell.direction):
-        return False
-    if isinstance(plan, (DxFused, DxLoraFirst, DxBaseFirst)):
-        return backward_fits(machine, cell, plan)
+    if not is_of(plan, cell.direction) or (getattr(plan, "pdl", False) and machine.capability < 90):
+        return False  # programmatic dependent launch came with compute capability 9.0
     if isinstance(plan, FewTokens):
-        c = plan.config
-        covers = cell.tokens <= c.block_m and cell.r <= c.block_r
-        stage = (c.block_m + c.block_n + 2 * c.block_r) * c.block_k * cell.itemsize
-        return covers and c.num_stages * stage <= machine.shared_memory and _early(machine, plan.pdl)
-    if isinstance(plan, BaseFirst):
-        return True
-    if isinstance(plan, LoraFirst):
-        return _early(machine, plan.pdl)
-    g = plan.gemm
-    if not _variant_runs(machine, cell, plan.variant):
-        return False
-    stage = (g.block_rows + g.block_columns) * g.block_sum * cell.itemsize
-    return g.num_stages * stage <= machine.shared_memory and _early(machine, plan.pdl)
+        covers = cell.tokens <= plan.config.block_m and cell.r <= plan.config.block_r
+        return covers and fits_shared_memory(machine, plan.config, cell.itemsize)
+    if isinstance(plan, (Fused, DxFused)):
+        runs = _variant_runs(machine, cell, plan.variant)
+        return runs and fits_shared_memory(machine, plan.gemm, cell.itemsize)
+    return True
 
 
 def _variant_runs(machine: Machine, cell: Cell, variant: str) -> bool:
-    """For 10.0 Triton 3.7 fails on the flattened loop: it cannot place the accumulator; and it takes the low-rank step
-    without a loop. The interpreter knows no flattening."""
-    if variant == "pointer" or machine.interpreter:
-        return variant != "flattened"
-    flattened = machine.capability < 100 and cell.r <= _FLATTENED_RANK
-    return persistent_runs(machine, cell) and (variant == "persistent" or flattened)
+    """Whether ``variant`` of the fused product runs. The flattened one is forward's alone.
+
+    For 10.0 Triton 3.7 fails on the flattened loop: it cannot place the accumulator; and it takes the low-rank step
+    without a loop. The interpreter knows no flattening.
+    """
+    if variant == "flattened":
+        forward = cell.direction == "forward" and not machine.interpreter
+        runs = forward and machine.capability < 100 and cell.r <= _FLATTENED_RANK
+        return runs and _persistent_runs(machine, cell)
+    return variant == "pointer" or _persistent_runs(machine, cell)
 
 
-def _early(machine: Machine, pdl: bool) -> bool:
-    """Programmatic dependent launch came with compute capability 9.0."""
-    return not pdl or machine.capability >= 90
+def _persistent_runs(machine: Machine, cell: Cell) -> bool:
+    """Whether the persistent kernels run, forward's and dx's. TMA came with 9.0, and they are for 16 bits.
+
+    On 10.0 not over fp16. There the high and low parts overflow tensor memory under wide tiles, and Triton 3.7 then
+    compiles the whole kernel to a trap. The pointer variant and the compositions remain.
+    """
+    if machine.interpreter:
+        return True
+    return machine.capability >= 90 and cell.itemsize == 2 and (machine.capability < 100 or cell.dtype != "float16")
 
 
-def _all(machine: Machine, cell: Cell) -> Iterator[ForwardPlan]:
+def _forward(machine: Machine, cell: Cell) -> Iterator[ForwardPlan]:
+    """Every forward plan."""
     sizes = (cell.n, cell.r, cell.itemsize, cell.tf32)
     early = (False,) if machine.capability < 90 else (False, True)
     if cell.tokens <= FEW_TOKENS:
@@ -156,16 +136,42 @@ def _few_tokens(machine: Machine, cell: Cell) -> Iterator[tuple[FewTokensConfig,
     sizes = (cell.n, cell.r, cell.itemsize, cell.tf32)
     configs = dict.fromkeys(few_tokens_config(machine, *sizes, block_n) for block_n in (16, 32, 64))
     for config in filter(None, configs):
-        for splits in (1, 3) if machine.interpreter else _SPLITS:
+        for splits in (1, 3) if machine.interpreter else SPLITS:
             programs = -(-cell.n // config.block_n) * splits
-            busy = programs <= 4 * machine.sm_count and cell.k >= 2 * splits * config.block_k
+            busy = worth_dividing(machine, programs) and cell.k >= 2 * splits * config.block_k
             if splits == 1 or machine.interpreter or busy:
                 yield config, splits
 
 
 def _shrinks(machine: Machine, cell: Cell) -> list[ShrinkConfig]:
     """Ways to compute h; who reads it holds all of its parts in registers."""
-    ways = shrink_ways(machine, cell, cell.k, 16 if machine.capability >= 90 else 8)
+    ways = shrink_ways(machine, cell.of_x, 16 if machine.capability >= 90 else 8)
     if not machine.interpreter:
         ways.sort(key=lambda way: forward_seconds(machine, cell, BaseFirst(way, ExpandConfig(64, 128, 16, 4))))
     return ways[:_SHRINKS]
+
+
+def _backward(machine: Machine, cell: Cell) -> Iterator[BackwardPlan]:
+    """Every backward plan; the interpreter's are four in which each way to each result is met, the fused ones first."""
+    sizes = (cell.k, cell.r, cell.itemsize, cell.tf32)
+    small = small_ways(machine, cell)
+    gemms = {
+        "pointer": gemm_configs(machine, cell.tokens, *sizes, dropout=cell.dropout),
+        "persistent": persistent_configs(machine, cell.tokens, *sizes, dropout=cell.dropout),
+    }
+    expand = expand_config(machine, cell.r, cell.itemsize, cell.tf32)
+    if machine.interpreter:
+        (joint, apart), (gemm,) = small, gemms["pointer"]
+        yield from (DxFused(*joint, gemm), DxFused(*apart, gemm, "persistent"))
+        yield from (DxLoraFirst(*apart, expand), DxBaseFirst(*joint, expand))
+        return
+    for dh_db, da in small:
+        for variant, configs in gemms.items():
+            yield from (DxFused(dh_db, da, gemm, variant) for gemm in configs)
+        yield from (DxLoraFirst(dh_db, da, expand), DxBaseFirst(dh_db, da, expand))
+    da = small[0][1]
+    for dh_db in ways_to_dh_db(machine, cell.of_dy):  # dx waits for dh alone, or for the one read that makes db as well
+        for variant, configs in gemms.items():
+            yield from (DxFused(dh_db, da, gemm, variant, beside=True) for gemm in configs)
+        yield DxLoraFirst(dh_db, da, expand, beside=True)
+    yield DxBaseFirst(*small[0], expand, beside=True)

@@ -7,12 +7,24 @@ nobody has tuned on; ``ASSUMED`` is everything in it that was not counted, in on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .blocks import Machine
-from .plans import Cell, FewTokens, ForwardPlan, Fused, LoraFirst
+from .blocks import DhDbConfig, Machine, OuterConfig, ShrinkConfig
+from .plans import (
+    BackwardPlan,
+    Cell,
+    DhDb,
+    DxBaseFirst,
+    DxFused,
+    DxLoraFirst,
+    FewTokens,
+    ForwardPlan,
+    Fused,
+    LoraFirst,
+    Skinny,
+)
 
-__all__ = ["ASSUMED", "Assumptions", "Model", "beside", "forward_seconds"]
+__all__ = ["ASSUMED", "Assumptions", "BackwardModel", "Model", "SkinnyModel", "backward_seconds", "forward_seconds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +80,109 @@ def forward_seconds(machine: Machine, cell: Cell, plan: ForwardPlan) -> float:
     if isinstance(plan, FewTokens):
         return model.few_tokens(plan)
     parts = plan.shrink.splits
-    seconds = model.shrink(plan.shrink.block_m, parts)
+    seconds = SkinnyModel(machine, cell.of_x).shrink(plan.shrink)
     if isinstance(plan, Fused):
-        return seconds + model.fused(plan, parts)
+        return seconds + model.fused(plan, parts, plan.pdl)
     if isinstance(plan, LoraFirst):
         return seconds + model.expand(parts, 1, plan.pdl) + model.library(accumulate=True)
     base, add = model.library(accumulate=False), model.expand(parts, 2, early=False)
-    return (beside(base, seconds) if plan.beside else base + seconds) + add
+    return (_on_two_streams(base, seconds) if plan.beside else base + seconds) + add
 
 
-def beside(left: float, right: float) -> float:
-    """Two pieces on two streams, and what forking and joining them takes."""
+def backward_seconds(machine: Machine, cell: Cell, plan: BackwardPlan) -> float:
+    """What ``plan`` should take for ``cell`` with dx, da and db due, in seconds."""
+    model = BackwardModel(machine, cell)
+    first, rest, dx = model.first(plan.hidden), model.rest(plan), model.dx(plan)
+    if not plan.beside:
+        return first + rest + dx
+    if isinstance(plan, DxBaseFirst):
+        base = model.turned.library(accumulate=False)
+        return _on_two_streams(base, first + rest) + dx - base
+    return first + _on_two_streams(dx, rest)
+
+
+def _on_two_streams(left: float, right: float) -> float:
+    """Two pieces, and what forking and joining the streams takes."""
     return left + right - ASSUMED.overlap * min(left, right) + ASSUMED.launch
+
+
+def _memory(machine: Machine, moved: float, programs: float = float("inf")) -> float:
+    """Seconds to move ``moved`` bytes; few programs cannot draw the whole bandwidth."""
+    share = min(1.0, ASSUMED.multiprocessor * programs / machine.sm_count)
+    return moved / (ASSUMED.memory * machine.bandwidth * share)
+
+
+def _l2(machine: Machine, moved: float) -> float:
+    return _memory(machine, moved) / ASSUMED.l2
+
+
+def _mask(machine: Machine, elements: float) -> float:
+    """Seconds of the arithmetic that draws the mask of ``elements``."""
+    return ASSUMED.philox * elements / (_INTEGER_OPERATIONS_A_CYCLE * machine.sm_count * machine.clock)
+
+
+@dataclass(frozen=True, slots=True)
+class SkinnyModel:
+    """The small products, in seconds, over one side's columns: x's, or dy's."""
+
+    machine: Machine
+    work: Skinny
+
+    def shrink(self, config: ShrinkConfig) -> float:
+        """h or dh, in parts where it is split."""
+        w, machine, parts = self.work, self.machine, config.splits
+        blocks = -(-w.tokens // config.block_m)
+        programs = blocks * parts
+        read = w.itemsize * w.tokens * w.columns + ASSUMED.adapter_bytes * w.r * w.columns
+        moved = read + _bytes_of_h(w, parts)
+        busy = min(1.0, programs / machine.sm_count)
+        from_l2 = _l2(machine, ASSUMED.adapter_bytes * w.r * w.columns * blocks)
+        return max(_memory(machine, moved, programs), self._mask() / busy, from_l2) + ASSUMED.launch
+
+    def summed(self, config: ShrinkConfig) -> float:
+        """h or dh, and the sum of the parts."""
+        return self.shrink(config) + self._sum_of(_bytes_of_h(self.work, config.splits), config.splits)
+
+    def outer(self, config: OuterConfig) -> float:
+        """dhᵀ (x * D) or dyᵀ h: every block of columns walks the rows, or its share of them."""
+        w, machine = self.work, self.machine
+        blocks = -(-w.columns // config.block_k) * -(-w.r // config.block_r)
+        programs = max(1, blocks * min(config.splits, -(-w.tokens // config.block_m)))
+        parts = 4.0 * w.r * w.columns * config.splits
+        moved = -(-w.r // config.block_r) * w.itemsize * w.tokens * w.columns + parts
+        busy = min(1.0, programs / machine.sm_count)
+        from_l2 = _l2(machine, 4.0 * w.tokens * config.block_r * blocks) / busy
+        seconds = max(_memory(machine, moved, programs), self._mask() / busy, from_l2)
+        return seconds + ASSUMED.launch + self._sum_of(parts, config.splits)
+
+    def dh_db(self, config: DhDbConfig) -> float:
+        """Both in one read of dy."""
+        w = self.work
+        columns, chunks = -(-w.columns // config.block_n), -(-w.tokens // config.chunk_m)
+        reads = -(-w.r // config.block_r)
+        parts = 4.0 * w.r * (w.tokens * columns + w.columns * chunks)
+        moved = reads * w.itemsize * w.tokens * w.columns + parts
+        return _memory(self.machine, moved, columns * chunks * reads) + ASSUMED.launch + self._sum_of(parts, 2)
+
+    def both(self, way: DhDb) -> float:
+        """dh and db."""
+        return self.dh_db(way.dh_db) if way.joint else self.summed(way.shrink) + self.outer(way.db)
+
+    def _mask(self) -> float:
+        return _mask(self.machine, self.work.tokens * self.work.columns) if self.work.dropout else 0.0
+
+    def _sum_of(self, moved: float, parts: int) -> float:
+        """The second stage: parts, which the L2 cache still holds, are read once."""
+        return _l2(self.machine, moved) + ASSUMED.launch if parts > 1 else 0.0
+
+
+def _bytes_of_h(work: Cell | Skinny, parts: int) -> float:
+    return 4.0 * work.tokens * work.r * parts
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The parts that plans are made of, in seconds, for one cell on one machine."""
+    """The large product and what follows it, in seconds, for one cell on one machine."""
 
     machine: Machine
     cell: Cell
@@ -97,14 +195,6 @@ class Model:
         if cell.itemsize == 4:
             flops = flops // 2 if cell.tf32 else (128 if machine.capability == 80 else 256)
         return ASSUMED.library * flops * machine.sm_count * machine.clock
-
-    def memory(self, moved: float, programs: float = float("inf")) -> float:
-        """Seconds to move ``moved`` bytes; few programs cannot draw the whole bandwidth."""
-        share = min(1.0, ASSUMED.multiprocessor * programs / self.machine.sm_count)
-        return moved / (ASSUMED.memory * self.machine.bandwidth * share)
-
-    def l2(self, moved: float) -> float:
-        return self.memory(moved) / ASSUMED.l2
 
     def product(self, rows: int, columns: int, efficiency: float, extra: float = 0.0) -> float:
         """Seconds of arithmetic of y's tiles; ``extra`` more steps of K."""
@@ -123,32 +213,16 @@ class Model:
         c = self.cell
         return float(c.itemsize * (c.tokens * c.k + c.n * c.k + c.tokens * c.n))
 
-    def hidden_bytes(self, parts: int) -> float:
-        return 4.0 * self.cell.tokens * self.cell.r * parts
-
-    def mask(self, elements: float) -> float:
-        """Seconds of the arithmetic that draws the mask of ``elements``."""
-        operations = _INTEGER_OPERATIONS_A_CYCLE * self.machine.sm_count * self.machine.clock
-        return ASSUMED.philox * elements / operations if self.cell.dropout else 0.0
-
-    def shrink(self, block_m: int, parts: int) -> float:
-        c = self.cell
-        programs = -(-c.tokens // block_m) * parts
-        moved = c.itemsize * c.tokens * c.k + ASSUMED.adapter_bytes * c.r * c.k + self.hidden_bytes(parts)
-        busy = min(1.0, programs / self.machine.sm_count)
-        from_l2 = self.l2(ASSUMED.adapter_bytes * c.r * c.k * -(-c.tokens // block_m))
-        return max(self.memory(moved, programs), self.mask(c.tokens * c.k) / busy, from_l2) + ASSUMED.launch
-
-    def fused(self, plan: Fused, parts: int) -> float:
+    def fused(self, plan: Fused | DxFused, parts: int, early: bool, mask: float = 0.0) -> float:
+        """The product that takes the low-rank term; ``mask``: seconds of arithmetic that its epilogue adds."""
         g = plan.gemm
         efficiency = ASSUMED.pointer if plan.variant == "pointer" else ASSUMED.persistent
         step = 2 * -(-self.cell.r // g.block_r) * g.block_r
-        arithmetic = self.product(g.block_rows, g.block_columns, efficiency, step)
-        tiles = self.tiles(g.block_rows, g.block_columns)
-        from_l2 = self.l2(self.hidden_bytes(parts) * -(-self.cell.n // g.block_columns))
-        low_rank = self.waves(g.block_rows, g.block_columns) * ASSUMED.low_rank_step + from_l2
-        launch = ASSUMED.early_launch if plan.pdl else ASSUMED.launch
-        return max(arithmetic, self.memory(self.base_bytes(), tiles)) + low_rank + launch
+        arithmetic = self.product(g.block_rows, g.block_columns, efficiency, step) + mask
+        tiles, waves = self.tiles(g.block_rows, g.block_columns), self.waves(g.block_rows, g.block_columns)
+        from_l2 = _l2(self.machine, _bytes_of_h(self.cell, parts) * -(-self.cell.n // g.block_columns))
+        low_rank = waves * ASSUMED.low_rank_step + from_l2
+        return max(arithmetic, _memory(self.machine, self.base_bytes(), tiles)) + low_rank + _launch(early)
 
     def library(self, accumulate: bool) -> float:
         """The library's product, with the tile that suits it best, as if it split K wherever that helps."""
@@ -156,28 +230,67 @@ class Model:
         moved = self.base_bytes() + (c.itemsize * c.tokens * c.n if accumulate else 0)
         flops = min(self.product(rows, columns, 1.0) for rows, columns, _ in ASSUMED.tiles)
         split = 2.0 * c.tokens * c.n * c.k / (0.5 * self.rate)
-        return max(min(flops, split), self.memory(moved)) + ASSUMED.launch
+        return max(min(flops, split), _memory(self.machine, moved)) + ASSUMED.launch
 
     def expand(self, parts: int, passes: int, early: bool) -> float:
         """``passes`` over y (written, or read and written)."""
         c = self.cell
-        moved = passes * c.itemsize * c.tokens * c.n + self.hidden_bytes(parts)
-        return self.memory(moved) + (ASSUMED.early_launch if early else ASSUMED.launch)
+        moved = passes * c.itemsize * c.tokens * c.n + _bytes_of_h(c, parts)
+        return _memory(self.machine, moved) + _launch(early)
 
     def few_tokens(self, plan: FewTokens) -> float:
-        c, config = self.cell, plan.config
+        c, config, machine = self.cell, plan.config, self.machine
         strips = -(-c.n // config.block_n)
         adapter = float(ASSUMED.adapter_bytes * c.r * c.k * strips)  # every strip reads all of A
         first = max(
-            self.memory(self.base_bytes(), strips * plan.splits),
-            self.l2(adapter + c.itemsize * (strips * c.tokens * c.k + c.n * c.k)),
-            self.mask(strips * config.block_m * c.k),
+            _memory(machine, self.base_bytes(), strips * plan.splits),
+            _l2(machine, adapter + c.itemsize * (strips * c.tokens * c.k + c.n * c.k)),
+            _mask(machine, strips * config.block_m * c.k) if c.dropout else 0.0,
         )
         first += ASSUMED.launch
         if plan.splits == 1:
             return first
         parts = 4.0 * plan.splits * c.tokens * (c.n + c.r)
-        return first + 2 * self.l2(parts) + (ASSUMED.early_launch if plan.pdl else ASSUMED.launch)
+        return first + 2 * _l2(machine, parts) + _launch(plan.pdl)
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardModel:
+    """What backward plans are made of, in seconds."""
+
+    machine: Machine
+    cell: Cell
+
+    @property
+    def turned(self) -> Model:
+        """The product with dy: K and N have changed places."""
+        return Model(self.machine, replace(self.cell, k=self.cell.n, n=self.cell.k))
+
+    @property
+    def of_dy(self) -> SkinnyModel:
+        return SkinnyModel(self.machine, self.cell.of_dy)
+
+    def first(self, way: DhDb) -> float:
+        """What dx waits for."""
+        return self.of_dy.dh_db(way.dh_db) if way.joint else self.of_dy.summed(way.shrink)
+
+    def rest(self, plan: BackwardPlan) -> float:
+        """What waits for nobody but dh."""
+        db = 0.0 if plan.hidden.joint else self.of_dy.outer(plan.hidden.db)
+        return db + SkinnyModel(self.machine, self.cell.of_x).outer(plan.da)
+
+    def dx(self, plan: BackwardPlan) -> float:
+        """dx, once dh is there."""
+        c, model = self.cell, self.turned
+        mask = _mask(self.machine, c.tokens * c.k) if c.dropout else 0.0
+        if isinstance(plan, DxFused):
+            return model.fused(plan, 1, early=False, mask=mask)
+        first = isinstance(plan, DxLoraFirst)
+        return model.library(accumulate=first) + max(model.expand(1, 1 if first else 2, early=False), mask)
+
+
+def _launch(early: bool) -> float:
+    return ASSUMED.early_launch if early else ASSUMED.launch
 
 
 def _tile_efficiency(rows: int, columns: int) -> float:

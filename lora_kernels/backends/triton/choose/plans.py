@@ -22,6 +22,9 @@ DxLoraFirst D * (dh A), then the library's product accumulates onto it (beta = 1
 DxBaseFirst the library's product, then D * (dh A) is added onto it in place                        5 to 7
 =========== ======================================================================================= =================
 
+Every plan has a ``kind`` (its name in tables), its ``launches``, and ``is_composition``: whether the large product is
+the library's.
+
 With ``beside`` small kernels, which read memory, run on a second stream beside the large one, which counts: in backward
 whatever dx does not wait for; and beside a base that comes first all of them, in forward too.
 """
@@ -33,7 +36,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeAlias
 
 from ....errors import InvalidArgumentError
-from .blocks import DaConfig, DhDbConfig, ExpandConfig, FewTokensConfig, GemmConfig, ShrinkConfig
+from .blocks import DhDbConfig, ExpandConfig, FewTokensConfig, GemmConfig, OuterConfig, ShrinkConfig
 
 __all__ = [
     "DIRECTIONS",
@@ -42,15 +45,16 @@ __all__ = [
     "BackwardPlan",
     "BaseFirst",
     "Cell",
+    "DhDb",
     "DxBaseFirst",
     "DxFused",
     "DxLoraFirst",
     "FewTokens",
     "ForwardPlan",
     "Fused",
-    "Hidden",
     "LoraFirst",
     "Plan",
+    "Skinny",
     "is_of",
     "plan_from_json",
     "plan_to_json",
@@ -61,6 +65,36 @@ DTYPES = ("bfloat16", "float16", "float32", "tf32")
 # How the fused product loads its operands: tiles of pointers; by TMA, in programs that walk the tiles; the same with
 # the loops over tiles and K made one, so that a tile's first loads start early.
 VARIANTS = ("pointer", "persistent", "flattened")
+
+
+def _itemsize(dtype: str) -> int:
+    return 2 if dtype in ("bfloat16", "float16") else 4
+
+
+@dataclass(frozen=True, slots=True)
+class Skinny:
+    """What the way to a product with R on one side depends on: to h or da over x's columns, to dh or db over dy's.
+
+    Attributes:
+        tokens: the token bucket, the next power of 2 of M.
+        columns: K of x, N of dy.
+        dtype: one of ``DTYPES``.
+        dropout: whether a mask is drawn; dy has none.
+    """
+
+    tokens: int
+    columns: int
+    r: int
+    dtype: str
+    dropout: bool
+
+    @property
+    def itemsize(self) -> int:
+        return _itemsize(self.dtype)
+
+    @property
+    def tf32(self) -> bool:
+        return self.dtype == "tf32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +119,21 @@ class Cell:
 
     @property
     def itemsize(self) -> int:
-        return 2 if self.dtype in ("bfloat16", "float16") else 4
+        return _itemsize(self.dtype)
 
     @property
     def tf32(self) -> bool:
         return self.dtype == "tf32"
+
+    @property
+    def of_x(self) -> Skinny:
+        """For h and da."""
+        return Skinny(self.tokens, self.k, self.r, self.dtype, self.dropout)
+
+    @property
+    def of_dy(self) -> Skinny:
+        """For dh and db."""
+        return Skinny(self.tokens, self.n, self.r, self.dtype, False)
 
     def __str__(self) -> str:
         dropout = " dropout" if self.dropout else ""
@@ -101,9 +145,14 @@ class FewTokens:
     """``splits`` programs share the sum over K of each strip of y; ``pdl``: the second stage starts early."""
 
     kind: ClassVar[str] = "few_tokens"
+    is_composition: ClassVar[bool] = False
     config: FewTokensConfig
     splits: int = 1
     pdl: bool = False
+
+    @property
+    def launches(self) -> int:
+        return _stages(self.splits)
 
     def __str__(self) -> str:
         c = self.config
@@ -115,6 +164,8 @@ class Fused:
     """``variant``: one of ``VARIANTS``; ``pdl``: the product starts while h is still computed."""
 
     kind: ClassVar[str] = "fused"
+    is_composition: ClassVar[bool] = False
+    launches: ClassVar[int] = 2
     shrink: ShrinkConfig
     gemm: GemmConfig
     variant: str = "pointer"
@@ -131,6 +182,8 @@ class LoraFirst:
     """``pdl``: the kernel that writes y₀ is launched while h is still computed."""
 
     kind: ClassVar[str] = "lora_first"
+    is_composition: ClassVar[bool] = True
+    launches: ClassVar[int] = 3
     shrink: ShrinkConfig
     expand: ExpandConfig
     pdl: bool = False
@@ -144,6 +197,8 @@ class BaseFirst:
     """``beside``: h is computed on a second stream meanwhile."""
 
     kind: ClassVar[str] = "base_first"
+    is_composition: ClassVar[bool] = True
+    launches: ClassVar[int] = 3
     shrink: ShrinkConfig
     expand: ExpandConfig
     beside: bool = False
@@ -153,21 +208,30 @@ class BaseFirst:
 
 
 @dataclass(frozen=True, slots=True)
-class Hidden:
+class DhDb:
     """How dh and db come about: ``joint``, by ``dh_db`` in one read of dy; else dh by ``shrink``, then db by ``db``.
 
     Where db is not due, dh is by ``shrink``.
     """
 
     shrink: ShrinkConfig
-    db: DaConfig
+    db: OuterConfig
     dh_db: DhDbConfig
     joint: bool
+
+    @property
+    def launches(self) -> int:
+        return 2 if self.joint else self.dh_launches + _stages(self.db.splits)
+
+    @property
+    def dh_launches(self) -> int:
+        """Of dh, where nothing else is due."""
+        return _stages(self.shrink.splits)
 
     def __str__(self) -> str:
         c = self.dh_db
         joint = f"dh+db {c.block_m}x{c.block_n}/{c.chunk_m}"
-        return joint if self.joint else f"dh {_shrink(self.shrink)} db {_da(self.db)}"
+        return joint if self.joint else f"dh {_shrink(self.shrink)} db {_outer(self.db)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,11 +239,17 @@ class DxFused:
     """``variant``: "pointer" or "persistent"."""
 
     kind: ClassVar[str] = "dx_fused"
-    hidden: Hidden
-    da: DaConfig
+    is_composition: ClassVar[bool] = False
+    dx_launches: ClassVar[int] = 1
+    hidden: DhDb
+    da: OuterConfig
     gemm: GemmConfig
     variant: str = "pointer"
     beside: bool = False
+
+    @property
+    def launches(self) -> int:
+        return _launches(self)
 
     def __str__(self) -> str:
         g = self.gemm
@@ -190,10 +260,16 @@ class DxFused:
 @dataclass(frozen=True, slots=True)
 class DxLoraFirst:
     kind: ClassVar[str] = "dx_lora_first"
-    hidden: Hidden
-    da: DaConfig
+    is_composition: ClassVar[bool] = True
+    dx_launches: ClassVar[int] = 2
+    hidden: DhDb
+    da: OuterConfig
     expand: ExpandConfig
     beside: bool = False
+
+    @property
+    def launches(self) -> int:
+        return _launches(self)
 
     def __str__(self) -> str:
         return f"dx_lora_first {_expand(self.expand)} {_rest(self)}"
@@ -202,10 +278,16 @@ class DxLoraFirst:
 @dataclass(frozen=True, slots=True)
 class DxBaseFirst:
     kind: ClassVar[str] = "dx_base_first"
-    hidden: Hidden
-    da: DaConfig
+    is_composition: ClassVar[bool] = True
+    dx_launches: ClassVar[int] = 2
+    hidden: DhDb
+    da: OuterConfig
     expand: ExpandConfig
     beside: bool = False
+
+    @property
+    def launches(self) -> int:
+        return _launches(self)
 
     def __str__(self) -> str:
         return f"dx_base_first {_expand(self.expand)} {_rest(self)}"
@@ -222,7 +304,7 @@ _BY_DIRECTION: dict[str, tuple[type[Any], ...]] = {
 _KINDS: dict[str, type[Any]] = {kind.kind: kind for kinds in _BY_DIRECTION.values() for kind in kinds}
 _CONFIGS: dict[str, type[Any]] = {
     kind.__name__: kind
-    for kind in (FewTokensConfig, ShrinkConfig, GemmConfig, ExpandConfig, DaConfig, DhDbConfig, Hidden)
+    for kind in (FewTokensConfig, ShrinkConfig, GemmConfig, ExpandConfig, OuterConfig, DhDbConfig, DhDb)
 }
 
 
@@ -247,12 +329,21 @@ def _expand(c: ExpandConfig) -> str:
     return f"expand {c.block_m}x{c.block_n}"
 
 
-def _da(c: DaConfig) -> str:
+def _outer(c: OuterConfig) -> str:
     return f"{c.block_m}x{c.block_k}/{c.num_stages} splits={c.splits}"
 
 
+def _stages(splits: int) -> int:
+    """Launches of what is split: a second stage adds the parts."""
+    return 1 + (splits > 1)
+
+
+def _launches(plan: BackwardPlan) -> int:
+    return plan.hidden.launches + plan.dx_launches + _stages(plan.da.splits)
+
+
 def _rest(plan: BackwardPlan) -> str:
-    return f"{plan.hidden} da {_da(plan.da)}{_beside(plan.beside)}"
+    return f"{plan.hidden} da {_outer(plan.da)}{_beside(plan.beside)}"
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:

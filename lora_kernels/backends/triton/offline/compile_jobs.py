@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..choose.blocks import FEW_TOKENS, Machine
-from ..choose.candidates import BackwardPlan, BaseFirst, Cell, DxBaseFirst, FewTokens, ForwardPlan, Fused, candidates
+from ..choose.candidates import candidates
+from ..choose.plans import BackwardPlan, BaseFirst, Cell, DxBaseFirst, FewTokens, ForwardPlan, Fused
 
 __all__ = ["ARCHITECTURES", "CASES", "QUICK", "Case", "Job", "backward_plans_of", "jobs_of", "plans_of"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ....reference import dropout_threshold
-from ..choose.blocks import DaConfig, DhDbConfig, ExpandConfig, GemmConfig, Machine, ShrinkConfig, next_power_of_2
+from ..choose.blocks import DhDbConfig, ExpandConfig, GemmConfig, Machine, OuterConfig, ShrinkConfig, next_power_of_2
 from ..choose.plans import BackwardPlan, Cell, DxBaseFirst, DxFused
 from ..kernels.backward import da_kernel, dh_db_kernel, reduce_kernel
 from ..kernels.input_grad import dx_kernel, dx_low_rank_kernel, dx_persistent_kernel
@@ -169,13 +169,13 @@ def dh_db_step(config: DhDbConfig, c: BackwardCall) -> Step:
     return step
 
 
-def db_step(config: DaConfig, c: BackwardCall) -> Step:
+def db_step(config: OuterConfig, c: BackwardCall) -> Step:
     """``step(stream, dy, h, scaling)`` -> db alone."""
     outer = _outer_step(config, c, c.n, c.stride_h, c.stride_dy, 0.0, (c.n, c.r), (1, c.r), c.b_dtype)
     return lambda stream, dy, h, scaling: outer(stream, h, dy, None, scaling)
 
 
-def da_step(config: DaConfig, c: BackwardCall) -> Step:
+def da_step(config: OuterConfig, c: BackwardCall) -> Step:
     """``step(stream, dh, x, state)`` -> da in ``c.a_dtype``."""
     outer = _outer_step(config, c, c.k, c.stride_dh, c.stride_x, c.p, (c.r, c.k), (c.k, 1), c.a_dtype)
     scale = c.keep_scale
@@ -183,7 +183,7 @@ def da_step(config: DaConfig, c: BackwardCall) -> Step:
 
 
 def _outer_step(
-    config: DaConfig,
+    config: OuterConfig,
     c: BackwardCall,
     columns: int,
     stride_left: int,
