@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ...reference import dropout_threshold
 from . import part_operators
-from .choose import blocks
-from .choose.candidates import candidates, plan_for
+from .choose.candidates import plan_for, ranked
 from .choose.plans import BackwardPlan, ForwardPlan
 from .kernels.philox import mask_kernel
 from .run.backward import BackwardRun, ready_backward
-from .run.forward import Call, Run, cdiv, ready
-from .run.prepared import Cache, Launch, alignment, current_stream, first_that_runs, matrix, on_device, precision_of
-from .run.steps import BackwardCall
+from .run.call import Call, backward_key, forward_key
+from .run.forward import Run, ready
+from .run.prepared import Cache, Launch, current_stream, first_that_runs, on_device
+from .run.steps import cdiv
 
 __all__ = ["backward", "forget", "forward", "mask", "run_backward", "run_plan"]
 
@@ -49,7 +49,7 @@ def forward(
     p: float,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    key = _forward_key(x, weight, lora_a, lora_b, bias, p, state)
+    key = forward_key(x, weight, lora_a, lora_b, bias, p, state)
     scaling = float(scaling)  # an int of 1 would be compiled in
     run = _runs.get(key)
     if run is None:
@@ -79,45 +79,12 @@ def run_plan(
     """
     if x.shape[0] == 0 or weight.shape[0] == 0:
         return forward(x, weight, lora_a, lora_b, bias, scaling, p, state)
-    key = (*_forward_key(x, weight, lora_a, lora_b, bias, p, state), plan)
+    key = (*forward_key(x, weight, lora_a, lora_b, bias, p, state), plan)
     run, scaling = _runs.get(key), float(scaling)
     with on_device(x.device):
         if run is None:
-            call = Call.of(
-                blocks.machine_of(x.device), x, weight, lora_a, lora_b, bias, p, state, precision_of(x.dtype)
-            )
-            run = _runs.keep(key, ready(plan, call))
+            run = _runs.keep(key, ready(plan, Call.forward(x, weight, lora_a, lora_b, bias, p, state)))
         return run(current_stream(key[0]), x, weight, lora_a, lora_b, bias, scaling, state)
-
-
-def _forward_key(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, p: float, state: Tensor | None
-) -> tuple[Any, ...]:
-    """All that a run depends on; the device's index comes first.
-
-    Contiguous parameters need no strides: those of sizes above 1 follow from the shapes, and no other is used.
-    """
-    if weight.is_contiguous() and lora_a.is_contiguous() and lora_b.is_contiguous():
-        strides: Any = bias is None or bias.stride()
-    else:
-        strides = (weight.stride(), lora_a.stride(), lora_b.stride(), bias is None or bias.stride())
-    dtype = x.dtype
-    return (
-        x.get_device(),
-        dtype,
-        x.shape,
-        x.stride(),
-        weight.shape,
-        lora_a.shape,
-        lora_a.dtype,
-        lora_b.dtype,
-        None if bias is None else bias.dtype,
-        strides,
-        p,
-        state is None,
-        alignment(x, weight, lora_a, lora_b, bias, state),
-        dtype is not torch.float32 or precision_of(dtype),
-    )
 
 
 def _first_forward(
@@ -137,10 +104,9 @@ def _first_forward(
         if m == 0 or n == 0:
             y = torch.empty((m, n), dtype=x.dtype, device=x.device)
             return y, part_operators.shrink(x, lora_a, p, state) if m else x.new_empty((0, r), dtype=torch.float32)
-        machine, precision = blocks.machine_of(x.device), precision_of(x.dtype)
-        call = Call.of(machine, x, weight, lora_a, lora_b, bias, p, state, precision)
-        ranked = dict.fromkeys([plan_for(x.device, machine, call.cell), *candidates(machine, call.cell)])
-        runs = [ready(plan, call) for plan in ranked if _runs_here(plan, call)]
+        call = Call.forward(x, weight, lora_a, lora_b, bias, p, state)
+        plans = ranked(x.device, call.machine, call.cell("forward"))
+        runs = [ready(plan, call) for plan in plans if _runs_here(plan, call)]
         arguments = (x, weight, lora_a, lora_b, bias, scaling, state)
         run, result = first_that_runs(runs, lambda run: run(current_stream(key[0]), *arguments))
         _runs.keep(key, run)
@@ -164,16 +130,15 @@ def backward(
     if m == 0 or n == 0 or k == 0:
         return _backward_of_nothing(dy, x, weight, lora_a, lora_b, bias, h, scaling)
     h = None if h is None else h.contiguous()
-    key = _backward_key(dy, x, weight, lora_a, lora_b, bias, h, p, state)
+    key = backward_key(dy, x, weight, lora_a, lora_b, bias, h, p, state)
     arguments = (dy, x, weight, lora_a, lora_b, h, float(scaling), state)
     with on_device(dy.device):
         stream, found = current_stream(key[0]), _backward_runs.get(key)
         if found is None:
-            call = _backward_call(dy, x, weight, lora_a, lora_b, bias, h, p, state)
-            chosen = plan_for(dy.device, call.machine, call.cell)
+            call = Call.backward(dy, x, weight, lora_a, lora_b, bias, p, state)
+            plans = ranked(dy.device, call.machine, call.cell("backward"))
             due = (weight is not None, x is not None, h is not None)
-            ranked = dict.fromkeys([chosen, *candidates(call.machine, call.cell)])
-            runs = [ready_backward(plan, call, *due) for plan in ranked if _runs_here(plan, call)]
+            runs = [ready_backward(plan, call, *due) for plan in plans if _runs_here(plan, call)]
             run, results = first_that_runs(runs, lambda run: run(stream, *arguments))
             _backward_runs.keep(key, run)
         else:
@@ -200,82 +165,18 @@ def run_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """``backward`` by ``plan``, None for what is not due; sizes above 0. Where dy or weight is no operand for TMA, the
     variant that loads by pointers runs."""
-    key = (*_backward_key(dy, x, weight, lora_a, lora_b, bias, h, p, state), plan)
+    key = (*backward_key(dy, x, weight, lora_a, lora_b, bias, h, p, state), plan)
     with on_device(dy.device):
         run = _backward_runs.get(key)
         if run is None:
-            call = _backward_call(dy, x, weight, lora_a, lora_b, bias, h, p, state)
+            call = Call.backward(dy, x, weight, lora_a, lora_b, bias, p, state)
             run = ready_backward(plan, call, weight is not None, x is not None, h is not None)
             _backward_runs.keep(key, run)
         return run(current_stream(key[0]), dy, x, weight, lora_a, lora_b, h, float(scaling), state)
 
 
-def _runs_here(plan: Any, call: Call | BackwardCall) -> bool:
+def _runs_here(plan: Any, call: Call) -> bool:
     return call.by_descriptor or getattr(plan, "variant", "pointer") == "pointer"
-
-
-def _backward_key(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    h: Tensor | None,
-    p: float,
-    state: Tensor | None,
-) -> tuple[Any, ...]:
-    """All that a run depends on; the device's index comes first."""
-    return (
-        *matrix(dy),
-        None if x is None else x.stride(),
-        None if weight is None else weight.stride(),
-        *matrix(lora_a),
-        *matrix(lora_b),
-        None if bias is None else bias.dtype,
-        h is None,
-        p,
-        state is None,
-        alignment(dy, x, weight, lora_a, lora_b, h, state),
-        precision_of(dy.dtype),
-    )
-
-
-def _backward_call(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    h: Tensor | None,
-    p: float,
-    state: Tensor | None,
-) -> BackwardCall:
-    (m, n), (r, k) = dy.shape, lora_a.shape
-    return BackwardCall(
-        machine=blocks.machine_of(dy.device),
-        device=dy.device,
-        dtype=dy.dtype,
-        precision=precision_of(dy.dtype),
-        m=m,
-        n=n,
-        k=k,
-        r=r,
-        stride_dy=dy.stride(),
-        stride_w=(0, 0) if weight is None else weight.stride(),
-        stride_x=(0, 0) if x is None else x.stride(),
-        stride_a=lora_a.stride(),
-        stride_b=lora_b.stride(),
-        stride_h=r,
-        stride_dh=r,
-        a_dtype=lora_a.dtype,
-        b_dtype=lora_b.dtype,
-        bias_dtype=None if bias is None else bias.dtype,
-        p=p,
-        dropout=state is not None,
-        aligned=dy.device.type == "meta" or alignment(dy, weight) == 0,
-    )
 
 
 def _backward_of_nothing(

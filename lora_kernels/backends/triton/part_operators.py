@@ -22,15 +22,16 @@ from torch import Tensor
 from ...reference import adapter_dtype
 from .choose import blocks
 from .choose.blocks import expand_config, gain_grad_config, row_norms_config
-from .choose.candidates import candidates, plan_for
+from .choose.candidates import ranked
 from .choose.plans import FewTokens, Fused
 from .choose.ways import dh_db_for, outer_for, shrink_for
 from .kernels.gain import gain_grad_kernel, row_norms_kernel
-from .run.forward import Call, Product, cdiv, ready_product
+from .run.call import Call
+from .run.forward import Product, ready_product
 from .run.prepared import Cache, Launch, alignment, current_stream, first_that_runs, matrix, on_device, precision_of
 from .run.steps import (
-    BackwardCall,
     Step,
+    cdiv,
     da_step,
     db_step,
     dh_db_step,
@@ -71,8 +72,8 @@ def shrink(x: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
     with on_device(x.device):
         step = _steps.get(key)
         if step is None:
-            call = _call(x, precision, m, k, k, r, p=p, dropout=state is not None)
-            config = shrink_for(call.machine, call.cell.of_x)
+            call = Call.over(x, k=k, r=r, p=p, dropout=state is not None)
+            config = shrink_for(call.machine, call.cell("forward").of_x)
             step = _steps.keep(key, shrink_step(config, call, m, k, (x.stride(), lora_a.stride()), p))
         z: Tensor = step(current_stream(key[1]), x, lora_a, state, 1.0 / (1.0 - p))
         return z
@@ -102,7 +103,7 @@ def product(
         stream, found = current_stream(key[1]), _steps.get(key)
         if found is not None:
             return found(stream, *arguments), left
-        call = Call.of(blocks.machine_of(x.device), x, weight, None, lora_b, bias, 0.0, None, precision, h, gain)
+        call = Call.forward(x, weight, None, lora_b, bias, 0.0, None, h, gain)
         runs: list[Product] = [ready_product(plan, call) for plan in product_plans(x.device, call)]
         run, y = first_that_runs(runs, lambda run: run(stream, *arguments))
         _steps.keep(key, run)
@@ -115,9 +116,8 @@ def product_plans(device: torch.device, call: Call) -> list[Any]:
     The one pass for few tokens forms h itself, so it is left out. A gain's epilogue, which may store l as well, leaves
     the widest tiles and the flattened loop no registers: the next ones are taken.
     """
-    ranked = dict.fromkeys([plan_for(device, call.machine, call.cell), *candidates(call.machine, call.cell)])
     found: dict[Any, None] = {}
-    for plan in ranked:
+    for plan in ranked(device, call.machine, call.cell("forward")):
         variant = getattr(plan, "variant", "pointer")
         if isinstance(plan, FewTokens) or (variant != "pointer" and not call.by_descriptor):
             continue
@@ -151,10 +151,8 @@ def output_grads(
     with on_device(device):
         step = _steps.get(key)
         if step is None:
-            call = _call(
-                dy, precision, m, n, n, r, stride_dy=dy.stride(), stride_b=lora_b.stride(), stride_h=given or 0,
-                b_dtype=lora_b.dtype, bias_dtype=due,
-            )  # fmt: skip
+            strides: dict[str, Any] = {"stride_dy": dy.stride(), "stride_b": lora_b.stride(), "stride_h": given or 0}
+            call = Call.over(dy, n=n, r=r, **strides, b_dtype=lora_b.dtype, bias_dtype=due)
             step = _steps.keep(key, _output_grads_step(call, h is not None))
         dh, found, sums = step(current_stream(key[1]), dy, lora_b, h, float(scaling))
     if bias is not None:
@@ -162,9 +160,9 @@ def output_grads(
     return dh, db if found is None else found, dbias
 
 
-def _output_grads_step(c: BackwardCall, with_h: bool) -> Step:
+def _output_grads_step(c: Call, with_h: bool) -> Step:
     """``step(stream, dy, lora_b, h, scaling)`` -> dh, db or None, dbias or None."""
-    way = dh_db_for(c.machine, c.cell.of_dy)
+    way = dh_db_for(c.machine, c.cell("backward").of_dy)
     if with_h and way.joint:
         return dh_db_step(way.dh_db, c)
     dh, db = dh_step(way.shrink, c), db_step(way.db, c) if with_h else None
@@ -204,11 +202,9 @@ def input_grad(
         if found is not None:
             dx: Tensor = found(stream, *arguments)
             return dx
-        call = _call(
-            dys[0], precision, m, dys[0].shape[1], k, sum(ranks), stride_dy=dys[0].stride(),
-            stride_w=weights[0].stride(), stride_a=lora_a.stride(), stride_dh=dh.stride(0), p=p,
-            dropout=state is not None, aligned=alignment(dys[0], weights[0]) == 0,
-        )  # fmt: skip
+        strides = {"stride_dy": dys[0].stride(), "stride_a": lora_a.stride(), "stride_dh": dh.stride(0)}
+        sizes = {"n": dys[0].shape[1], "k": k, "r": sum(ranks)}
+        call = Call.over(dys[0], weights[0], **sizes, **strides, p=p, dropout=state is not None)
         step, dx = first_that_runs(_input_grad_steps(call, ranks, len(dys)), lambda step: step(stream, *arguments))
         _steps.keep(key, step)
         return dx
@@ -224,10 +220,9 @@ def _joined(
     return torch.cat(dhs, 1), lora_a, torch.stack(states) if states else None
 
 
-def _input_grad_steps(c: BackwardCall, ranks: Sequence[int], members: int) -> list[Step]:
+def _input_grad_steps(c: Call, ranks: Sequence[int], members: int) -> list[Step]:
     if members == 1 and c.n:
-        chosen = plan_for(c.device, c.machine, c.cell)
-        return [dx_step(plan, c) for plan in dict.fromkeys([chosen, *candidates(c.machine, c.cell)])]
+        return [dx_step(plan, c) for plan in ranked(c.device, c.machine, c.cell("backward"))]
     starts = [0]
     for rank in ranks if c.dropout else (c.r,):  # without masks all terms are one product
         starts.append(starts[-1] + rank)
@@ -249,9 +244,9 @@ def a_grad(dh: Tensor, x: Tensor, p: float, state: Tensor | None) -> Tensor:
     with on_device(x.device):
         step = _steps.get(key)
         if step is None:
-            dropout = state is not None
-            call = _call(x, precision, m, k, k, r, stride_x=x.stride(), stride_dh=dh.stride(0), p=p, dropout=dropout)
-            step = _steps.keep(key, da_step(outer_for(call.machine, call.cell.of_x), call))
+            strides: dict[str, Any] = {"stride_x": x.stride(), "stride_dh": dh.stride(0)}
+            call = Call.over(x, k=k, r=r, **strides, p=p, dropout=state is not None)
+            step = _steps.keep(key, da_step(outer_for(call.machine, call.cell("backward").of_x), call))
         da: Tensor = step(current_stream(key[1]), dh, x, state)
         return da
 
@@ -326,8 +321,3 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) ->
 def rows_in_one_piece(matrix: Tensor) -> Tensor:
     """What is (M, R), with contiguous rows at any distance: as the kernels read h and dh."""
     return matrix if matrix.shape[1] == 1 or matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def _call(like: Tensor, precision: str, m: int, n: int, k: int, r: int, **more: Any) -> BackwardCall:
-    machine = blocks.machine_of(like.device)
-    return BackwardCall(machine, like.device, like.dtype, precision, m, n, k, r, **more)

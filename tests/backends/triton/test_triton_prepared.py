@@ -15,6 +15,7 @@ from lora_kernels.backends.triton import operators
 from lora_kernels.backends.triton.choose.plans import Plan
 from lora_kernels.backends.triton.run import forward as forward_run
 from lora_kernels.backends.triton.run import steps
+from lora_kernels.backends.triton.run.call import Call
 from lora_kernels.backends.triton.run.prepared import Cache, Launch, ScratchLaunch
 
 BF16 = torch.bfloat16
@@ -50,9 +51,10 @@ class Kernel:
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Kernel]]:
     """All forward kernels replaced."""
     stand_ins = {}
-    for name in [name for name in vars(forward_run) if name.endswith("_kernel")]:
-        stand_ins[name] = Kernel(name, [])
-        monkeypatch.setattr(forward_run, name, stand_ins[name])
+    for module, name in [(forward_run, name) for name in vars(forward_run)] + [(steps, "shrink_kernel")]:
+        if name.endswith("_kernel"):
+            stand_ins[name] = Kernel(name, [])
+            monkeypatch.setattr(module, name, stand_ins[name])
     operators.forget()
     yield stand_ins
     operators.forget()
@@ -213,7 +215,7 @@ def test_a_plan_that_does_not_fit_is_stepped_over(kernels: dict[str, Kernel], mo
     given = tensors(Case(m=35))
     tried = []
 
-    def ready(plan: Plan, call: forward.Call) -> forward.Run:
+    def ready(plan: Plan, call: Call) -> forward_run.Run:
         def run(*arguments: Any) -> Any:
             tried.append(plan)
             if len(tried) < 3:

@@ -42,7 +42,7 @@ from .plans import (
 )
 from .ways import SPLITS, shrink_ways, small_ways, ways_to_dh_db, worth_dividing
 
-__all__ = ["candidates", "fits", "plan_for", "predicted_seconds"]
+__all__ = ["candidates", "fits", "plan_for", "predicted_seconds", "ranked"]
 
 _FLATTENED_RANK = 64
 _SHRINKS = 2  # of the ways to compute h, so many of the best predicted enter the plans
@@ -59,6 +59,11 @@ def plan_for(device: torch.device, machine: Machine, cell: Cell) -> Any:
     """The plan measured on ``device`` for ``cell`` if there is one that fits, else the best predicted one."""
     found = tuned.lookup(device, cell)
     return found if found is not None and fits(machine, cell, found) else candidates(machine, cell)[0]
+
+
+def ranked(device: torch.device, machine: Machine, cell: Cell) -> list[Any]:
+    """The plan that is taken, and then the others, for where it turns out not to run."""
+    return list(dict.fromkeys([plan_for(device, machine, cell), *candidates(machine, cell)]))
 
 
 @lru_cache(maxsize=1024)

@@ -126,8 +126,8 @@ def backward_plans_of(machine: Machine, cell: Cell) -> list[BackwardPlan]:
 def jobs_of(case: Case, arch: int) -> Iterator[Job]:
     """The kernel calls of one layer, forward and backward by each kind of plan, from the launch code itself."""
     from .. import operators, part_operators
-    from ..run.forward import Call, ready_product
-    from ..run.prepared import precision_of
+    from ..run.call import Call
+    from ..run.forward import ready_product
 
     m, k, n, r = case.m, 4096, 4096, case.r
     adapter, p = case.adapter_dtype or case.dtype, case.p
@@ -156,7 +156,7 @@ def jobs_of(case: Case, arch: int) -> Iterator[Job]:
             part_operators.gain_grad(dy, dy, gain, bias)
             part_operators.output_grads(dy, lora_b, h, bias, 2.5)
             part_operators.input_grad([dy, dy], [weight, weight], [h, h], [lora_a, lora_a], p, 2 * states)
-            call = Call.of(machine, x, weight, None, lora_b, bias, 0.0, None, precision_of(x.dtype), h, gain)
+            call = Call.forward(x, weight, None, lora_b, bias, 0.0, None, h, gain)
             ways = {
                 (plan.kind, getattr(plan, "variant", "")): plan
                 for plan in part_operators.product_plans(x.device, call)[::-1]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..choose.blocks import ExpandConfig
 from ..choose.plans import BackwardPlan, DxBaseFirst
-from .steps import BackwardCall, Step, da_step, db_step, dh_db_step, dh_step, dx_step, low_rank_launch
+from .call import Call
+from .steps import Step, da_step, db_step, dh_db_step, dh_step, dx_step, low_rank_launch
 from .streams import together_on
 
 __all__ = ["BackwardRun", "ready_backward"]
@@ -20,7 +21,7 @@ __all__ = ["BackwardRun", "ready_backward"]
 BackwardRun: TypeAlias = Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]
 
 
-def ready_backward(plan: BackwardPlan, c: BackwardCall, need_x: bool, need_a: bool, need_b: bool) -> BackwardRun:
+def ready_backward(plan: BackwardPlan, c: Call, need_x: bool, need_a: bool, need_b: bool) -> BackwardRun:
     """The run of ``plan`` for what is due; nothing is compiled before its first use."""
     small = _Small.of(plan, c, need_x, need_a, need_b)
     if not need_x:
@@ -54,7 +55,7 @@ def ready_backward(plan: BackwardPlan, c: BackwardCall, need_x: bool, need_a: bo
     return run
 
 
-def _all_beside_base(expand: ExpandConfig, small: _Small, c: BackwardCall) -> BackwardRun:
+def _all_beside_base(expand: ExpandConfig, small: _Small, c: Call) -> BackwardRun:
     """Nothing waits for dh but the low-rank term, so everything small has the library's product to run beside."""
     together, low_rank = together_on(c.device, True), low_rank_launch(expand, c, (0, c.r), add=True)
 
@@ -91,7 +92,7 @@ class _Small:
     bias_dtype: torch.dtype | None
 
     @staticmethod
-    def of(plan: BackwardPlan, c: BackwardCall, need_x: bool, need_a: bool, need_b: bool) -> _Small:
+    def of(plan: BackwardPlan, c: Call, need_x: bool, need_a: bool, need_b: bool) -> _Small:
         way, joint = plan.hidden, need_b and plan.hidden.joint
         return _Small(
             joint=dh_db_step(way.dh_db, c) if joint else None,

@@ -16,15 +16,17 @@ from torch import Tensor
 
 from ....errors import InvalidArgumentError
 from ....reference import dropout_threshold
-from ..choose.blocks import ExpandConfig, Machine, ShrinkConfig, next_power_of_2
-from ..choose.plans import BaseFirst, Cell, FewTokens, ForwardPlan, Fused, LoraFirst
+from ..choose.blocks import ExpandConfig, ShrinkConfig
+from ..choose.plans import BaseFirst, FewTokens, ForwardPlan, Fused, LoraFirst
 from ..kernels.few_tokens import few_tokens_kernel, sum_parts_kernel
-from ..kernels.forward import expand_kernel, forward_kernel, shrink_kernel
+from ..kernels.forward import expand_kernel, forward_kernel
 from ..kernels.persistent import persistent_kernel
+from .call import Call
 from .prepared import Launch, ScratchLaunch
+from .steps import cdiv, shrink_launch
 from .streams import together_on
 
-__all__ = ["Call", "Product", "Run", "cdiv", "ready", "ready_product", "shrink_launch"]
+__all__ = ["Product", "Run", "ready", "ready_product"]
 
 # run(stream, x, weight, lora_a, lora_b, bias, scaling, state) -> y, h
 Run: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
@@ -32,87 +34,6 @@ Run: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 Product: TypeAlias = Callable[..., Tensor]
 
 _SUM_BLOCK = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What a run is made ready for. ``aligned``: x's and weight's storages start on 16-byte boundaries."""
-
-    machine: Machine
-    device: torch.device
-    dtype: torch.dtype
-    m: int
-    k: int
-    n: int
-    r: int
-    stride_x: tuple[int, ...]
-    stride_w: tuple[int, ...]
-    stride_a: tuple[int, ...]
-    stride_b: tuple[int, ...]
-    stride_bias: int
-    p: float
-    dropout: bool
-    precision: str
-    aligned: bool
-    stride_h: int
-    gain: bool = False
-    stride_gain: int = 0
-
-    @staticmethod
-    def of(
-        machine: Machine,
-        x: Tensor,
-        weight: Tensor,
-        lora_a: Tensor | None,
-        lora_b: Tensor,
-        bias: Tensor | None,
-        p: float,
-        state: Tensor | None,
-        precision: str,
-        h: Tensor | None = None,
-        gain: Tensor | None = None,
-    ) -> Call:
-        """Of a whole forward pass; or, with ``h``, of the product alone."""
-        r = lora_b.shape[1]
-        return Call(
-            machine=machine,
-            device=x.device,
-            dtype=x.dtype,
-            m=x.shape[0],
-            k=x.shape[1],
-            n=weight.shape[0],
-            r=r,
-            stride_x=x.stride(),
-            stride_w=weight.stride(),
-            stride_a=() if lora_a is None else lora_a.stride(),
-            stride_b=lora_b.stride(),
-            stride_bias=0 if bias is None else bias.stride(0),
-            p=p,
-            dropout=state is not None,
-            precision=precision,
-            aligned=x.device.type == "meta" or (x.data_ptr() | weight.data_ptr()) % 16 == 0,
-            stride_h=r if h is None else h.stride(0),
-            gain=gain is not None,
-            stride_gain=0 if gain is None else gain.stride(0),
-        )
-
-    @property
-    def cell(self) -> Cell:
-        dtype = "tf32" if self.precision == "tf32" else str(self.dtype).removeprefix("torch.")
-        return Cell("forward", next_power_of_2(self.m), self.k, self.n, self.r, dtype, self.dropout)
-
-    @property
-    def split(self) -> bool:
-        """Whether h enters its product as two 16-bit parts."""
-        return self.dtype.itemsize == 2
-
-    @property
-    def by_descriptor(self) -> bool:
-        """Whether TMA can read x and weight: contiguous rows, all on 16-byte boundaries, and no size of zero."""
-        rows = (self.stride_x[0] * self.dtype.itemsize, self.stride_w[0] * self.dtype.itemsize)
-        contiguous = self.stride_x[1] == 1 == self.stride_w[1]
-        on_boundaries = self.aligned and all(row > 0 and row % 16 == 0 for row in rows)
-        return contiguous and on_boundaries and self.k > 0 and max(self.m, self.n, self.k) < 2**31
 
 
 def ready(plan: ForwardPlan, call: Call) -> Run:
@@ -123,9 +44,9 @@ def ready(plan: ForwardPlan, call: Call) -> Run:
     """
     if isinstance(plan, FewTokens):
         return _few_tokens(plan, call)
-    hidden = _Hidden.of(plan.shrink, call, getattr(plan, "pdl", False))
+    shrink = _Shrink.of(plan.shrink, call, getattr(plan, "pdl", False))
     if isinstance(plan, BaseFirst):
-        return _base_and_hidden(plan, hidden, call)
+        return _base_and_h(plan, shrink, call)
     product = ready_product(plan, call)
 
     def run(
@@ -138,14 +59,14 @@ def ready(plan: ForwardPlan, call: Call) -> Run:
         scaling: float,
         state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        h, h_sum = hidden(stream, x, lora_a, state)
+        h, h_sum = shrink(stream, x, lora_a, state)
         y = product(stream, x, weight, lora_b, bias, None, h, h_sum, None, scaling)
         return y, h if h_sum is None else h_sum
 
     return run
 
 
-def _base_and_hidden(plan: BaseFirst, hidden: _Hidden, c: Call) -> Run:
+def _base_and_h(plan: BaseFirst, shrink: _Shrink, c: Call) -> Run:
     """Neither waits for the other."""
     together, add = together_on(c.device, plan.beside), _expand(plan.expand, c, plan.shrink.splits, True, False)
 
@@ -159,7 +80,7 @@ def _base_and_hidden(plan: BaseFirst, hidden: _Hidden, c: Call) -> Run:
         scaling: float,
         state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        y, (h, h_sum) = together(stream, lambda own: torch.mm(x, weight.t()), lambda own: hidden(own, x, lora_a, state))
+        y, (h, h_sum) = together(stream, lambda own: torch.mm(x, weight.t()), lambda own: shrink(own, x, lora_a, state))
         add(stream, lora_b, bias, None, h, h_sum, y, None, scaling)
         return y, h if h_sum is None else h_sum
 
@@ -175,44 +96,8 @@ def ready_product(plan: Fused | LoraFirst | BaseFirst, call: Call) -> Product:
     return _base_first(plan, call)
 
 
-def cdiv(size: int, block: int) -> int:
-    return -(-size // block)
-
-
-def shrink_launch(
-    config: ShrinkConfig,
-    m: int,
-    k: int,
-    r: int,
-    stride_x: tuple[int, ...],
-    stride_a: tuple[int, ...],
-    p: float,
-    precision: str,
-    dtype: torch.dtype,
-    pdl: bool = False,
-) -> Launch:
-    """``launch(stream, x, a, h, state, scale)``."""
-    if dtype is torch.float16:
-        config = _in_two_parts(config)
-    tile = (config.block_m, config.block_k, config.block_r, config.splits, k % config.block_k == 0)
-    return Launch(
-        shrink_kernel,
-        (cdiv(m, config.block_m), cdiv(r, config.block_r), config.splits),
-        (m, k, r, dropout_threshold(p), *stride_x, *stride_a, *tile, precision, pdl),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-
-
-def _in_two_parts(config: ShrinkConfig) -> ShrinkConfig:
-    """For fp16: x and A have two parts each, for which a wide block of ranks or of K leaves no registers."""
-    block_m = min(config.block_m, 32) if config.block_r > 32 else config.block_m
-    deepest = 32 if config.block_r >= 128 else 128 if config.block_r <= 16 and block_m >= 64 else 64
-    return replace(config, block_m=block_m, block_k=min(config.block_k, deepest))
-
-
 @dataclass(frozen=True, slots=True)
-class _Hidden:
+class _Shrink:
     """The shrink of a forward plan and the memory of h: as it is, or in parts and their sum."""
 
     launch: Launch
@@ -223,10 +108,10 @@ class _Hidden:
     parts: int
 
     @staticmethod
-    def of(config: ShrinkConfig, c: Call, pdl: bool = False) -> _Hidden:
+    def of(config: ShrinkConfig, c: Call, pdl: bool = False) -> _Shrink:
         launch = shrink_launch(config, c.m, c.k, c.r, c.stride_x, c.stride_a, c.p, c.precision, c.dtype, pdl)
         shape = (c.m, c.r) if config.splits == 1 else (config.splits, c.m, c.r)
-        return _Hidden(launch, shape, (c.m, c.r), c.device, 1.0 / (1.0 - c.p), config.splits)
+        return _Shrink(launch, shape, (c.m, c.r), c.device, c.keep_scale, config.splits)
 
     def __call__(self, stream: int | None, x: Tensor, lora_a: Tensor, state: Tensor | None) -> tuple[Tensor, Any]:
         """h, and where it comes in parts the memory that their sum is to be written to."""
@@ -344,7 +229,7 @@ def _few_tokens(plan: FewTokens, c: Call) -> Run:
         )
     if c.dtype is torch.float16:  # x and A in two parts each: a deeper tile leaves them no registers
         config = replace(config, block_k=min(config.block_k, 128))
-    static: tuple[Any, ...] = (c.m, c.n, c.k, c.r, 1.0 / (1.0 - c.p), dropout_threshold(c.p))
+    static: tuple[Any, ...] = (c.m, c.n, c.k, c.r, c.keep_scale, dropout_threshold(c.p))
     static += (*c.stride_x, *c.stride_w, *c.stride_a, *c.stride_b, c.stride_bias)
     static += (config.block_m, config.block_n, config.block_k, config.block_r, parts)
     static += (c.k % config.block_k == 0, c.split, c.precision, plan.pdl)
@@ -354,7 +239,7 @@ def _few_tokens(plan: FewTokens, c: Call) -> Run:
     static = (c.m, c.n, c.r, c.stride_bias, _SUM_BLOCK, parts, plan.pdl)
     options = {"launch_pdl": True} if plan.pdl and not c.machine.interpreter else {}
     total = Launch(sum_parts_kernel, grid, static, num_warps=4, num_stages=1, **options)
-    shape, hidden_shape = (c.m, c.n), (c.m, c.r)
+    shape, h_shape = (c.m, c.n), (c.m, c.r)
 
     def run(
         stream: int | None,
@@ -367,12 +252,12 @@ def _few_tokens(plan: FewTokens, c: Call) -> Run:
         state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         y = torch.empty(shape, dtype=c.dtype, device=c.device)
-        h = torch.empty(hidden_shape, dtype=torch.float32, device=c.device)
+        h = torch.empty(h_shape, dtype=torch.float32, device=c.device)
         if parts == 1:
             product(stream, x, weight, lora_a, lora_b, bias, state, h, y, scaling)
             return y, h
         y_parts = torch.empty((parts, *shape), dtype=torch.float32, device=c.device)
-        h_parts = torch.empty((parts, *hidden_shape), dtype=torch.float32, device=c.device)
+        h_parts = torch.empty((parts, *h_shape), dtype=torch.float32, device=c.device)
         product(stream, x, weight, lora_a, lora_b, bias, state, h_parts, y_parts, scaling)
         total(stream, y_parts, h_parts, bias, y, h)
         return y, h

@@ -7,23 +7,24 @@ above 0. What comes in parts is summed by ``reduce_kernel``, in the order of the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ....reference import dropout_threshold
-from ..choose.blocks import DhDbConfig, ExpandConfig, GemmConfig, Machine, OuterConfig, ShrinkConfig, next_power_of_2
-from ..choose.plans import BackwardPlan, Cell, DxBaseFirst, DxFused
+from ..choose.blocks import DhDbConfig, ExpandConfig, GemmConfig, OuterConfig, ShrinkConfig
+from ..choose.plans import BackwardPlan, DxBaseFirst, DxFused
 from ..kernels.backward import da_kernel, dh_db_kernel, reduce_kernel
+from ..kernels.forward import shrink_kernel
 from ..kernels.input_grad import dx_kernel, dx_low_rank_kernel, dx_persistent_kernel
-from .forward import cdiv, shrink_launch
+from .call import Call
 from .prepared import Launch, ScratchLaunch
 
 __all__ = [
-    "BackwardCall",
     "Step",
+    "cdiv",
     "da_step",
     "db_step",
     "dh_db_step",
@@ -32,6 +33,7 @@ __all__ = [
     "input_grad_step",
     "low_rank_launch",
     "reduce_launch",
+    "shrink_launch",
     "shrink_step",
 ]
 
@@ -40,59 +42,40 @@ Step: TypeAlias = Callable[..., Any]
 _REDUCE_BLOCK = 512
 
 
-@dataclass(frozen=True, slots=True)
-class BackwardCall:
-    """What a step is made ready for; a field that it does not read may stay as it is.
+def cdiv(size: int, block: int) -> int:
+    return -(-size // block)
 
-    Attributes:
-        stride_h, stride_dh: the rows' distances; each row is in one piece.
-        bias_dtype: None where dbias is not due.
-        aligned: dy's and weight's storages start on 16-byte boundaries.
-    """
 
-    machine: Machine
-    device: torch.device
-    dtype: torch.dtype
-    precision: str
-    m: int
-    n: int
-    k: int
-    r: int
-    stride_dy: tuple[int, ...] = (0, 0)
-    stride_w: tuple[int, ...] = (0, 0)
-    stride_x: tuple[int, ...] = (0, 0)
-    stride_a: tuple[int, ...] = (0, 0)
-    stride_b: tuple[int, ...] = (0, 0)
-    stride_h: int = 0
-    stride_dh: int = 0
-    a_dtype: torch.dtype = torch.float32
-    b_dtype: torch.dtype = torch.float32
-    bias_dtype: torch.dtype | None = None
-    p: float = 0.0
-    dropout: bool = False
-    aligned: bool = False
+def shrink_launch(
+    config: ShrinkConfig,
+    m: int,
+    k: int,
+    r: int,
+    stride_x: tuple[int, ...],
+    stride_a: tuple[int, ...],
+    p: float,
+    precision: str,
+    dtype: torch.dtype,
+    pdl: bool = False,
+) -> Launch:
+    """``launch(stream, x, a, h, state, scale)``."""
+    if dtype is torch.float16:
+        config = _as_high_and_low(config)
+    tile = (config.block_m, config.block_k, config.block_r, config.splits, k % config.block_k == 0)
+    return Launch(
+        shrink_kernel,
+        (cdiv(m, config.block_m), cdiv(r, config.block_r), config.splits),
+        (m, k, r, dropout_threshold(p), *stride_x, *stride_a, *tile, precision, pdl),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
-    @property
-    def cell(self) -> Cell:
-        dtype = "tf32" if self.precision == "tf32" else str(self.dtype).removeprefix("torch.")
-        return Cell("backward", next_power_of_2(self.m), self.k, self.n, self.r, dtype, self.dropout)
 
-    @property
-    def split(self) -> bool:
-        """Whether h and dh enter their products as two 16-bit parts."""
-        return self.dtype.itemsize == 2
-
-    @property
-    def keep_scale(self) -> float:
-        return 1.0 / (1.0 - self.p)
-
-    @property
-    def by_descriptor(self) -> bool:
-        """Whether TMA can read dy and weight: contiguous rows, all on 16-byte boundaries, and no size of zero."""
-        rows = (self.stride_dy[0] * self.dtype.itemsize, self.stride_w[0] * self.dtype.itemsize)
-        contiguous = self.stride_dy[1] == 1 == self.stride_w[1]
-        on_boundaries = self.aligned and all(row > 0 and row % 16 == 0 for row in rows)
-        return contiguous and on_boundaries and self.n > 0 and max(self.m, self.n, self.k) < 2**31
+def _as_high_and_low(config: ShrinkConfig) -> ShrinkConfig:
+    """For fp16: x and A have a high and a low number each; a wide block of ranks or of K leaves them no registers."""
+    block_m = min(config.block_m, 32) if config.block_r > 32 else config.block_m
+    deepest = 32 if config.block_r >= 128 else 128 if config.block_r <= 16 and block_m >= 64 else 64
+    return replace(config, block_m=block_m, block_k=min(config.block_k, deepest))
 
 
 def reduce_launch(first: int, second: int, sums: int, first_count: int, count: int) -> Launch:
@@ -103,7 +86,7 @@ def reduce_launch(first: int, second: int, sums: int, first_count: int, count: i
 
 def shrink_step(
     config: ShrinkConfig,
-    c: BackwardCall,
+    c: Call,
     m: int,
     k: int,
     strides: tuple[tuple[int, ...], tuple[int, ...]],
@@ -127,13 +110,13 @@ def shrink_step(
     return step
 
 
-def dh_step(config: ShrinkConfig, c: BackwardCall) -> Step:
+def dh_step(config: ShrinkConfig, c: Call) -> Step:
     """``step(stream, dy, lora_b, scaling)`` -> dh."""
     shrink = shrink_step(config, c, c.m, c.n, (c.stride_dy, (c.stride_b[1], c.stride_b[0])))
     return lambda stream, dy, lora_b, scaling: shrink(stream, dy, lora_b, None, scaling)
 
 
-def dh_db_step(config: DhDbConfig, c: BackwardCall) -> Step:
+def dh_db_step(config: DhDbConfig, c: Call) -> Step:
     """``step(stream, dy, lora_b, h, scaling)`` -> dh, db, and dbias where it is due."""
     m, n, r, device = c.m, c.n, c.r, c.device
     if c.bias_dtype is not None and c.machine.capability < 90:  # dbias too: the widest tile leaves it no registers
@@ -169,13 +152,13 @@ def dh_db_step(config: DhDbConfig, c: BackwardCall) -> Step:
     return step
 
 
-def db_step(config: OuterConfig, c: BackwardCall) -> Step:
+def db_step(config: OuterConfig, c: Call) -> Step:
     """``step(stream, dy, h, scaling)`` -> db alone."""
     outer = _outer_step(config, c, c.n, c.stride_h, c.stride_dy, 0.0, (c.n, c.r), (1, c.r), c.b_dtype)
     return lambda stream, dy, h, scaling: outer(stream, h, dy, None, scaling)
 
 
-def da_step(config: OuterConfig, c: BackwardCall) -> Step:
+def da_step(config: OuterConfig, c: Call) -> Step:
     """``step(stream, dh, x, state)`` -> da in ``c.a_dtype``."""
     outer = _outer_step(config, c, c.k, c.stride_dh, c.stride_x, c.p, (c.r, c.k), (c.k, 1), c.a_dtype)
     scale = c.keep_scale
@@ -184,7 +167,7 @@ def da_step(config: OuterConfig, c: BackwardCall) -> Step:
 
 def _outer_step(
     config: OuterConfig,
-    c: BackwardCall,
+    c: Call,
     columns: int,
     stride_left: int,
     stride_x: tuple[int, ...],
@@ -222,7 +205,7 @@ def _outer_step(
     return step
 
 
-def dx_step(plan: BackwardPlan, c: BackwardCall) -> Step:
+def dx_step(plan: BackwardPlan, c: Call) -> Step:
     """``step(stream, dy, weight, dh, lora_a, state)`` -> dx, by the plan's way."""
     if isinstance(plan, DxFused):
         return _dx_fused(plan.gemm, plan.variant, c)
@@ -230,7 +213,7 @@ def dx_step(plan: BackwardPlan, c: BackwardCall) -> Step:
     return lambda stream, dy, weight, dh, lora_a, state: several(stream, [dy], [weight], dh, lora_a, state)
 
 
-def _dx_fused(g: GemmConfig, variant: str, c: BackwardCall) -> Step:
+def _dx_fused(g: GemmConfig, variant: str, c: Call) -> Step:
     shape = (c.m, c.k)
     sizes = (c.m, c.n, c.k, c.r, c.keep_scale, dropout_threshold(c.p))
     tiles = cdiv(c.m, g.block_rows) * cdiv(c.k, g.block_columns)
@@ -255,7 +238,7 @@ def _dx_fused(g: GemmConfig, variant: str, c: BackwardCall) -> Step:
     return step
 
 
-def input_grad_step(config: ExpandConfig, c: BackwardCall, starts: tuple[int, ...], base_first: bool = False) -> Step:
+def input_grad_step(config: ExpandConfig, c: Call, starts: tuple[int, ...], base_first: bool = False) -> Step:
     """``step(stream, dys, weights, dh, lora_a, states)`` -> Σ_i dy_i W_i + D_i * (dh_i A_i).
 
     Member i has the columns of dh and the rows of lora_a from ``starts[i]`` on, and row i of ``states``. The low-rank
@@ -284,7 +267,7 @@ def input_grad_step(config: ExpandConfig, c: BackwardCall, starts: tuple[int, ..
     return step
 
 
-def low_rank_launch(config: ExpandConfig, c: BackwardCall, starts: tuple[int, ...], add: bool) -> Launch:
+def low_rank_launch(config: ExpandConfig, c: Call, starts: tuple[int, ...], add: bool) -> Launch:
     """``launch(stream, dh, lora_a, states, dx)``: the low-rank terms are written to dx, or added to it."""
     if c.dtype is torch.float16 and c.machine.capability < 90:  # A in two parts: the mask leaves them no registers
         config = replace(config, block_r=min(config.block_r, 16))

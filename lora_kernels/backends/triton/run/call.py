@@ -1,0 +1,211 @@
+"""One call of an operator, by all that a run of it depends on; and the keys that a run is kept by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..choose import blocks
+from ..choose.blocks import Machine, next_power_of_2
+from ..choose.plans import Cell
+from .prepared import alignment, matrix, precision_of
+
+__all__ = ["Call", "backward_key", "forward_key"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """What a run is made ready for, in both passes; a field that its kernels do not read may stay as it is.
+
+    Attributes:
+        m, k, n, r: rows, in_features, out_features, rank.
+        stride_h, stride_dh: the rows' distances; each row is in one piece.
+        a_dtype, b_dtype, bias_dtype: of the gradients; ``bias_dtype`` is None where dbias is not due.
+        dropout: whether there is a mask, with probability ``p`` of a drop.
+        gain: whether a gain acts on the sum.
+        by_descriptor: whether TMA can read what the large product multiplies, x or dy and weight.
+    """
+
+    machine: Machine
+    device: torch.device
+    dtype: torch.dtype
+    precision: str
+    m: int
+    r: int
+    k: int = 0
+    n: int = 0
+    stride_x: tuple[int, ...] = (0, 0)
+    stride_dy: tuple[int, ...] = (0, 0)
+    stride_w: tuple[int, ...] = (0, 0)
+    stride_a: tuple[int, ...] = (0, 0)
+    stride_b: tuple[int, ...] = (0, 0)
+    stride_bias: int = 0
+    stride_gain: int = 0
+    stride_h: int = 0
+    stride_dh: int = 0
+    a_dtype: torch.dtype = torch.float32
+    b_dtype: torch.dtype = torch.float32
+    bias_dtype: torch.dtype | None = None
+    p: float = 0.0
+    dropout: bool = False
+    gain: bool = False
+    by_descriptor: bool = False
+
+    @staticmethod
+    def over(left: Tensor, weight: Tensor | None = None, **fields: Any) -> Call:
+        """Of an operator that reads ``left``, x or dy; its large product, if it has one, is that with ``weight``."""
+        return Call(
+            machine=blocks.machine_of(left.device),
+            device=left.device,
+            dtype=left.dtype,
+            precision=precision_of(left.dtype),
+            m=left.shape[0],
+            stride_w=(0, 0) if weight is None else weight.stride(),
+            by_descriptor=weight is not None and _tma_reads(left, weight),
+            **fields,
+        )
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor | None,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        p: float,
+        state: Tensor | None,
+        h: Tensor | None = None,
+        gain: Tensor | None = None,
+    ) -> Call:
+        """Of a whole forward pass; or, with ``h``, of the product alone."""
+        return Call.over(
+            x,
+            weight,
+            k=x.shape[1],
+            n=weight.shape[0],
+            r=lora_b.shape[1],
+            stride_x=x.stride(),
+            stride_a=() if lora_a is None else lora_a.stride(),
+            stride_b=lora_b.stride(),
+            stride_bias=0 if bias is None else bias.stride(0),
+            stride_gain=0 if gain is None else gain.stride(0),
+            stride_h=lora_b.shape[1] if h is None else h.stride(0),
+            p=p,
+            dropout=state is not None,
+            gain=gain is not None,
+        )
+
+    @staticmethod
+    def backward(
+        dy: Tensor,
+        x: Tensor | None,
+        weight: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        p: float,
+        state: Tensor | None,
+    ) -> Call:
+        """Of a whole backward pass; h, where it is due, and dh are contiguous."""
+        r, k = lora_a.shape
+        return Call.over(
+            dy,
+            weight,
+            k=k,
+            n=dy.shape[1],
+            r=r,
+            stride_dy=dy.stride(),
+            stride_x=(0, 0) if x is None else x.stride(),
+            stride_a=lora_a.stride(),
+            stride_b=lora_b.stride(),
+            stride_h=r,
+            stride_dh=r,
+            a_dtype=lora_a.dtype,
+            b_dtype=lora_b.dtype,
+            bias_dtype=None if bias is None else bias.dtype,
+            p=p,
+            dropout=state is not None,
+        )
+
+    def cell(self, direction: str) -> Cell:
+        """What the choice of a plan for ``direction`` depends on."""
+        dtype = "tf32" if self.precision == "tf32" else str(self.dtype).removeprefix("torch.")
+        return Cell(direction, next_power_of_2(self.m), self.k, self.n, self.r, dtype, self.dropout)
+
+    @property
+    def split(self) -> bool:
+        """Whether h and dh enter their products as two 16-bit numbers, a high and a low one."""
+        return self.dtype.itemsize == 2
+
+    @property
+    def keep_scale(self) -> float:
+        """What an element that is kept is multiplied by."""
+        return 1.0 / (1.0 - self.p)
+
+
+def _tma_reads(left: Tensor, weight: Tensor) -> bool:
+    """Whether TMA can read both: contiguous rows, all on 16-byte boundaries, and no size of zero."""
+    contiguous = left.stride(1) == 1 == weight.stride(1)
+    rows = (left.stride(0) * left.itemsize, weight.stride(0) * left.itemsize)
+    on_boundaries = alignment(left, weight) == 0 and all(row > 0 and row % 16 == 0 for row in rows)
+    return contiguous and on_boundaries and left.shape[1] > 0 and max(*left.shape, *weight.shape) < 2**31
+
+
+def forward_key(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, p: float, state: Tensor | None
+) -> tuple[Any, ...]:
+    """All that a run depends on; the device's index comes first.
+
+    Contiguous parameters need no strides: those of sizes above 1 follow from the shapes, and no other is used.
+    """
+    if weight.is_contiguous() and lora_a.is_contiguous() and lora_b.is_contiguous():
+        strides: Any = bias is None or bias.stride()
+    else:
+        strides = (weight.stride(), lora_a.stride(), lora_b.stride(), bias is None or bias.stride())
+    dtype = x.dtype
+    return (
+        x.get_device(),
+        dtype,
+        x.shape,
+        x.stride(),
+        weight.shape,
+        lora_a.shape,
+        lora_a.dtype,
+        lora_b.dtype,
+        None if bias is None else bias.dtype,
+        strides,
+        p,
+        state is None,
+        alignment(x, weight, lora_a, lora_b, bias, state),
+        dtype is not torch.float32 or precision_of(dtype),
+    )
+
+
+def backward_key(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    h: Tensor | None,
+    p: float,
+    state: Tensor | None,
+) -> tuple[Any, ...]:
+    """All that a run depends on; the device's index comes first."""
+    return (
+        *matrix(dy),
+        None if x is None else x.stride(),
+        None if weight is None else weight.stride(),
+        *matrix(lora_a),
+        *matrix(lora_b),
+        None if bias is None else bias.dtype,
+        h is None,
+        p,
+        state is None,
+        alignment(dy, x, weight, lora_a, lora_b, h, state),
+        precision_of(dy.dtype),
+    )
