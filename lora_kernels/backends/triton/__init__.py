@@ -21,7 +21,7 @@ __all__ = ["BACKEND", "interpreter_fault"]
 
 
 class TritonBackend:
-    """One read of x for h, the dropout mask never in memory, forward by the plan that suits the size; see ``plans``."""
+    """One read of x for h, the dropout mask never in memory, each pass by the plan that suits the size (``choose``)."""
 
     name = "triton"
 

@@ -1,4 +1,4 @@
-"""The operators of ``ops.py`` for whole layers, on top of the kernels; their parts are in ``part_operators.py``.
+"""The operators of ``ops.py`` for whole layers, on top of the kernels; the others are in ``part_operators.py``.
 
 Launches: ``forward`` and ``backward`` as their plans say (``choose.plans``); ``mask`` 1. Empty results launch nothing.
 All outputs come from ``torch.empty`` and are written in full. What depends on sizes, strides, dtypes and alignments

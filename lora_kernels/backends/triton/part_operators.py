@@ -97,7 +97,7 @@ def product(
     precision, tensors = precision_of(x.dtype), (x, weight, lora_b, h)
     vectors = tuple(None if t is None else (t.dtype, t.stride()) for t in (bias, gain))
     aligned = alignment(*tensors, bias, gain)
-    key = ("product", *(part for t in tensors for part in matrix(t)), *vectors, with_linear, aligned, precision)
+    key = ("product", *(told for t in tensors for told in matrix(t)), *vectors, with_linear, aligned, precision)
     arguments = (x, weight, lora_b, bias, gain, h, None, linear, float(scaling))
     with on_device(x.device):
         stream, found = current_stream(key[1]), _steps.get(key)
@@ -192,7 +192,7 @@ def input_grad(
     members = (*dys, *weights) if len(dys) == 1 else ()  # several go to the library, which takes any
     tensors = (*members, dh, lora_a)
     aligned = alignment(*tensors, state)
-    key = ("input_grad", *(part for t in tensors for part in matrix(t)), ranks, p, state is None, aligned, precision)
+    key = ("input_grad", *(told for t in tensors for told in matrix(t)), ranks, p, state is None, aligned, precision)
     with on_device(device):
         stream, found = current_stream(dys[0].get_device()), _steps.get(key)
         if len(dys) == 1:

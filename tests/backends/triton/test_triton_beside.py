@@ -63,7 +63,7 @@ def test_it_is_forked_and_joined(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_stream_has_a_side_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph that one thread captures must not take what another thread launches."""
     noting(monkeypatch, [])
-    beside = streams.Beside(torch.device("cuda", 0))
+    beside = streams.SideStream(torch.device("cuda", 0))
     mains = [torch.cuda.Stream(0), torch.cuda.Stream(0)]
     mains[1].cuda_stream = 9
     first, again, other = (beside._side_of(main) for main in (mains[0], mains[0], mains[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import multiprocessing
 import threading
@@ -202,15 +203,25 @@ def test_rows_of_other_kernels_are_passed_over_and_told(folders: Folders, monkey
 
 
 def test_the_digest_is_of_the_device_code_alone(tmp_path: Path) -> None:
-    for name in ("a.py", "b.py"):
+    """Of files in subfolders too; not of ``__init__.py``, where sentences are and no code."""
+    names = ("a.py", "b.py", "newer/b.py")
+    (tmp_path / "newer").mkdir()
+    for name in names:
         (tmp_path / name).write_text("x = 1\n")
     before = table.digest_of_kernels.__wrapped__(tmp_path)
-    (tmp_path / "notes.txt").write_text("no code")
-    assert table.digest_of_kernels.__wrapped__(tmp_path) == before
-    (tmp_path / "b.py").write_text("x = 2\n")
+    for name in ("notes.txt", "__init__.py", "newer/__init__.py"):
+        (tmp_path / name).write_text("no code")
+        assert table.digest_of_kernels.__wrapped__(tmp_path) == before
+    for name in names:
+        (tmp_path / name).write_text("x = 2\n")
+        changed = table.digest_of_kernels.__wrapped__(tmp_path)
+        assert changed != before, name
+        before = changed
+    (tmp_path / "newer" / "b.py").rename(tmp_path / "newer" / "c.py")
     assert table.digest_of_kernels.__wrapped__(tmp_path) != before
+    heads = [ast.parse(path.read_text()).body for path in table.KERNELS.rglob("__init__.py")]
+    assert all(isinstance(line, ast.Expr) for head in heads for line in head), "an __init__.py has code"
     assert all(path.suffix == ".py" for path in table.KERNELS.iterdir() if path.is_file())
-    assert len(list(table.KERNELS.glob("*.py"))) == len(list(table.KERNELS.rglob("*.py")))
 
 
 def test_the_tables_that_ship_are_sound() -> None:

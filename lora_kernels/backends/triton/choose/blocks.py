@@ -253,8 +253,8 @@ def gemm_configs(
     tile's work."""
     if machine.interpreter:
         return (GemmConfig(16, 32, 64, 16, 2, 4, 1),)
-    # What the compiler's report (compile_report.py) allows without spills: a rank that is no multiple of 16 takes
-    # narrow steps, and the widest tile is Hopper's; on sm_100 its two accumulators would overflow tensor memory.
+    # What the compiler's report (offline/compile_report.py) allows without spills: a rank that is no multiple of 16
+    # takes narrow steps, and the widest tile is Hopper's; on sm_100 its two accumulators would overflow tensor memory.
     block_r = 16 if r % 16 or machine.capability < 90 or dropout else min(next_power_of_2(r), 32)
     wide = 90 <= machine.capability < 100 and not (dropout and r % 16)
     largest = 128 * 256 if wide else 128 * 128

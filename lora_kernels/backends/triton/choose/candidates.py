@@ -108,7 +108,7 @@ def _variant_runs(machine: Machine, cell: Cell, variant: str) -> bool:
 def _persistent_runs(machine: Machine, cell: Cell) -> bool:
     """Whether the persistent kernels run, forward's and dx's. TMA came with 9.0, and they are for 16 bits.
 
-    On 10.0 not over fp16. There the high and low parts overflow tensor memory under wide tiles, and Triton 3.7 then
+    On 10.0 not over fp16. There the high and low numbers overflow tensor memory under wide tiles, and Triton 3.7 then
     compiles the whole kernel to a trap. The pointer variant and the compositions remain.
     """
     if machine.interpreter:
@@ -137,7 +137,7 @@ def _forward(machine: Machine, cell: Cell) -> Iterator[ForwardPlan]:
 
 
 def _few_tokens(machine: Machine, cell: Cell) -> Iterator[tuple[FewTokensConfig, int]]:
-    """Strips of y and parts of K; about as many programs as the machine holds."""
+    """Strips of y, and splits of K; about as many programs as the machine holds."""
     sizes = (cell.n, cell.r, cell.itemsize, cell.tf32)
     configs = dict.fromkeys(few_tokens_config(machine, *sizes, block_n) for block_n in (16, 32, 64))
     for config in filter(None, configs):

@@ -3,7 +3,7 @@
 ============ ===================================================================================== ========
 forward      what runs                                                                             launches
 ============ ===================================================================================== ========
-FewTokens    one pass over W that forms y and h; with ``splits`` > 1 each takes a part of K        1, or 2
+FewTokens    one pass over W that forms y and h; with ``splits`` > 1 each takes a share of K       1, or 2
 Fused        h, then one product whose accumulator takes s h Bᵀ as an additional K step            2
 LoraFirst    h, then y₀ = bias + s h Bᵀ, then the library's product accumulates onto it (beta = 1) 3
 BaseFirst    h, then the library's product, then bias + s h Bᵀ is added onto it in place           3

@@ -71,7 +71,7 @@ class Row:
     """What was measured for one cell, and the plan that is taken there.
 
     Attributes:
-        us, floor_us: microseconds of the plan, and of the frozen ``nn.Linear`` beside it; medians.
+        us, floor_us: microseconds of the plan, and of the frozen ``nn.Linear`` of the same rounds; medians.
         ratio: the plan's time over the floor's of the same round, median.
         kinds: for each kind of plan, the best ratio that one of it reached.
         predicted_us: what the model held of the plan.
@@ -153,10 +153,14 @@ def minor(version: str) -> str:
 
 @lru_cache(maxsize=1)
 def digest_of_kernels(folder: Path = KERNELS) -> str:
-    """Of the device code: what was measured of other kernels says nothing of these."""
+    """Of the device code: what was measured of other kernels says nothing of these.
+
+    Subfolders count; an ``__init__.py`` does not, for it has no code, and a sentence of it would orphan every table.
+    """
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*.py")):
+        if path.name != "__init__.py":
+            digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -255,7 +259,7 @@ def _begun(path: Path, device: DeviceName) -> Table:
 def _locked(path: Path) -> Iterator[None]:
     """Held by one process at a time, wherever it writes; the system lets go of it when the process ends.
 
-    The lock is a file of the user's cache: beside a table that is to be shipped, none is left.
+    The lock is a file of the user's cache: in the folder of a table that is to be shipped, none is left.
     """
     try:
         import fcntl

@@ -1,6 +1,6 @@
 """Which plan was measured quickest on this device: the tables that ship with the package, merged with the user's own.
 
-For a device ``slug(name).json`` is read from the folder ``tuned`` beside this file, then from the user's cache, whose
+For a device ``slug(name).json`` is read from the folder ``tuned`` next to this file, then from the user's cache, whose
 rows win. Rows that were measured under another minor version of Triton, or of other kernels than these, do not count:
 they are passed over, and ``lora-kernels info`` tells how many and why. Nothing is read before the first
 ``lookup`` of a device, and a device's tables are read once in a process.
@@ -81,7 +81,7 @@ _lock = threading.Lock()
 
 
 def lookup(device: torch.device, cell: Cell) -> Plan | None:
-    """The plan that was measured on ``device`` for ``cell`` or, by this module's rule, beside it; None: ask the model.
+    """The plan that was measured on ``device`` for ``cell`` or, by this module's rule, near it; None: ask the model.
 
     A file that cannot be used is passed over with one warning; nothing is raised for it.
     """

@@ -39,7 +39,7 @@ _TYPE_NAMES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A layer to compile for: K = N = 4096 and ``m`` tokens; ``parts``: the part operators too."""
+    """A layer to compile for: K = N = 4096 and ``m`` tokens; ``part_operators``: these too."""
 
     dtype: torch.dtype
     r: int = 16
@@ -47,7 +47,7 @@ class Case:
     adapter_dtype: torch.dtype | None = None
     tf32: bool = False
     m: int = 8192
-    parts: bool = False
+    part_operators: bool = False
 
     def __str__(self) -> str:
         name = "tf32" if self.tf32 else _TYPE_NAMES[self.dtype]
@@ -57,21 +57,21 @@ class Case:
 
 _FP16, _BF16, _FP32 = torch.float16, torch.bfloat16, torch.float32
 CASES = (
-    Case(_BF16, parts=True),
+    Case(_BF16, part_operators=True),
     Case(_BF16, p=0.1),
     Case(_BF16, r=8, adapter_dtype=_FP32),
     Case(_BF16, r=32, p=0.1, adapter_dtype=_FP32),
-    Case(_BF16, r=64, p=0.1, adapter_dtype=_FP32, parts=True),
+    Case(_BF16, r=64, p=0.1, adapter_dtype=_FP32, part_operators=True),
     Case(_BF16, r=128, p=0.1),
     Case(_BF16, r=300, p=0.1, adapter_dtype=_FP32),
     Case(_BF16, m=512, r=16, p=0.1, adapter_dtype=_FP32),
     Case(_BF16, m=8, r=16, p=0.1, adapter_dtype=_FP32),
-    Case(_FP16, p=0.1, parts=True),
-    Case(_FP16, r=64, p=0.1, adapter_dtype=_FP32, parts=True),
+    Case(_FP16, p=0.1, part_operators=True),
+    Case(_FP16, r=64, p=0.1, adapter_dtype=_FP32, part_operators=True),
     Case(_FP16, m=8, r=16, p=0.1, adapter_dtype=_FP32),
     Case(_FP32, tf32=True),
     Case(_FP32, tf32=True, r=64, p=0.1),
-    Case(_FP32, p=0.1, parts=True),
+    Case(_FP32, p=0.1, part_operators=True),
 )
 QUICK = (CASES[4], CASES[8])  # rank 64 with dropout, and few tokens
 
@@ -150,9 +150,9 @@ def jobs_of(case: Case, arch: int) -> Iterator[Job]:
         for backward in backward_plans_of(machine, back):
             operators.run_backward(backward, dy, x, weight, lora_a, lora_b, None, h, 2.5, p, state)
             operators.run_backward(backward, dy, x, weight, lora_a, lora_b, None, None, 2.5, p, state)
-        if case.parts or r > 128:
+        if case.part_operators or r > 128:
             part_operators.row_norms(weight, lora_a, lora_b, 2.5)
-        if case.parts:
+        if case.part_operators:
             part_operators.gain_grad(dy, dy, gain, bias)
             part_operators.output_grads(dy, lora_b, h, bias, 2.5)
             part_operators.input_grad([dy, dy], [weight, weight], [h, h], [lora_a, lora_a], p, 2 * states)

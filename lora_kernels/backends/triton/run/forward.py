@@ -127,7 +127,7 @@ def _fused(plan: Fused, c: Call) -> Product:
     tiles = cdiv(c.m, g.block_rows) * cdiv(c.n, g.block_columns)
     tile = (g.block_rows, g.block_columns, g.block_sum, g.block_r, g.group_m, plan.shrink.splits)
     options: dict[str, Any] = {"num_warps": g.num_warps, "num_stages": g.num_stages}
-    if c.dtype is torch.float16 and plan.variant == "flattened":  # a stage of the one loop holds parts of h and B too
+    if c.dtype is torch.float16 and plan.variant == "flattened":  # a stage of the one loop holds high and low h and B
         options["num_stages"] = min(g.num_stages, 3)
     if plan.pdl and not c.machine.interpreter:
         options["launch_pdl"] = True
@@ -227,7 +227,7 @@ def _few_tokens(plan: FewTokens, c: Call) -> Run:
         raise InvalidArgumentError(
             f"the plan {plan} is for at most {config.block_m} tokens of rank {config.block_r}; got {c.m} of rank {c.r}."
         )
-    if c.dtype is torch.float16:  # x and A in two parts each: a deeper tile leaves them no registers
+    if c.dtype is torch.float16:  # x and A, high and low: a deeper tile leaves them no registers
         config = replace(config, block_k=min(config.block_k, 128))
     static: tuple[Any, ...] = (c.m, c.n, c.k, c.r, c.keep_scale, dropout_threshold(c.p))
     static += (*c.stride_x, *c.stride_w, *c.stride_a, *c.stride_b, c.stride_bias)

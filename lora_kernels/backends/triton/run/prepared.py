@@ -91,7 +91,7 @@ class Cache(dict[Hashable, _Ready]):
 
 
 def alignment(*tensors: Tensor | None) -> int | tuple[bool, ...]:
-    """0 where all storages start on 16-byte boundaries, else which do: a part of every key."""
+    """0 where all storages start on 16-byte boundaries, else which do: it belongs to every key."""
     found = 0
     for tensor in tensors:
         if tensor is not None:

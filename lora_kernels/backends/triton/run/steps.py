@@ -121,7 +121,7 @@ def dh_db_step(config: DhDbConfig, c: Call) -> Step:
     m, n, r, device = c.m, c.n, c.r, c.device
     if c.bias_dtype is not None and c.machine.capability < 90:  # dbias too: the widest tile leaves it no registers
         config = replace(config, block_n=min(config.block_n, 128))
-    if c.dtype is torch.float16:  # dy and B in two parts: the same; fewer ranks, for less wide tiles write more of dh
+    if c.dtype is torch.float16:  # dy and B, high and low: the same; fewer ranks, for less wide tiles write more of dh
         config = replace(config, block_n=min(config.block_n, 64), block_r=min(config.block_r, 32))
     dh_count, count = cdiv(n, config.block_n), cdiv(m, config.chunk_m)
     tile = (config.block_m, config.block_n, config.block_r)
@@ -177,7 +177,7 @@ def _outer_step(
     dtype: torch.dtype,
 ) -> Step:
     """``step(stream, left, x, state, scale)`` -> scale leftᵀ (x * keep); ``strides`` are of rank and column."""
-    if c.dtype is torch.float16:  # x in two parts: taller blocks leave it no registers
+    if c.dtype is torch.float16:  # x, high and low: taller blocks leave it no registers
         config = replace(config, block_m=min(config.block_m, 32))
     chunk_m = config.block_m * cdiv(cdiv(c.m, config.splits), config.block_m)
     count, device, size = cdiv(c.m, chunk_m), c.device, c.r * columns
@@ -269,7 +269,7 @@ def input_grad_step(config: ExpandConfig, c: Call, starts: tuple[int, ...], base
 
 def low_rank_launch(config: ExpandConfig, c: Call, starts: tuple[int, ...], add: bool) -> Launch:
     """``launch(stream, dh, lora_a, states, dx)``: the low-rank terms are written to dx, or added to it."""
-    if c.dtype is torch.float16 and c.machine.capability < 90:  # A in two parts: the mask leaves them no registers
+    if c.dtype is torch.float16 and c.machine.capability < 90:  # A, high and low: the mask leaves them no registers
         config = replace(config, block_r=min(config.block_r, 16))
     tile = (config.block_m, config.block_n, config.block_r, add, c.split, c.precision)
     return Launch(

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Beside", "Together", "in_turn", "together_on"]
+__all__ = ["SideStream", "Together", "in_turn", "together_on"]
 
 Large: TypeAlias = Callable[[int | None], Tensor]  # large(raw stream) -> its result
 Small: TypeAlias = Callable[[int | None], tuple[Tensor | None, ...]]  # small(raw stream) -> its results
@@ -18,7 +18,7 @@ Together: TypeAlias = Callable[[int | None, Large, Small], tuple[Tensor, Any]]
 
 def together_on(device: torch.device, beside: bool) -> Together:
     """``together(stream, large, small)`` -> both results; neither may need the other's."""
-    return Beside(device) if beside and device.type == "cuda" else in_turn
+    return SideStream(device) if beside and device.type == "cuda" else in_turn
 
 
 def in_turn(stream: int | None, large: Large, small: Small) -> tuple[Tensor, Any]:
@@ -26,7 +26,7 @@ def in_turn(stream: int | None, large: Large, small: Small) -> tuple[Tensor, Any
     return large(stream), small(stream)
 
 
-class Beside:
+class SideStream:
     """``small`` on the current stream's side stream, between two events: it begins after what was launched before, and
     what is launched next waits for it. A CUDA graph that is captured takes both branches; nothing outlives the call, so
     the memory of either piece may go back to the allocator as if there had been one stream."""
