@@ -170,3 +170,42 @@ def test_nothing_is_computed_that_is_not_due(
     launched.clear()
     y.backward(i.dy)
     assert launched == kernels
+
+
+@pytest.mark.parametrize(
+    ("way", "kernel", "m", "split", "whole"),
+    [
+        ("h", "shrink_kernel", 64, 8192, 256),
+        ("dh", "shrink_kernel", 64, 8192, 256),
+        ("da", "da_kernel", 8192, 1024, 65536),
+        ("db", "da_kernel", 8192, 1024, 65536),
+    ],
+)
+def test_a_part_is_split_by_its_own_columns(
+    way: str, kernel: str, m: int, split: int, whole: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x's for h and da, dy's for dh and db, on a described GPU; a rank of 128 takes dy twice."""
+    from lora_kernels.backends.triton import part_operators
+    from lora_kernels.backends.triton.choose import blocks
+    from lora_kernels.backends.triton.offline.compile_jobs import ARCHITECTURES
+    from lora_kernels.backends.triton.run.prepared import Launch
+
+    def run(columns: int) -> None:
+        wide, h = (torch.empty(m, n, dtype=BF16, device="meta") for n in (columns, 128))
+        a, b = torch.empty(16, columns, device="meta"), torch.empty(columns, 128, device="meta")
+        {
+            "h": lambda: part_operators.shrink(wide, a, 0.0, None),
+            "dh": lambda: part_operators.output_grads(wide, b[:, :16], None, None, 1.0),
+            "da": lambda: part_operators.a_grad(h[:, :16].float(), wide, 0.0, None),
+            "db": lambda: part_operators.output_grads(wide, b, h.float(), None, 1.0),
+        }[way]()
+
+    grids = []
+    monkeypatch.setattr(blocks, "machine_of", lambda device: ARCHITECTURES[90])
+    monkeypatch.setattr(Launch, "__call__", lambda self, *arguments: grids.append((self.kernel.__name__, self.grid)))
+    part_operators.forget()
+    for columns in (split, whole):
+        run(columns)
+    part_operators.forget()
+    first, second = (grid[2] for name, grid in grids if name == kernel)
+    assert first > 1 == second
