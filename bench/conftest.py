@@ -17,7 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from lora_kernels.benchmark.presets import preset
 from lora_kernels.benchmark.providers import PROVIDERS, Layer, Provider, Setup, make_setups
 from lora_kernels.benchmark.results import Cell
-from lora_kernels.benchmark.runner import admit, candidate, expand_peers, run_cell
+from lora_kernels.benchmark.runner import admit, candidate, expand_peers, providers_of, run_cell
 from lora_kernels.benchmark.workloads import Workload
 
 _CELL_SECONDS = 0.5
@@ -35,7 +35,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "workload" not in metafunc.fixturenames:
         return
     chosen = preset(metafunc.config.getoption("--bench-preset"))
-    pairs = [(w, p) for w in chosen.workloads if w.direction in directions for p in expand_peers(chosen.peers)]
+    pairs = [(w, p) for w in chosen.workloads if w.direction in directions for p in providers_of(chosen, None)]
     metafunc.parametrize(("workload", "provider"), pairs, ids=[f"{w}-{p.name}".replace(" ", "-") for w, p in pairs])
 
 

@@ -157,7 +157,7 @@ def render(outcomes: Sequence[Outcome]) -> str:
 def source_id() -> str:
     """A hash of the package and its tests: results of other code are no reason to skip a stage."""
     digest = hashlib.sha256()
-    folders, suffixes = ("lora_kernels", "tests", "csrc"), (".py", ".h", ".cpp", ".cu", ".cuh")
+    folders, suffixes = ("lora_kernels", "tests", "csrc", "bench/lorafusion"), (".py", ".h", ".cpp", ".cu", ".cuh")
     for path in sorted(p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in suffixes):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

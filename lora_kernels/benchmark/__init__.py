@@ -5,7 +5,7 @@
 ``presets``     grids of cells by name; ``gpu_presets``: those for a GPU, and what they take
 ``setups``      a cell's tensors, a layer, a provider: what providers are made of
 ``providers``   the floor, the rivals and this package's backends, all around the same weight
-``lorafusion``  a rival rebuilt from its description, with its kernels
+``rebuilt``     the rival that is rebuilt in a checkout's ``bench/lorafusion``
 ``gate``        correctness before each timing
 ``timing``      interleaved rounds, ratios within the round; host clock, CUDA events or CUDA graphs
 ``capture``     a CUDA graph whose failure harms nothing; ``device``: clock and load of the GPU

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..console import Progress, check_plot, check_writable, names, progress_bars, progress_lines, stdout_console
 from ..errors import InvalidArgumentError
+from . import rebuilt
 from .presets import PRESETS, preset
 from .workloads import DIRECTIONS, DTYPES, FIELDS, LAYER
 
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``bench`` to ``parser``."""
     listed = "; ".join(f"{p.name}: {p.describe}" for p in PRESETS.values())
     block = "gpu-block: a decoder block of Llama-3-8B's sizes, trained for a step, beside PEFT's; on any device"
+    rival = f"{rebuilt.NAME}, " if rebuilt.why_absent() is None else ""
     parser.add_argument(
         "--preset", default="quick", metavar="NAME", help=f"what to measure (default: quick). {listed}; {block}"
     )
@@ -41,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers",
         nargs="+",
         metavar="NAME",
-        help="peft, peft16, compile, addmm, lora_first, auto, a backend's name, or 'ours' for auto "
+        help=f"peft, peft16, compile, addmm, lora_first, {rival}auto, a backend's name, or 'ours' for auto "
         "and all backends; of the presets with DoRA and several layers, "
         "peft-lora, peft-dora, fused-lora, fused-dora, ours-lora, ours-dora, group (default: the preset's). The floor, "
         "the frozen nn.Linear, always runs",
@@ -84,14 +86,14 @@ def run(args: argparse.Namespace) -> int:
         InvalidArgumentError: an unknown preset, peer or dtype, a file that cannot be written or resumed, no GPU.
         MissingExtraError: --plot without matplotlib.
     """
-    from .runner import expand_peers, run_preset
+    from .runner import providers_of, run_preset
 
     if args.preset == "gpu-block":
         return _block(args)
     shown = None if args.show is None else _load(args.show)
     chosen = _narrowed(preset(args.preset if shown is None else shown.preset), args)
     peers = names(args.peers) or None
-    providers = expand_peers(chosen.peers if peers is None else peers)
+    providers = providers_of(chosen, peers)
     if args.plot:
         from .plot import check_plottable
 
@@ -110,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidArgumentError("--resume goes on where --json's file ends: name the file with --json.")
     date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     if args.predict:
-        return _predict(args, chosen, providers, date)
+        return _predict(args, chosen, providers, date, rebuilt.left_out(() if peers else chosen.peers))
     device = _device(args.device, chosen)
     if args.profile:
         return _profile(args, chosen, providers, device, date)
@@ -189,11 +191,18 @@ def _earlier(args: argparse.Namespace, name: str, device: str, peers: Sequence[s
     return continued(args.json, name, environment(device), args.seed, peers)
 
 
-def _predict(args: argparse.Namespace, chosen: Preset, providers: Sequence[Provider], date: str) -> int:
+def _predict(
+    args: argparse.Namespace,
+    chosen: Preset,
+    providers: Sequence[Provider],
+    date: str,
+    left_out: dict[str, dict[str, str]],
+) -> int:
     from .prediction import predict_preset
     from .roofline import MACHINES
 
     result = predict_preset(chosen, MACHINES[args.predict], providers, date)
+    result.environment.update(left_out)
     if args.json:
         result.save(args.json)
     _print(result)
@@ -240,6 +249,8 @@ def _print(result: Result) -> None:
     of_models = any(cell.workload.subject != LAYER for cell in result.cells)
     maker = ratios if of_models else beside if result.predicted else table
     console = stdout_console() if _rich() else None
+    for sentence in result.environment.get("left_out", {}).values():
+        print(sentence, end="\n\n")
     for direction in DIRECTIONS:
         if any(cell.workload.direction == direction for cell in result.cells):
             content = maker(result, direction)

@@ -80,10 +80,11 @@ def release_memory(device: str) -> None:
 
 @cache
 def source_id() -> str:
-    """A hash of the package's sources: what tells one state of a checkout from the next, with or without git."""
+    """A hash of the package's and the rebuilt rival's sources: it tells states of a checkout apart."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
-    for folder, pattern in ((package, "*.py"), (package.parent / "csrc", "*.*")):
+    places = ((package, "*.py"), (package.parent / "csrc", "*.*"), (package.parent / "bench" / "lorafusion", "*.py"))
+    for folder, pattern in places:
         for path in sorted(folder.rglob(pattern)):
             digest.update(str(path.relative_to(package.parent)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import dispatch
 from ..nn import FusedLoRALinear
-from . import lorafusion
+from . import rebuilt
 from .model_providers import MODEL_PROVIDERS, why_not_peft
 from .models import ModelSetup
 from .setups import FLOOR, Layer, Provider, Setup, make_setups
@@ -202,7 +202,7 @@ PROVIDERS = {
         Provider("compile", "PEFT compiled", _build_compiled, why_not_peft),
         Provider("addmm", "addmm_", _build_composition(lora_first=False)),
         Provider("lora_first", "LoRA first", _build_composition(lora_first=True)),
-        Provider("lorafusion", "LoRAFusion", lorafusion.build, lorafusion.why_not),
+        Provider(rebuilt.NAME, "LoRAFusion", rebuilt.build, rebuilt.why_not),
         Provider("auto", "lora_kernels", _build_ours(None), ours=True),
         *(
             Provider(name, f"ours, {name}", _build_ours(name), _why_not_ours(name), True, name)

@@ -18,7 +18,7 @@ from ..backends.triton.choose.blocks import machine_of, next_power_of_2
 from ..backends.triton.choose.candidates import plan_for
 from ..console import Progress
 from ..errors import InvalidArgumentError
-from . import gate, memory, roofline
+from . import gate, memory, rebuilt, roofline
 from .device import DeviceLostError, first_line, gpu_state, must_live, release_memory
 from .models import elements, make_model_setups
 from .prediction import predict
@@ -28,7 +28,7 @@ from .results import Cell, Entry, Result, environment
 from .timing import Candidate, Timing, first_call, measure
 from .workloads import LAYER, SUBJECTS, Workload
 
-__all__ = ["admit", "candidate", "expand_peers", "run_cell", "run_preset"]
+__all__ = ["admit", "candidate", "expand_peers", "providers_of", "run_cell", "run_preset"]
 
 _MICRO = 1e6
 _CACHE_TURNS = 3  # the input sets together are this many times the L2 cache
@@ -40,16 +40,30 @@ def expand_peers(names: Iterable[str]) -> tuple[Provider, ...]:
     """The providers of these names, the floor first; "ours" is the automatic choice and every backend.
 
     Raises:
-        InvalidArgumentError: a name that no provider has.
+        InvalidArgumentError: a name that no provider has, or a rival whose kernels are not here.
     """
+    absent = rebuilt.absent()
     wanted = [FLOOR]
     for name in names:
         wanted += ["auto", *dispatch.ORDER] if name == "ours" else [name]
     if unknown := [name for name in wanted if name not in PROVIDERS]:
         raise InvalidArgumentError(
-            f"peers {', '.join(map(repr, unknown))} are not known: name some of {', '.join(PROVIDERS)}, or 'ours'."
+            f"peers {', '.join(map(repr, unknown))} are not known: name some of "
+            f"{', '.join(name for name in PROVIDERS if name not in absent)}, or 'ours'."
         )
+    if sentence := next((absent[name] for name in wanted if name in absent), None):
+        raise InvalidArgumentError(sentence)
     return tuple(PROVIDERS[name] for name in dict.fromkeys(wanted))
+
+
+def providers_of(preset: Preset, peers: Sequence[str] | None) -> tuple[Provider, ...]:
+    """The providers that ``peers`` names; or else the preset's, less the rivals whose kernels are not here.
+
+    Raises:
+        InvalidArgumentError: as of ``expand_peers``.
+    """
+    absent = rebuilt.absent()
+    return expand_peers([name for name in preset.peers if name not in absent] if peers is None else peers)
 
 
 def run_preset(
@@ -74,7 +88,8 @@ def run_preset(
         earlier: cells of this preset that an earlier part of the run has measured; they are kept and not run again.
         limit: seconds after which no further cell is begun.
     """
-    providers = expand_peers(preset.peers if peers is None else peers)
+    providers = providers_of(preset, peers)
+    left_out = rebuilt.left_out(preset.peers if peers is None else ())
     began = time.perf_counter()
     there = {cell.workload: cell for cell in earlier}
     left = [w for w in preset.workloads if w not in there]
@@ -87,7 +102,7 @@ def run_preset(
         floor=FLOOR,
         titles={p.name: p.title for p in providers},
         ours=[p.name for p in providers if p.ours],
-        environment=environment(device),
+        environment={**environment(device), **left_out},
         machine=machine.to_json(),
         cells=[there[w] for w in preset.workloads if w in there],
         planned=len(preset.workloads),

@@ -14,19 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels import accuracy
 from lora_kernels.backends.triton.choose import candidates
 from lora_kernels.backends.triton.choose.plans import Cell
-from lora_kernels.benchmark import capture, device, lorafusion, prediction, results, roofline, runner, timing
+from lora_kernels.benchmark import capture, device, prediction, results, roofline, runner, timing
 from lora_kernels.benchmark.gpu_presets import RANKS, SHAPES, TOKENS
 from lora_kernels.benchmark.presets import preset
 from lora_kernels.benchmark.providers import FLOOR, PROVIDERS, make_setups
 from lora_kernels.benchmark.workloads import Workload
 from lora_kernels.cli import main
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.reference import forward
 from made_results import STEP, made_cell, result_of
-from numerics import check
 
 FORWARD = replace(STEP, direction="forward")
 TARGETS = [
@@ -327,58 +324,6 @@ def test_the_gpu_s_state_comes_from_the_driver_s_program_where_nvml_is_missing(m
 
 
 # Rivals
-
-
-@pytest.mark.parametrize(("tokens", "r"), [(1, 16), (70, 32)])
-def test_the_rebuilt_rival_computes_the_same_function(tokens: int, r: int) -> None:
-    work = Workload("forward", tokens, 96, 72, r, "float16")
-    (setup,) = make_setups(work, "cpu")
-    y = lorafusion.build(setup).call(setup.x)
-    tensors = (t.double() for t in (setup.x, setup.linear.weight, setup.lora_a, setup.lora_b))
-    exact, _ = forward(*tensors, None, setup.scaling)
-    assert accuracy.judge("y", y, exact, exact.half(), torch.float16).error <= accuracy.CEILINGS[torch.float16]
-
-
-@pytest.mark.parametrize("p", [0.0, 0.25])
-def test_the_rebuilt_rival_s_gradients(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the mask that it drew and kept."""
-    (setup,) = make_setups(Workload("step", 70, 96, 72, 16, "float16", p=p), "cpu")
-    masks: list[torch.Tensor] = []
-    drop = lorafusion._drop
-    monkeypatch.setattr(lorafusion, "_drop", lambda x, p: (masks.append(drop(x, p)[1]), drop(x, p))[1])
-    layer = lorafusion.build(setup)
-    y = layer.call(setup.x)
-    found = dict(zip(("dx", "da", "db"), torch.autograd.grad(y, (setup.x, *layer.trainable), setup.dy), strict=True))
-    given = (setup.x, setup.linear.weight, setup.lora_a, setup.lora_b, None, setup.dy, setup.scaling)
-    exact = accuracy.run_reference(torch.float64, *given, masks[0].bool() if p else None, p)
-    for name, value in found.items():
-        error = accuracy.judge(name, value, exact[name], exact[name].half(), torch.float16).error
-        assert error <= accuracy.CEILINGS[torch.float16], name
-
-
-def test_the_rebuilt_rival_drops_and_scales() -> None:
-    x = torch.rand(64, 129) + 1.0
-    dropped, mask = lorafusion._drop(x, 0.25)
-    kept = dropped != 0
-    assert torch.equal(mask.bool(), kept)
-    left = x[kept].reshape(1, -1)
-    check("y", dropped[kept].reshape(1, -1), left.double() / 0.75, left / 0.75, torch.float32)
-    assert 0.7 < kept.float().mean() < 0.8
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"r": 8}, "from 16 on"),
-        ({"r": 48}, "powers of 2"),
-        ({"direction": "step", "bias": True}, "without a bias"),
-        ({"dtype": "float32"}, "16-bit"),
-    ],
-)
-def test_the_rebuilt_rival_refuses_what_the_original_does(change: dict[str, Any], reason: str) -> None:
-    work = replace(Workload("forward", 4, 64, 64, 16, "float16"), **change)
-    setup = SimpleNamespace(workload=work, device=torch.device("cuda"), dtype=getattr(torch, work.dtype))
-    assert reason in (lorafusion.why_not(setup) or "")  # type: ignore[arg-type]
 
 
 def test_one_compilation_serves_all_sets_and_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,6 +168,16 @@ def test_the_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
     assert folders == {"lora_kernels", f"lora_kernels-{lora_kernels.__version__}.dist-info"}
 
 
+def test_the_rebuilt_rival_is_in_no_wheel(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    assert not [name for name in wheel.namelist() if "lorafusion" in name]
+    wheel.extractall(tmp_path)
+    command = [sys.executable, "-m", "lora_kernels", "bench", "--peers", "lorafusion"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "bench/lorafusion of a source checkout" in " ".join(done.stderr.split())
+
+
 def test_the_wheel_needs_torch_to_run_and_not_to_build(wheel: zipfile.ZipFile) -> None:
     (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
     needed = re.findall(r"^Requires-Dist: (.*)$", wheel.read(name).decode(), re.MULTILINE)

@@ -1,8 +1,8 @@
 """A rival that cannot be installed beside today's Triton, rebuilt from its description: LoRAFusion's kernel split.
 
 Forward: dropout writes x anew and a mask, h comes from the library, and the frozen product takes s h Bᵀ into its
-accumulator (``lorafusion_kernels``). Backward: dh and db in one read of dy, summed by atomics; da by the library; and a
-product for dx that begins with the masked low-rank term (``lorafusion_backward``). As published: adapters of the base's
+accumulator (``kernels``). Backward: dh and db in one read of dy, summed by atomics; da by the library; and a
+product for dx that begins with the masked low-rank term (``backward``). As published: adapters of the base's
 16-bit dtype, ranks that are powers of 2 from 16 on, tiles of 128×256×64 for every shape, a persistent kernel with
 descriptors on compute capability 9.0.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .setups import Layer, Setup
+from lora_kernels.benchmark.setups import Layer, Setup
 
 __all__ = ["build", "why_not"]
 
@@ -66,7 +66,7 @@ class _Split(torch.autograd.Function):
 
 
 def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    from .lorafusion_kernels import drop_kernel
+    from .kernels import drop_kernel
 
     dropped, mask = torch.empty_like(x), torch.empty(x.shape, dtype=torch.int8, device=x.device)
     grid = (-(-x.numel() // (4 * _DROP_BLOCK)),)
@@ -75,7 +75,7 @@ def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
 
 def _product(x: Tensor, weight: Tensor, h: Tensor, b: Tensor, scaling: float) -> Tensor:
-    from .lorafusion_kernels import product_kernel, product_tma_kernel
+    from .kernels import product_kernel, product_tma_kernel
 
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty((m, n))
@@ -84,7 +84,7 @@ def _product(x: Tensor, weight: Tensor, h: Tensor, b: Tensor, scaling: float) ->
 
 
 def _hidden(dy: Tensor, b: Tensor, h: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    from .lorafusion_backward import hidden_kernel
+    from .backward import hidden_kernel
 
     (m, n), r = dy.shape, b.shape[1]
     dh, db = (torch.zeros((size, r), dtype=torch.float32, device=dy.device) for size in (m, n))
@@ -96,7 +96,7 @@ def _hidden(dy: Tensor, b: Tensor, h: Tensor, scaling: float) -> tuple[Tensor, T
 
 
 def _input_grad(dy: Tensor, weight: Tensor, dh: Tensor, a: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    from .lorafusion_backward import dx_product_kernel, dx_product_tma_kernel
+    from .backward import dx_product_kernel, dx_product_tma_kernel
 
     (m, n), k = dy.shape, weight.shape[1]
     dx = dy.new_empty((m, k))

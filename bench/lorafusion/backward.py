@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Device code of the rival's backward, written anew from its description; forward's is in ``lorafusion_kernels``.
+"""Device code of the rival's backward, written anew from its description; forward's is in ``kernels``.
 
 As forward it is cut at the tensors of rank R: one read of dy gives dh and db, whose sums over N and M are added by
 atomics; da comes from the library, of the x that forward dropped and kept; and the product for dx begins with the
@@ -9,7 +9,7 @@ masked low-rank term, by the mask that was kept.
 import triton
 import triton.language as tl
 
-from .lorafusion_kernels import _tile
+from .kernels import _tile
 
 __all__ = ["dx_product_kernel", "dx_product_tma_kernel", "hidden_kernel"]
 
