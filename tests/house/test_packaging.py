@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -202,45 +201,6 @@ def test_the_changelog_has_this_version_and_its_headings() -> None:
     section = re.split(r"^## ", text, flags=re.MULTILINE)[1]
     assert section.startswith(lora_kernels.__version__)
     assert {"Added", "Numerics", "Performance"} <= set(re.findall(r"^### (.*)$", section, re.MULTILINE))
-
-
-def test_only_ops_knows_torch_library() -> None:
-    knowing = {path.relative_to(PACKAGE).as_posix() for path in SOURCES if _names(path, "torch.library")}
-    assert knowing <= {"ops.py"}
-
-
-def _names(path: Path, dotted: str) -> bool:
-    """Whether code, not text, of a file says ``dotted``."""
-    tree = ast.parse(path.read_text())
-    attributes = (ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
-    return dotted in {*attributes, *_imports(path)}
-
-
-def _imports(path: Path) -> set[str]:
-    """Absolute names of the modules that a file imports at its top level (imports in functions are lazy on purpose)."""
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    found: set[str] = set()
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = list(package[: len(package) - node.level + 1]) if node.level else []
-            module = ".".join([*base, *filter(None, [node.module])])
-            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
-    return found
-
-
-LAYERS = ("nn", "functional", "autograd", "ops")  # and below all of them: backends
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_nothing_imports_upwards(path: Path) -> None:
-    part = path.relative_to(PACKAGE).with_suffix("").parts[0]
-    upper = {"autograd": ("nn", "functional"), "functional": ("nn",), "ops": LAYERS[:3], "backends": LAYERS[:3]}
-    upper |= dict.fromkeys(("reference", "errors", "env", "config"), (*LAYERS, "dispatch", "backends", "model"))
-    upper |= {"dispatch": (*LAYERS, "backends", "model"), "nn": ("model",)}
-    forbidden = {f"lora_kernels.{name}" for name in upper.get(part, ())}
-    assert not forbidden & _imports(path)
 
 
 def test_the_interpreter_of_shell_scripts_is_found() -> None:
