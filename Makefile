@@ -23,7 +23,7 @@ export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-oldest lint format compile-gate sanitize native-variants verify bench convergence \
+.PHONY: help demo build test test-quick test-oldest lint format compile-gate sanitize native-variants verify bench convergence \
   tables gpu-check gpu-bench gpu-grid set-up clean
 
 help: ## list the targets
@@ -40,6 +40,9 @@ test: export OMP_WAIT_POLICY ?= PASSIVE
 test: $(STAMP) ## set up .venv where it is missing, then run all tests (doctests and benchmarks' own checks too)
 	$(BIN)/lora-kernels build cpu
 	$(BIN)/python -m pytest $(TESTS) --benchmark-disable -n auto --dist loadfile $(PYTEST_ARGS)
+
+test-quick: $(STAMP) ## in under a minute, the tests that FOLDER=lora_kernels/peft needs; without FOLDER, what git sees as changed
+	$(BIN)/python scripts/test_quick.py $(FOLDER)
 
 # Where the usual environment is there too, its PyTorch loads the very library that the oldest one compiled.
 test-oldest: ## in .venv-oldest: what an older PyTorch may change, on the oldest PyTorch and Triton that are allowed
