@@ -77,6 +77,7 @@ def same_for_every_size(model: Any, forward: Any) -> None:
         check_all(trained(model, forward, m), exact, exact, torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "recompute"), [("replaced", True), ("fused", False)])
 def test_a_whole_model_is_one_graph_for_all_sizes(kind: str, recompute: bool) -> None:
     model = llama(kind, 0.1)
@@ -93,6 +94,7 @@ def test_a_whole_model_is_one_graph_for_all_sizes(kind: str, recompute: bool) ->
         check_all({"y": ours.flatten(0, 1)}, {"y": exact.flatten(0, 1)}, {"y": exact.flatten(0, 1)}, torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "reentrant"), [("replaced", True), ("fused", False)])
 def test_compiled_blocks_train_under_checkpointing(kind: str, reentrant: bool) -> None:
     """Block by block, as accelerate's regional compilation does it, with dropout."""

@@ -23,7 +23,7 @@ MACHINES = [
 ]
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [pytest.param(a, marks=[pytest.mark.slow] * (a != 90)) for a in ARCHITECTURES])
 def test_kernels_compile(arch: int, tmp_path: Path) -> None:
     """bf16 under fp32 adapters with dropout, and few tokens: no spills, in shared memory, the meant instructions."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
