@@ -25,7 +25,6 @@ _CORE = (
     "tests/core/test_branches.py",
     "tests/core/test_dispatch.py",
     "tests/core/test_ops.py",
-    "tests/core/test_parts.py",
     "tests/core/test_reference.py",
     "tests/core/test_told.py",
 )
@@ -36,6 +35,7 @@ _NATIVE = "tests/backends/native/test_native"
 # A row: a folder with "/" at its end, or files, and what a change there needs.
 TESTS: dict[str, tuple[str, ...]] = {
     "lora_kernels/": (*_CORE, "tests/core/test_config.py", "tests/layers/test_nn.py", "tests/house/test_import.py"),
+    "lora_kernels/branches_autograd.py": ("tests/core/test_branches.py", "tests/core/test_parts.py"),
     "lora_kernels/accuracy.py": ("tests/core/test_accuracy.py", "tests/core/test_range.py"),
     "lora_kernels/rounding.py": ("tests/core/test_accuracy.py", "tests/core/test_range.py"),
     "lora_kernels/nn.py": _LAYERS,
