@@ -82,8 +82,9 @@ convergence: $(STAMP) ## fine-tune a small Llama by PEFT and by this package: cu
 	$(BIN)/python bench/model_memory.py
 	$(BIN)/python bench/tables.py --write
 
-tables: $(STAMP) ## write the tables in README.md and docs/ from the committed results
+tables: $(STAMP) ## write the tables in README.md and docs/, and README's picture, from the committed results
 	$(BIN)/python bench/tables.py --write
+	$(BIN)/python bench/speed_plot.py
 
 GPU = $(PYTHON) scripts/gpu_check.py --out "$(OUT)" $(if $(RESUME),--resume $(filter-out 1,$(RESUME)))
 

@@ -13,8 +13,10 @@ shows a prediction alone, from a file that ``bench --predict`` wrote, and says s
 beside LoRA and PEFT beside this package, of the presets ``ratios`` and ``gpu-ratios``; ``subject=dora`` chooses.
 ``model:convergence``, ``model:memory`` and ``model:block-memory`` are what ``bench/convergence.py`` and
 ``bench/model_memory.py`` found of whole models, ``model:traffic`` what ``bench/dram_bytes.py`` counted or measured,
-``model:block`` what ``bench --preset gpu-block`` did. A table of measurements shows no predicted number; only
-``beside:`` and ``predicted:`` do, and they have no place in README.md.
+``model:block`` what ``bench --preset gpu-block`` did, and ``model:headline`` one sentence of it. ``brief:`` is the
+short table of README.md: ``brief:DEVICE/PRESET/DIRECTION[/...][+DIRECTION[/...] ...]`` joins cells of several passes.
+A table of measurements shows no predicted number; only ``beside:`` and ``predicted:`` do, and they have no place in
+README.md.
 ``--check`` exits with 1 where a table is not what the results say; ``--write`` makes it so.
 """
 
@@ -32,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import convergence_report, dram_bytes, model_memory  # noqa: E402  (after the path)
+from bench.brief import brief, headline  # noqa: E402
 from lora_kernels.benchmark import block  # noqa: E402
 from lora_kernels.benchmark.grid import grid  # noqa: E402
 from lora_kernels.benchmark.predicted_table import beside  # noqa: E402
@@ -41,7 +44,7 @@ from lora_kernels.benchmark.results import Result, join, load  # noqa: E402
 from lora_kernels.benchmark.workloads import FIELDS  # noqa: E402
 from lora_kernels.errors import InvalidArgumentError  # noqa: E402
 
-_KINDS = "table|grid|beside|predicted|ratios"
+_KINDS = "table|grid|beside|predicted|ratios|brief"
 _MARKED = re.compile(rf"(<!-- (?P<kind>{_KINDS}):(?P<name>\S+) -->\n).*?(<!-- /(?P=kind) -->)", re.DOTALL)
 _OF_MODELS = re.compile(r"(<!-- model:(?P<name>\S+) -->\n).*?(<!-- /model -->)", re.DOTALL)
 _PICTURE = "![Held-out loss of each way to train, and its distance to PEFT's](convergence.svg)\n\n"
@@ -52,6 +55,7 @@ _MODELS = {  # the result's file, what makes the table of it, what stands above
     "block": ("nvidia-h100/block.json", block.table, ""),
     "traffic": ("step-traffic.json", dram_bytes.table, ""),
 }
+_SENTENCES = {"headline": ("nvidia-h100/block.json", headline)}  # likewise, without a table
 # What other commands wrote: tune, verify, and the decoder block, which has a document of its own.
 _OTHERS = ("block.json", "tune.json", "tuned.json", "verify.json")
 _MAKERS: dict[str, Callable[[Result, str, dict[str, tuple[str, ...]]], Table]] = {
@@ -86,6 +90,17 @@ def condition(text: str) -> tuple[str, tuple[str, ...]]:
     return (name, tuple(values.split(","))) if equals else ("dtype", (text,))
 
 
+def selection(text: str, marker: str) -> tuple[str, dict[str, tuple[str, ...]]]:
+    """``step/r=8,16`` as a direction and its conditions; ``marker`` is what an error names."""
+    direction, *where = text.split("/")
+    conditions = dict(condition(text) for text in where)
+    if not direction or not set(conditions) <= set(FIELDS):
+        raise InvalidArgumentError(
+            f"{marker} is no DEVICE/PRESET/DIRECTION[/DTYPE][/FIELD=VALUES ...]: mend the marker."
+        )
+    return direction, conditions
+
+
 def fill(text: str, results: Path) -> str:
     """``text`` with every marked table written anew from ``results``.
 
@@ -96,15 +111,13 @@ def fill(text: str, results: Path) -> str:
     def written(match: re.Match[str]) -> str:
         device, _, rest = match["name"].partition("/")
         preset, _, rest = rest.partition("/")
-        direction, *where = rest.split("/")
-        conditions = dict(condition(text) for text in where)
-        if not direction or not set(conditions) <= set(FIELDS):
-            raise InvalidArgumentError(
-                f"{match['kind']}:{match['name']} is no DEVICE/PRESET/DIRECTION[/DTYPE][/FIELD=VALUES ...]: mend the "
-                "marker."
-            )
+        selections = [selection(text, f"{match['kind']}:{match['name']}") for text in rest.split("+")]
         result = newest(results, device, preset, match["kind"] == "predicted")
-        content = _MAKERS[match["kind"]](result, direction, conditions)
+        if match["kind"] == "brief":
+            return "".join([match[1], "\n", brief(result, selections), "\n\n", match[4]])
+        if len(selections) > 1:
+            raise InvalidArgumentError(f"{match['kind']}:{match['name']} joins passes, which only brief: does.")
+        content = _MAKERS[match["kind"]](result, *selections[0])
         if not content.rows:
             raise InvalidArgumentError(
                 f"{match['kind']}:{match['name']} has no rows: the newest result has no such cells."
@@ -117,8 +130,12 @@ def fill(text: str, results: Path) -> str:
 
 def _of_model(results: Path, match: re.Match[str]) -> str:
     """The table of a benchmark of whole models, or that there is none yet."""
+    if match["name"] in _SENTENCES:
+        name, say = _SENTENCES[match["name"]]
+        return f"{match[1]}\n{say(json.loads((results / name).read_text(encoding='utf-8')))}\n\n{match[3]}"
     if match["name"] not in _MODELS:
-        raise InvalidArgumentError(f"model:{match['name']} is none of {', '.join(_MODELS)}: mend the marker.")
+        known = ", ".join([*_MODELS, *_SENTENCES])
+        raise InvalidArgumentError(f"model:{match['name']} is none of {known}: mend the marker.")
     name, maker, above = _MODELS[match["name"]]
     path = results / name
     if not path.is_file():

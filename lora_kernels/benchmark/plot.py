@@ -99,7 +99,8 @@ def plot(result: Result, path: str | Path) -> None:
         axis.set_xlabel("tokens M")
     handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     where = f"frozen {result.titles[result.floor]} = 1, on {result.environment['device']}"
-    told = f"PREDICTED, nothing was run: {where}" if result.predicted else f"{where}; dashes: predicted"
+    dashed = any("ratio" in entry.predicted for cell in cells for entry in cell.providers.values())
+    told = f"PREDICTED, nothing was run: {where}" if result.predicted else where + "; dashes: predicted" * dashed
     figure.suptitle(told, fontsize=11, y=1 - 0.12 / size[1], va="top")
     columns_of_legend = min(len(handles), 2 + 2 * len(columns)) or 1
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=columns_of_legend, frameon=False)

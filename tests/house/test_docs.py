@@ -8,29 +8,28 @@ import re
 from contextlib import redirect_stdout
 from dataclasses import fields
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from documents import ROOT, Block, anchors, blocks, sentences, without_blocks
 from lora_kernels import LoRAConfig, cli
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in [*PAGES, ROOT / "README.md"]}
 DOCS = {name: text for name, text in TEXTS.items() if name.startswith("docs/")}
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUNNING = [name for name, text in DOCS.items() if "```python" in text]
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+MOST_WORDS = 30  # of a sentence
 every_page = pytest.mark.parametrize("name", DOCS)
 
 
-def printed(code: str, where: str, namespace: dict[str, Any]) -> str:
-    """What ``code`` prints, run in ``namespace``."""
+def printed(block: Block, where: str, namespace: dict[str, Any]) -> str | None:
+    """What ``block`` prints, run in ``namespace``; None where a package that it requires is not installed."""
     out = io.StringIO()
     with redirect_stdout(out):
-        exec(compile(code, where, "exec"), namespace)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+        ran = block.run(where, namespace)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) if ran else None
 
 
 def exists(dotted: str) -> bool:
@@ -54,23 +53,46 @@ def test_python_runs_and_prints_what_is_shown(name: str, monkeypatch: pytest.Mon
         pytest.importorskip(extra)
     monkeypatch.chdir(ROOT)
     namespace: dict[str, Any] = {"__name__": "page"}
-    out = ""
-    for number, (language, body) in enumerate(BLOCK.findall(DOCS[name])):
-        if language == "python":
-            out = printed(body, f"{name}, block {number}", namespace)
-        elif language == "text":
-            assert out == body.rstrip()
+    out: str | None = ""
+    for number, block in enumerate(blocks(DOCS[name])):
+        if block.language == "python":
+            out = printed(block, f"{name}, block {number}", namespace)
+        elif block.language == "text" and out is not None:
+            assert out == block.body.rstrip()
 
 
 def test_every_kind_of_block_is_known() -> None:
-    assert {language for text in DOCS.values() for language, _ in BLOCK.findall(text)} <= {"python", "text", "bash"}
+    for text in DOCS.values():
+        assert {block.language for block in blocks(text)} <= {"python", "text", "bash"}
+        assert 2 * len(blocks(text)) == len(re.findall(r"^```", text, re.MULTILINE))  # none is left out
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_no_sentence_is_long(name: str) -> None:
+    assert [sentence for sentence in sentences(TEXTS[name]) if len(sentence.split()) > MOST_WORDS] == []
+
+
+def test_sentences_are_told_from_what_is_none() -> None:
+    text = "# Head\n\nOne [two](a b.md) `three four`.\n- A list: its\n  item.\n\n| a | row |\n\n```bash\na word\n```\n"
+    assert sentences(text) == ["Head", "One two code", "A list: its item"]
+    assert sentences('<!-- model:memory -->\nMade.\n<!-- /model -->\nIs it? "Yes." (No.) End') == [
+        "Is it",
+        '"Yes',
+        "(No",
+        "End",
+    ]
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_relative_links_lead_to_files(name: str) -> None:
-    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", BLOCK.sub("", TEXTS[name]))
-    missing = [link for link in links if "://" not in link and not ((ROOT / name).parent / link).exists()]
-    assert not missing
+    missing = []
+    for link, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", without_blocks(TEXTS[name])):
+        path = (ROOT / name).parent / link if link else ROOT / name
+        if "://" not in link and not (
+            path.exists() and (not anchor or anchor in anchors(path.read_text(encoding="utf-8")))
+        ):
+            missing.append(f"{link}#{anchor}")
+    assert missing == []
 
 
 def test_the_index_names_every_page() -> None:
@@ -80,8 +102,8 @@ def test_the_index_names_every_page() -> None:
 
 @every_page
 def test_every_name_of_the_package_exists(name: str) -> None:
-    prose = re.sub(r"\]\([^)]*\)", "]", DOCS[name])
-    named = re.findall(r"\blora_kernels(?:\.\w+)+", prose)
+    text = re.sub(r"\]\([^)]*\)", "]", DOCS[name])
+    named = re.findall(r"\blora_kernels(?:\.\w+)+", text)
     assert [dotted for dotted in named if not exists(dotted)] == []
 
 
