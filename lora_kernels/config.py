@@ -102,41 +102,48 @@ class LoRAConfig:
     Args:
         r: rank R, at least 1.
         lora_alpha: numerator of the scaling, not negative.
-        lora_dropout: dropout probability of the branch's input, in [0, 1).
-        target_modules: module names or their dotted suffixes; or one string: a regular expression that matches the
-            whole name, or ``"all-linear"``, every ``nn.Linear`` but the output head.
-        exclude_modules: likewise; what it matches is left alone.
-        rank_pattern: ``{regular expression over the end of the name: r}``; the first that matches wins over ``r``.
-        alpha_pattern: likewise for ``lora_alpha``.
+        lora_dropout: dropout probability of the adapter's input, in [0, 1).
+        target_modules: a list of module names or their dotted suffixes; or one string. The string is a regular
+            expression that matches the whole name, or ``"all-linear"``: every ``nn.Linear`` except the output head.
+        exclude_modules: the same; modules that it matches are left alone.
+        rank_pattern: ``{regular expression over the end of the name: r}``. The first match replaces ``r``.
+        alpha_pattern: the same for ``lora_alpha``.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` (Kalajdzievski 2023) instead of ``lora_alpha / r``.
         use_dora: weight-decomposed adapters (Liu et al., "DoRA", 2024).
         bias: which biases train: ``"none"``, ``"all"`` of the model, or ``"lora_only"``, those of the replaced layers.
-        init_lora_weights: how the adapters start. The first four leave the output as it was by ``B A = 0``:
-            True or ``"zero"`` (A Kaiming-uniform, B zero; A is not zero too, for then nothing would ever train),
-            ``"gaussian"`` (A normal with deviation 1/r, B zero), ``"orthogonal"`` (both act, their product is zero; r
-            must be even). ``"pissa"`` (the r largest singular values of the weight), ``"pissa_niter_N"`` (the same,
-            estimated in N steps: much quicker) and ``"olora"`` (QR) start with a part of the weight, and the layer
-            keeps the rest in a Parameter of its own: the output stays, up to rounding in the weight's dtype, and
-            :func:`save_adapter` writes a plain adapter of rank 2 r for the untouched model. They compute in fp32 (fp64
-            for fp64), need r <= min(K, N), and keep the initial values in two more tensors of the adapters' size.
-            False: both random, the adapter acts at once; for tests.
+        init_lora_weights: how the adapters start. These leave the output as it was, because ``B A = 0``:
+
+            - True or ``"zero"``: A Kaiming-uniform, B zero. A is not zero, because then nothing would ever train.
+            - ``"gaussian"``: A normal with deviation 1/r, B zero.
+            - ``"orthogonal"``: neither is zero, but their product is; r must be even.
+
+            These start with a part of the weight, and the layer keeps the rest in its own Parameter. The output stays,
+            up to rounding in the weight's dtype. :func:`save_adapter` writes a plain adapter of rank 2 r for the
+            untouched model. They compute in fp32 (fp64 for fp64), need r <= min(K, N), and keep the initial values in
+            two more tensors of the adapters' size:
+
+            - ``"pissa"``: the r largest singular values of the weight.
+            - ``"pissa_niter_N"``: the same, estimated in N steps, which is much faster.
+            - ``"olora"``: by QR.
+
+            False makes both random, so the adapter acts at once; it is for tests.
         adapter_dtype: dtype of the adapters; None is fp32 over a 16-bit base and the base's dtype otherwise.
-        lora_bias: whether the branch has a trainable bias b_B of its own, which adds ``scaling * b_B`` to the output.
-            Not with DoRA, and only where ``init_lora_weights`` is True or False.
-        modules_to_save: modules that train whole beside the adapters and are saved with them, named by how their dotted
-            names end (a classifier's new head). No layer within them is replaced.
-        layers_to_transform: only within the blocks of these numbers: ``model.layers.3.…`` is number 3. It narrows a
+        lora_bias: whether the adapter has its own trainable bias b_B, which adds ``scaling * b_B`` to the output. Not
+            with DoRA, and only where ``init_lora_weights`` is True or False.
+        modules_to_save: modules that train whole and are saved with the adapters, such as a classifier's new head. They
+            are named by the end of their dotted names. No layer within them is replaced.
+        layers_to_transform: only the blocks of these numbers: ``model.layers.3.…`` is number 3. It narrows a
             ``target_modules`` list, except for entries that are a module's whole name.
-        layers_pattern: what the list of blocks is called (``"layers"``, ``"h"``); None is a name's first number.
-        activation: σ between A and B, ``"identity"`` (LoRA), ``"relu"``, ``"gelu"`` (exact) or ``"silu"``: the parallel
-            adapter ``s B σ(A x)`` of He et al. (2022), which PEFT does not have and no weight can hold: it cannot be
-            merged or saved in PEFT's files. Not with DoRA, and with ``init_lora_weights`` True, False, ``"zero"`` or
-            ``"gaussian"`` alone.
+        layers_pattern: the name of the list of blocks (``"layers"``, ``"h"``); None takes a name's first number.
+        activation: σ between A and B: ``"identity"`` (LoRA), ``"relu"``, ``"gelu"`` (exact) or ``"silu"``. With σ it is
+            the parallel adapter ``s B σ(A x)`` of He et al. (2022). PEFT does not have it and no weight can hold it, so
+            it cannot be merged or saved in PEFT's files. Not with DoRA; and only with ``init_lora_weights`` True,
+            False, ``"zero"`` or ``"gaussian"``.
 
     Raises:
-        InvalidArgumentError: a value outside what is said above.
-        InvalidTypeError: an ``adapter_dtype`` that is not a floating ``torch.dtype``, names that are not strings,
-            patterns that are no dictionaries, or numbers of layers that are not integers.
+        InvalidArgumentError: a value is not allowed by the above.
+        InvalidTypeError: ``adapter_dtype`` is not a floating ``torch.dtype``, names are not strings, patterns are no
+            dictionaries, or numbers of layers are not integers.
 
     Example:
         >>> from lora_kernels import LoRAConfig

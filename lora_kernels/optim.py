@@ -27,28 +27,29 @@ def lora_plus_groups(
 
     .. math:: \eta_A = \eta, \quad \eta_B = \lambda \eta
 
-    Source: Hayou, Ghosh, Yu, "LoRA+" (2024). The groups are those of ``peft.optimizers
-    .create_loraplus_optimizer``, empty ones left out: lora_A and other matrices that train; adapters of embeddings;
-    lora_B and vectors; and those of the latter that do not decay: biases (``bias`` in the name) and what is in an
-    ``nn.LayerNorm``. Only parameters that train are in a group; make the groups after ``replace_linear`` or
-    ``get_peft_model``, with ``fuse_peft`` before or after; with FSDP and ZeRO-3 of the model that is distributed. What
-    is A and what B is told by names, and vectors by what holds them: shards have other shapes.
+    Source: Hayou, Ghosh, Yu, "LoRA+" (2024). The groups are those of ``peft.optimizers.create_loraplus_optimizer``,
+    without empty ones: (1) lora_A and other matrices that train, (2) adapters of embeddings, (3) lora_B and vectors,
+    (4) vectors that do not decay. The last are biases (``bias`` in the name) and what is in an ``nn.LayerNorm``.
+
+    Only parameters that train are in a group. Make the groups after ``replace_linear`` or ``get_peft_model``;
+    ``fuse_peft`` may come before or after. With FSDP and ZeRO-3, give the distributed model. Names tell A from B, and a
+    vector is known by the module that holds it, because shards have other shapes.
 
     Args:
-        model: a model with LoRA layers, ours or PEFT's; PEFT is not needed.
-        lr: :math:`\eta`, the learning rate of lora_A. LoRA+ wants it a little smaller than LoRA.
+        model: a model with LoRA layers, ours or PEFT's. PEFT need not be installed.
+        lr: :math:`\eta`, the learning rate of lora_A. LoRA+ needs a slightly smaller one than LoRA.
         lr_ratio: :math:`\lambda`, at least 1.
-        weight_decay: of all groups but that of biases and layer norms.
+        weight_decay: of all groups except that of biases and layer norms.
         embedding_lr: learning rate of PEFT's adapters of embeddings.
 
     Returns:
         For the optimizer: a list of ``{"params": [...], "weight_decay": ..., "lr": ...}``.
 
     Raises:
-        InvalidArgumentError: a rate that is not a positive number, a ratio below 1, or a negative decay.
+        InvalidArgumentError: a rate is not a positive number, the ratio is below 1, or the decay is negative.
         InvalidTypeError: ``model`` is no module.
-        LoRAStateError: the model has no adapter that trains, or FSDP1 (``use_orig_params=False``) has one Parameter for
-            A and B, or accelerate has offloaded them.
+        LoRAStateError: no adapter of the model trains; FSDP1 (``use_orig_params=False``) has one Parameter for A and B;
+            or accelerate has offloaded them.
 
     Example:
         >>> import torch

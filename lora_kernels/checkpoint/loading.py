@@ -28,11 +28,12 @@ __all__ = ["load_adapter"]
 def load_adapter(model: nn.Module, folder: files.PathLike) -> LoadReport:
     """Puts the adapter in ``folder`` onto ``model``, in place: the layers that it names are replaced and loaded.
 
-    Layers that are ``FusedLoRALinear`` already are loaded into, with their Parameters and dtypes kept, if rank and kind
-    fit. The others become one, as in :func:`lora_kernels.replace_linear`, with adapters in the dtype of the file; they
-    train, like the biases and whole modules that the configuration names. Biases and modules that were saved with the
-    adapter are loaded into the model. A module whose weight is tied and that was saved with another value has a weight
-    of its own afterwards, as in PEFT. torch's random generator is not touched.
+    A layer that is a ``FusedLoRALinear`` already keeps its Parameters and dtypes, and gets the values, if rank and kind
+    match. Another layer becomes one, as in :func:`lora_kernels.replace_linear`, with its adapter in the dtype of the
+    file. The adapters train, and so do the biases and whole modules that the configuration names.
+
+    Biases and modules that were saved with the adapter are loaded into the model. If such a module's weight is tied and
+    the file has another value for it, the module gets its own weight, as in PEFT. torch's random generator is not used.
 
     Args:
         model: the model that the adapter was made for: a plain one, or one whose layers are replaced.
@@ -42,9 +43,9 @@ def load_adapter(model: nn.Module, folder: files.PathLike) -> LoadReport:
         A report to print: which layers were loaded, and what else.
 
     Raises:
-        InvalidArgumentError: a file is missing, truncated or not of its kind; no LoRA, or a kind that is not computed
-            here; tensors or names that do not fit the model.
-        InvalidTypeError: a layer that cannot be replaced; a dtype that is not floating.
+        InvalidArgumentError: a file is missing, truncated or of another kind; the adapter is no LoRA, or of a kind that
+            is not computed here; or its tensors or names do not match the model.
+        InvalidTypeError: a layer cannot be replaced, or a dtype is not floating.
         LoRAStateError: a layer is merged, on the meta device, or has an adapter that the file does not have; or FSDP1,
             ZeRO-3 or accelerate's offloading would not keep what is loaded.
         MissingExtraError: safetensors is not installed.

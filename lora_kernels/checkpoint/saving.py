@@ -40,35 +40,34 @@ def save_adapter(
     """Writes the adapter as PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     ``PeftModel.from_pretrained(plain_model, folder)`` and :func:`lora_kernels.load_adapter` read them. Tensors keep
-    their dtype; those of a layer that stands at several places are written once, under its first name. Merged layers
-    are saved as they were before merging. Fields that :func:`load_adapter` found and did not know are written back.
+    their dtype. A layer that is used at several places is written once, under its first name. Merged layers are saved
+    as they were before merging. Unknown fields that :func:`load_adapter` found are written back. A warning names what
+    may have been trained and is not written.
 
-    What is written goes with the untouched model. Layers that PiSSA or OLoRA initialised have another base, the
-    residual ``W - s B0 A0``: their adapter is written as plain LoRA of rank 2 r, ``A' = [A; A0]``, ``B' = [B, -B0]``,
+    **The base.** The files go with the untouched model. Layers that PiSSA or OLoRA initialised have another base, the
+    residual ``W - s B0 A0``. Their adapter is written as plain LoRA of rank 2 r, ``A' = [A; A0]``, ``B' = [B, -B0]``,
     with the alpha that keeps the scaling. A negative ``scaling`` is written as a positive one with ``-B``.
 
-    Both files are put in place together: a reader, also after this process was killed, finds the former adapter or this
-    one, never a mixture (PEFT, which reads the two apart, only if it does not read between the two renames). Other
-    files of the folder are left alone.
+    **Interruptions.** Both files are put in place together. A reader finds the former adapter or this one, never a
+    mixture, also after this process was killed. PEFT reads the two files one after the other, so it could only see a
+    mixture between the two renames. Other files of the folder are left alone.
 
-    Where Parameters are sharded (FSDP2, tensor parallelism), every process of their mesh must call this: the tensors
-    are gathered, the first process writes, and the others return, or raise, when it has. FSDP1 and ZeRO-3 have contexts
-    that gather: within them each process that calls this writes.
-
-    A warning names what may have been trained and is not written.
+    **Several processes.** Where Parameters are sharded (FSDP2, tensor parallelism), every process of their mesh must
+    call this. The tensors are gathered, and the first process writes. The others wait for it, and return or raise as it
+    does. FSDP1 and ZeRO-3 have contexts that gather; within them each process that calls this writes.
 
     Args:
-        model: a module that holds ``FusedLoRALinear`` layers; wrapped ones are looked into.
-        folder: where to write; it is made if it is not there.
-        bias: which biases are saved too: ``"none"``, ``"lora_only"`` (those of the LoRA layers) or ``"all"``. None: as
-            ``LoRAConfig.bias`` said when the layers of the model, or of parts of it, were replaced, or
-            :func:`mark_only_lora_as_trainable` was told.
-        modules_to_save: ends of the names of modules that are saved whole. None: as ``LoRAConfig.modules_to_save``.
-        task_type: PEFT's name of the task, such as ``"CAUSAL_LM"``, for its ``AutoPeftModel`` classes. None: the one
+        model: a module that holds ``FusedLoRALinear`` layers. Wrapped ones are searched too.
+        folder: where to write. It is made if it does not exist.
+        bias: which biases are saved too: ``"none"``, ``"lora_only"`` (those of the LoRA layers) or ``"all"``. None is
+            what ``LoRAConfig.bias`` said when the layers of the model, or of parts of it, were replaced, or what
+            :func:`mark_only_lora_as_trainable` was given.
+        modules_to_save: how the names of the modules end that are saved whole. None is ``LoRAConfig.modules_to_save``.
+        task_type: PEFT's name of the task, such as ``"CAUSAL_LM"``, for its ``AutoPeftModel`` classes. None is the one
             that the adapter was loaded with. With a task, PEFT's heads for it are saved whole (``"classifier"``, ...).
 
     Raises:
-        InvalidArgumentError: another ``bias``.
+        InvalidArgumentError: ``bias`` has another value.
         LoRAStateError: the model holds no LoRA layer or is one itself; a parameter is on the meta device; a
             scaling is not finite; an activation stands between A and B, which PEFT does not have (``lora_state_dict``
             holds such an adapter); a module that is saved whole holds a LoRA layer, or shares a weight with one that is

@@ -39,18 +39,19 @@ class FusedLoRAGroup(nn.Module):
 
     .. math:: y_i = x W_i^\top + b_i + s_i\,(\mathrm{drop}_i(x) A_i^\top) B_i^\top
 
-    In training all h are computed in one read of x, dx is accumulated in one place instead of summed from n, and all da
-    come from one read of x; the adapters stay apart, each with its own rank, scaling and dropout mask. What runs is
-    the same for layers that :func:`~lora_kernels.share_inputs` has joined, which stay where they are in the model.
+    In training one read of x gives all h, and another one gives all da. dx is accumulated in one place instead of
+    summed from n. Each adapter keeps its own rank, scaling and dropout mask. Layers that
+    :func:`~lora_kernels.share_inputs` has joined run the same way, and stay where they are in the model.
 
     Args:
-        layers: the members by name, or in a list (they are then called "0", "1", ...): ``FusedLoRALinear``, or layers
-            that will be replaced by such. They are the group's children, so names in a state dict are ``group.name.…``.
+        layers: the members by name, or in a list, where their names are "0", "1", ... Each is a ``FusedLoRALinear``, or
+            a layer that will be replaced by one. They are the group's children, so a state dict has
+            ``group.name.…``.
 
     Raises:
-        InvalidArgumentError: fewer than two members, or members of different in_features.
-        InvalidTypeError: a member that is no linear layer.
-        LoRAStateError: a member runs in common with others already.
+        InvalidArgumentError: there are fewer than two members, or their in_features differ.
+        InvalidTypeError: a member is no linear layer.
+        LoRAStateError: a member runs together with others already.
 
     Example:
         >>> import torch
@@ -92,27 +93,28 @@ class FusedLoRAGroup(nn.Module):
 
 
 def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] | None = None) -> ShareReport:
-    """Lets LoRA layers that read one x run together in training: one read of x for all h and all da, one dx.
+    """Lets LoRA layers that read one x run together in training: one read of x for all h, one for all da, one dx.
 
-    The layers stay where they are, with their names, adapters and hooks, and are called as ever: at the first one's
-    call all are computed, and the others' outputs wait for their calls with the same tensor. A layer that is called
-    with another tensor runs by itself, and so does one that is merged, switched off or changed in between.
+    The layers stay where they are, with their names, adapters and hooks, and you call them as before. The first call
+    computes all of them; the other outputs wait for their calls with the same tensor. A layer runs alone if it is
+    called with another tensor, or if it is merged, switched off or changed in between.
 
-    ``replace_linear`` and ``fuse_peft`` call it. By itself it finds q, k, v and gate, up in modules whose ``forward``
-    takes one activation, as in transformers' self-attention and gated MLPs; cross-attention takes two. Under
-    ``torch.compile`` layers that are found or named run by themselves, and a :class:`FusedLoRAGroup` in common.
+    ``replace_linear`` and ``fuse_peft`` call this function. Without ``names`` it finds q, k, v and gate, up in modules
+    whose ``forward`` takes one activation, as in transformers' self-attention and gated MLPs. Cross-attention takes
+    two, and is left alone. Under ``torch.compile`` a :class:`FusedLoRAGroup` runs together, and layers that were found
+    or named run alone.
 
     Args:
         model: a module that holds ``FusedLoRALinear`` layers, or a PEFT model that ``fuse_peft`` was called on.
-        names: for each group the names that its layers have in their parent; every parent that holds two or more of
-            them as LoRA layers is a group. None: as said.
+        names: for each group, the names that its layers have in their parent. Every parent that holds two or more of
+            them as LoRA layers is a group. None finds the groups as said above.
 
     Returns:
-        The groups that were made; those from before stay.
+        A report of the groups that were made. Earlier groups stay.
 
     Raises:
         InvalidTypeError: ``model`` is no module.
-        InvalidArgumentError: ``names`` fit nowhere, or layers of different in_features.
+        InvalidArgumentError: ``names`` match nothing, or layers of different in_features.
 
     Example:
         >>> from lora_kernels import LoRAConfig, replace_linear, share_inputs
@@ -148,7 +150,7 @@ def share_found(model: nn.Module) -> ShareReport:
 
 
 def unshare_inputs(model: nn.Module) -> int:
-    """Has every layer run by itself again; returns how many groups there were.
+    """Makes every layer run alone again; returns how many groups there were.
 
     Raises:
         InvalidTypeError: ``model`` is no module.

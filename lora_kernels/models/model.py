@@ -37,7 +37,7 @@ __all__ = [
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """``(dotted name, layer)`` of each ``FusedLoRALinear`` in ``model``, a shared one once, by its first name.
+    """``(dotted name, layer)`` of each ``FusedLoRALinear`` in ``model``. A shared layer comes once, by its first name.
 
     Example:
         >>> from lora_kernels import FusedLoRALinear
@@ -50,33 +50,38 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
 def replace_linear(model: nn.Module, config: LoRAConfig) -> ReplaceReport:
     """Replaces, in place, each ``nn.Linear`` that ``config`` names by a ``FusedLoRALinear`` around the same Parameters.
 
-    transformers' ``Conv1D`` (GPT-2) becomes a ``FusedLoRAConv1D`` around its weight as it is stored. Names match as in
-    PEFT. "all-linear" is every ``nn.Linear`` and ``Conv1D`` but the output head: what ``get_output_embeddings()`` of a
-    transformers model returns, or, where that is None, the model's child ``score`` or ``classifier``; other models have
-    no head that could be told from the rest, so all of their linear layers are meant. ``exclude_modules`` always wins.
+    transformers' ``Conv1D`` (GPT-2) becomes a ``FusedLoRAConv1D`` around its weight as it is stored. Make the optimizer
+    afterwards.
 
-    The replaced layers' weights are frozen, and their biases as ``config.bias`` says; the modules of
-    ``config.modules_to_save`` train whole; nothing outside of them is touched (:func:`mark_only_lora_as_trainable` does
-    that). Device, dtype, mode and forward hooks are kept. A module that is used at several places is one
-    ``FusedLoRALinear`` at all of them; Parameters that are tied stay tied (with PiSSA and OLoRA each layer
-    has a residual of its own, and what it was tied to keeps its values), and a layer whose trainable weight is also
-    used outside of the replaced layers (a head tied to an embedding) is left alone. Layers that read one x, found as
-    :func:`share_inputs` says, run together in training. A layer on the meta device stays
-    there: call ``reset_lora_parameters`` after ``to_empty``, with its weights loaded. Make the optimizer afterwards.
+    **Which layers.** Names match as in PEFT, and ``exclude_modules`` always wins. "all-linear" is every ``nn.Linear``
+    and ``Conv1D`` except the output head. The head is what ``get_output_embeddings()`` of a transformers model returns.
+    Where that is None, it is the model's child ``score`` or ``classifier``. In other models no head can be told from
+    the rest, so "all-linear" is all of their linear layers.
+
+    **What trains.** The replaced layers' weights are frozen, and their biases as ``config.bias`` says. The modules of
+    ``config.modules_to_save`` train whole. Nothing else is frozen: :func:`mark_only_lora_as_trainable` does that.
+
+    **What stays.** Device, dtype, mode and forward hooks are kept. A module that is used at several places becomes one
+    ``FusedLoRALinear`` at all of them. Tied Parameters stay tied. With PiSSA and OLoRA each layer gets its own
+    residual, and what it was tied to keeps its values. A layer is left alone if its trainable weight is also used
+    outside of the replaced layers, such as a head that is tied to an embedding.
+
+    Layers that read one x run together in training; :func:`share_inputs` says how they are found. A layer on the meta
+    device stays there: call ``reset_lora_parameters`` after ``to_empty``, when its weights are loaded.
 
     Args:
-        model: any module; wrapped ones (``torch.compile``, ``DataParallel``) are looked into.
+        model: any module. Wrapped ones (``torch.compile``, ``DataParallel``) are searched too.
         config: what to replace and how.
 
     Returns:
         A report to print: which layers were replaced, which were left alone and why, how many parameters train.
 
     Raises:
-        InvalidArgumentError: no ``target_modules``, or they match no module (the sentence names close ones); or a
-            rank that PiSSA or OLoRA cannot give a layer.
-        InvalidTypeError: the model is no module, itself an ``nn.Linear`` or scripted; or none of the matches can be
-            replaced.
-        LoRAStateError: a layer that matches is replaced already; its weight has no decomposition (PiSSA, OLoRA); the
+        InvalidArgumentError: there are no ``target_modules``, or they match no module (the message names close ones);
+            or PiSSA or OLoRA cannot give a layer that rank.
+        InvalidTypeError: the model is no module, is itself an ``nn.Linear``, or is scripted; or none of the matches can
+            be replaced.
+        LoRAStateError: a layer that matches is replaced already; its weight has no decomposition (PiSSA, OLoRA); or the
             model holds a ``DistributedDataParallel``.
 
     Example:
@@ -103,17 +108,17 @@ def replace_linear(model: nn.Module, config: LoRAConfig) -> ReplaceReport:
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str | None = None) -> None:
-    """Freezes every parameter but those of the adapters: lora_A, lora_B, lora_bias and lora_magnitude_vector.
+    """Freezes all parameters except those of the adapters: lora_A, lora_B, lora_bias and lora_magnitude_vector.
 
-    Modules that :func:`replace_linear` was told to train whole, with ``modules_to_save``, go on training.
+    The modules of ``LoRAConfig.modules_to_save`` still train whole.
 
     Args:
         model: a module that holds ``FusedLoRALinear`` layers.
-        bias: which biases train too: ``"none"``, ``"lora_only"`` (those of the LoRA layers) or ``"all"``. None: as
-            ``LoRAConfig.bias`` said. Biases that train are saved with the adapter.
+        bias: which biases train too: ``"none"``, ``"lora_only"`` (those of the LoRA layers) or ``"all"``. None is
+            ``LoRAConfig.bias``. Biases that train are saved with the adapter.
 
     Raises:
-        InvalidArgumentError: another ``bias``.
+        InvalidArgumentError: ``bias`` has another value.
         LoRAStateError: the model holds no ``FusedLoRALinear``.
 
     Example:
@@ -142,12 +147,13 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str | None = None) -> No
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Merges every ``FusedLoRALinear``; see :meth:`FusedLoRALinear.merge`. One more copy of their weights in memory.
+    """Merges every ``FusedLoRALinear``; see :meth:`FusedLoRALinear.merge`.
+
+    It costs one more copy of their weights in memory. If one layer cannot be merged, none is.
 
     Raises:
-        LoRAStateError: the model holds no LoRA layer, one is merged already, or one cannot be merged (its weights are
-            on the meta device, or would not be finite), or FSDP1 or ZeRO-3 would not keep merged values now; the
-            layers that were merged until then are unmerged again.
+        LoRAStateError: the model holds no LoRA layer; one is merged already; one cannot be merged, because its weights
+            are on the meta device or would not be finite; or FSDP1 or ZeRO-3 would not keep merged values now.
 
     Example:
         >>> from lora_kernels import FusedLoRALinear
@@ -185,8 +191,8 @@ def unmerge_lora(model: nn.Module) -> None:
     """Puts the original weights of every ``FusedLoRALinear`` back, exactly.
 
     Raises:
-        LoRAStateError: the model holds no LoRA layer, one is not merged, or FSDP1 or ZeRO-3 would not keep the original
-            values now; nothing is changed then.
+        LoRAStateError: the model holds no LoRA layer; one is not merged; or FSDP1 or ZeRO-3 would not keep the original
+            values now. Then nothing is changed.
 
     Example:
         >>> from lora_kernels import FusedLoRALinear
@@ -211,17 +217,17 @@ def unmerge_lora(model: nn.Module) -> None:
 def restore_linear(model: nn.Module) -> RestoreReport:
     """Replaces, in place, every ``FusedLoRALinear`` by a plain ``nn.Linear`` with the layer's current weight.
 
-    That is the merged weight of a merged layer, and the base weight of another: its adapter is dropped, with a warning
-    if it adds anything, so call :func:`merge_lora` or save :func:`lora_state_dict` first. What PiSSA or OLoRA took of
-    the base weight is put back, to within rounding. Weights and biases keep their ``requires_grad``: they stay frozen,
-    as :func:`replace_linear` left them. Forward hooks, also later ones, are kept.
+    A merged layer gives its merged weight. Another layer gives its base weight and drops its adapter, with a warning if
+    the adapter adds anything. So call :func:`merge_lora` or save :func:`lora_state_dict` first. What PiSSA or OLoRA
+    took of the base weight is put back, to within rounding. Weights and biases keep their ``requires_grad``: they stay
+    frozen, as :func:`replace_linear` left them. Forward hooks are kept, also those that were added later.
 
     Returns:
-        A report to print: of which layers the adapter was kept or dropped, and which merged weights are tied no longer.
+        A report to print: whose adapters were merged or dropped, and which merged weights are no longer tied.
 
     Raises:
-        LoRAStateError: the model holds no ``FusedLoRALinear``, is one itself, or another (FSDP, ZeRO-3, accelerate's
-            offloading) holds the values of a layer.
+        LoRAStateError: the model holds no ``FusedLoRALinear``, or is one itself; or FSDP, ZeRO-3 or accelerate's
+            offloading holds the values of a layer.
 
     Example:
         >>> from lora_kernels import FusedLoRALinear
@@ -275,21 +281,21 @@ def restore_linear(model: nn.Module) -> RestoreReport:
 def lora_state_dict(model: nn.Module, bias: str | None = None) -> dict[str, Tensor]:
     """The adapters' tensors by their names in ``model.state_dict()``; a shared layer's once, under its first name.
 
-    With them are the biases that train and the modules of ``modules_to_save``, whole; a warning names what else may
-    have been trained.
+    The biases that train and the modules of ``modules_to_save`` are in it too. A warning names what else may have been
+    trained.
 
-    ``model.load_state_dict(tensors, strict=False)`` loads them back. As in ``state_dict()`` they are detached, on their
-    device, and no copies: clone them to keep their values while training goes on. Layers that PiSSA or OLoRA
-    initialised add their initial values: loaded into a model with the same base, its weights are set to go with them.
-    Of what accelerate has offloaded they are the values that it keeps.
+    ``model.load_state_dict(tensors, strict=False)`` loads them back. As in ``state_dict()`` the tensors are detached,
+    on their device, and no copies. Clone them to keep their values while training continues. Layers that PiSSA or OLoRA
+    initialised add their initial values. Loading these into a model with the same base also sets its weights to match.
+    Where accelerate has offloaded a tensor, its values come from accelerate.
 
     Args:
         model: a module that holds ``FusedLoRALinear`` layers.
-        bias: which biases are added: ``"none"``, ``"lora_only"`` (those of the LoRA layers) or ``"all"``. None: as
+        bias: which biases are added: ``"none"``, ``"lora_only"`` (those of the LoRA layers) or ``"all"``. None is what
             ``LoRAConfig.bias`` or :func:`mark_only_lora_as_trainable` said.
 
     Raises:
-        InvalidArgumentError: another ``bias``.
+        InvalidArgumentError: ``bias`` has another value.
         LoRAStateError: the model holds no ``FusedLoRALinear``, or values that FSDP1 or ZeRO-3 holds are not gathered.
 
     Example:

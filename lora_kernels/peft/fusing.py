@@ -24,39 +24,39 @@ _CREATION = "_create_new_module"
 
 
 def fuse_peft(model: nn.Module) -> FuseReport:
-    """Puts PEFT's ``lora.Linear`` layers in ``model``, in place, onto the fused operators.
+    """Makes PEFT's ``lora.Linear`` layers in ``model`` run by the fused operators, in place.
 
-    Each becomes an instance of a subclass of its class; its Parameters, names, hooks and the optimizer's references to
-    them are the same objects. So ``state_dict``, ``save_pretrained``, ``add_adapter`` (also onto layers that had none),
-    ``set_adapter``, ``delete_adapter``, ``disable_adapter``, merging and ``merge_and_unload``, hot-swapping and mixed
-    batches work as before. Any dtypes mix; 32-bit adapters over a 16-bit base need no cast of x.
+    Each layer's class becomes a subclass of its class. Its Parameters, names, hooks and the optimizer's references to
+    them stay the same objects. So these work as before: ``state_dict``, ``save_pretrained``, ``add_adapter`` (also onto
+    layers that had none), ``set_adapter``, ``delete_adapter``, ``disable_adapter``, merging, ``merge_and_unload``,
+    hot-swapping and mixed batches. Any dtypes mix. 32-bit adapters over a 16-bit base need no cast of x.
 
-    Layers that read one x, found as :func:`~lora_kernels.share_inputs` says, run together in training.
+    Layers that read one x run together in training; :func:`~lora_kernels.share_inputs` says how they are found.
 
-    DoRA runs fused too: alone, with dropout or without, and without dropout as the last of several active adapters.
-    Norms are computed in fp32 or better on each call, within PEFT's ``DoraCaching`` as often as there.
+    **DoRA** runs fused too: a single DoRA adapter with or without dropout, and without dropout the last one of several
+    active adapters. Each call computes the norms in fp32 or better; within PEFT's ``DoraCaching``, as often as PEFT.
 
-    PEFT's own forward runs, call by call, what the operators do not: other variants, DoRA before other active adapters,
-    dropout on several active adapters at once, modules with hooks inside of the layer, ``torch.func``,
-    ``torch.jit.trace``, ``torch.export``. Layers over a quantized, sharded or unusual base stay PEFT's own, as do its
-    embeddings and convolutions.
+    **PEFT's own forward** runs what the operators cannot: other variants, DoRA before other active adapters, dropout on
+    several active adapters at once, modules with hooks inside of the layer, ``torch.func``, ``torch.jit.trace`` and
+    ``torch.export``. This is decided for each call. Layers over a quantized, sharded or unusual base stay PEFT's own.
+    So do its embeddings and convolutions.
 
-    Numerics: A and B are rounded to the compute dtype at the product (over fp16 they are not, and keep fp32's range as
-    PEFT's do), sums run in fp32, and y is rounded once (twice in a mixed batch that takes one pass), where PEFT rounds
-    the base product and again the sum. Dropout draws from PyTorch's generator, but other numbers than PEFT (with DoRA
-    by PyTorch's own dropout of x as it comes, which PEFT casts to the adapter's dtype first). A row of W + s B A that
-    is zero stays zero, where PEFT divides by its norm.
+    **Numerics.** A and B are rounded to the compute dtype at the product. Over fp16 they are not rounded, and keep
+    fp32's range as PEFT's do. Sums run in fp32, and y is rounded once, or twice in a mixed batch that takes one pass.
+    PEFT rounds the base product and then the sum. Dropout draws from PyTorch's generator, but other numbers than PEFT.
+    With DoRA it is PyTorch's own dropout of x as given, which PEFT first casts to the adapter's dtype. A row of
+    W + s B A that is zero stays zero, where PEFT divides by its norm.
 
     Args:
         model: a ``PeftModel``, or any module that holds PEFT's LoRA layers.
 
     Returns:
         A report to print: what was fused, what was not and why. Its ``calls``, like
-        :func:`lora_kernels.peft.calls`, tell at any later time how many calls were fused.
+        :func:`lora_kernels.peft.calls`, count at any later time how many calls were fused.
 
     Raises:
         InvalidTypeError: ``model`` is no module.
-        InvalidArgumentError: it holds no LoRA layer of PEFT's.
+        InvalidArgumentError: it holds none of PEFT's LoRA layers.
         LoRAStateError: an adapter is merged into a layer that would be fused.
         MissingExtraError: PEFT is not installed, or older than 0.16.
 
@@ -100,7 +100,7 @@ def fuse_peft(model: nn.Module) -> FuseReport:
 
 
 def unfuse_peft(model: nn.Module) -> UnfuseReport:
-    """Makes the fused layers PEFT's ``lora.Linear`` again; their tensors are not touched. Merged layers stay merged.
+    """Makes the fused layers PEFT's ``lora.Linear`` again. Their tensors do not change, and merged layers stay merged.
 
     Raises:
         InvalidTypeError: ``model`` is no module.
@@ -141,11 +141,12 @@ def unfuse_peft(model: nn.Module) -> UnfuseReport:
 def with_fused_layers(config: LoraConfig) -> LoraConfig:
     """Registers fused layers in ``config`` by PEFT's own hook, so that PEFT builds them itself; returns ``config``.
 
-    For what makes its model itself from a config (trainers, ``inject_adapter_in_model``). It is
-    ``LoraConfig._register_custom_module`` for ``nn.Linear`` and transformers' ``Conv1D``; a class of your own that is
-    registered before for one of them stays, and classes that derive from ``nn.Linear`` are registered before this. What
-    cannot be fused is built by PEFT as ever. It is no part of the saved adapter: a config that PEFT reads from a file
-    knows nothing of it. Layers that read one x run together once :func:`~lora_kernels.share_inputs` was called on the
+    It is for code that makes its model from a config, such as trainers and ``inject_adapter_in_model``. It calls
+    ``LoraConfig._register_custom_module`` for ``nn.Linear`` and transformers' ``Conv1D``. A class of your own that you
+    registered earlier for one of them stays. Register classes that derive from ``nn.Linear`` before you call this.
+
+    PEFT builds what cannot be fused, as usual. The registration is not saved with the adapter: a config that PEFT reads
+    from a file has none. Layers that read one x run together after :func:`~lora_kernels.share_inputs` was called on the
     model.
 
     Raises:
