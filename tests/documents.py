@@ -29,10 +29,16 @@ class Block:
     def run(self, where: str, namespace: dict[str, Any]) -> bool:
         """Runs Python in ``namespace``; where what it requires is not installed, compiles it and says False."""
         code = compile(self.body, where, "exec")
-        if self.requires and find_spec(self.requires) is None:
+        if self.requires and not _is_installed(self.requires):
             return False
         exec(code, namespace)
         return True
+
+
+def _is_installed(package: str) -> bool:
+    """A folder of that name that happens to be on the path is no package."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def blocks(text: str) -> list[Block]:

@@ -15,14 +15,19 @@ from lora_kernels import peft as live
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 # What a layer answers to other modules of the package; users have no need of it.
 OF_THE_PACKAGE = {
+    "add_adapter",
+    "base_product",
     "branch",
     "check_is_lora",
     "check_rank",
     "matrix",
     "problem",
+    "reset_magnitude",
+    "row_norms",
     "shared_branch",
     "sharing_state",
     "to_plain",
+    "total_bias",
 }
 
 
