@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-_BLOCK = re.compile(r"^```(\w+)(?: requires=(\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^```(\w+(?: file)?)(?: requires=(\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _GENERATED = re.compile(r"<!-- (\w+):\S+ -->.*?<!-- /\1 -->", re.DOTALL)  # by bench/tables.py
 _LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 _CODE = re.compile(r"`[^`]+`")
@@ -20,7 +20,10 @@ _ENDS = re.compile(r"[.!?][)\"”*]*(?=\s)")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block; ``requires`` names a package that it needs beside those of the development set-up."""
+    """A fenced block; ``requires`` names a package that it needs beside those of the development set-up.
+
+    "python file" is the text of a file that a reader is to write: its page's own test does so.
+    """
 
     language: str
     requires: str
