@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from documents import ROOT, Block, anchors, blocks, sentences, without_blocks
+from documents import ROOT, Block, anchors, blocks, bodies, sentences, without_blocks
 from lora_kernels import LoRAConfig, cli
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in [*PAGES, ROOT / "README.md"]}
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 DOCS = {name: text for name, text in TEXTS.items() if name.startswith("docs/")}
-RUNNING = [name for name, text in DOCS.items() if "```python" in text]
+RUNNING = [name for name, text in DOCS.items() if bodies(text, "python")]
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 MOST_WORDS = 30  # of a sentence
 every_page = pytest.mark.parametrize("name", DOCS)
