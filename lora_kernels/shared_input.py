@@ -28,7 +28,7 @@ from .foreseen import Foreseen, foresee
 from .gate import device_type_of, is_autocast_enabled, run_branches
 from .tensors import is_plain
 
-__all__ = ["Member", "SharedInput", "attach", "detach", "shared_inputs"]
+__all__ = ["Member", "SharedInput", "attach", "detach", "is_shared", "shared_inputs"]
 
 _AT_MEMBER, _AT_HOLDER = "_shared", "_shared_inputs"
 _MISSES = 3  # passes in a row whose outputs nobody took, before a warning
@@ -182,6 +182,11 @@ def shared_inputs(holder: nn.Module) -> tuple[SharedInput, ...]:
 def attach(holder: nn.Module, members: Sequence[nn.Module]) -> None:
     """Lets ``members``, which ``holder`` holds, run together; copies of ``holder`` do so too."""
     vars(holder)[_AT_HOLDER] = (*shared_inputs(holder), SharedInput(members))
+
+
+def is_shared(module: nn.Module) -> bool:
+    """Whether ``module`` is a member of a common pass."""
+    return vars(module).get(_AT_MEMBER) is not None
 
 
 def detach(holder: nn.Module) -> int:

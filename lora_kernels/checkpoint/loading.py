@@ -70,7 +70,7 @@ def load_adapter(model: nn.Module, folder: files.PathLike) -> LoadReport:
     plan = make_plan(inner, adapter.config, tensors, str(Path(folder) / files.WEIGHTS))
     layers = _carry_out(plan, inner, _targets(model, inner, plan))
     remember(inner, plan.config, adapter.kept)
-    return _report(layers, plan)
+    return _report(layers, plan).of(inner, layers)
 
 
 def _carry_out(plan: Plan, inner: nn.Module, targets: list[Match]) -> dict[str, nn.Module]:

@@ -14,8 +14,7 @@ from .. import pissa, storage
 from ..config import ADAPTER_DTYPES, LoRAConfig, as_tuple, pattern_value
 from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 from ..layer import LoRALayer
-from ..models.matching import close_names, is_all_linear, is_linear, plain_name, selects, trained_whole
-from ..models.replacing import listed
+from ..models.matching import close_names, is_all_linear, is_linear, listed, plain_name, selects, trained_whole
 from ..replaceable import is_conv1d, why_not_replaceable
 from .plain_form import NAMES
 from .saving import PREFIX

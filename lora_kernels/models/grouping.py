@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
-from ..shared_input import attach, detach, shared_inputs
-from .replacing import joined, listed
+from ..shared_input import attach, detach, is_shared, shared_inputs
+from .matching import joined, listed
 from .report import ShareReport
 
 __all__ = ["FusedLoRAGroup", "share_found", "share_inputs", "unshare_inputs"]
@@ -122,7 +122,7 @@ def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] | None = None)
         >>> report = replace_linear(model, LoRAConfig(r=2, target_modules=["left", "right"]))
         >>> print(share_inputs(model, [["left", "right"]]))
         1 group of layers with one input:
-          left, right
+          left + right
     """
     _check_module(model, "share_inputs")
     if names is None:
@@ -139,14 +139,14 @@ def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] | None = None)
         for _, members in of_these:
             _check_sizes(members)
         found += of_these
-    return _share(found)
+    return _share(model, found)
 
 
 def share_found(model: nn.Module) -> ShareReport:
     """:func:`share_inputs` of what is found by itself; nothing is refused."""
     holders = ((prefix, holder) for prefix, holder in model.named_modules())
     groups = (_group(prefix, holder, names) for prefix, holder in holders for names in _siblings(holder))
-    return _share([group for group in groups if group is not None and len(_widths(group[1])) == 1])
+    return _share(model, [group for group in groups if group is not None and len(_widths(group[1])) == 1])
 
 
 def unshare_inputs(model: nn.Module) -> int:
@@ -167,17 +167,17 @@ def unshare_inputs(model: nn.Module) -> int:
 def _group(prefix: str, holder: nn.Module, siblings: Sequence[str]) -> tuple[nn.Module, dict[str, Any]] | None:
     """``holder`` and those of its children called ``siblings`` that can run together and do not yet; None if few."""
     named = {joined(prefix, name): holder._modules.get(name) for name in siblings}
-    members = {name: m for name, m in named.items() if m is not None and _can_share(m) and not _is_shared(m)}
+    members = {name: m for name, m in named.items() if m is not None and _can_share(m) and not is_shared(m)}
     return (holder, members) if len(set(members.values())) > 1 else None
 
 
-def _share(found: list[tuple[nn.Module, dict[str, Any]]]) -> ShareReport:
+def _share(model: nn.Module, found: list[tuple[nn.Module, dict[str, Any]]]) -> ShareReport:
     groups = []
     for holder, members in found:
-        if not any(_is_shared(member) for member in members.values()):  # a holder may stand at several places
+        if not any(is_shared(member) for member in members.values()):  # a holder may stand at several places
             attach(holder, list(dict.fromkeys(members.values())))
             groups.append(tuple(members))
-    return ShareReport(tuple(groups))
+    return ShareReport(tuple(groups)).of(model, [name for group in groups for name in group])
 
 
 def _siblings(holder: nn.Module) -> list[tuple[str, ...]]:
@@ -202,10 +202,6 @@ def _can_share(module: nn.Module) -> bool:
     return hasattr(module, "shared_branch")
 
 
-def _is_shared(module: nn.Module) -> bool:
-    return vars(module).get("_shared") is not None
-
-
 def _widths(members: Mapping[str, Any]) -> set[int]:
     return {member.in_features for member in members.values()}
 
@@ -221,7 +217,7 @@ def _check_sizes(members: Mapping[str, Any]) -> None:
 
 
 def _refuse_shared(members: Mapping[str, nn.Module]) -> None:
-    if shared := [name for name, member in members.items() if _is_shared(member)]:
+    if shared := [name for name, member in members.items() if is_shared(member)]:
         raise LoRAStateError(
             f"{listed(shared)} runs in common with other layers already. Call unshare_inputs on the model that holds "
             "it first."

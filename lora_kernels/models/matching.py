@@ -24,6 +24,8 @@ __all__ = [
     "find_matches",
     "is_all_linear",
     "is_linear",
+    "joined",
+    "listed",
     "name_matches",
     "output_heads",
     "plain_name",
@@ -35,6 +37,7 @@ __all__ = [
 # How transformers calls the untrained head of a classifier; it has to be trained whole, not adapted.
 _CLASSIFIER_HEADS = ("score", "classifier")
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_NAMES_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -212,3 +215,14 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
 def is_linear(module: nn.Module) -> bool:
     """Whether ``module`` is an ``nn.Linear``, subclasses included, or transformers' ``Conv1D``, replaced or not."""
     return isinstance(module, (nn.Linear, LoRALayer)) or is_conv1d(module)
+
+
+def joined(prefix: str, name: str) -> str:
+    """The dotted name of ``name`` under ``prefix``, which may be the root's empty one."""
+    return f"{prefix}.{name}" if prefix else name
+
+
+def listed(names: list[str]) -> str:
+    """The names in quotes, the first of them where there are many."""
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(repr(name) for name in names[:_NAMES_SHOWN]) + more

@@ -19,9 +19,9 @@ from ..errors import InvalidTypeError, LoRAKernelsError, LoRAKernelsWarning, LoR
 from ..layer import LoRALayer
 from .adapter import Adapter, forget, remember, remember_bias, remembered_within
 from .grouping import share_found, unshare_inputs
-from .matching import find_matches, trained_whole
+from .matching import find_matches, joined, listed, trained_whole
 from .pretrained import tell_of_saving
-from .replacing import build, check_model, decide, joined, listed, make_report, nothing_to_replace
+from .replacing import build, check_model, decide, make_report, nothing_to_replace
 from .report import ReplaceReport, RestoredLayer, RestoreReport, ShareReport
 from .trained import biases, check_bias, train_biases, train_whole, warn_of_left_out, whole_tensors
 
@@ -89,7 +89,7 @@ def replace_linear(model: nn.Module, config: LoRAConfig) -> ReplaceReport:
         >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 1))
         >>> print(replace_linear(model, LoRAConfig(r=2, lora_alpha=4, target_modules=["0"])))
         replaced 1 layer:
-          0 (16 -> 32), r=2, alpha=4, 96 parameters
+          0 (16→32), r = 2, alpha = 4: 96 parameters
         trainable parameters: 129 of 673 (19.17 %)
           of these 33 are not adapters; mark_only_lora_as_trainable(model) freezes them
     """

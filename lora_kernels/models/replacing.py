@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import is_lazy
 
 from ..config import LoRAConfig, pattern_value
 from ..errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, LoRAStateError
@@ -24,27 +23,17 @@ from .matching import (
     Match,
     close_names,
     is_all_linear,
+    joined,
     linear_names,
+    listed,
     name_matches,
     trained_whole,
     unmatched_names,
 )
 from .report import ReplacedLayer, ReplaceReport, ShareReport, SkippedLayer
+from .watch import count_parameters
 
-__all__ = ["build", "check_model", "decide", "joined", "listed", "make_report", "nothing_to_replace"]
-
-_NAMES_SHOWN = 12
-
-
-def joined(prefix: str, name: str) -> str:
-    """The dotted name of ``name`` under ``prefix``, which may be the root's empty one."""
-    return f"{prefix}.{name}" if prefix else name
-
-
-def listed(names: list[str]) -> str:
-    """The names in quotes, the first of them where there are many."""
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(repr(name) for name in names[:_NAMES_SHOWN]) + more
+__all__ = ["build", "check_model", "decide", "make_report", "nothing_to_replace"]
 
 
 def check_model(model: nn.Module, config: LoRAConfig) -> None:
@@ -212,8 +201,8 @@ def make_report(
         shape = layer.in_features, layer.out_features
         sizes = *shape, layer.r, layer.lora_alpha, layer.scaling, count
         replaced.append(ReplacedLayer(match.name, match.places, *sizes, layer.activation))
-    parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
-    return ReplaceReport(
+    counts = count_parameters(model)
+    report = ReplaceReport(
         layers=tuple(replaced),
         skipped=tuple(skipped),
         notes=tuple(_notes(model, config, matches, list(layers))),
@@ -221,9 +210,10 @@ def make_report(
         adapter_parameters=sum(
             p.numel() for m in model.modules() if isinstance(m, LoRALayer) for p in m.adapter.values()
         ),
-        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        total=sum(parameter.numel() for parameter in parameters),
+        trainable=counts.trainable,
+        total=counts.total,
     )
+    return report.of(model, [*layers, *(name for group in shared.groups for name in group)])
 
 
 def _notes(model: nn.Module, config: LoRAConfig, matches: list[Match], replaced: list[str]) -> Iterator[str]:

@@ -1,25 +1,98 @@
-"""What the functions of ``models`` report: dataclasses to read in programs, and ``print`` for people."""
+"""What the functions of ``models`` report: dataclasses to read in programs, and ``print`` for people.
+
+Printed, a report is a screen long whatever the size of the model, and true at that moment: what may have changed since
+it was made is asked of the model, or told as of then. ``details()`` names every layer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .summary import MOST, Kind, arrow, count, in_a_line, kind_lines, kinds, some, span
+from .watch import Watch
 
 __all__ = [
     "LoadReport",
     "ReplaceReport",
     "ReplacedLayer",
+    "Report",
     "RestoreReport",
     "RestoredLayer",
     "ShareReport",
     "SkippedLayer",
-    "count",
-    "group_lines",
+    "note_lines",
     "skipped_lines",
-    "some",
 ]
 
-_NAMES_SHOWN = 4  # of the layers that one line tells of
+_SENTENCES = 3  # lines of reasons, and of notes
+_NUMBER = re.compile(r"\d+")
+
+R = TypeVar("R", bound="Report")
+
+
+class Report:
+    """What reports have in common: their text, and the model that it is asked of, which they do not keep alive."""
+
+    _watch = Watch()
+
+    def of(self: R, model: nn.Module, names: Iterable[str]) -> R:
+        """This report, with ``model`` and its layers ``names`` to ask for what changes."""
+        object.__setattr__(self, "_watch", Watch(model, names))
+        return self
+
+    def details(self) -> str:
+        """The whole text: one line for each layer."""
+        return "\n".join(self._lines(True))
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines(False))
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __deepcopy__(self: R, memo: Any) -> R:
+        return copy.copy(self)
+
+    def _lines(self, full: bool) -> Iterator[str]:
+        raise NotImplementedError
+
+    def _since(self, layers: Sequence[Any], settings: Callable[[Any], object], gone_by: str) -> Iterator[str]:
+        """What became of ``layers``: rows whose ``settings`` are compared with their layers', None of one that left."""
+        if self._watch.model is None or not layers:
+            return
+        here = self._watch.layers()
+        now = [(row, settings(here[row.name]) if row.name in here else None) for row in layers]
+        gone = sum(found is None for _, found in now)
+        changed = sum(found not in (None, settings(row)) for row, found in now)
+        for number, what in ((gone, gone_by), (changed, "given other adapters, ranks or alphas")):
+            if number:
+                which = "all" if number == len(layers) else f"{number} of the"
+                yield f"since then {which} {count(len(layers), 'layer')} {_was(number)} {what}"
+
+    def _group_lines(self, groups: Sequence[Sequence[str]], full: bool) -> Iterator[str]:
+        """The groups that run together, in a line."""
+        if groups:
+            names = [" + ".join(group) for group in groups]
+            yield f"{self._groups(groups)}: {some(names) if full else ', '.join(map(str, _group_kinds(groups)))}"
+
+    def _groups(self, groups: Sequence[Sequence[str]]) -> str:
+        now = self._watch.together(groups)
+        still = "" if now in (None, len(groups)) else f", of which {now or 'none'} {_runs(now)} together now"
+        return f"{count(len(groups), 'group')} of layers with one input{still}"
+
+
+def _was(number: int | None) -> str:
+    return "was" if number == 1 else "were"
+
+
+def _runs(number: int | None) -> str:
+    return "run" if number and number > 1 else "runs"
 
 
 @dataclass(frozen=True)
@@ -64,9 +137,12 @@ class SkippedLayer:
         return f"{self.name}: {self.reason}"
 
 
-@dataclass(frozen=True)
-class ReplaceReport:
+@dataclass(frozen=True, repr=False)
+class ReplaceReport(Report):
     """What :func:`lora_kernels.replace_linear` did. ``len`` and iteration go over the replaced layers.
+
+    Printed, layers whose names differ only by numbers are one line; ``details()`` has a line for each. The parameters
+    that train are those of the moment of printing, as long as the model exists.
 
     Attributes:
         layers: the replaced layers.
@@ -88,8 +164,8 @@ class ReplaceReport:
 
     @property
     def percent(self) -> float:
-        """The share of the model's parameters that train, in percent."""
-        return 100.0 * self.trainable / self.total if self.total else 0.0
+        """The share of the model's parameters that train, in percent, counted after the replacement."""
+        return _percent(self.trainable, self.total)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -97,19 +173,30 @@ class ReplaceReport:
     def __iter__(self) -> Iterator[ReplacedLayer]:
         return iter(self.layers)
 
-    def __str__(self) -> str:
-        lines = [f"replaced {count(len(self.layers), 'layer')}:", *(f"  {layer}" for layer in self.layers)]
+    def _lines(self, full: bool) -> Iterator[str]:
+        yield f"replaced {count(len(self.layers), 'layer')}:"
+        yield from _layer_lines(self.layers, full)
         if self.skipped:
-            lines += [f"left alone {count(len(self.skipped), 'module')}:", *skipped_lines(self.skipped)]
-        lines += group_lines(self.groups)
-        lines += [f"note: {note}" for note in self.notes]
-        lines.append(f"trainable parameters: {self.trainable:,} of {self.total:,} ({self.percent:.4g} %)")
-        if self.trainable > self.adapter_parameters:
-            lines.append(
-                f"  of these {self.trainable - self.adapter_parameters:,} are not adapters; "
-                "mark_only_lora_as_trainable(model) freezes them"
-            )
-        return "\n".join(lines)
+            yield f"left alone {count(len(self.skipped), 'module')}:"
+            yield from skipped_lines(self.skipped, full)
+        yield from self._group_lines(self.groups, full)
+        yield from note_lines("note", self.notes, full)
+        yield from self._since(self.layers, _rank_and_alpha, "taken out of the model")
+        yield from self._trainable_lines()
+
+    def _trainable_lines(self) -> Iterator[str]:
+        counts = self._watch.counts()
+        if counts is None:
+            others, when = self.trainable - self.adapter_parameters, " when the layers were replaced"
+            yield _trainable_line(when, self.trainable, self.total)
+            if others > 0:
+                yield f"  of these {others:,} were not adapters"
+            return
+        yield _trainable_line("", counts.trainable, counts.total)
+        if counts.freezable:
+            yield (f"  of these {counts.freezable:,} are not adapters; mark_only_lora_as_trainable(model) freezes them")
+        if asked_for := counts.others - counts.freezable:
+            yield f"  of these {asked_for:,} are biases and whole modules that the configuration trains"
 
 
 @dataclass(frozen=True)
@@ -129,14 +216,19 @@ class RestoredLayer:
     untied_from: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        return f"{self.name}: {self._outcome(self.untied_from)}"
+
+    def _outcome(self, untied_from: Sequence[str]) -> str:
         text = "adapter merged into the weight" if self.merged else "base weight; adapter dropped"
-        untied = f"; no longer shares its weight with {', '.join(self.untied_from)}" if self.untied_from else ""
-        return f"{self.name}: {text}{untied}"
+        return f"{text}; no longer shares its weight with {', '.join(untied_from)}" if untied_from else text
 
 
-@dataclass(frozen=True)
-class RestoreReport:
-    """What :func:`lora_kernels.restore_linear` did. ``len`` and iteration go over the restored layers."""
+@dataclass(frozen=True, repr=False)
+class RestoreReport(Report):
+    """What :func:`lora_kernels.restore_linear` did. ``len`` and iteration go over the restored layers.
+
+    Printed, layers whose names differ only by numbers are one line; ``details()`` has a line for each.
+    """
 
     layers: tuple[RestoredLayer, ...]
 
@@ -156,15 +248,25 @@ class RestoreReport:
     def __iter__(self) -> Iterator[RestoredLayer]:
         return iter(self.layers)
 
-    def __str__(self) -> str:
-        lines = [f"restored {count(len(self.layers), 'layer')}:", *(f"  {layer}" for layer in self.layers)]
-        lines.append(f"adapters merged: {len(self.kept)}; adapters dropped: {len(self.dropped)}")
-        return "\n".join(lines)
+    def _lines(self, full: bool) -> Iterator[str]:
+        yield f"restored {count(len(self.layers), 'layer')}:"
+        if full:
+            yield from (f"  {layer}" for layer in self.layers)
+        else:
+            yield from kind_lines(self.layers, _name, (lambda it: (it.merged, bool(it.untied_from)),), _restored_text)
+        yield f"adapters merged: {len(self.kept)}; adapters dropped: {len(self.dropped)}"
 
 
-@dataclass(frozen=True)
-class LoadReport:
+def _restored_text(kind: Kind, layers: Sequence[RestoredLayer]) -> str:
+    untied = [name for layer in layers for name in layer.untied_from]
+    return f"{kind}: {layers[0]._outcome([in_a_line(untied)] if untied else [])}"
+
+
+@dataclass(frozen=True, repr=False)
+class LoadReport(Report):
     """What :func:`lora_kernels.load_adapter` did. ``len`` and iteration go over the loaded layers.
+
+    Printed, layers whose names differ only by numbers are one line; ``details()`` has a line for each.
 
     Attributes:
         layers: the layers whose adapters were loaded.
@@ -182,19 +284,21 @@ class LoadReport:
     def __iter__(self) -> Iterator[ReplacedLayer]:
         return iter(self.layers)
 
-    def __str__(self) -> str:
-        lines = [
-            f"loaded an adapter into {count(len(self.layers), 'layer')}:",
-            *(f"  {layer}" for layer in self.layers),
-        ]
+    def _lines(self, full: bool) -> Iterator[str]:
+        yield f"loaded an adapter into {count(len(self.layers), 'layer')}:"
+        yield from _layer_lines(self.layers, full)
         if self.others:
-            lines.append(f"loaded {count(len(self.others), 'other tensor')}: {', '.join(self.others)}")
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+            names = ", ".join(self.others) if full else in_a_line(self.others)
+            yield f"loaded {count(len(self.others), 'other tensor')}: {names}"
+        yield from note_lines("note", self.notes, full)
+        yield from self._since(self.layers, _rank_and_alpha, "taken out of the model")
 
 
-@dataclass(frozen=True)
-class ShareReport:
+@dataclass(frozen=True, repr=False)
+class ShareReport(Report):
     """What :func:`lora_kernels.share_inputs` did: which layers run together. ``len`` and iteration go over the groups.
+
+    Printed, groups whose names differ only by numbers are one line; ``details()`` has a line for each.
 
     Attributes:
         groups: the dotted names of each group's layers.
@@ -208,32 +312,104 @@ class ShareReport:
     def __iter__(self) -> Iterator[tuple[str, ...]]:
         return iter(self.groups)
 
-    def __str__(self) -> str:
-        lines = [f"{count(len(self), 'group')} of layers with one input:", *(f"  {', '.join(group)}" for group in self)]
-        return "\n".join(lines) if self.groups else "no group of layers with one input"
+    def _lines(self, full: bool) -> Iterator[str]:
+        if not self.groups:
+            yield "no group of layers with one input"
+            return
+        yield f"{self._groups(self.groups)}:"
+        if full:
+            yield from (f"  {' + '.join(group)}" for group in self.groups)
+        else:
+            yield from (f"  {kind}" for kind in _group_kinds(self.groups))
 
 
-def skipped_lines(skipped: Sequence[SkippedLayer]) -> Iterator[str]:
-    """One line for each reason, with the first names."""
-    names: dict[str, list[str]] = {}
+def _name(row: Any) -> str:
+    name: str = row.name
+    return name
+
+
+def _rank_and_alpha(layer: Any) -> object:
+    """Of a row, or of a layer; None of a layer that has no adapter."""
+    r = getattr(layer, "r", None)
+    return None if r is None else (r, layer.lora_alpha)
+
+
+def _percent(part: int, total: int) -> float:
+    return 100.0 * part / total if total else 0.0
+
+
+def _trainable_line(when: str, trainable: int, total: int) -> str:
+    return f"trainable parameters{when}: {trainable:,} of {total:,} ({_percent(trainable, total):.4g} %)"
+
+
+def _layer_lines(layers: Sequence[ReplacedLayer], full: bool) -> list[str]:
+    if full:
+        return [f"  {layer}" for layer in layers]
+    facts = (
+        lambda it: (it.in_features, it.out_features, it.r, it.lora_alpha, it.activation),
+        lambda it: (it.in_features, it.out_features, it.activation),
+        lambda it: it.activation,
+    )
+    return kind_lines(layers, _name, facts, _replaced_text)
+
+
+def _replaced_text(kind: Kind, layers: Sequence[ReplacedLayer]) -> str:
+    first = layers[0]
+    facts = [f"{kind} {shape_text(layers)}", f"r = {span(layer.r for layer in layers)}"]
+    facts.append(f"alpha = {span(layer.lora_alpha for layer in layers)}")
+    facts += [first.activation] if first.activation != "identity" else []
+    text = f"{', '.join(facts)}: {sum(layer.parameters for layer in layers):,} parameters"
+    several = [layer for layer in layers if len(layer.places) > 1]
+    if len(several) == 1:
+        text += f"; also {', '.join(place for place in several[0].places if place != several[0].name)}"
+    elif several:
+        text += f"; {len(several)} of them stand at several places"
+    return text
+
+
+def shape_text(layers: Sequence[Any]) -> str:
+    """``(4096→1024)``, K and N."""
+    sides = (span(layer.in_features for layer in layers), span(layer.out_features for layer in layers))
+    return f"({arrow().join(sides)})"
+
+
+def _group_kinds(groups: Sequence[Sequence[str]]) -> list[str]:
+    """Groups by what their layers are called, with their number; the last line is of those that are left over."""
+    members = [name for group in groups for name in group]
+    labels = {index: kind.label for kind in kinds(members) for index in kind.indices}
+    alike: dict[str, int] = {}
+    start = 0
+    for group in groups:
+        label = " + ".join(labels[index] for index in range(start, start + len(group)))
+        alike[label] = alike.get(label, 0) + 1
+        start += len(group)
+    told = [str(Kind(label, [0] * number)) for label, number in alike.items()]
+    rest = sum(list(alike.values())[MOST - 1 :])
+    return told if len(told) <= MOST else [*told[: MOST - 1], f"{count(rest, 'group')} more; details() names them"]
+
+
+def skipped_lines(skipped: Sequence[SkippedLayer], full: bool) -> Iterator[str]:
+    """One line for each reason, with the first names; reasons that differ by numbers or by the layer's name are one."""
+    alike: dict[str, list[SkippedLayer]] = {}
     for layer in skipped:
-        names.setdefault(layer.reason, []).append(layer.name)
-    for reason, alike in names.items():
-        yield f"  {some(alike)}: {reason}"
+        alike.setdefault(layer.reason if full else _general(layer), []).append(layer)
+    shown = list(alike.items()) if full or len(alike) <= _SENTENCES else list(alike.items())[: _SENTENCES - 1]
+    for general, layers in shown:
+        names = [layer.name for layer in layers]
+        same = len({layer.reason for layer in layers}) == 1
+        yield f"  {some(names) if full else in_a_line(names, 2)}: {layers[0].reason if same else general}"
+    if len(shown) < len(alike):
+        rest = sum(map(len, alike.values())) - sum(len(layers) for _, layers in shown)
+        yield f"  {count(rest, 'more module')}, for {len(alike) - len(shown)} other reasons; details() has them"
 
 
-def group_lines(groups: Sequence[Sequence[str]]) -> Iterator[str]:
-    """One line for the groups that run together, with the first of them."""
-    if groups:
-        yield f"{count(len(groups), 'group')} of layers with one input: {some([' + '.join(group) for group in groups])}"
+def _general(layer: SkippedLayer) -> str:
+    return _NUMBER.sub("*", layer.reason.replace(repr(layer.name), "its name"))
 
 
-def some(names: Sequence[str]) -> str:
-    """The first of ``names``, and how many more there are."""
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more
-
-
-def count(number: int, noun: str) -> str:
-    """``1 layer``, ``2 layers``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def note_lines(word: str, notes: Sequence[str], full: bool) -> Iterator[str]:
+    """Each note; in a summary the first of them, and how many more there are."""
+    shown = notes if full or len(notes) <= _SENTENCES else notes[: _SENTENCES - 1]
+    yield from (f"{word}: {note}" for note in shown)
+    if len(shown) < len(notes):
+        yield f"{len(notes) - len(shown)} more notes; details() has them"

@@ -14,8 +14,7 @@ from .. import storage
 from ..config import BIAS_CHOICES, LoRAConfig, as_tuple
 from ..errors import InvalidArgumentError
 from ..layer import LoRALayer
-from .matching import trained_whole
-from .replacing import joined, listed
+from .matching import joined, listed, trained_whole
 
 __all__ = ["biases", "check_bias", "left_out", "train_biases", "train_whole", "warn_of_left_out", "whole_tensors"]
 

@@ -67,8 +67,8 @@ def fuse_peft(model: nn.Module) -> FuseReport:
         >>> model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
         >>> print(lora_kernels.fuse_peft(model))
         fused 1 layer:
-          base_model.model.0 (16 -> 32), default r=2
-        calls: 0 fused, 0 by PEFT's own forward, 0 base alone
+          base_model.model.0 (16→32), default r = 2
+        calls so far: 0 fused, 0 by PEFT's own forward, 0 base alone
     """
     _check_module(model, "fuse_peft")
     layer_module = _layer_module("fuse_peft")
@@ -89,7 +89,7 @@ def fuse_peft(model: nn.Module) -> FuseReport:
             "report for the reasons.",
             stacklevel=2,
         )
-    return FuseReport(
+    report = FuseReport(
         layers=tuple(_fused_layer(name, layer) for name, layer in chosen),
         already=tuple(name for name, _ in already),
         skipped=tuple(SkippedLayer(name, f"{reason}.") for name, reason in reasons.items() if reason is not None),
@@ -97,6 +97,7 @@ def fuse_peft(model: nn.Module) -> FuseReport:
         groups=shared.groups,
         _counters=tuple(counter(layer) for _, layer in [*already, *chosen]),
     )
+    return report.of(model, [name for name, _ in [*already, *chosen]])
 
 
 def unfuse_peft(model: nn.Module) -> UnfuseReport:
@@ -113,7 +114,7 @@ def unfuse_peft(model: nn.Module) -> UnfuseReport:
         >>> report = lora_kernels.fuse_peft(model)
         >>> print(lora_kernels.unfuse_peft(model))
         unfused 1 layer: base_model.model.0
-        calls: 0 fused, 0 by PEFT's own forward, 0 base alone
+        calls while fused: 0 fused, 0 by PEFT's own forward, 0 base alone
     """
     _check_module(model, "unfuse_peft")
     layer_module = _layer_module("unfuse_peft")

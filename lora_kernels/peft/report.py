@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from ..errors import InvalidTypeError, LoRAStateError
-from ..models.report import SkippedLayer, count, group_lines, skipped_lines, some
+from ..models.report import Report, SkippedLayer, note_lines, shape_text, skipped_lines
+from ..models.summary import Kind, count, in_a_line, kind_lines, some, span
 
 __all__ = ["BASE", "FUSED", "Calls", "FuseReport", "FusedLayer", "UnfuseReport", "calls", "counter"]
 
 FUSED, BASE = "fused", "base"
 _ATTRIBUTE = "_lora_kernels_calls"
+_REASONS = 5  # lines of a summary
 
 
 def counter(layer: nn.Module) -> Counter[str]:
@@ -31,9 +34,11 @@ def drop_counter(layer: nn.Module) -> Counter[str]:
     return counts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Calls:
-    """How many calls of the fused layers went which way. Calls inside of ``torch.compile`` are not counted.
+    """How many calls of the fused layers went which way, until they were counted; ``torch.compile``'s are not.
+
+    Printed, the most frequent reasons have a line; ``details()`` has one for each.
 
     Attributes:
         fused: one fused product for base and adapters.
@@ -51,10 +56,25 @@ class Calls:
         acted = self.fused + sum(self.own.values())
         return self.fused / acted if acted else 1.0
 
+    def details(self) -> str:
+        """The whole text: one line for each reason."""
+        return "\n".join(self._lines("when counted", True))
+
     def __str__(self) -> str:
-        lines = [f"calls: {self.fused} fused, {sum(self.own.values())} by PEFT's own forward, {self.base} base alone"]
+        return "\n".join(self._lines("when counted", False))
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _lines(self, when: str, full: bool) -> Iterator[str]:
+        own = sum(self.own.values())
+        yield f"calls {when}: {self.fused} fused, {own} by PEFT's own forward, {self.base} base alone"
         by_count = sorted(self.own.items(), key=lambda item: -item[1])
-        return "\n".join([*lines, *(f"  {number} by PEFT: {reason}" for reason, number in by_count)])
+        shown = by_count if full or len(by_count) <= _REASONS else by_count[: _REASONS - 1]
+        yield from (f"  {number} by PEFT: {reason}" for reason, number in shown)
+        if len(shown) < len(by_count):
+            rest = sum(number for _, number in by_count[len(shown) :])
+            yield f"  {rest} by PEFT: {len(by_count) - len(shown)} other reasons; details() has them"
 
 
 def total(counters: Iterator[Counter[str]]) -> Calls:
@@ -82,7 +102,7 @@ def calls(model: nn.Module) -> Calls:
         >>> with torch.no_grad():
         ...     y = model(torch.ones(2, 4))
         >>> print(lora_kernels.peft.calls(model))
-        calls: 1 fused, 0 by PEFT's own forward, 0 base alone
+        calls when counted: 1 fused, 0 by PEFT's own forward, 0 base alone
     """
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(f"a model of type {type(model).__name__} was given: it must be a torch.nn.Module.")
@@ -114,9 +134,12 @@ class FusedLayer:
         return f"{self.name} ({self.in_features} -> {self.out_features}), {ranks or 'no adapter'}"
 
 
-@dataclass(frozen=True)
-class FuseReport:
+@dataclass(frozen=True, repr=False)
+class FuseReport(Report):
     """What :func:`lora_kernels.fuse_peft` did. ``len`` and iteration go over the layers that it fused.
+
+    Printed, layers whose names differ only by numbers are one line; ``details()`` has a line for each. The calls are
+    those until the moment of printing.
 
     Attributes:
         layers: the layers that were fused.
@@ -145,21 +168,46 @@ class FuseReport:
     def __iter__(self) -> Iterator[FusedLayer]:
         return iter(self.layers)
 
-    def __str__(self) -> str:
-        lines = [f"fused {count(len(self.layers), 'layer')}:", *(f"  {layer}" for layer in self.layers)]
-        if not self.layers:
-            lines = ["fused no layer"]
+    def _lines(self, full: bool) -> Iterator[str]:
+        yield f"fused {count(len(self.layers), 'layer')}:" if self.layers else "fused no layer"
+        if full:
+            yield from (f"  {layer}" for layer in self.layers)
+        else:
+            yield from kind_lines(self.layers, lambda layer: layer.name, _FACTS, _text)
         if self.already:
-            lines.append(f"fused before: {some(self.already)}")
+            yield f"fused before: {some(self.already) if full else in_a_line(self.already)}"
         if self.skipped:
-            lines.append(f"PEFT's own stay {count(len(self.skipped), 'layer')}:")
-            lines += skipped_lines(self.skipped)
-        lines += group_lines(self.groups)
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes), str(self.calls)])
+            yield f"left as PEFT's own {count(len(self.skipped), 'layer')}:"
+            yield from skipped_lines(self.skipped, full)
+        yield from self._group_lines(self.groups, full)
+        yield from note_lines("note when fused", self.notes, full)
+        yield from self._since(self.layers, _adapters, "unfused or taken out of the model")
+        yield from self.calls._lines("so far" if self._watch.begun else "when counted", full)
 
 
-@dataclass(frozen=True)
-class UnfuseReport:
+def _adapters(layer: Any) -> dict[str, int] | None:
+    """The ranks of a row, or of a layer; None of one that is not fused."""
+    if isinstance(layer, FusedLayer):
+        return layer.adapters
+    return {name: a.weight.shape[0] for name, a in layer.lora_A.items()} if _ATTRIBUTE in vars(layer) else None
+
+
+_FACTS = (
+    lambda layer: (layer.in_features, layer.out_features, tuple(layer.adapters.items())),
+    lambda layer: (layer.in_features, layer.out_features, tuple(layer.adapters)),
+    lambda layer: None,
+)
+
+
+def _text(kind: Kind, layers: Sequence[FusedLayer]) -> str:
+    names = list(dict.fromkeys(name for layer in layers for name in layer.adapters))
+    ranks = {name: span(layer.adapters[name] for layer in layers if name in layer.adapters) for name in names}
+    told = some([f"{name} r = {rank}" for name, rank in ranks.items()])
+    return f"{kind} {shape_text(layers)}, {told or 'no adapter'}"
+
+
+@dataclass(frozen=True, repr=False)
+class UnfuseReport(Report):
     """What :func:`lora_kernels.unfuse_peft` did. ``len`` and iteration go over the layers' names.
 
     Attributes:
@@ -176,5 +224,7 @@ class UnfuseReport:
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
-    def __str__(self) -> str:
-        return f"unfused {count(len(self.names), 'layer')}: {some(self.names)}\n{self.calls}"
+    def _lines(self, full: bool) -> Iterator[str]:
+        names = ", ".join(self.names) if full else in_a_line(self.names)
+        yield f"unfused {count(len(self.names), 'layer')}: {names}"
+        yield from self.calls._lines("while fused", full)

@@ -134,7 +134,8 @@ def test_the_report_and_the_layer_name_it() -> None:
     model = Net()
     report = replace_linear(model, LoRAConfig(r=2, target_modules=["up"], activation="relu"))
     assert [layer.activation for layer in report] == ["relu", "relu"]
-    assert "r=2, alpha=16, relu, 40 parameters" in str(report)
+    assert "r = 2, alpha = 16, relu: 40 parameters" in str(report)
+    assert "r=2, alpha=16, relu, 40 parameters" in report.details()
     assert "activation='relu'" in repr(model.blocks[0]["up"])
     assert "activation" not in repr(FusedLoRALinear(4, 4, r=2))
 

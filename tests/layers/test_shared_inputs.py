@@ -309,7 +309,7 @@ def test_saving_and_restoring_see_plain_layers(tmp_path: Any) -> None:
     model = architectures.llama()
     report = replace_linear(model, LoRAConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     assert report.groups[0] == tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
-    assert "4 groups of layers with one input: model.layers.0.self_attn.q_proj + " in str(report)
+    assert "4 groups of layers with one input: model.layers.0.self_attn.q_proj + " in report.details()
     lora_kernels.save_adapter(model, tmp_path)
     other = architectures.llama()
     lora_kernels.load_adapter(other, tmp_path)

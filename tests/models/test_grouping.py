@@ -72,7 +72,7 @@ def test_one_can_name_them_oneself() -> None:
     assert not replace_linear(model, LoRAConfig(r=2, target_modules=["left", "right", "narrow"])).groups
     refused(model, lambda m: share_inputs(m, [["left", "narrow"]]), InvalidArgumentError, "left 8, narrow 4")
     refused(model, lambda m: share_inputs(m, [["left", "middle"]]), InvalidArgumentError, "'middle'", "no module")
-    assert str(share_inputs(model, [["left", "right"]])) == "1 group of layers with one input:\n  left, right"
+    assert str(share_inputs(model, [["left", "right"]])) == "1 group of layers with one input:\n  left + right"
     refused(model, lambda m: share_inputs(m, [["left", "right"]]), InvalidArgumentError, "run by themselves")
     x = torch.ones(3, 8)
     with passes() as counted:

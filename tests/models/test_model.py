@@ -59,7 +59,8 @@ def test_the_model_trains_through_its_adapters() -> None:
 
 def test_the_report_counts_and_prints() -> None:
     config = LoRAConfig(r=2, target_modules=["up", "embed", "dwn"], rank_pattern={"blocks.0.up": 3})
-    report = replace_linear(Net(), config)
+    model = Net()
+    report = replace_linear(model, config)
     assert [(layer.r, layer.parameters) for layer in report] == [(3, 60), (2, 40)]
     assert report.adapter_parameters == 100
     assert (len(report), report.total) == (2, 80 + 2 * (8 * 12 + 12 + 12 * 8 + 8) + 80 + 100)
@@ -68,7 +69,7 @@ def test_the_report_counts_and_prints() -> None:
     text = str(report)
     for line in [
         "replaced 2 layers:",
-        "  blocks.0.up (8 -> 12), r=3, alpha=16, 60 parameters",
+        "  blocks.0.up (8→12), r = 3, alpha = 16: 60 parameters",
         "  embed: Embedding is not a plain torch.nn.Linear",
         "note: target_modules names 'dwn', which matches nothing (close: 'down').",
         f"trainable parameters: {report.trainable:,} of {report.total:,}",

@@ -254,7 +254,7 @@ def test_the_report_tells_what_was_done_and_how_calls_go() -> None:
     model(X)
     assert (report.calls.fused, report.calls.base, report.calls.share) == (2, 1, 2 / 3)
     assert list(report.calls.own) == ["ALoraLinearVariant is a variant of LoRA"]
-    assert "calls: 2 fused, 1 by PEFT's own forward, 1 base alone" in str(report)
+    assert "calls so far: 2 fused, 1 by PEFT's own forward, 1 base alone" in str(report)
     assert report.calls == calls(model) == unfuse_peft(model).calls
 
 

@@ -1,0 +1,94 @@
+"""``Watch``: how the model that a report is about stands when the report is printed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from .. import storage
+from ..config import LoRAConfig, as_tuple
+from ..layer import LoRALayer
+from ..shared_input import is_shared
+from .adapter import Adapter, remembered_within
+from .matching import trained_whole
+from .trained import biases
+
+__all__ = ["Counts", "Watch", "count_parameters"]
+
+
+class Counts(NamedTuple):
+    """How many numbers a model's parameters hold.
+
+    Attributes:
+        trainable, total: those that train, and all.
+        others: those that train and are no adapter's.
+        freezable: of these, what ``mark_only_lora_as_trainable`` would freeze.
+    """
+
+    trainable: int
+    total: int
+    others: int
+    freezable: int
+
+
+class Watch:
+    """A report's model, and layers of it by their names, all held weakly.
+
+    A copy of a report watches the same model, and one that comes from a pickle none.
+    """
+
+    def __init__(self, model: nn.Module | None = None, names: Iterable[str] = ()) -> None:
+        self._model = None if model is None else weakref.ref(model)
+        modules = {} if model is None else dict(model.named_modules(remove_duplicate=False))
+        self._layers = {name: weakref.ref(modules[name]) for name in names if name in modules}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Watch, ()
+
+    @property
+    def model(self) -> nn.Module | None:
+        return None if self._model is None else self._model()
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is, or was, a model."""
+        return self._model is not None
+
+    def layers(self) -> dict[str, nn.Module]:
+        """Those of the layers that are in the model now, wherever they are."""
+        model = self.model
+        here = set() if model is None else set(model.modules())
+        found = ((name, layer()) for name, layer in self._layers.items())
+        return {name: layer for name, layer in found if layer is not None and layer in here}
+
+    def together(self, groups: Sequence[Sequence[str]]) -> int | None:
+        """How many of ``groups`` run together now; None: there is no model to ask."""
+        if self.model is None:
+            return None
+        running = {name for name, layer in self.layers().items() if is_shared(layer)}
+        return sum(len(running.intersection(group)) > 1 for group in groups)
+
+    def counts(self) -> Counts | None:
+        """The model's parameters now; None: there is none, or another than the model holds them, in shards."""
+        model = self.model
+        if model is None or any(storage.owner(module) in (storage.FSDP1, storage.ZERO3) for module in model.modules()):
+            return None
+        return count_parameters(model)
+
+
+def count_parameters(model: nn.Module) -> Counts:
+    """``model``'s parameters; those that have no shape yet do not count."""
+    parameters = {parameter for parameter in model.parameters() if not is_lazy(parameter)}
+    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
+    adapters = {parameter for layer in layers for parameter in layer.adapter.values()}
+    trained = {parameter for parameter in parameters if parameter.requires_grad}
+    config = (remembered_within(model) or Adapter(LoRAConfig())).config
+    whole = (module for _, module in trained_whole(as_tuple(config.modules_to_save), model))
+    asked_for = {parameter for module in whole for parameter in module.parameters()}
+    asked_for |= {bias for _, _, bias in biases(model, config.bias)}
+    others = trained - adapters
+    return Counts(*(sum(one.numel() for one in each) for each in (trained, parameters, others, others - asked_for)))
