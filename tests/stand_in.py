@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lora_kernels.backends.native import build as recipes
-from lora_kernels.backends.native import cache, load, toolchain
+from lora_kernels.backends.native import cache, load, progress, toolchain
 
 PACKAGE = Path(recipes.__file__).resolve().parents[2]
 FILES = {
@@ -87,6 +87,7 @@ class StandIn:
         for module in (recipes, load):
             monkeypatch.setattr(module, "sources_folder", lambda: self.sources)
         monkeypatch.setattr(load, "_INSTALLED", folder / "installed")
+        monkeypatch.setattr(progress, "DELAY", 3600)  # a busy machine is no slow compile
         self.forget()
 
     def forget(self) -> None:

@@ -145,7 +145,7 @@ def test_build_prints_path_log_and_time(native: StandIn, capsys: pytest.CaptureF
     assert captured.out.startswith(f"cpu: {native.home}")
     log = native.home / "build.log"
     assert re.search(rf"compiled in [0-9.]+ s, by stand-in compiler 1\.0 .*\n  log: {log}\n", captured.out)
-    assert captured.err.splitlines() == ["build: cpu 0/1", "build: cpu 1/1"]
+    assert not captured.err
     assert "-fPIC" in log.read_text()
 
 

@@ -11,7 +11,6 @@ import atexit
 import os
 import shutil
 import stat
-import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,17 +20,13 @@ from pathlib import Path
 
 from ... import env
 from ...errors import BackendUnavailableError
-from .build import LOG_NAME, Progress, Recipe, compile_library
+from .build import LOG_NAME, Recipe, compile_library
+from .progress import Progress, say, shown
 from .toolchain import BuildError
 
-__all__ = ["build", "failure", "folders", "locked", "say", "writable_folder"]
+__all__ = ["build", "failure", "folders", "locked", "writable_folder"]
 
 _TOLD = 4  # lines of a failed compile that its sentence holds
-
-
-def say(sentence: str) -> None:
-    """One line to the user, on stderr."""
-    print(f"lora_kernels: {sentence}", file=sys.stderr, flush=True)
 
 
 def folders() -> list[Path]:
@@ -39,16 +34,14 @@ def folders() -> list[Path]:
     return [path for path in (_user_folder(), _temporary_folder()) if path is not None]
 
 
-def build(
-    recipe: Recipe, usable: Callable[[Path], bool], force: bool = False, progress: Progress | None = None
-) -> tuple[Path, bool]:
+def build(recipe: Recipe, usable: Callable[[Path], bool], force: bool = False, hint: str = "") -> tuple[Path, bool]:
     """Compiles ``recipe`` into the cache, unless another process has by the time that the lock is held.
 
     Args:
         recipe: what to compile.
         usable: whether the folder it is given holds a sound library of this recipe.
         force: compile even so.
-        progress: told of each finished object file.
+        hint: a sentence that goes with what is said while it compiles.
 
     Returns:
         The folder of the library, and whether it was compiled just now.
@@ -59,10 +52,12 @@ def build(
     try:
         root = writable_folder()
         final = root / recipe.key
-        with locked(root / f"{recipe.key}.lock"):
+        what = f"the native {recipe.kind} library"
+        with locked(root / f"{recipe.key}.lock", f"compiles {what} into {root}"):
             due = force or not usable(final)
             if due:
-                _build_at(root, final, recipe, progress)
+                with shown(what, str(root), hint) as progress:
+                    _build_at(root, final, recipe, progress)
     except OSError as error:
         raise BackendUnavailableError(
             f"the native {recipe.kind} library could not be compiled into the cache ({error}): make room there, or "
@@ -71,7 +66,7 @@ def build(
     return final, due
 
 
-def _build_at(root: Path, final: Path, recipe: Recipe, progress: Progress | None) -> None:
+def _build_at(root: Path, final: Path, recipe: Recipe, progress: Progress) -> None:
     for left_behind in root.glob(f"{recipe.key}.part-*"):
         shutil.rmtree(left_behind, ignore_errors=True)
     part = root / f"{recipe.key}.part-{uuid.uuid4().hex}"
@@ -120,7 +115,7 @@ def _failure_sentence(recipe: Recipe, log: Path) -> str:
 
 
 @contextmanager
-def locked(path: Path, does: str = "compiles the native library") -> Iterator[None]:
+def locked(path: Path, does: str) -> Iterator[None]:
     """Held by one process at a time; the system lets go of it when the process ends, however it does.
 
     Who waits says what the other process ``does``.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...console import json_text, progress_lines
+from ...console import json_text
 from ...errors import BackendUnavailableError
 from .build import KINDS, LOG_NAME
 from .load import compile_into_cache
@@ -67,7 +67,7 @@ def _default_kinds() -> tuple[str, ...]:
 
 def _build(kind: str, force: bool) -> dict[str, Any]:
     start = time.monotonic()
-    library = compile_into_cache(kind, force, progress_lines("build"))
+    library = compile_into_cache(kind, force)
     return {
         "path": str(library.path),
         "log": str(library.path.parent / LOG_NAME),

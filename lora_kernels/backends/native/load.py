@@ -23,7 +23,6 @@ from . import cache
 from .build import (
     INFO_NAME,
     KINDS,
-    Progress,
     Recipe,
     file_digest,
     recipe,
@@ -31,6 +30,7 @@ from .build import (
     source_digest,
     sources_folder,
 )
+from .progress import say
 from .toolchain import BuildError, platform_tag
 
 __all__ = ["Library", "compile_into_cache", "instruction_set", "load", "loaded", "lost", "status", "why_not"]
@@ -152,8 +152,10 @@ def instruction_set(path: str) -> dict[str, str] | None:
     return {name: function().decode() for name, function in asked.items()}
 
 
-def compile_into_cache(kind: str, force: bool = False, progress: Progress | None = None) -> Library:
+def compile_into_cache(kind: str, force: bool = False, hint: str = "") -> Library:
     """Compiles ``kind`` into the user's cache, unless it is there; an earlier failure is no obstacle.
+
+    What takes longer than a second is shown on stderr, with the sentence ``hint``.
 
     Raises:
         BackendUnavailableError: it cannot be compiled; the sentence says why, and where the log is.
@@ -162,7 +164,7 @@ def compile_into_cache(kind: str, force: bool = False, progress: Progress | None
         plan = recipe(kind)
     except BuildError as error:
         raise BackendUnavailableError(str(error)) from error
-    folder, fresh = cache.build(plan, lambda path: _is_sound(path, plan), force, progress)
+    folder, fresh = cache.build(plan, lambda path: _is_sound(path, plan), force, hint)
     try:
         library = _checked(folder, kind, "compiled just now" if fresh else "cache")
     except _Unsound as unsound:
@@ -301,15 +303,14 @@ def _load(kind: str) -> Library:
             said = [*said, f"{search.library.path} cannot be loaded ({error.__cause__ or error})."]
         else:
             for sentence in said:
-                cache.say(sentence)
+                say(sentence)
             return library
     elif search.obstacles:
         raise BackendUnavailableError(" ".join([*search.obstacles, *said]))
-    cache.say(
-        f"{' '.join([*said, 'Compiling'])} the native {kind} library, once, for {cache.folders()[0]}. "
-        f"`lora-kernels build {kind}` does it beforehand; {BUILD_VARIABLE}=off forbids it."
-    )
-    library = compile_into_cache(kind, force=search.library is not None)
+    if said:
+        say(f"{' '.join(said)} The native {kind} library is compiled again.")
+    hint = f"`lora-kernels build {kind}` does it beforehand; {BUILD_VARIABLE}=off forbids it."
+    library = compile_into_cache(kind, search.library is not None, hint)
     try:
         return _dlopen(library)
     except OSError as error:
