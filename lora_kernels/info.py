@@ -223,10 +223,12 @@ def _text(report: dict[str, Any]) -> str:
             of_libraries = {name: library for name, library in content.items() if name != "cpu_product"}
             lines += [line for name, library in of_libraries.items() for line in _library_lines(name, library)]
             lines += _product_lines(content["cpu_product"])
+        elif section == "environment" and "error" not in content:
+            lines += _environment_lines(content)
         elif section == "tuned_table" and "error" not in content:
             lines += _table_lines(content)
         elif isinstance(content, dict):
-            lines += [f"  {key:<21} {value}" for key, value in _told(section, content)]
+            lines += [f"  {key:<21} {value}" for key, value in _told(content)]
         elif isinstance(content, list):
             lines += [f"  {_device_line(device)}" for device in content]
         else:
@@ -234,10 +236,17 @@ def _text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _told(section: str, content: dict[str, Any]) -> list[tuple[str, Any]]:
+def _told(content: dict[str, Any]) -> list[tuple[str, Any]]:
     absent = {"cuda": "none: a CPU build of PyTorch"}
-    default = "not installed" if section == "versions" else "not set"
-    return [(key, absent.get(key, default) if value is None else value) for key, value in content.items()]
+    return [(key, absent.get(key, "not installed") if value is None else value) for key, value in content.items()]
+
+
+def _environment_lines(variables: dict[str, str | None]) -> list[str]:
+    """The variables that are set, and the names of the others."""
+    width = max(21, *(len(name) for name, value in variables.items() if value is not None), 0)
+    lines = [f"  {name:<{width}} {value}" for name, value in variables.items() if value is not None]
+    unset = [name for name, value in variables.items() if value is None]
+    return [*lines, *([f"  {'not set':<22}{', '.join(unset)}"] if unset else [])]
 
 
 def _device_line(device: dict[str, Any]) -> str:
@@ -281,14 +290,14 @@ def _product_lines(product: dict[str, Any]) -> list[str]:
     """Who decides whether the CPU library or PyTorch multiplies by W."""
     by = product.get("decided_by")
     told = {
-        None: "nobody yet: there is no library",
-        "environment": "LORA_KERNELS_CPU_PRODUCT decides between own and PyTorch's product",
-        "table": f"measured here: {product.get('used')} of {product.get('rows')} rows of {product.get('path')} decide",
-        "model": "a model of the CPU decides; `lora-kernels tune --device cpu` measures",
+        None: "there is no library yet",
+        "environment": "chosen by LORA_KERNELS_CPU_PRODUCT",
+        "table": f"chosen by {product.get('used')} of {product.get('rows')} measured rows of {product.get('path')}",
+        "model": "chosen by a model of the CPU; `lora-kernels tune --device cpu` measures instead",
     }
-    lines = [product.get("error") or told[by]]
+    lines = [product.get("error") or f"x W^T by the library's own code or by PyTorch's: {told[by]}"]
     if machine := product.get("machine"):
-        lines.append(", ".join(f"{name} {value}" for name, value in machine.items()))
+        lines.append(f"for {', '.join(f'{name} {value}' for name, value in machine.items())}")
     lines += product.get("passed_over", [])
     return [f"  {'cpu product':<22}{lines[0]}", *(f"  {'':<22}{line}" for line in lines[1:])]
 
@@ -298,6 +307,7 @@ def _table_lines(tables: dict[str, Any]) -> list[str]:
     lines.append(f"  {'folder':<22}{tables['user_folder'] or 'none: there is no home folder'}")
     if not tables["devices"]:
         lines.append(f"  {'in use':<22}none: PyTorch sees no CUDA device")
+    alike: dict[tuple[str, ...], list[str]] = {}
     for device in tables["devices"]:
         counts = ", ".join(f"{count} of {direction}" for direction, count in device["directions"].items())
         told = [f"{device['name']}: {device['cells']} cells were measured ({counts}), the model chooses for the others"]
@@ -307,5 +317,8 @@ def _table_lines(tables: dict[str, Any]) -> list[str]:
             told.append(f"{file['origin']}: {file['path']}, {file['used']} of {file['rows']} rows count")
             told += [f"measured with {versions}" for versions in file["measured_with"]]
             told += file["passed_over"]
-        lines += [f"  {device['device']:<22}{told[0]}", *(f"  {'':<22}{line}" for line in told[1:])]
+        alike.setdefault(tuple(told), []).append(device["device"])
+    for told_of, names in alike.items():
+        label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        lines += [f"  {label:<22}{told_of[0]}", *(f"  {'':<22}{line}" for line in told_of[1:])]
     return lines

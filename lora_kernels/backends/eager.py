@@ -100,7 +100,7 @@ class EagerBackend:
             dropout = "Dropout's mask is drawn again in backward from a 16-byte seed."
         else:
             dropout = "Dropout keeps its mask for backward, one byte an element of x."
-        order = "PyTorch's products, one accumulating onto the other in place."
+        order = "PyTorch's own operators: one product by W, one for the adapter, added in place."
         return f"{order} {dropout}" if problem.dropout_p else order
 
     def register(self, device_type: str) -> None:

@@ -43,7 +43,7 @@ def test_the_text_tells_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert torch.__version__.split("+")[0] in text
     assert "eager on cpu          available: fp32, bf16, fp16, fp64." in text
-    assert all(f"  {name} " in text for name in info.VARIABLES)
+    assert all(name in text for name in info.VARIABLES)
     assert all(section.replace("_", " ") in text.splitlines() for section in SECTIONS)
 
 
@@ -101,6 +101,36 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     (cpu, gpu) = info.collect()["devices"]
     assert cpu["device"] == "cpu"
     assert info._device_line(gpu) == "cuda:0                H200, capability 9.0, 140.0 GiB, 132 SMs"
+
+
+def test_only_what_is_set_has_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in info.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LORA_KERNELS_CPU_CAPABILITY", "avx2")
+    assert main(["info"]) == 0
+    section = capsys.readouterr().out.partition("\nenvironment\n")[2].partition("\ntuned table\n")[0]
+    unset = [name for name in info.VARIABLES if name != "LORA_KERNELS_CPU_CAPABILITY"]
+    assert section.splitlines() == [
+        "  LORA_KERNELS_CPU_CAPABILITY avx2",
+        f"  not set               {', '.join(unset)}",
+    ]
+
+
+def test_the_text_is_a_screen_where_there_are_eight_gpus(
+    monkeypatch: pytest.MonkeyPatch, tables: Tables, native: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Properties:
+        name, major, minor, total_memory, multi_processor_count = "H200", 9, 0, 140 * info.GIB, 132
+
+    write(tables.shipped, row(), row(FEW, "few_tokens"))
+    write(tables.user, row(kind="lora_first"))
+    load.compile_into_cache("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "  cuda:0 and 7 more     NVIDIA H200: 2 cells were measured" in text
+    assert len(text.splitlines()) <= 60
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:

@@ -53,11 +53,16 @@ class NativeBackend:
         if problem.device_type == "meta":
             return "Shapes only: nothing is compiled or loaded for them."
         found = load.status(problem.device_type)
-        where = (
-            f"{found['path']} ({found['state']})" if found["path"] else f"which {found['state']} by {found['compiler']}"
+        library = (
+            f"is {found['path']} ({found['state']})" if found["path"] else f"{found['state']} by {found['compiler']}"
         )
         dropped = " Dropout's mask is drawn again in backward from a 16-byte seed." if problem.dropout_p else ""
-        return f"PyTorch's large product, own vectorised code around it, in one call; the library: {where}.{dropped}"
+        does = (
+            "the product by W, PyTorch's or its own, whichever is quicker, and vectorised code for the rest"
+            if problem.device_type == "cpu"
+            else "PyTorch's product by W, and its own kernels for the rest"
+        )
+        return f"In one call: {does}. The library {library}.{dropped}"
 
     def register(self, device_type: str) -> None:
         register(self.name, Composition(_keep, _hidden_dtype).operators, _hidden_dtype)
