@@ -83,7 +83,7 @@ def save_adapter(
         ...     save_adapter(model, folder)
         ...     print(load_adapter(plain, folder))
         loaded an adapter into 1 layer:
-          0 (4 -> 4), r=2, alpha=16, 16 parameters
+          0 (4→4), r = 2, alpha = 16: 16 parameters
     """
     named = some_lora_layers(model, "save_adapter")
     if isinstance(inner := unwrapped(model), LoRALayer):
