@@ -16,8 +16,8 @@
 ``runner``      one cell, one preset, in parts where it is long
 ``results``     the JSON
 ``summary``     geometric means and worst cells; ``grid``: one compact table, dtypes side by side
-``report``      tables of it, for the terminal and for Markdown; ``beside``: predicted beside measured
+``report``      tables of it, for the terminal and for Markdown; ``predicted_table``: predicted beside measured
 ``plot``        ratio over tokens
-``cli``         ``lora-kernels bench``
+``command``     ``lora-kernels bench``
 =============== ======================================================================================
 """
