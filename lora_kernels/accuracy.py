@@ -19,6 +19,8 @@ rounded, in that one. In float64 *exact* is no more exact than the result: there
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +34,7 @@ __all__ = [
     "Accuracy",
     "ceiling_of",
     "expected_errors",
+    "fp32_products",
     "judge",
     "run_reference",
     "sum_error",
@@ -152,6 +155,18 @@ def tf32_allowed() -> bool:
     if setting == "none":
         setting = getattr(torch.backends, "fp32_precision", setting)
     return bool(setting == "tf32")
+
+
+@contextmanager
+def fp32_products(tf32: bool) -> Iterator[None]:
+    """Within the block torch may round what enters its fp32 products on CUDA to TF32, or may not."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision  # type: ignore[attr-defined]
+    settings.fp32_precision = "tf32" if tf32 else "ieee"  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before  # type: ignore[attr-defined]
 
 
 def ceiling_of(dtype: torch.dtype, tf32: bool = False, depth: int = 1) -> float:

@@ -35,6 +35,9 @@ COMMANDS = {
     "bench": Command(
         "side by side with PEFT, addmm_, torch.compile and the frozen nn.Linear", "benchmark.command", "run"
     ),
+    "explain": Command(
+        "how a layer of some size runs, measured or predicted, and why not otherwise", "explaining.command"
+    ),
     "tune": Command("measure the ways to run on this device and store the quickest", "tuning.command"),
     "demo": Command("the worked example: pre-train a small model, fine-tune one layer by LoRA", "demo.command"),
     "build": Command("compile the native library for this machine into the user's cache", "backends.native.command"),

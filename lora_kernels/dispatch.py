@@ -13,15 +13,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from . import env, telling
 from .errors import BackendUnavailableError, InvalidArgumentError, InvalidTypeError
+from .explaining.report import PassPlan
 
 __all__ = ["ORDER", "Backend", "Explanation", "Problem", "backend", "explain", "select", "use_backend"]
 
@@ -37,6 +38,8 @@ _requested: ContextVar[str | None] = ContextVar("lora_kernels_backend", default=
 class Problem:
     """What a backend is asked to run. ``device_type`` and ``dtype`` (the compute dtype) decide; the rest informs.
 
+    ``transposed``: W is stored (K, N). ``aside``: a sentence where a layer's forward is not the plain one of its sizes.
+
     Example:
         >>> import torch
         >>> from lora_kernels.dispatch import Problem
@@ -50,6 +53,8 @@ class Problem:
     out_features: int | None = None
     r: int | None = None
     dropout_p: float = 0.0
+    transposed: bool = False
+    aside: str = ""
 
     @property
     def problem(self) -> Problem:
@@ -70,6 +75,12 @@ class Backend(Protocol):
 
     def describe(self, problem: Problem) -> str:
         """One sentence: how it runs ``problem``, and what a user should know of it."""
+
+    def plan(self, problem: Problem, tokens: int) -> tuple[PassPlan, ...]:
+        """How it runs each pass of ``problem``, whose sizes are known, for so many tokens; nothing is compiled for it.
+
+        What it tells is taken from what chooses, so that it is what runs.
+        """
 
     def register(self, device_type: str) -> None:
         """Imports the operators and registers them (``ops.register``); ``ops.operators(name)`` then has them.
@@ -245,6 +256,7 @@ class Explanation:
         source: where the choice came from.
         description: how that backend runs it.
         reasons: for each other backend, the sentences that say why it does not run; empty: it could, if it were named.
+        tokens, plans: with ``tokens``, the plan of each pass for so many, forward and backward.
     """
 
     problem: Problem
@@ -252,19 +264,44 @@ class Explanation:
     source: str
     description: str
     reasons: dict[str, list[str]]
+    tokens: int | None = None
+    plans: tuple[PassPlan, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data that JSON can hold."""
+        problem = {**asdict(self.problem), "dtype": str(self.problem.dtype).removeprefix("torch.")}
+        told = {name: getattr(self, name) for name in ("backend", "source", "description", "reasons", "tokens")}
+        return {"problem": problem, **told, "plans": [plan.to_json() for plan in self.plans]}
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: runs, by {self.source}. {self.description}"]
         for name, reasons in self.reasons.items():
             lines.append(f"{name}: {' '.join(reasons) or f'could run; {self.backend} comes first.'}")
+        if self.tokens is not None:
+            lines += [_heading(self.problem, self.tokens), *map(str, self.plans)]
         return "\n".join(lines)
 
 
-def explain(layer_or_problem: HasProblem) -> Explanation:
+def _heading(problem: Problem, tokens: int) -> str:
+    p = problem
+    dropout = f", dropout {p.dropout_p:g}" if p.dropout_p else ""
+    sizes = f"M = {tokens}, K = {p.in_features}, N = {p.out_features}, r = {p.r}"
+    dtype = str(p.dtype).removeprefix("torch.")
+    return f"{sizes}, {dtype}{dropout}, with dx, dA and dB due.{p.aside and f' {p.aside}'}"
+
+
+def explain(layer_or_problem: HasProblem, tokens: int | None = None) -> Explanation:
     """Which backend runs this layer or :class:`Problem` under the current choice, and why each other one does not.
+
+    Args:
+        tokens: M, the product of the batch dimensions. With it ``plans`` tells how each pass runs for so many tokens:
+            the plan, whether it was measured (where, when) or predicted, its launches and bytes, and the ways that were
+            passed over. Adapters are taken to be fp32, dropout to act, and dx, dA and dB to be due; a GPU is the
+            current one.
 
     Raises:
         InvalidTypeError: it was given something else, such as a whole model.
+        InvalidArgumentError: ``tokens`` is no whole number above 0, or the problem has no sizes.
         BackendUnavailableError: the named backend cannot run it, as the call itself would raise.
 
     Example:
@@ -272,6 +309,12 @@ def explain(layer_or_problem: HasProblem) -> Explanation:
         >>> with lora_kernels.use_backend("eager"):
         ...     lora_kernels.explain(lora_kernels.FusedLoRALinear(8, 8, r=2)).backend
         'eager'
+        >>> with lora_kernels.use_backend("eager"):
+        ...     forward, backward = lora_kernels.explain(lora_kernels.FusedLoRALinear(8, 8, r=2), tokens=128).plans
+        >>> print(*[launch.what for launch in forward.launches], sep="\\n")
+        h = x Aᵀ
+        bias + s h Bᵀ
+        x Wᵀ onto it
     """
     problem = getattr(layer_or_problem, "problem", None)
     if not isinstance(problem, Problem):
@@ -280,6 +323,8 @@ def explain(layer_or_problem: HasProblem) -> Explanation:
             "that fuse_peft has fused (model.get_submodule(name) gives a model's layer by its name in the report), or "
             "a lora_kernels.dispatch.Problem."
         )
+    if tokens is not None:
+        check_sizes(problem, tokens)
     name = _choose(problem, None)
     chosen: Callable[[str], Backend] = backend
     return Explanation(
@@ -288,4 +333,20 @@ def explain(layer_or_problem: HasProblem) -> Explanation:
         source=requested()[1],
         description=chosen(name).describe(problem),
         reasons={other: _automatic_reasons(chosen(other), problem) for other in ORDER if other != name},
+        tokens=tokens,
+        plans=() if tokens is None else chosen(name).plan(problem, tokens),
     )
+
+
+def check_sizes(problem: Problem, tokens: int) -> None:
+    """Raises InvalidArgumentError unless a plan can be told for ``problem`` and so many tokens."""
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise InvalidArgumentError(
+            f"tokens={tokens!r} was given: it must be a whole number above 0, the product of x's batch dimensions."
+        )
+    sizes = {"in_features": problem.in_features, "out_features": problem.out_features, "r": problem.r}
+    if missing := [name for name, value in sizes.items() if value is None or value < 1]:
+        raise InvalidArgumentError(
+            f"the problem tells no {' and no '.join(missing)}, or one below 1: a plan is for sizes above 0. Name them; "
+            "of a PEFT layer, set an active adapter."
+        )

@@ -10,8 +10,10 @@ __all__ = [
     "BUILD_VARIABLE",
     "CACHE_VARIABLE",
     "CPU_CHOICES",
+    "EXPLAIN_VARIABLE",
     "backend_from_environment",
     "cache_folder",
+    "explain_requested",
     "triton_interpreter_requested",
     "unknown_choice",
 ]
@@ -21,6 +23,8 @@ CACHE_VARIABLE = "LORA_KERNELS_CACHE"
 # Which native libraries may be compiled: cpu, cuda, all or off. By pip into the package (unset: none), or at the first
 # use into the cache (unset: all). backends/native/build.py reads it, for setup.py cannot import this file.
 BUILD_VARIABLE = "LORA_KERNELS_BUILD"
+# 1: the Triton backend tells on stderr which plan it takes for a size, and why, when it first meets that size.
+EXPLAIN_VARIABLE = "LORA_KERNELS_EXPLAIN"
 # What the CPU library reads (csrc/cpu/capability.cpp and choice.cpp), and the words that it knows.
 CPU_CHOICES = {
     "LORA_KERNELS_CPU_CAPABILITY": ("portable", "avx2", "avx512", "avx512_bf16", "amx"),
@@ -53,6 +57,15 @@ def cache_folder() -> Path | None:
         return None
 
 
+def explain_requested() -> bool:
+    """Whether ``LORA_KERNELS_EXPLAIN`` is on. It is read where a plan is first chosen, never on a warm call."""
+    return _is_on(EXPLAIN_VARIABLE)
+
+
 def triton_interpreter_requested() -> bool:
     """Whether ``TRITON_INTERPRET`` is on, as Triton reads it: its kernels then run in Python, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+    return _is_on("TRITON_INTERPRET")
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "on", "yes", "y")

@@ -18,6 +18,7 @@ from .branches import Branch
 from .config import AdapterOptions, scaling_of
 from .dispatch import Problem
 from .errors import InvalidArgumentError, LoRAStateError
+from .explaining.report import IN_PARTS
 from .gate import run_branch, run_plain
 from .shared_input import SharedInput
 from .tensors import PLAIN_TENSORS
@@ -297,8 +298,21 @@ class LoRALayer(nn.Module):
     @property
     def problem(self) -> Problem:
         """What :func:`lora_kernels.explain` is asked about."""
-        weight = self.weight
-        return Problem(weight.device.type, weight.dtype, self.in_features, self.out_features, self.r, self.lora_dropout)
+        weight, sizes = self.weight, (self.in_features, self.out_features, self.r)
+        transposed = weight.dim() == 2 and self.matrix(weight) is not weight
+        return Problem(weight.device.type, weight.dtype, *sizes, self.lora_dropout, transposed, self._aside())
+
+    def _aside(self) -> str:
+        """What makes forward another than that of a plain layer in training, in a sentence."""
+        if self.merged or not self._lora_enabled:
+            return f"The adapter is {'merged' if self.merged else 'off'}: forward is PyTorch's linear, without a plan."
+        if sharded.is_sharded(self.weight):
+            return "The Parameters are sharded: each process runs the plan of its own part of the sizes."
+        if self.use_dora or self.activation != "identity":
+            return IN_PARTS
+        if self._shared is not None:
+            return "In training this layer runs with those that share its x, and h of all is one launch."
+        return "" if self.training or not self.lora_dropout else "In eval, as it is now, nothing is dropped."
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"]

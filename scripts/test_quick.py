@@ -98,6 +98,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "lora_kernels/tuning/": ("tests/tuning",),
     "lora_kernels/verify/": ("tests/verify",),
     "lora_kernels/demo/": ("tests/house/test_demo.py",),
+    "lora_kernels/explaining/": (
+        "tests/core/test_dispatch.py",
+        "tests/core/test_composed_plan.py",
+        "tests/house/test_cli.py",
+        "tests/backends/triton/test_why.py",
+    ),
     "csrc/": (f"{_NATIVE}_cpu.py", "tests/backends/native/test_cuda_kernels.py"),
     "csrc/cpu/": (f"{_NATIVE}_cpu.py", f"{_NATIVE}_parts.py", f"{_NATIVE}_amx.py"),
     "csrc/cuda/": ("tests/backends/native/test_cuda_kernels.py", "tests/backends/native/test_cuda_report.py"),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["a_grad", "input_grad", "low_rank_sum", "output_grads", "shrink"]
+__all__ = ["a_grad", "block_count", "input_grad", "low_rank_sum", "output_grads", "shrink"]
 
 Keep = Callable[[Tensor, float, Tensor], Tensor]
 
@@ -101,8 +101,17 @@ def a_grad(dh: Tensor, x: Tensor, p: float, state: Tensor | None, keep: Keep) ->
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:
     rows, columns = matrix.shape
-    step = max(1, (_BLOCK_ELEMENTS if matrix.is_cpu else 16 * _BLOCK_ELEMENTS) // max(1, columns))
+    step = _block_rows(columns, matrix.is_cpu)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def block_count(rows: int, columns: int, on_cpu: bool) -> int:
+    """How many blocks of rows a matrix is widened in."""
+    return -(-rows // _block_rows(columns, on_cpu))
+
+
+def _block_rows(columns: int, on_cpu: bool) -> int:
+    return max(1, (_BLOCK_ELEMENTS if on_cpu else 16 * _BLOCK_ELEMENTS) // max(1, columns))
 
 
 def _mask(x: Tensor, p: float, state: Tensor | None, keep: Keep) -> Tensor | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Problem
+from ..explaining.report import PassPlan
 from ..ops import register
 from ..reference import adapter_dtype, dropout_threshold
 from . import draw_seed
@@ -102,6 +103,11 @@ class EagerBackend:
             dropout = "Dropout keeps its mask for backward, one byte an element of x."
         order = "PyTorch's own operators: one product by W, one for the adapter, added in place."
         return f"{order} {dropout}" if problem.dropout_p else order
+
+    def plan(self, problem: Problem, tokens: int) -> tuple[PassPlan, ...]:
+        from . import composed_plan
+
+        return composed_plan.plans(problem, tokens)
 
     def register(self, device_type: str) -> None:
         register(self.name, self.operators(), adapter_dtype)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .. import traffic
 from ..backends.triton.choose import candidates
 from ..backends.triton.choose.blocks import Machine as Gpu
 from ..backends.triton.choose.blocks import gemm_configs, machine_of, persistent_configs, shrink_config
@@ -218,15 +219,14 @@ class _Sizes:
 
     def base(self, extra_bytes: float = 0.0, extra_flops: float = 0.0, backward: bool = False) -> Kernel:
         """x Wᵀ, or dy W: the same bytes and flops."""
-        moved = (self.x + self.y + self.n * self.k) * self.c
+        moved = traffic.large(self.m, self.k, self.n, self.c)
         product = (self.m, self.n, self.k) if backward else (self.m, self.k, self.n)
         flops = 2 * self.m * self.n * self.k + extra_flops
         return Kernel("base", moved + extra_bytes, flops, product, extra_bytes > 0)
 
     def skinny(self, name: str, elements: int, size: int) -> Kernel:
         """A product with R on one side: it moves ``elements`` of x or y, an adapter, and h (or dh)."""
-        wide = elements // self.m if self.m else 0
-        return Kernel(name, (elements + self.r * (wide + self.m)) * size, 2 * elements * self.r)
+        return Kernel(name, traffic.skinny(self.m, elements, self.r, size), 2 * elements * self.r)
 
     def cast_adapters(self) -> list[Kernel]:
         """A and B in the compute dtype, where they have another."""

@@ -15,7 +15,7 @@ from .. import dispatch
 from ..accuracy import tf32_allowed
 from ..backends.triton.choose import plans
 from ..backends.triton.choose.blocks import machine_of, next_power_of_2
-from ..backends.triton.choose.candidates import plan_for
+from ..backends.triton.choose.ranking import plan_for
 from ..console import Progress
 from ..errors import InvalidArgumentError
 from . import gate, memory, rebuilt, roofline

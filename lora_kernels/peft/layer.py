@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import storage
 from ..branches import Branch
 from ..dispatch import Problem
+from ..explaining.report import IN_PARTS
 from ..gate import run_branch
 from ..shared_input import SharedInput
 from . import dora as peft_dora
@@ -205,7 +206,9 @@ class FusedLoraLinear(Linear):
         adapters = self._acting_adapters(None)
         r = sum(own_parameter(self.lora_A[name], "weight").shape[0] for name in adapters) or None
         weight, p = self.weight, max((self._p(name) for name in adapters), default=0.0)
-        return Problem(weight.device.type, weight.dtype, self.in_features, self.out_features, r, p)
+        sizes = self.in_features, self.out_features, r
+        aside = IN_PARTS if any(name in self.lora_variant for name in adapters) else ""
+        return Problem(weight.device.type, weight.dtype, *sizes, p, is_transposed(self.base_layer), aside)
 
     def __repr__(self) -> str:
         text: str = super().__repr__()

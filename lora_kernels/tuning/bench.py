@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+from ..accuracy import fp32_products
 from ..backends.triton.choose.blocks import Machine, machine_of
 from ..backends.triton.choose.plans import Cell, Plan
 from ..backends.triton.choose.table import DeviceName, running_versions
@@ -178,19 +179,9 @@ def _sets(cell: Cell, device: torch.device) -> int:
     return max(1, min(_MAX_SETS, -(-_CACHE_TURNS * cache // one)))
 
 
-@contextmanager
-def _precision(cell: Cell) -> Iterator[None]:
+def _precision(cell: Cell) -> AbstractContextManager[None]:
     """fp32 products round to TF32 where the cell says so, the floor's and the composition's too."""
-    if cell.itemsize != 4:
-        yield
-        return
-    settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision  # type: ignore[attr-defined]
-    settings.fp32_precision = "tf32" if cell.tf32 else "ieee"  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before  # type: ignore[attr-defined]
+    return nullcontext() if cell.itemsize != 4 else fp32_products(cell.tf32)
 
 
 def _bits(tensor: Tensor) -> Tensor:

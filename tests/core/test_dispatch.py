@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
 import warnings
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +102,76 @@ def test_explain_takes_layers_and_problems() -> None:
     assert "\n" in str(by_layer)
     with use_backend("eager"):
         assert explain(CPU).source == "use_backend('eager')"
+
+
+def test_without_tokens_nothing_is_added() -> None:
+    """The text of before, line by line."""
+    with use_backend("eager"):
+        explanation = explain(CPU)
+        first, *others = str(explanation).splitlines()
+        backends = {name: dispatch.backend(name) for name in dispatch.ORDER}
+    assert first == f"eager: runs, by use_backend('eager'). {backends['eager'].describe(CPU)}"
+    assert len(others) == 2
+    assert others[0] == f"triton: {' '.join(explanation.reasons['triton'])}"
+    assert (explanation.tokens, explanation.plans) == (None, ())
+
+
+@pytest.mark.parametrize("name", dispatch.ORDER)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_every_backend_explains_both_passes(name: str, dtype: torch.dtype) -> None:
+    problem = Problem("cpu", dtype, 128, 64, 4, 0.1)
+    for tokens in (1, 16, 17, 5000):
+        forward, backward = dispatch.backend(name).plan(problem, tokens)
+        assert (forward.direction, backward.direction) == ("forward", "backward")
+        for plan in (forward, backward):
+            assert plan.basis in ("measured", "neighbour", "predicted", "fixed")
+            assert plan.why.endswith(".")
+            assert plan.launches or "not compiled" in plan.why
+
+
+def test_with_tokens_the_text_begins_as_without() -> None:
+    layer = FusedLoRALinear(64, 32, r=4)
+    told, short = explain(layer, tokens=128), explain(layer)
+    assert str(told).startswith(f"{short}\nM = 128, K = 64, N = 32, r = 4, float32, with dx, dA and dB due.\nforward: ")
+    document = json.loads(json.dumps(told.to_json()))
+    assert (document["backend"], document["tokens"], document["problem"]["dtype"]) == (short.backend, 128, "float32")
+    assert [plan["direction"] for plan in document["plans"]] == ["forward", "backward"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"), [(0, "above 0"), (-1, "above 0"), (1.5, "above 0"), (True, "above 0"), ("8", "above 0")]
+)
+def test_tokens_are_a_whole_number(tokens: object, words: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=words):
+        explain(CPU, tokens=tokens)
+
+
+@pytest.mark.parametrize("changes", [{"r": None}, {"in_features": 0}, {"out_features": -1}])
+def test_a_plan_needs_sizes(changes: dict[str, int | None]) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"tells no {next(iter(changes))}"):
+        explain(replace(CPU, **changes), tokens=8)
+    assert explain(replace(CPU, **changes)).backend == AUTOMATIC
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda layer: layer.merge(), "adapter is merged"),
+        (lambda layer: layer.enable_lora(False), "adapter is off"),
+        (lambda layer: layer.eval(), "nothing is dropped"),
+        (lambda layer: None, ""),
+    ],
+)
+def test_a_layer_says_what_is_not_a_plain_pass(change: Any, words: str) -> None:
+    layer = FusedLoRALinear(8, 8, r=2, lora_dropout=0.1)
+    change(layer)
+    assert words in explain(layer).problem.aside
+    assert str(explain(layer, tokens=4)).count(explain(layer).problem.aside or "dropout 0.1") == 1
+
+
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"activation": "relu"}])
+def test_a_layer_that_runs_in_parts_says_so(more: dict[str, Any]) -> None:
+    assert "runs in parts" in str(explain(FusedLoRALinear(8, 8, r=2, **more), tokens=4))
 
 
 @pytest.mark.parametrize("other", [torch.nn.Linear(2, 2), torch.nn.Sequential(), None])

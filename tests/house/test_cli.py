@@ -21,6 +21,9 @@ from stand_in import StandIn
 ROOT = Path(__file__).resolve().parents[2]
 
 
+EXPLAIN = ["explain", "--shape", "4096x4096", "--tokens", "8192"]
+
+
 def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     for name in [package, *(n for n in sys.modules if n.startswith(package + "."))]:
         monkeypatch.setitem(sys.modules, name, None)
@@ -68,6 +71,15 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--no-plot", "--json", "/nowhere/at/all.json"], "cannot be written"),
         (["demo", "--device", "tpu", "--json", "-"], "cannot be used"),
         (["bench", "--preset", "nonsense"], "nonsense"),
+        ([*EXPLAIN, "--machine", "v100"], "--machine v100 was given: it must be one of"),
+        ([*EXPLAIN, "--machine", "h100", "--dtype", "fp64"], "accumulate in fp32"),
+        ([*EXPLAIN, "--machine", "h100", "--backend", "cutlass"], "'cutlass', named by --backend cutlass"),
+        ([*EXPLAIN, "--backend", "cutlass"], "'cutlass'"),
+        ([*EXPLAIN, "--dtype", "int8"], "must be one of bf16, fp16, fp32, tf32, fp64"),
+        ([*EXPLAIN, "--rank", "0"], "tells no r"),
+        ([*EXPLAIN, "--dropout", "1"], "must lie in [0, 1)"),
+        (["explain", "--shape", "4096", "--tokens", "8"], "must be in_features x out_features"),
+        (["explain", "--shape", "64x64", "--tokens", "0", "--json"], "tokens=0 was given"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(
@@ -79,7 +91,10 @@ def test_bad_input_is_one_sentence_and_status_2(
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("arguments", [["verfy"], ["build", "gpu"], ["info", "--jsn"], ["verify", "--seed", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["verfy"], ["build", "gpu"], ["explain"], [*EXPLAIN, "--rank", "x"], ["info", "--jsn"], ["verify", "--seed", "x"]],
+)
 def test_argparse_errors_are_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert "usage: lora-kernels" in capsys.readouterr().err
@@ -118,6 +133,42 @@ def test_an_interrupt_is_status_130(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr("lora_kernels.info.run_command", interrupted)
     assert main(["info"]) == 130
     assert "interrupted" in sentence(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("backend", [None, "triton", "native", "eager"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "tf32"])
+def test_explain_on_a_machine_that_is_not_here(
+    backend: str | None, dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = [] if backend is None else ["--backend", backend]
+    options = [*EXPLAIN, "--machine", "h100", "--dtype", dtype, *named]
+    assert main(options) == 0
+    shown = capsys.readouterr().out
+    assert f"{backend or 'triton'}: runs, by --machine h100." in shown
+    assert main([*options, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["machine"], document["backend"]) == ("h100", backend or "triton")
+    for plan in document["plans"]:
+        assert f"{plan['direction']}: {plan['plan']}\n" in shown
+        assert plan["bytes"] == sum(launch["bytes"] for launch in plan["launches"]) > 0
+
+
+def test_explain_without_a_gpu_is_of_the_cpu_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main([*EXPLAIN, "--backend", "eager"]) == 0
+    assert capsys.readouterr().out.startswith("PyTorch sees no CUDA device: the CPU is explained.")
+    assert main([*EXPLAIN, "--backend", "eager", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["device"] == "cpu"
+
+
+def test_explain_leaves_the_precision_of_products_alone() -> None:
+    import torch
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    assert main([*EXPLAIN, "--machine", "h100", "--dtype", "tf32"]) == 0
+    assert torch.backends.cuda.matmul.fp32_precision == before
 
 
 def test_the_module_runs_from_a_checkout() -> None:

@@ -28,6 +28,9 @@ def test_gpt2s_conv1d_keeps_its_weight_its_names_and_its_outputs() -> None:
     assert (layer.in_features, layer.out_features, tuple(layer.weight.shape)) == (16, 48, (16, 48))
     assert "nf=48, nx=16, r=2" in repr(layer)
     assert model.load_state_dict(plain.state_dict(), strict=False).unexpected_keys == []
+    forward, backward = lora_kernels.explain(layer, tokens=6).plans
+    assert lora_kernels.explain(layer).problem.transposed
+    assert (forward.direction, backward.direction) == ("forward", "backward")
     check("logits", logits(model), logits(copy.deepcopy(plain).double()), logits(plain), torch.float32)
     with layer.enable_lora(False):
         assert torch.equal(layer(torch.ones(2, 3, 16)), plain.transformer.h[0].attn.c_attn(torch.ones(2, 3, 16)))

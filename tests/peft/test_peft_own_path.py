@@ -176,6 +176,7 @@ def test_explain_takes_a_fused_layer(p: float) -> None:
     model = fused(make({"lora_dropout": p}, *TWO[1:]))
     explanation = explain(lora_layers(model)[0])
     assert (explanation.problem.r, explanation.problem.dropout_p) == (4, p)
+    assert [plan.direction for plan in explain(lora_layers(model)[0], tokens=8).plans] == ["forward", "backward"]
     assert repr(lora_layers(model)[0]).startswith("lora.Linear[fused](")
 
 

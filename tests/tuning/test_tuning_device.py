@@ -12,8 +12,9 @@ from cases import Case, keep_mask, make, measures, run
 from lora_kernels.backends.triton import operators
 from lora_kernels.backends.triton.choose import tuned
 from lora_kernels.backends.triton.choose.blocks import machine_of
-from lora_kernels.backends.triton.choose.candidates import fits, plan_for
+from lora_kernels.backends.triton.choose.candidates import fits
 from lora_kernels.backends.triton.choose.plans import Cell, plan_to_json
+from lora_kernels.backends.triton.choose.ranking import plan_for
 from lora_kernels.cli import main
 from numerics import check_all
 

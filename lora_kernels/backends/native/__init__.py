@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Problem
+from ...explaining.report import PassPlan
 from ...ops import register
 from .. import draw_seed, why_not_capability
 from ..composed import Composition
@@ -63,6 +64,11 @@ class NativeBackend:
             else "PyTorch's product by W, and its own kernels for the rest"
         )
         return f"In one call: {does}. The library {library}.{dropped}"
+
+    def plan(self, problem: Problem, tokens: int) -> tuple[PassPlan, ...]:
+        from . import why
+
+        return why.plans(problem, tokens)
 
     def register(self, device_type: str) -> None:
         register(self.name, Composition(_keep, _hidden_dtype).operators, _hidden_dtype)

@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,24 @@ from . import choice_table, load
 from .build import file_digest
 from .choice_table import CHOICES, DIRECTIONS, DTYPES, ChoiceTableError, Machine, ProductCell, Row
 
-__all__ = ["chosen", "forced", "install", "install_rows", "machine", "model", "status"]
+__all__ = [
+    "Decision",
+    "chosen",
+    "decide",
+    "forced",
+    "install",
+    "install_rows",
+    "machine",
+    "model",
+    "nearest",
+    "status",
+]
 
 PRODUCT_VARIABLE = "LORA_KERNELS_CPU_PRODUCT"
+_HALVES = ("bfloat16", "float16")
+# The classes and reaches of choice.cpp.
+_TOKENS, _SMALLEST, _SIZES, _FEW, _FULL, _REACH = 15, 5, 11, 4, 9, 2
+_installed: tuple[Row, ...] | None = None  # what the library was given
 _FIELDS = 6  # of a row as the library takes it: dtype, direction, tokens, n, k, choice
 
 
@@ -38,6 +53,87 @@ class Found:
     total: int = 0
     rows: tuple[Row, ...] = ()
     passed_over: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Who multiplies by W in one pass, and what decided it.
+
+    Attributes:
+        choice: one of ``CHOICES``.
+        by: "environment", "layout" (W's rows do not lie in one piece), "table" or "model".
+        row: the table's row.
+        features: what the model knows of this machine.
+        capability: the instruction set of the kernels.
+        passed_over: sentences on rows that do not count here.
+    """
+
+    choice: str
+    by: str
+    row: Row | None
+    features: str
+    capability: str
+    passed_over: tuple[str, ...] = ()
+
+
+def decide(cell: ProductCell, in_place: bool = True) -> Decision | None:
+    """What the library does for ``cell``, and why; None where there is none, for nothing is compiled here.
+
+    ``in_place``: whether each row of W lies in one piece.
+    """
+    library = load.loaded("cpu")
+    path = library.path if library else load.status("cpu")["path"]
+    functions = None if path is None else _opened(Path(path))
+    if functions is None:
+        return None
+    here = _machine_of(functions, Path(path))
+    found, features = _find(here), here.features
+    capability = features.partition("own=")[2].partition(" ")[0]
+    rows = found.rows if _installed is None else _installed
+    named = os.environ.get(PRODUCT_VARIABLE)
+    row = nearest(rows, cell)
+    if named in CHOICES:
+        choice, by, row = named, "environment", None
+    elif row is not None:
+        choice, by = row.choice, "table"
+    else:
+        choice, by = _model(functions, features, cell), "model"
+    slow = cell.dtype in _HALVES and _model(functions, features, replace(cell, tokens=4096, k=4096, n=4096)) == "own"
+    if choice == "own" and not in_place and cell.k > 1 and not slow:
+        choice, by, row = "library", "layout", None
+    return Decision(choice, by, row, features, capability, found.passed_over)
+
+
+def nearest(rows: Sequence[Row], cell: ProductCell) -> Row | None:
+    """The row that decides for ``cell`` by the rule of ``csrc/cpu/choice.cpp``, whose twin this is."""
+    best, least = None, None
+    for row in rows:
+        if (row.cell.dtype, row.cell.direction) == (cell.dtype, cell.direction):
+            away = _steps(row.cell, cell)
+            if away is not None and (least is None or away < least):
+                best, least = row, away
+    return best
+
+
+def _steps(measured: ProductCell, asked: ProductCell) -> int | None:
+    """Between the classes of two cells; None where the first says nothing of the second."""
+    row_m, m = _token_class(measured.tokens), _token_class(asked.tokens)
+    sizes = [abs(_size_class(a) - _size_class(b)) for a, b in ((measured.n, asked.n), (measured.k, asked.k))]
+    if max(sizes) > 1 or (row_m <= _FEW) != (m <= _FEW):
+        return None
+    apart = abs(row_m - m)
+    if apart > _REACH and not (m > row_m >= _FULL):
+        return None
+    return apart + sum(sizes)
+
+
+def _token_class(tokens: int) -> int:
+    return min(max(tokens - 1, 0).bit_length(), _TOKENS - 1)
+
+
+def _size_class(size: int) -> int:
+    power = size.bit_length() - 1
+    return min(max(power + (size * size > 2 << 2 * power) - _SMALLEST, 0), _SIZES - 1)
 
 
 def install() -> None:
@@ -53,6 +149,8 @@ def install() -> None:
 
 def install_rows(rows: Sequence[Row]) -> None:
     """Lets just these rows decide, and the model where none reaches. While no operator runs."""
+    global _installed
+    _installed = tuple(rows)
     numbers = [number for row in rows for number in _numbers(row)]
     _functions().lora_kernels_cpu_install_choices((ctypes.c_int64 * len(numbers))(*numbers), len(rows))
 
@@ -66,7 +164,11 @@ def chosen(cell: ProductCell) -> str:
 
 def model(features: str, cell: ProductCell) -> str:
     """What the model holds of a machine with these features, such as "own=avx2 intel": "own" or "library"."""
-    own = _functions().lora_kernels_cpu_model(features.encode(), _dtype(cell), cell.tokens, cell.n, cell.k)
+    return _model(_functions(), features, cell)
+
+
+def _model(functions: Any, features: str, cell: ProductCell) -> str:
+    own = functions.lora_kernels_cpu_model(features.encode(), _dtype(cell), cell.tokens, cell.n, cell.k)
     return CHOICES[0] if own else CHOICES[1]
 
 

@@ -8,16 +8,23 @@ from __future__ import annotations
 import re
 from importlib import metadata
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ... import env
+from ...accuracy import tf32_allowed
 from ...dispatch import Problem
+from ...explaining.report import PassPlan
 from ...ops import OPERATOR_NAMES, register
 from .. import draw_seed, why_not_capability
 
-__all__ = ["BACKEND", "interpreter_fault"]
+if TYPE_CHECKING:
+    from .choose.blocks import Machine
+    from .choose.tuned import Loaded
+
+__all__ = ["BACKEND", "interpreter_fault", "plans_on"]
 
 
 class TritonBackend:
@@ -68,6 +75,16 @@ class TritonBackend:
             f"the low-rank term within its own product, or before or after the library's.{dropped}"
         )
 
+    def plan(self, problem: Problem, tokens: int) -> tuple[PassPlan, ...]:
+        from .choose import blocks, tuned
+
+        device = torch.device("cpu")
+        if problem.device_type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
+        table = tuned.of(device)
+        name = str(device) if table.device is None else table.device.name
+        return plans_on(blocks.machine_of(device), name, table, problem, tokens)
+
     def register(self, device_type: str) -> None:
         from . import operators, part_operators
 
@@ -77,6 +94,19 @@ class TritonBackend:
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
         return draw_seed(x)
+
+
+def plans_on(machine: Machine, name: str, table: Loaded, problem: Problem, tokens: int) -> tuple[PassPlan, ...]:
+    """How each pass of ``problem`` runs on a machine, which need not be here, with its tuned tables."""
+    from .choose import why
+
+    p = problem
+    assert p.in_features is not None
+    assert p.out_features is not None
+    assert p.r is not None
+    dtype = "tf32" if p.dtype is torch.float32 and tf32_allowed() else str(p.dtype).removeprefix("torch.")
+    sizes = tokens, p.in_features, p.out_features, p.r
+    return why.plans(machine, name, table, sizes, dtype, p.dropout_p > 0, p.transposed)
 
 
 def interpreter_fault() -> str | None:

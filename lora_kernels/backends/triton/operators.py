@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...reference import dropout_threshold
 from . import part_operators
-from .choose.candidates import plan_for, ranked
+from .choose import ranking
 from .choose.plans import BackwardPlan, ForwardPlan
 from .kernels.philox import mask_kernel
 from .run.backward import BackwardRun, ready_backward
@@ -36,7 +36,7 @@ def forget() -> None:
     _runs.clear()
     _backward_runs.clear()
     part_operators.forget()
-    plan_for.cache_clear()
+    ranking.forget()
 
 
 def forward(
@@ -105,8 +105,8 @@ def _first_forward(
             y = torch.empty((m, n), dtype=x.dtype, device=x.device)
             return y, part_operators.shrink(x, lora_a, p, state) if m else x.new_empty((0, r), dtype=torch.float32)
         call = Call.forward(x, weight, lora_a, lora_b, bias, p, state)
-        plans = ranked(x.device, call.machine, call.cell("forward"))
-        runs = [ready(plan, call) for plan in plans if _runs_here(plan, call)]
+        plans = ranking.plans_for(x.device, call.machine, call.cell("forward"), call.by_descriptor)
+        runs = [ready(plan, call) for plan in plans]
         arguments = (x, weight, lora_a, lora_b, bias, scaling, state)
         run, result = first_that_runs(runs, lambda run: run(current_stream(key[0]), *arguments))
         _runs.keep(key, run)
@@ -136,9 +136,9 @@ def backward(
         stream, found = current_stream(key[0]), _backward_runs.get(key)
         if found is None:
             call = Call.backward(dy, x, weight, lora_a, lora_b, bias, p, state)
-            plans = ranked(dy.device, call.machine, call.cell("backward"))
+            plans = ranking.plans_for(dy.device, call.machine, call.cell("backward"), call.by_descriptor)
             due = (weight is not None, x is not None, h is not None)
-            runs = [ready_backward(plan, call, *due) for plan in plans if _runs_here(plan, call)]
+            runs = [ready_backward(plan, call, *due) for plan in plans]
             run, results = first_that_runs(runs, lambda run: run(stream, *arguments))
             _backward_runs.keep(key, run)
         else:
@@ -173,10 +173,6 @@ def run_backward(
             run = ready_backward(plan, call, weight is not None, x is not None, h is not None)
             _backward_runs.keep(key, run)
         return run(current_stream(key[0]), dy, x, weight, lora_a, lora_b, h, float(scaling), state)
-
-
-def _runs_here(plan: Any, call: Call) -> bool:
-    return call.by_descriptor or getattr(plan, "variant", "pointer") == "pointer"
 
 
 def _backward_of_nothing(

@@ -22,8 +22,8 @@ from torch import Tensor
 from ...reference import adapter_dtype
 from .choose import blocks
 from .choose.blocks import expand_config, gain_grad_config, row_norms_config
-from .choose.candidates import ranked
 from .choose.plans import FewTokens, Fused
+from .choose.ranking import plans_for
 from .choose.ways import dh_db_for, outer_for, shrink_for
 from .kernels.gain import gain_grad_kernel, row_norms_kernel
 from .run.call import Call
@@ -117,11 +117,10 @@ def product_plans(device: torch.device, call: Call) -> list[Any]:
     the widest tiles and the flattened loop no registers: the next ones are taken.
     """
     found: dict[Any, None] = {}
-    for plan in ranked(device, call.machine, call.cell("forward")):
-        variant = getattr(plan, "variant", "pointer")
-        if isinstance(plan, FewTokens) or (variant != "pointer" and not call.by_descriptor):
+    for plan in plans_for(device, call.machine, call.cell("forward"), call.by_descriptor):
+        if isinstance(plan, FewTokens):
             continue
-        if call.gain and (variant == "flattened" or (isinstance(plan, Fused) and _is_wide(plan))):
+        if call.gain and isinstance(plan, Fused) and (plan.variant == "flattened" or _is_wide(plan)):
             continue
         whole = replace(plan, shrink=replace(plan.shrink, splits=1))
         if call.gain and not isinstance(plan, Fused) and call.dtype.itemsize == 4:
@@ -222,7 +221,7 @@ def _joined(
 
 def _input_grad_steps(c: Call, ranks: Sequence[int], members: int) -> list[Step]:
     if members == 1 and c.n:
-        return [dx_step(plan, c) for plan in ranked(c.device, c.machine, c.cell("backward"))]
+        return [dx_step(plan, c) for plan in plans_for(c.device, c.machine, c.cell("backward"))]
     starts = [0]
     for rank in ranks if c.dropout else (c.r,):  # without masks all terms are one product
         starts.append(starts[-1] + rank)

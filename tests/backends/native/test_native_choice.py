@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cases import Case, make
-from lora_kernels import dispatch, ops
+from lora_kernels import dispatch, ops, use_backend
 from lora_kernels.backends.native import choice, choice_table
 from lora_kernels.backends.native.choice_table import Machine, ProductCell, Row
 from lora_kernels.dispatch import Problem
@@ -243,3 +245,72 @@ def test_both_are_right_of_few_tokens_and_give_the_same_bits_again(
         check(operators, case, i)
         first, second = (run(operators, case, i) for _ in range(2))
     assert all(same_bits(first[name], second[name]) for name in first)
+
+
+# Why
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_explained_is_what_the_library_does(seed: int) -> None:
+    """``choice.nearest`` is the twin of the rule in C++: over random tables and cells both choose alike."""
+    draw = random.Random(seed)
+
+    def drawn() -> ProductCell:
+        tokens, k, n = (int(2 ** draw.uniform(0, power)) for power in (17, 17, 17))
+        return ProductCell(draw.choice(choice_table.DIRECTIONS), tokens, k, n, draw.choice(choice_table.DTYPES))
+
+    rows = [row(drawn(), draw.choice(choice_table.CHOICES)) for _ in range(200)]
+    choice.install_rows(rows)
+    cells = [drawn() for _ in range(500)] + [r.cell for r in rows] + [replace(CELL, tokens=1, k=1, n=1)]
+    by = set()
+    for cell in cells:
+        found = choice.decide(cell)
+        assert found is not None
+        assert found.choice == choice.chosen(cell), cell
+        by.add(found.by)
+    assert by == {"table", "model"}
+
+
+def plans_of(
+    tokens: int = CELL.tokens, transposed: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Any, ...]:
+    problem = Problem("cpu", dtype, CELL.k, CELL.n, 16, transposed=transposed)
+    with use_backend("native"):
+        return dispatch.explain(problem, tokens).plans
+
+
+@pytest.mark.parametrize("chosen", choice_table.CHOICES)
+def test_a_measured_product_is_explained_as_measured(chosen: str) -> None:
+    choice.install_rows([row(chosen=chosen)])
+    forward, backward = plans_of()
+    ratio = {"own": 1.1, "library": 1.2}[chosen]
+    assert (forward.basis, forward.us) == ("measured", ratio * 100.0)
+    assert f"{ratio} of the frozen layer's time" in forward.why
+    assert "2026-11-26" in forward.why
+    assert len(forward.launches) == {"own": 2, "library": 3}[chosen]
+    assert forward.runner_up.slower == {"own": 1.2, "library": 1.1}[chosen] / ratio - 1.0
+    assert backward.basis == "predicted"
+    assert plans_of(tokens=100)[0].basis == "neighbour"
+
+
+def test_a_variable_and_a_layout_decide_before_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice.install_rows([row(replace(CELL, dtype="float32"), "own")])
+    assert plans_of(transposed=True, dtype=torch.float32)[0].why.startswith("fixed: W is stored (K, N)")
+    assert plans_of(dtype=torch.float32)[0].basis == "measured"
+    monkeypatch.setenv(choice.PRODUCT_VARIABLE, "library")
+    assert plans_of(dtype=torch.float32)[0].why == f"fixed: {choice.PRODUCT_VARIABLE} names it."
+
+
+def test_nothing_is_compiled_to_be_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice.load, "loaded", lambda kind: None)
+    monkeypatch.setattr(choice.load, "status", lambda kind: {"path": None, "state": "none", "compiler": "gcc"})
+    assert [plan.why for plan in plans_of()] == 2 * [
+        "The library makes the choice, and it is not compiled yet: `lora-kernels build` does that."
+    ]
+
+
+def test_what_cuda_runs_is_told_without_a_gpu() -> None:
+    problem = Problem("cuda", torch.bfloat16, CELL.k, CELL.n, 16)
+    forward, backward = dispatch.backend("native").plan(problem, 64)
+    assert (len(forward.launches), len(backward.launches)) == (3, 7)
+    assert len(dispatch.backend("native").plan(replace(problem, r=17), 64)[1].launches) == 7

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels.backends.triton.choose import candidates, tuned, ways
+from lora_kernels.backends.triton.choose import candidates, ranking, tuned, ways
 from lora_kernels.backends.triton.choose.blocks import INTERPRETER, ExpandConfig, Machine, ShrinkConfig
 from lora_kernels.backends.triton.choose.plans import (
     BaseFirst,
@@ -158,7 +158,7 @@ def test_a_table_s_plan_is_taken_where_it_fits(plan: Plan, cell: Any, monkeypatc
     machine = cell if isinstance(cell, Machine) else H200
     cell = cell if isinstance(cell, Cell) else SQUARE
     monkeypatch.setattr(tuned, "lookup", lambda device, cell: plan)
-    chosen = candidates.plan_for.__wrapped__(torch.device("cuda", 0), machine, cell)
+    chosen = ranking.plans_for.__wrapped__(torch.device("cuda", 0), machine, cell)[0]
     assert chosen == (plan if candidates.fits(machine, cell, plan) else candidates.candidates(machine, cell)[0])
     assert (chosen == plan) == (machine is H200 and cell == SQUARE)
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels.backends.triton.choose import candidates, table, tuned
+from lora_kernels.backends.triton.choose import candidates, ranking, table, tuned
 from lora_kernels.backends.triton.choose.blocks import INTERPRETER
 from lora_kernels.backends.triton.choose.plans import Cell
 from lora_kernels.backends.triton.choose.table import DeviceName, Row, TableError, merge_into, read
@@ -34,14 +34,14 @@ class Folders:
         monkeypatch.setattr(tuned, "identify", lambda device: DEVICE if device.type == "cuda" else None)
         monkeypatch.setattr(tuned, "running_versions", lambda: VERSIONS)
         tuned.forget()
-        candidates.plan_for.cache_clear()
+        ranking.forget()
 
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     yield Folders(tmp_path, monkeypatch)
     tuned.forget()
-    candidates.plan_for.cache_clear()
+    ranking.forget()
 
 
 # The file
@@ -298,22 +298,22 @@ def test_only_the_running_minor_version_of_triton_counts(triton: str, used: bool
 
 
 def test_a_measured_plan_is_what_runs(folders: Folders) -> None:
-    assert candidates.plan_for(GPU, H200, CELL) == candidates.candidates(H200, CELL)[0]
-    candidates.plan_for.cache_clear()
+    assert ranking.plan_for(GPU, H200, CELL) == candidates.candidates(H200, CELL)[0]
+    ranking.forget()
     tuned.forget()
     write(folders.user, row(place=3))
-    assert candidates.plan_for(GPU, H200, CELL) == plan("fused", place=3)
+    assert ranking.plan_for(GPU, H200, CELL) == plan("fused", place=3)
 
 
 def test_a_plan_that_the_machine_has_no_room_for_is_left_to_the_model(folders: Folders) -> None:
     write(folders.user, row())
     small = replace(H200, shared_memory=49152)
-    assert candidates.plan_for(GPU, small, CELL) == candidates.candidates(small, CELL)[0]
+    assert ranking.plan_for(GPU, small, CELL) == candidates.candidates(small, CELL)[0]
 
 
 def test_a_row_with_few_tokens_plan_for_many_is_left_to_the_model(folders: Folders) -> None:
     write(folders.user, replace(row(), plan=plan("few_tokens", FEW)))
-    assert candidates.plan_for(GPU, H200, CELL) == candidates.candidates(H200, CELL)[0]
+    assert ranking.plan_for(GPU, H200, CELL) == candidates.candidates(H200, CELL)[0]
 
 
 # Reading
@@ -323,7 +323,7 @@ def test_a_cpu_has_no_table(folders: Folders) -> None:
     write(folders.user, row())
     assert tuned.lookup(torch.device("cpu"), CELL) is None
     assert tuned.identify(torch.device("cpu")) is None
-    assert candidates.plan_for(torch.device("cpu"), INTERPRETER, CELL) == candidates.candidates(INTERPRETER, CELL)[0]
+    assert ranking.plan_for(torch.device("cpu"), INTERPRETER, CELL) == candidates.candidates(INTERPRETER, CELL)[0]
 
 
 def test_files_are_read_once_however_many_threads_ask(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch
 
 __all__ = [
     "FEW_TOKENS",
+    "FEW_TOKENS_RANK",
     "INTERPRETER",
     "DhDbConfig",
     "ExpandConfig",
@@ -47,7 +48,7 @@ _SPARE = 4096
 
 # Up to this many tokens (one tensor-core tile) and this rank, forward is one launch.
 FEW_TOKENS = 16
-_FEW_TOKENS_RANK = 128
+FEW_TOKENS_RANK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +334,7 @@ def few_tokens_config(
 ) -> FewTokensConfig | None:
     """``block_n``: the strip's width; by default as wide as still gives every multiprocessor a strip. None where the
     rank is so large that every program reading all of A would cost more than a second launch."""
-    if r > _FEW_TOKENS_RANK:
+    if r > FEW_TOKENS_RANK:
         return None
     block_r = max(next_power_of_2(r), 16)
     if machine.interpreter:

@@ -1,4 +1,4 @@
-"""Which plans there are for a cell, and which one is taken: the measured one on a tuned device, else the model's.
+"""Which plans there are for a cell, and in which order: the measured one of a tuned device, then as the model has it.
 
 The plain compositions are always among the candidates, so what is chosen is never predicted to lose to them.
 """
@@ -9,9 +9,6 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-import torch
-
-from . import tuned
 from .blocks import (
     FEW_TOKENS,
     ExpandConfig,
@@ -42,9 +39,9 @@ from .plans import (
 )
 from .ways import SPLITS, shrink_ways, small_ways, ways_to_dh_db, worth_dividing
 
-__all__ = ["candidates", "fits", "plan_for", "predicted_seconds", "ranked"]
+__all__ = ["FLATTENED_RANK", "candidates", "fits", "in_order", "predicted_seconds"]
 
-_FLATTENED_RANK = 64
+FLATTENED_RANK = 64
 _SHRINKS = 2  # of the ways to compute h, so many of the best predicted enter the plans
 
 
@@ -54,16 +51,15 @@ def predicted_seconds(machine: Machine, cell: Cell, plan: Any) -> float:
     return seconds(machine, cell, plan)
 
 
-@lru_cache(maxsize=4096)
-def plan_for(device: torch.device, machine: Machine, cell: Cell) -> Any:
-    """The plan measured on ``device`` for ``cell`` if there is one that fits, else the best predicted one."""
-    found = tuned.lookup(device, cell)
-    return found if found is not None and fits(machine, cell, found) else candidates(machine, cell)[0]
+def in_order(machine: Machine, cell: Cell, measured: Plan | None, descriptors: bool = True) -> tuple[Any, ...]:
+    """The plans in the order in which they are tried: the ``measured`` one if it fits, then the best predicted.
 
-
-def ranked(device: torch.device, machine: Machine, cell: Cell) -> list[Any]:
-    """The plan that is taken, and then the others, for where it turns out not to run."""
-    return list(dict.fromkeys([plan_for(device, machine, cell), *candidates(machine, cell)]))
+    Without ``descriptors``, which TMA reads matrices by, only those that need none.
+    """
+    plans = candidates(machine, cell)
+    if measured is not None and fits(machine, cell, measured):
+        plans = tuple(dict.fromkeys([measured, *plans]))
+    return tuple(plan for plan in plans if descriptors or getattr(plan, "variant", "pointer") == "pointer")
 
 
 @lru_cache(maxsize=1024)
@@ -100,7 +96,7 @@ def _variant_runs(machine: Machine, cell: Cell, variant: str) -> bool:
     """
     if variant == "flattened":
         forward = cell.direction == "forward" and not machine.interpreter
-        runs = forward and machine.capability < 100 and cell.r <= _FLATTENED_RANK
+        runs = forward and machine.capability < 100 and cell.r <= FLATTENED_RANK
         return runs and _persistent_runs(machine, cell)
     return variant == "pointer" or _persistent_runs(machine, cell)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .... import traffic
 from .blocks import DhDbConfig, Machine, OuterConfig, ShrinkConfig
 from .plans import (
     BackwardPlan,
@@ -24,7 +25,16 @@ from .plans import (
     Skinny,
 )
 
-__all__ = ["ASSUMED", "Assumptions", "BackwardModel", "Model", "SkinnyModel", "backward_seconds", "forward_seconds"]
+__all__ = [
+    "ASSUMED",
+    "Assumptions",
+    "BackwardModel",
+    "Model",
+    "SkinnyModel",
+    "backward_seconds",
+    "bytes_of_h",
+    "forward_seconds",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,36 +143,56 @@ class SkinnyModel:
         w, machine, parts = self.work, self.machine, config.splits
         blocks = -(-w.tokens // config.block_m)
         programs = blocks * parts
-        read = w.itemsize * w.tokens * w.columns + ASSUMED.adapter_bytes * w.r * w.columns
-        moved = read + _bytes_of_h(w, parts)
+        moved = self.shrink_bytes(parts)
         busy = min(1.0, programs / machine.sm_count)
         from_l2 = _l2(machine, ASSUMED.adapter_bytes * w.r * w.columns * blocks)
         return max(_memory(machine, moved, programs), self._mask() / busy, from_l2) + ASSUMED.launch
 
+    def shrink_bytes(self, parts: int) -> float:
+        w = self.work
+        read = w.itemsize * w.tokens * w.columns + ASSUMED.adapter_bytes * w.r * w.columns
+        return read + bytes_of_h(w, parts)
+
     def summed(self, config: ShrinkConfig) -> float:
         """h or dh, and the sum of the parts."""
-        return self.shrink(config) + self._sum_of(_bytes_of_h(self.work, config.splits), config.splits)
+        return self.shrink(config) + self._sum_of(bytes_of_h(self.work, config.splits), config.splits)
 
     def outer(self, config: OuterConfig) -> float:
         """dhᵀ (x * D) or dyᵀ h: every block of columns walks the rows, or its share of them."""
         w, machine = self.work, self.machine
         blocks = -(-w.columns // config.block_k) * -(-w.r // config.block_r)
         programs = max(1, blocks * min(config.splits, -(-w.tokens // config.block_m)))
-        parts = 4.0 * w.r * w.columns * config.splits
-        moved = -(-w.r // config.block_r) * w.itemsize * w.tokens * w.columns + parts
+        parts, moved = self.outer_parts(config), self.outer_bytes(config)
         busy = min(1.0, programs / machine.sm_count)
         from_l2 = _l2(machine, 4.0 * w.tokens * config.block_r * blocks) / busy
         seconds = max(_memory(machine, moved, programs), self._mask() / busy, from_l2)
         return seconds + ASSUMED.launch + self._sum_of(parts, config.splits)
+
+    def outer_bytes(self, config: OuterConfig) -> float:
+        w = self.work
+        return -(-w.r // config.block_r) * w.itemsize * w.tokens * w.columns + self.outer_parts(config)
+
+    def outer_parts(self, config: OuterConfig) -> float:
+        """Bytes of the result, in parts where the rows are split."""
+        return 4.0 * self.work.r * self.work.columns * config.splits
 
     def dh_db(self, config: DhDbConfig) -> float:
         """Both in one read of dy."""
         w = self.work
         columns, chunks = -(-w.columns // config.block_n), -(-w.tokens // config.chunk_m)
         reads = -(-w.r // config.block_r)
-        parts = 4.0 * w.r * (w.tokens * columns + w.columns * chunks)
-        moved = reads * w.itemsize * w.tokens * w.columns + parts
+        parts, moved = self.dh_db_parts(config), self.dh_db_bytes(config)
         return _memory(self.machine, moved, columns * chunks * reads) + ASSUMED.launch + self._sum_of(parts, 2)
+
+    def dh_db_bytes(self, config: DhDbConfig) -> float:
+        w = self.work
+        return -(-w.r // config.block_r) * w.itemsize * w.tokens * w.columns + self.dh_db_parts(config)
+
+    def dh_db_parts(self, config: DhDbConfig) -> float:
+        """Bytes of the parts of dh and db."""
+        w = self.work
+        columns, chunks = -(-w.columns // config.block_n), -(-w.tokens // config.chunk_m)
+        return 4.0 * w.r * (w.tokens * columns + w.columns * chunks)
 
     def both(self, way: DhDb) -> float:
         """dh and db."""
@@ -176,7 +206,8 @@ class SkinnyModel:
         return _l2(self.machine, moved) + ASSUMED.launch if parts > 1 else 0.0
 
 
-def _bytes_of_h(work: Cell | Skinny, parts: int) -> float:
+def bytes_of_h(work: Cell | Skinny, parts: int) -> float:
+    """h or dh, in so many parts."""
     return 4.0 * work.tokens * work.r * parts
 
 
@@ -211,7 +242,20 @@ class Model:
 
     def base_bytes(self) -> float:
         c = self.cell
-        return float(c.itemsize * (c.tokens * c.k + c.n * c.k + c.tokens * c.n))
+        return float(traffic.large(c.tokens, c.k, c.n, c.itemsize))
+
+    def library_bytes(self, accumulate: bool) -> float:
+        c = self.cell
+        return self.base_bytes() + (c.itemsize * c.tokens * c.n if accumulate else 0)
+
+    def expand_bytes(self, parts: int, passes: int) -> float:
+        """``passes`` over y (written, or read and written)."""
+        c = self.cell
+        return passes * c.itemsize * c.tokens * c.n + bytes_of_h(c, parts)
+
+    def few_tokens_bytes(self, splits: int) -> float:
+        """What the splits of K hand to the second stage."""
+        return 4.0 * splits * self.cell.tokens * (self.cell.n + self.cell.r)
 
     def fused(self, plan: Fused | DxFused, parts: int, early: bool, mask: float = 0.0) -> float:
         """The product that takes the low-rank term; ``mask``: seconds of arithmetic that its epilogue adds."""
@@ -220,23 +264,20 @@ class Model:
         step = 2 * -(-self.cell.r // g.block_r) * g.block_r
         arithmetic = self.product(g.block_rows, g.block_columns, efficiency, step) + mask
         tiles, waves = self.tiles(g.block_rows, g.block_columns), self.waves(g.block_rows, g.block_columns)
-        from_l2 = _l2(self.machine, _bytes_of_h(self.cell, parts) * -(-self.cell.n // g.block_columns))
+        from_l2 = _l2(self.machine, bytes_of_h(self.cell, parts) * -(-self.cell.n // g.block_columns))
         low_rank = waves * ASSUMED.low_rank_step + from_l2
         return max(arithmetic, _memory(self.machine, self.base_bytes(), tiles)) + low_rank + _launch(early)
 
     def library(self, accumulate: bool) -> float:
         """The library's product, with the tile that suits it best, as if it split K wherever that helps."""
         c = self.cell
-        moved = self.base_bytes() + (c.itemsize * c.tokens * c.n if accumulate else 0)
+        moved = self.library_bytes(accumulate)
         flops = min(self.product(rows, columns, 1.0) for rows, columns, _ in ASSUMED.tiles)
         split = 2.0 * c.tokens * c.n * c.k / (0.5 * self.rate)
         return max(min(flops, split), _memory(self.machine, moved)) + ASSUMED.launch
 
     def expand(self, parts: int, passes: int, early: bool) -> float:
-        """``passes`` over y (written, or read and written)."""
-        c = self.cell
-        moved = passes * c.itemsize * c.tokens * c.n + _bytes_of_h(c, parts)
-        return _memory(self.machine, moved) + _launch(early)
+        return _memory(self.machine, self.expand_bytes(parts, passes)) + _launch(early)
 
     def few_tokens(self, plan: FewTokens) -> float:
         c, config, machine = self.cell, plan.config, self.machine
@@ -250,7 +291,7 @@ class Model:
         first += ASSUMED.launch
         if plan.splits == 1:
             return first
-        parts = 4.0 * plan.splits * c.tokens * (c.n + c.r)
+        parts = self.few_tokens_bytes(plan.splits)
         return first + 2 * _l2(machine, parts) + _launch(plan.pdl)
 
 

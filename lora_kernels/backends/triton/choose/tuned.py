@@ -15,7 +15,7 @@ dtype and dropout, if
   tokens only add waves of the same tiles.
 
 Of two equally near buckets that of fewer tokens counts. What is not measured by this rule is left to the model, and so
-is a plan that the machine has no room for: ``plans.plan_for`` sees to that.
+is a plan that the machine has no room for: ``candidates.in_order`` sees to that.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .blocks import FEW_TOKENS
 from .plans import DIRECTIONS, Cell, Plan
 from .table import DeviceName, Row, TableError, minor, read, running_versions, slug, user_folder
 
-__all__ = ["Loaded", "Source", "forget", "identify", "load", "lookup", "status"]
+__all__ = ["Loaded", "Source", "forget", "identify", "load", "lookup", "of", "shipped_for", "status"]
 
 SHIPPED = Path(__file__).with_name("tuned")
 _REACH, _REACH_DOWN = 4, 2
@@ -56,20 +56,25 @@ class Source:
 
 @dataclass(slots=True)
 class Loaded:
-    """A device's rows; ``answers`` remembers what each cell was told."""
+    """A device's rows; ``answers`` remembers what each cell was told. Without a ``device`` there are none."""
 
     rows: dict[Cell, Row] = field(default_factory=dict)
     sources: tuple[Source, ...] = ()
-    answers: dict[Cell, Plan | None] = field(default_factory=dict)
+    device: DeviceName | None = None
+    answers: dict[Cell, Row | None] = field(default_factory=dict)
 
-    def plan(self, cell: Cell) -> Plan | None:
-        """The cell's own plan, else its nearest neighbour's, else None."""
+    def row(self, cell: Cell) -> Row | None:
+        """The cell's own row, else its nearest neighbour's, else None."""
         try:
             return self.answers[cell]
         except KeyError:
-            row = self.rows.get(cell) or self._nearest(cell)
-            plan = self.answers[cell] = None if row is None else row.plan
-            return plan
+            row = self.answers[cell] = self.rows.get(cell) or self._nearest(cell)
+            return row
+
+    def plan(self, cell: Cell) -> Plan | None:
+        """The plan of :meth:`row`."""
+        row = self.row(cell)
+        return None if row is None else row.plan
 
     def _nearest(self, cell: Cell) -> Row | None:
         family = [row for own, row in self.rows.items() if _reaches(own, cell)]
@@ -85,8 +90,13 @@ def lookup(device: torch.device, cell: Cell) -> Plan | None:
 
     A file that cannot be used is passed over with one warning; nothing is raised for it.
     """
+    return of(device).plan(cell)
+
+
+def of(device: torch.device) -> Loaded:
+    """The tables of ``device``, read at the first call; empty for a CPU."""
     found = _loaded.get(device)
-    return (found if found is not None else _first(device)).plan(cell)
+    return found if found is not None else _first(device)
 
 
 def forget() -> None:
@@ -107,7 +117,7 @@ def identify(device: torch.device) -> DeviceName | None:
 def load(device: DeviceName) -> Loaded:
     """Reads the shipped table and the user's; ``sources`` tells what became of each file that is there."""
     running = running_versions()
-    loaded = Loaded()
+    loaded = Loaded(device=device)
     found = []
     for origin, folder in (("shipped", SHIPPED), ("user", user_folder())):
         path = None if folder is None else folder / f"{slug(device.name)}.json"
@@ -117,6 +127,16 @@ def load(device: DeviceName) -> Loaded:
             loaded.rows |= {row.cell: row for row in rows}
     loaded.sources = tuple(found)
     return loaded
+
+
+def shipped_for(name: str, capability: int, multiprocessors: int) -> DeviceName | None:
+    """The device of the shipped table that is of a machine known as ``name`` ("h100") with these numbers."""
+    for path in sorted(SHIPPED.glob("*.json")):
+        if name in path.stem.split("-"):
+            device = read(path).device
+            if (device.capability, device.multiprocessors) == (capability, multiprocessors):
+                return device
+    return None
 
 
 def status() -> dict[str, Any]:

@@ -1,0 +1,293 @@
+"""Why a pass takes its plan: measured or predicted, what it launches and moves, and why no other way is taken.
+
+It rests on ``candidates.in_order``, by which the operators choose too, so what it tells is what runs, unless a kernel
+turns out not to compile: then the next of the same ranking does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ....explaining.report import Launch, Other, PassPlan, by_how_much
+from .blocks import FEW_TOKENS, FEW_TOKENS_RANK, Machine, next_power_of_2
+from .candidates import FLATTENED_RANK, fits, in_order, predicted_seconds
+from .cost import BackwardModel, Model, SkinnyModel, bytes_of_h
+from .plans import (
+    VARIANTS,
+    BackwardPlan,
+    BaseFirst,
+    Cell,
+    DxBaseFirst,
+    DxFused,
+    FewTokens,
+    ForwardPlan,
+    Fused,
+    LoraFirst,
+    Plan,
+)
+from .table import Row
+from .tuned import Loaded
+
+__all__ = ["WAYS", "cells", "launches", "pass_plan", "plans", "reads_by_descriptor", "way_of"]
+
+WAYS = {
+    "forward": ("few_tokens", *(f"fused {variant}" for variant in VARIANTS), "lora_first", "base_first"),
+    "backward": ("dx_fused pointer", "dx_fused persistent", "dx_lora_first", "dx_base_first"),
+}
+_MICRO = 1e6
+_LINE = 16  # bytes, on whose multiples a row starts that TMA reads
+
+
+def plans(
+    machine: Machine,
+    name: str,
+    table: Loaded,
+    sizes: tuple[int, int, int, int],
+    dtype: str,
+    dropout: bool,
+    transposed: bool = False,
+) -> tuple[PassPlan, ...]:
+    """Of both passes.
+
+    Args:
+        name: what the machine is called.
+        sizes: M, K, N, R.
+        dtype: one of ``plans.DTYPES``.
+        transposed: W is stored (K, N), as ``Conv1D`` does.
+    """
+    found = [
+        pass_plan(machine, cell, table, name, reads_by_descriptor(cell, transposed), transposed)
+        for cell in cells(sizes, dtype, dropout)
+    ]
+    bucket = next_power_of_2(sizes[0])
+    note = f"Sizes between powers of 2 share a plan: these numbers are for {bucket} tokens."
+    return tuple(p if bucket == sizes[0] else replace(p, notes=(*p.notes, note)) for p in found)
+
+
+def cells(sizes: tuple[int, int, int, int], dtype: str, dropout: bool) -> tuple[Cell, Cell]:
+    """What the choice of each pass depends on."""
+    m, k, n, r = sizes
+    forward, backward = (Cell(d, next_power_of_2(m), k, n, r, dtype, dropout) for d in ("forward", "backward"))
+    return forward, backward
+
+
+def reads_by_descriptor(cell: Cell, transposed: bool = False) -> bool:
+    """Whether TMA reads x and W, or dy and W, as PyTorch allocates them: rows in one piece, on 16-byte boundaries."""
+    rows = (cell.k, cell.k) if cell.direction == "forward" else (cell.n, cell.k)
+    small = max(cell.tokens, cell.n, cell.k) < 2**31
+    return not transposed and small and all(row * cell.itemsize % _LINE == 0 for row in rows)
+
+
+def way_of(plan: Plan) -> str:
+    """Its kind and, of a fused product, how it loads: one of ``WAYS``."""
+    return f"{plan.kind} {plan.variant}" if isinstance(plan, (Fused, DxFused)) else plan.kind
+
+
+def pass_plan(
+    machine: Machine, cell: Cell, table: Loaded, name: str, descriptors: bool = True, transposed: bool = False
+) -> PassPlan:
+    """Of one pass; ``descriptors`` as for ``candidates.in_order``."""
+    row = table.row(cell)
+    order = in_order(machine, cell, None if row is None else row.plan, descriptors)
+    chosen = order[0]
+    told = launches(cell, chosen)
+    if machine.interpreter:
+        why = "fixed: in Triton's interpreter the plans come in one order, for what they show, not for their time."
+        others = _others(machine, cell, order, None, descriptors, transposed)
+        return PassPlan(cell.direction, str(chosen), "fixed", why, None, told, passed_over=others)
+    if row is not None and chosen == row.plan:
+        return _measured(
+            machine, cell, table, name, row, order, _others(machine, cell, order, row, descriptors, transposed)
+        )
+    seconds = [predicted_seconds(machine, cell, plan) for plan in order[:2]]
+    second = None
+    if len(order) > 1:
+        slower = seconds[1] / seconds[0] - 1.0
+        second = Other(str(order[1]), f"{_us(seconds[1])} predicted, {by_how_much(slower)}.", slower)
+    return PassPlan(
+        direction=cell.direction,
+        plan=str(chosen),
+        basis="predicted",
+        why=f"predicted: {_us(seconds[0])} for {_tokens(cell)}, by the model of {name}; no measurement counts.",
+        us=seconds[0] * _MICRO,
+        launches=told,
+        runner_up=second,
+        passed_over=_others(machine, cell, order, None, descriptors, transposed),
+        notes=_notes(machine, cell, table, row),
+    )
+
+
+def launches(cell: Cell, plan: Plan) -> tuple[Launch, ...]:
+    """What ``plan`` launches for the cell, all of backward being due; bytes by the model's formulas, fp32 adapters."""
+    if isinstance(plan, (FewTokens, Fused, LoraFirst, BaseFirst)):
+        found = _forward_launches(cell, plan)
+    else:
+        found = _backward_launches(cell, plan)
+    return tuple(Launch(what, round(moved)) for what, moved in found)
+
+
+def _forward_launches(cell: Cell, plan: ForwardPlan) -> list[tuple[str, float]]:
+    model = Model(_NO_MACHINE, cell)
+    if isinstance(plan, FewTokens):
+        first = [("one pass over W, which forms h and y", model.base_bytes())]
+        if plan.splits == 1:
+            return first
+        return [*first, (f"the sum of the {plan.splits} parts of K", model.few_tokens_bytes(plan.splits))]
+    parts = plan.shrink.splits
+    hidden = ("h = x Aᵀ", SkinnyModel(_NO_MACHINE, cell.of_x).shrink_bytes(parts))
+    if isinstance(plan, Fused):
+        return [hidden, ("y = x Wᵀ, and s h Bᵀ as one more step of K", model.base_bytes())]
+    if isinstance(plan, LoraFirst):
+        begun = ("y₀ = bias + s h Bᵀ", model.expand_bytes(parts, 1))
+        return [hidden, begun, ("x Wᵀ onto it, by the library", model.library_bytes(True))]
+    base = ("x Wᵀ, by the library", model.library_bytes(False))
+    return [base, hidden, ("bias + s h Bᵀ onto it", model.expand_bytes(parts, 2))]
+
+
+def _backward_launches(cell: Cell, plan: BackwardPlan) -> list[tuple[str, float]]:
+    model, way = BackwardModel(_NO_MACHINE, cell), plan.hidden
+    turned, of_x, of_dy = model.turned, SkinnyModel(_NO_MACHINE, cell.of_x), model.of_dy
+    if way.joint:
+        found = [("dh and dB in parts, in one read of dy", of_dy.dh_db_bytes(way.dh_db))]
+        found.append(("the sums of their parts", of_dy.dh_db_parts(way.dh_db)))
+    else:
+        found = [("dh = s dy B", of_dy.shrink_bytes(way.shrink.splits))]
+        if way.shrink.splits > 1:
+            found.append(("the sum of dh's parts", bytes_of_h(cell, way.shrink.splits)))
+    if isinstance(plan, DxFused):
+        found.append(("dx = D * (dh A), and dy W onto it in one product", turned.base_bytes()))
+    else:
+        first = not isinstance(plan, DxBaseFirst)
+        base = ("dy W, by the library" if not first else "dy W onto it, by the library", turned.library_bytes(first))
+        low_rank = ("D * (dh A)" if first else "D * (dh A) onto it", turned.expand_bytes(1, 1 if first else 2))
+        found += [low_rank, base] if first else [base, low_rank]
+    outers = [("dA = dhᵀ (D * x)", plan.da, of_x)]
+    if not way.joint:
+        outers.append(("dB = s dyᵀ h", way.db, of_dy))
+    for what, config, skinny in outers:
+        found.append((what, skinny.outer_bytes(config)))
+        if min(config.splits, -(-cell.tokens // config.block_m)) > 1:
+            found.append((f"the sum of {what[:2]}'s parts", skinny.outer_parts(config)))
+    return found
+
+
+def _measured(
+    machine: Machine, cell: Cell, table: Loaded, name: str, row: Row, order: Sequence[Plan], others: tuple[Other, ...]
+) -> PassPlan:
+    own = row.cell == cell
+    with_ = ", ".join(f"{name} {row.versions[name]}" for name in ("torch", "triton", "lora_kernels"))
+    device = name if table.device is None else table.device.name
+    where = "" if own else f"for {_tokens(row.cell)}, the nearest size that was; "
+    kinds = {kind: ratio for kind, ratio in row.kinds.items() if kind != row.plan.kind}
+    second = _by_kind(min(kinds, key=kinds.__getitem__), row) if kinds else None
+    return PassPlan(
+        direction=cell.direction,
+        plan=str(row.plan),
+        basis="measured" if own else "neighbour",
+        why=f"measured: {where}{row.us:.4g} µs, {row.ratio:.4g} of the frozen layer's time, on {device}, "
+        f"{row.date[:10]} ({with_}).",
+        us=row.us if own else predicted_seconds(machine, cell, row.plan) * _MICRO,
+        launches=launches(cell, row.plan),
+        runner_up=second,
+        passed_over=others,
+    )
+
+
+def _by_kind(kind: str, row: Row) -> Other:
+    """What the row tells of another kind of plan. See ``tuning.search``: the quickest of many is timed once more."""
+    slower = row.kinds[kind] / row.ratio - 1.0
+    again = ", but not when it was timed again beside the plan" if slower < 0 else ""
+    told = f"{row.kinds[kind]:.4g} of the frozen layer's time, {by_how_much(slower)}{again}"
+    return Other(kind, f"measured at {told}.", slower)
+
+
+def _others(
+    machine: Machine, cell: Cell, order: Sequence[Plan], row: Row | None, descriptors: bool, transposed: bool
+) -> tuple[Other, ...]:
+    """The best of each other way, and by how much it is slower; or why there is none of it."""
+    own = way_of(order[0])
+    best: dict[str, Plan] = {}
+    for plan in order:
+        best.setdefault(way_of(plan), plan)
+    found = []
+    for way in WAYS[cell.direction]:
+        kind = way.partition(" ")[0]
+        if way == own:
+            continue
+        if way not in best:
+            found.append(Other(way, obstacle(machine, cell, way, descriptors, transposed)))
+        elif machine.interpreter:
+            found.append(Other(way, "it comes later in that order."))
+        elif row is not None and kind != row.plan.kind and kind in row.kinds:
+            found.append(_by_kind(kind, row))  # of all its variants
+        else:
+            found.append(_predicted(machine, cell, way, best[way], order[0], row is not None))
+    return tuple(dict.fromkeys(found))
+
+
+def _predicted(machine: Machine, cell: Cell, way: str, plan: Plan, chosen: Plan, unmeasured: bool) -> Other:
+    own, best = (predicted_seconds(machine, cell, p) for p in (plan, chosen))
+    slower = own / best - 1.0
+    told = f"{_us(own)} predicted, {by_how_much(slower)}."
+    return Other(way, f"not measured by itself; {told}" if unmeasured else told, slower)
+
+
+def obstacle(machine: Machine, cell: Cell, way: str, descriptors: bool = True, transposed: bool = False) -> str:
+    """Why the machine has no plan of this way for the cell, in a sentence."""
+    if way == "few_tokens":
+        if cell.tokens > FEW_TOKENS:
+            return f"it serves up to {FEW_TOKENS} tokens."
+        if cell.r > FEW_TOKENS_RANK:
+            return f"it serves ranks up to {FEW_TOKENS_RANK}: every program would read all of A."
+    elif not way.endswith("pointer"):
+        return _variant_obstacle(machine, cell, way.endswith("flattened"), descriptors, transposed)
+    return _no_room(machine)
+
+
+def _variant_obstacle(machine: Machine, cell: Cell, flattened: bool, descriptors: bool, transposed: bool) -> str:
+    capability = f"{machine.capability // 10}.{machine.capability % 10}"
+    if machine.interpreter and flattened:
+        return "the interpreter does not know it."
+    if not machine.interpreter:
+        if machine.capability < 90:
+            return f"it loads by TMA, which came with compute capability 9.0; this is {capability}."
+        if cell.itemsize != 2:
+            return f"it is for 16-bit dtypes, and this is {cell.dtype}."
+        if machine.capability >= 100 and cell.dtype == "float16":
+            return f"over float16 it overflows the tensor memory of capability {capability}."
+        if machine.capability >= 100 and flattened:
+            return f"Triton does not compile it for capability {capability}."
+        if flattened and cell.r > FLATTENED_RANK:
+            return f"it serves ranks up to {FLATTENED_RANK}."
+    if transposed:
+        return "it loads by TMA, which reads rows in one piece, and W is stored (K, N)."
+    if not descriptors:
+        sizes = f"K = {cell.k}" if cell.direction == "forward" else f"K = {cell.k} or N = {cell.n}"
+        return f"it loads by TMA, whose rows are multiples of {_LINE} bytes: {sizes} of {cell.itemsize} bytes is not."
+    return _no_room(machine)
+
+
+def _no_room(machine: Machine) -> str:
+    return f"no tile of it fits the {machine.shared_memory} bytes of shared memory."
+
+
+def _notes(machine: Machine, cell: Cell, table: Loaded, row: Row | None) -> tuple[str, ...]:
+    """Why what was measured does not decide."""
+    notes = [sentence for source in table.sources for sentence in source.passed_over]
+    if row is not None:
+        reason = "loads by TMA" if fits(machine, cell, row.plan) else "does not fit this machine or so many tokens"
+        notes.append(f"The measured plan of {_tokens(row.cell)} ({row.plan}) {reason}, so the model decides.")
+    return tuple(notes)
+
+
+def _tokens(cell: Cell) -> str:
+    return f"up to {cell.tokens} tokens" if cell.tokens > 1 else "1 token"
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * _MICRO:.4g} µs"
+
+
+# Bytes do not depend on the machine.
+_NO_MACHINE = Machine(capability=0, sm_count=1, shared_memory=0)
