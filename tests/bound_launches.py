@@ -23,7 +23,7 @@ from lora_kernels.backends.triton.offline.compile_jobs import ARCHITECTURES
 from lora_kernels.backends.triton.run import prepared
 from recorded_launches import Driver
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = (16, 17)  # not 1: a stride that no address uses may differ
 noted: list[tuple[str, ...]] = []
 kept: dict[int, tuple[Any, str]] = {}  # by id: each launch, held so that it stays the only one, and its first binding
@@ -95,7 +95,7 @@ def vector(draw: random.Random, size: int, dtype: torch.dtype) -> Tensor:
 def one(draw: random.Random) -> None:
     """One call of one operator."""
     m, k, n, r = draw.choice((16, 64)), draw.choice(SIZES), draw.choice(SIZES), draw.choice((2, 16))
-    dtype, p = draw.choice([BF16, BF16, FP32]), draw.choice([0.0, 0.1])
+    dtype, p = draw.choice([BF16, BF16, FP16, FP32]), draw.choice([0.0, 0.1])
     adapters, scaling = draw.choice([dtype, FP32]), draw.choice([1, 0.5])
     x, weight, dy = (matrix(draw, *shape, dtype) for shape in ((m, k), (n, k), (m, n)))
     a, b = matrix(draw, r, k, adapters), matrix(draw, n, r, adapters)

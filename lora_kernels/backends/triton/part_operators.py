@@ -191,7 +191,8 @@ def input_grad(
     members = (*dys, *weights) if len(dys) == 1 else ()  # several go to the library, which takes any
     tensors = (*members, dh, lora_a)
     aligned = alignment(*tensors, state)
-    key = ("input_grad", *(told for t in tensors for told in matrix(t)), ranks, p, state is None, aligned, precision)
+    own = (told for t in tensors for told in matrix(t))  # over fp16, dh and A are fp32 as they are over fp32
+    key = ("input_grad", dtype, *own, ranks, p, state is None, aligned, precision)
     with on_device(device):
         stream, found = current_stream(dys[0].get_device()), _steps.get(key)
         if len(dys) == 1:

@@ -32,8 +32,8 @@ def results() -> list[dict[str, Any]]:
 
 
 def test_what_is_kept_is_what_would_be_made_anew() -> None:
-    """4000 random calls: what Triton specialises on, and what a launch holds, follows from its key."""
-    found = program("bound_launches", "4000")
+    """5000 random calls: what Triton specialises on, and what a launch holds, follows from its key."""
+    found = program("bound_launches", "5000")
     assert found["wrong"] == []
     assert found["again"] > 1000
 
