@@ -9,7 +9,9 @@ inside the operators.
 
 from __future__ import annotations
 
+import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,7 +33,20 @@ COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _environment = env.backend_from_environment()  # read once: os.environ costs microseconds a call
 _loaded: dict[str, Backend] = {}
-_requested: ContextVar[str | None] = ContextVar("lora_kernels_backend", default=None)
+_requested: ContextVar[tuple[str, int] | None] = ContextVar("lora_kernels_backend", default=None)  # and graph task
+
+
+@dataclass(slots=True, eq=False)
+class _Block:
+    """A ``with use_backend`` in which autograd recorded: the numbers of its thread's nodes from first to below last."""
+
+    name: str
+    thread: int
+    first: int
+    last: float = float("inf")
+
+
+_blocks: deque[_Block] = deque(maxlen=64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +134,8 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Within the ``with`` block, run ``name`` wherever a call does not name a backend itself; None means automatic.
 
     Holds for the current thread or asyncio task (a ``ContextVar``). A graph that ``torch.compile`` has captured keeps
-    the backend that it was captured with.
+    the backend that it was captured with. What a checkpoint runs again in backward takes the backend of its forward,
+    in whatever block backward is called; a checkpoint within that takes the one that holds outside of any block.
 
     Raises:
         InvalidArgumentError: there is no backend of that name.
@@ -133,19 +149,38 @@ def use_backend(name: str | None) -> Iterator[None]:
     """
     if name is not None:
         backend(name)
-    token = _requested.set(name or "automatic")
+    chosen, number = name or "automatic", torch._C._autograd._get_sequence_nr
+    token = _requested.set((chosen, torch._C._current_graph_task_id()))
+    block = _Block(chosen, threading.get_ident(), number())
+    _blocks.append(block)
     try:
         yield
     finally:
         _requested.reset(token)
+        block.last = number()
+        if block.last == block.first and block in _blocks:  # nothing of it can run again
+            _blocks.remove(block)
+
+
+def _of_forward() -> tuple[str, int] | None:
+    """The innermost block; while backward runs a region of a checkpoint again, that of the region's forward."""
+    found, node = _requested.get(), torch._C._current_autograd_node()
+    if node is None or (found is not None and found[1] == torch._C._current_graph_task_id()):
+        return found
+    number, thread = node._sequence_nr(), threading.get_ident()
+    # Numbers are each thread's own. The engine's threads for devices, which Python did not start, have no forward.
+    engine_s = isinstance(threading.current_thread(), threading._DummyThread)
+    blocks = (b for b in reversed(_blocks) if b.first <= number < b.last and (engine_s or b.thread == thread))
+    return next(((block.name, -1) for block in blocks), None)
 
 
 def requested(argument: str | None = None) -> tuple[str | None, str]:
     """The name that was asked for (None: automatic) and where: argument, context, environment or nowhere."""
     if argument is not None:
         return argument, f"the argument backend={argument!r}"
-    context = _requested.get()
-    if context is not None:
+    found = _of_forward() if _blocks else _requested.get()
+    if found is not None:
+        context = found[0]
         return (None, "use_backend(None)") if context == "automatic" else (context, f"use_backend({context!r})")
     if _environment is not None:
         return _environment, f"the environment variable {env.BACKEND_VARIABLE}={_environment}"

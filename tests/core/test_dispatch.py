@@ -7,16 +7,22 @@ import subprocess
 import sys
 import threading
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
+from cases import BACKENDS
 from lora_kernels import FusedLoRALinear, dispatch, explain, lora_linear, use_backend
 from lora_kernels.dispatch import Problem
 from lora_kernels.errors import BackendUnavailableError, InvalidArgumentError, InvalidTypeError
+from made_models import acting
+from numerics import same_bits
 
 CPU = Problem("cpu", torch.float32, 8, 8, 2)
 AUTOMATIC = "eager" if dispatch.backend("native").why_not(CPU) else "native"
@@ -247,3 +253,54 @@ def test_a_named_choice_that_fails_raises_and_does_not_warn(unregistrable: Unreg
     with warnings.catch_warnings(record=True) as warned, pytest.raises(BackendUnavailableError, match=words):
         dispatch.select("cpu", torch.float32, "native")
     assert not warned
+
+
+HERE = [None, *(name for name, device in BACKENDS if device == "cpu")]
+
+
+# What a checkpoint runs again it runs as before, wherever backward is called
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("of_backward", HERE)
+@pytest.mark.parametrize("of_forward", HERE)
+def test_a_checkpoint_runs_again_by_the_backend_of_its_forward(
+    of_forward: str | None, of_backward: str | None, reentrant: bool
+) -> None:
+    """With dropout, for eager draws other masks than the others: gradients would belong to another y, in silence."""
+    layer, x = acting(24, 16, lora_dropout=0.5), torch.randn(6, 24)
+    found = []
+    for call in (layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant)):
+        leaf = x.clone().requires_grad_()
+        layer.zero_grad()
+        torch.manual_seed(0)
+        with dispatch.use_backend(of_forward) if of_forward else nullcontext():
+            y = call(leaf)
+        with dispatch.use_backend(of_backward) if of_backward else nullcontext():
+            y.square().sum().backward()
+        found.append([y.detach(), leaf.grad, layer.lora_A.grad.clone(), layer.lora_B.grad.clone()])
+    assert all(same_bits(left, right) for left, right in zip(*found, strict=True))
+
+
+def test_a_block_within_a_backward_holds_there() -> None:
+    """As in a Function of the user's own."""
+    asked = []
+
+    def hook(gradient: Tensor) -> None:
+        with dispatch.use_backend("eager"):
+            asked.append(dispatch.requested()[0])
+
+    x = torch.ones(2, requires_grad=True)
+    with dispatch.use_backend("native"):
+        y = 2 * x
+    y.register_hook(hook)
+    y.sum().backward()
+    assert asked == ["eager"]
+    assert dispatch.requested()[0] is None
+
+
+def test_a_block_in_which_nothing_was_recorded_is_forgotten() -> None:
+    before = list(dispatch._blocks)
+    with dispatch.use_backend("eager"), torch.no_grad():
+        acting()(torch.ones(2, 8))
+    assert list(dispatch._blocks) == before
