@@ -78,10 +78,10 @@ def part(tensor: Tensor, plan: str) -> Tensor:
     return tensor.chunk(world())[distributed.get_rank()] if plan.endswith("apart") else tensor
 
 
-def run(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """y, dx and the gradient of each Parameter that trains."""
-    x = x.clone().requires_grad_()
-    y = layer(x)
+def run(layer: nn.Module, x: Tensor, dy: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """y, dx and the gradient of each Parameter that trains; ``call`` is what runs the layer, if not itself."""
+    x = x.detach().requires_grad_()  # with its strides
+    y = layer(x) if call is None else call(x)
     y.backward(dy)
     grads = {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
     return {"y": y.detach(), "dx": x.grad, **grads}

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("distributed_layers", "distributed_training", "distributed_fsdp1")
+FILES = ("distributed_layers", "distributed_crossings", "distributed_training", "distributed_fsdp1")
 PATIENCE = 45  # seconds that a collective waits for the other processes
 LIMIT = 300  # seconds for all checks of one world size, on a machine that does other things too
 START = 60  # seconds for the imports

@@ -83,9 +83,9 @@ def acting(in_features: int = 8, out_features: int = 6, **arguments: Any) -> Fus
     return FusedLoRALinear(in_features, out_features, **{"r": 3, "init_lora_weights": False, **arguments})
 
 
-def formula(layer: FusedLoRALinear, dtype: torch.dtype) -> Tensor:
-    """W + s B A, with DoRA its rows rescaled, in ``dtype``."""
-    weight, a, b = (t.detach().to(dtype) for t in (layer.base_weight, layer.lora_A, layer.lora_B))
+def formula(layer: Any, dtype: torch.dtype) -> Tensor:
+    """W + s B A (N, K), with DoRA its rows rescaled, in ``dtype``."""
+    weight, a, b = (t.detach().to(dtype) for t in (layer.matrix(layer.base_weight), layer.lora_A, layer.lora_B))
     adapted = weight + layer.scaling * (b @ a)
     if layer.lora_magnitude_vector is None:
         return adapted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -90,6 +91,7 @@ def test_a_choice_that_is_remembered_is_no_other_request_s(monkeypatch: pytest.M
 
 
 CPU = dispatch.Problem("cpu", torch.float32)
+
 
 # A bias in fp32 x a 16-bit base
 
@@ -204,5 +206,19 @@ def test_a_strided_x_of_few_rows_is_as_a_whole_one(arguments: dict[str, Any], ro
 # The table
 
 
+def test_every_pair_of_features_has_its_test_or_the_reason_why_not() -> None:
+    pairs = set(combinations(crossings.FEATURES, 2))
+    assert len(pairs) == 153
+    tested = set().union(*crossings.TESTS.values())
+    assert not tested & crossings.REASONS.keys()
+    assert tested | crossings.REASONS.keys() == pairs, "a pair has neither, or something else than a feature is named"
+
+
 def test_every_test_that_the_table_names_is_there() -> None:
-    assert crossings.missing() == []
+    shown = [word for reason in crossings.REASONS.values() for word in reason.split() if "::" in word]
+    assert crossings.missing([*crossings.TESTS, *shown]) == []
+    assert crossings.missing(["test_crossings.py::test_that_is_not_there", "test_no_file.py::test_it"]) != []
+
+
+def test_reasons_are_short() -> None:
+    assert all(0 < len(reason.split()) <= 25 for reason in crossings.REASONS.values())

@@ -133,8 +133,10 @@ def test_all_linear_finds_fused_layers() -> None:
     assert all(set(layer.lora_A) == {"a0", "all"} for layer in lora_layers(model))
 
 
-def test_merging_gives_pefts_bits() -> None:
+@pytest.mark.parametrize("active", [["a0"], ["a0", "a1"]], ids=str)
+def test_merging_gives_pefts_bits(active: list[str]) -> None:
     stock = make(*TWO)
+    stock.base_model.set_adapter(active)
     model = fused(stock)
     for m in (model, stock):
         m.merge_adapter()
