@@ -255,7 +255,7 @@ def test_a_named_choice_that_fails_raises_and_does_not_warn(unregistrable: Unreg
     assert not warned
 
 
-HERE = [None, *(name for name, device in BACKENDS if device == "cpu")]
+HERE = [None, *(name for name, device in BACKENDS if device == "cpu" and name != "triton")]  # that one takes seconds
 
 
 # What a checkpoint runs again it runs as before, wherever backward is called
