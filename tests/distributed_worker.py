@@ -32,6 +32,7 @@ START = 60  # seconds for the imports
 ONCE = (
     *("check_policies_of_fsdp", "check_live_peft_models", "check_losses_under_ddp"),
     *("check_checkpoints_become_adapters", "check_what_cannot_be_is_a_sentence"),
+    *("check_compiled_layers_in_parts", "check_every_backend_in_parts", "check_two_adapters_of_peft_in_parts"),
     *("check_the_former_fsdp_saves_within_its_context", "check_fsdp1_merges_in_its_context"),
     *("check_fsdp1_is_refused_outside_its_context", "check_fsdp1_gives_and_takes_adapters_in_its_context"),
     *("check_fsdp1_trains_like_one_process", "check_fsdp1_has_the_groups_of_the_plain_model"),
