@@ -16,28 +16,22 @@ from lora_kernels.backends.triton import operators, part_operators
 from lora_kernels.backends.triton.choose import blocks
 from lora_kernels.backends.triton.choose.plans import FewTokens, Fused
 from lora_kernels.backends.triton.run import forward, steps
+from lora_kernels.backends.triton.run.call import Call
 from lora_kernels.backends.triton.run.prepared import Launch
 
 M, N, K, R = 1000, 3000, 5000, 200  # many tiles of each size, and no two counts alike
 GEMM = blocks.GemmConfig(16, 32, 64, 128, 2, 4, 1)
 SHRINK, EXPAND = blocks.ShrinkConfig(16, 32, 64, 4, 1), blocks.ExpandConfig(16, 32, 64, 4)
 FEW = blocks.FewTokensConfig(16, 32, 64, 256, 4, 1)
-DH_DB, DA = blocks.DhDbConfig(16, 32, 64, 128, 4, 1), blocks.DaConfig(16, 32, 64, 4, 1, splits=8)
+DH_DB, DA = blocks.DhDbConfig(16, 32, 64, 128, 4, 1), blocks.OuterConfig(16, 32, 64, 4, 1, splits=8)
 NORMS, GAIN = blocks.RowNormsConfig(16, 32, 64, 4, 1), blocks.GainGradConfig(16, 32, 64, 4)
 
 
-def a_call(m: int = M) -> forward.Call:
-    like = {"machine": blocks.INTERPRETER, "device": torch.device("cpu"), "dtype": torch.bfloat16}
-    shapes = {"stride_x": (K, 1), "stride_w": (K, 1), "stride_a": (K, 1), "stride_b": (R, 1), "stride_bias": 1}
-    more = {"p": 0.0, "dropout": False, "precision": "ieee", "aligned": True, "stride_h": R}
-    return forward.Call(**like, **shapes, **more, m=m, k=K, n=N, r=R)
-
-
-def a_backward_call() -> steps.BackwardCall:
-    strides = {"stride_dy": (N, 1), "stride_w": (K, 1), "stride_x": (K, 1), "stride_a": (K, 1), "stride_b": (R, 1)}
-    return steps.BackwardCall(
-        blocks.INTERPRETER, torch.device("cpu"), torch.bfloat16, "ieee", M, N, K, R, **strides, aligned=True
-    )
+def a_call(m: int = M) -> Call:
+    """Of either pass, bf16."""
+    strides = {"stride_x": (K, 1), "stride_dy": (N, 1), "stride_w": (K, 1), "stride_a": (K, 1), "stride_b": (R, 1)}
+    more = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "precision": "ieee", "by_descriptor": True}
+    return Call(machine=blocks.INTERPRETER, m=m, k=K, n=N, r=R, **strides, **more)
 
 
 def a_mask() -> None:
@@ -54,16 +48,16 @@ def gain_grad() -> None:
 
 
 def tiles(rows: int, row_block: int, columns: int, column_block: int) -> int:
-    return forward.cdiv(rows, row_block) * forward.cdiv(columns, column_block)
+    return steps.cdiv(rows, row_block) * steps.cdiv(columns, column_block)
 
 
 # What makes the launch, the kernel, its blocks by the names that it has for them, and the grid.
 Make = Callable[[], object]
 LAUNCHES: dict[str, tuple[Make, dict[str, int], tuple[int, ...]]] = {
     "shrink_kernel": (
-        lambda: forward.shrink_launch(SHRINK, M, K, R, (K, 1), (K, 1), 0.0, "ieee", torch.bfloat16),
+        lambda: steps.shrink_launch(SHRINK, M, K, R, (K, 1), (K, 1), 0.0, "ieee", torch.bfloat16),
         {"BLOCK_M": 16, "BLOCK_K": 32, "BLOCK_R": 64},
-        (forward.cdiv(M, 16), forward.cdiv(R, 64), 1),
+        (steps.cdiv(M, 16), steps.cdiv(R, 64), 1),
     ),
     "forward_kernel": (
         lambda: forward._fused(Fused(SHRINK, GEMM), a_call()),
@@ -83,43 +77,43 @@ LAUNCHES: dict[str, tuple[Make, dict[str, int], tuple[int, ...]]] = {
     "few_tokens_kernel": (
         lambda: forward._few_tokens(FewTokens(FEW, 2), a_call(9)),
         {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_R": 256},
-        (forward.cdiv(N, 32), 2, 1),
+        (steps.cdiv(N, 32), 2, 1),
     ),
     "dh_db_kernel": (
-        lambda: steps.dh_db_step(DH_DB, a_backward_call()),
+        lambda: steps.dh_db_step(DH_DB, a_call()),
         {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 64, "chunk_m": 128},
-        (forward.cdiv(N, 32), forward.cdiv(M, 128), forward.cdiv(R, 64)),
+        (steps.cdiv(N, 32), steps.cdiv(M, 128), steps.cdiv(R, 64)),
     ),
     "da_kernel": (
-        lambda: steps.da_step(DA, a_backward_call()),
+        lambda: steps.da_step(DA, a_call()),
         {"BLOCK_M": 16, "BLOCK_K": 32, "BLOCK_R": 64, "chunk_m": 128},
-        (forward.cdiv(K, 32), forward.cdiv(R, 64), 8),
+        (steps.cdiv(K, 32), steps.cdiv(R, 64), 8),
     ),
     "dx_kernel": (
-        lambda: steps._dx_fused(GEMM, "pointer", a_backward_call()),
+        lambda: steps._dx_fused(GEMM, "pointer", a_call()),
         {"BLOCK_M": 16, "BLOCK_K": 32, "BLOCK_N": 64, "BLOCK_R": 128},
         (tiles(M, 16, K, 32), 1, 1),
     ),
     "dx_persistent_kernel": (
-        lambda: steps._dx_fused(GEMM, "persistent", a_backward_call()),
+        lambda: steps._dx_fused(GEMM, "persistent", a_call()),
         {"BLOCK_M": 16, "BLOCK_K": 32, "BLOCK_N": 64, "BLOCK_R": 128},
         (blocks.INTERPRETER.sm_count, 1, 1),
     ),
     "dx_low_rank_kernel": (
-        lambda: steps.low_rank_launch(EXPAND, a_backward_call(), (0, R), True),
+        lambda: steps.low_rank_launch(EXPAND, a_call(), (0, R), True),
         {"BLOCK_M": 16, "BLOCK_K": 32, "BLOCK_R": 64},
         (tiles(M, 16, K, 32), 1, 1),
     ),
     "gain_grad_kernel": (
         gain_grad,
         {"BLOCK_M": 16, "BLOCK_N": 32, "chunk_m": 64},
-        (forward.cdiv(N, 32), forward.cdiv(M, 64), 1),
+        (steps.cdiv(N, 32), steps.cdiv(M, 64), 1),
     ),
-    "row_norms_kernel": (norms, {"BLOCK_N": 16, "BLOCK_K": 32, "BLOCK_R": 64}, (forward.cdiv(N, 16), 1, 1)),
+    "row_norms_kernel": (norms, {"BLOCK_N": 16, "BLOCK_K": 32, "BLOCK_R": 64}, (steps.cdiv(N, 16), 1, 1)),
     "mask_kernel": (
         a_mask,
         {"BLOCK_M": operators._MASK_BLOCK_M, "BLOCK_K": operators._MASK_BLOCK_K},
-        (forward.cdiv(M, operators._MASK_BLOCK_M), forward.cdiv(K, operators._MASK_BLOCK_K), 1),
+        (steps.cdiv(M, operators._MASK_BLOCK_M), steps.cdiv(K, operators._MASK_BLOCK_K), 1),
     ),
 }
 
