@@ -16,6 +16,7 @@ from lora_kernels.backends.triton.offline.compile_jobs import ARCHITECTURES
 from lora_kernels.backends.triton.offline.compile_report import Record
 
 ROOT = Path(__file__).parents[3]
+HOPPER = ["product", "product_h", "shrink", "plain_shrink", "dh_db", "outer", "pack", "reduce_dh", "reduce_grads"]
 MACHINES = [
     *ARCHITECTURES.values(),
     blocks.Machine(capability=86, sm_count=84, shared_memory=101376),
@@ -35,6 +36,7 @@ def test_kernels_compile(arch: int, tmp_path: Path) -> None:
     records = [Record(**record) for record in json.loads(file.read_text())]
     names = ["forward", "expand", "shrink", "few_tokens", "sum_parts", "dh_db", "reduce", "dx", "dx_low_rank", "da"]
     names += ["mask", "row_norms", "gain_grad", *(["persistent", "dx_persistent"] if arch >= 90 else [])]
+    names += [f"hopper_{name}" for name in HOPPER if arch == 90]
     assert {record.kernel for record in records} == {f"{name}_kernel" for name in names}
 
 
@@ -61,6 +63,10 @@ GOOD = Record("persistent_kernel", 90, "bf16", False, 250, 0, 0, 100_000, 232_44
         ({"tma_loads": 0}, "has no UTMALDG"),
         ({"waits": 0}, "has no ACQBULK"),
         ({"chained": True}, "adds all its products up in one chain"),
+        ({"spills": 3}, "3 loads and stores"),
+        ({"kernel": "hopper_product_kernel", "tma_loads": 0, "tma_stores": 1}, "has no UTMALDG"),
+        ({"kernel": "hopper_product_kernel"}, "has no UTMASTG"),
+        ({"kernel": "hopper_outer_kernel", "products": 0}, "has no HGMMA"),
     ],
 )
 def test_the_gate_can_fail(change: dict[str, object], sentence: str) -> None:

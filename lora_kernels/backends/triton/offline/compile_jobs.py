@@ -20,7 +20,7 @@ from ..choose.blocks import FEW_TOKENS, Machine
 from ..choose.candidates import candidates
 from ..choose.plans import BackwardPlan, BaseFirst, Cell, DxBaseFirst, FewTokens, ForwardPlan, Fused
 
-__all__ = ["ARCHITECTURES", "CASES", "QUICK", "Case", "Job", "backward_plans_of", "jobs_of", "plans_of"]
+__all__ = ["ARCHITECTURES", "CASES", "QUICK", "Case", "Job", "backward_plans_of", "jobs_of", "plans_of", "recording"]
 
 # A100, H200 and B200 by their data sheets; shared memory is what one program may use.
 ARCHITECTURES = {
@@ -32,6 +32,7 @@ _TYPE_NAMES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.int32: "i32",
     torch.int64: "i64",
     torch.bool: "i1",
 }
@@ -144,7 +145,7 @@ def jobs_of(case: Case, arch: int) -> Iterator[Job]:
     cell, machine = Cell("forward", m, k, n, r, dtype, state is not None), ARCHITECTURES[arch]
     back = replace(cell, direction="backward")
     calls: list[Job] = []
-    with _recording(operators, case, arch, calls):
+    with recording(operators, case, arch, calls):
         for plan in plans_of(machine, cell):
             operators.run_plan(plan, x, weight, lora_a, lora_b, bias, 2.5, p, state)
         for backward in backward_plans_of(machine, back):
@@ -169,7 +170,7 @@ def jobs_of(case: Case, arch: int) -> Iterator[Job]:
 
 
 @contextlib.contextmanager
-def _recording(operators: Any, case: Case, arch: int, calls: list[Job]) -> Iterator[None]:
+def recording(operators: Any, case: Case, arch: int, calls: list[Job]) -> Iterator[None]:
     """Within it the operators see the machine ``arch``, and launches are noted in the place of being done."""
     from ..choose import blocks
     from ..run.prepared import Launch, ScratchLaunch
@@ -209,6 +210,9 @@ def _job(launch: Any, arguments: tuple[Any, ...], case: Case, arch: int) -> Job:
         elif isinstance(value, Tensor):
             signature[name] = f"*{_TYPE_NAMES[value.dtype]}"
             aligned.append(name)
+        elif hasattr(value, "block_shape"):  # a descriptor for TMA, made on the host
+            block, layout = list(value.block_shape), value.layout
+            signature[name] = f"tensordesc<{_TYPE_NAMES[value.base.dtype]}{block},{layout!r}>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:

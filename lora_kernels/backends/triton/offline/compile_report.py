@@ -27,22 +27,46 @@ from typing import Any
 
 from .... import env
 from .compile_jobs import ARCHITECTURES, CASES, QUICK, Case, Job, jobs_of
+from .hopper_jobs import GLUON_KERNELS, hopper_jobs
 
 __all__ = ["Record", "faults", "main", "report"]
 
 _INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma.sync": "mma.sync"}
-_SHOWN = ("PARTS", "FLATTEN", "PDL")
+_SHOWN = (
+    "PARTS",
+    "FLATTEN",
+    "PDL",
+    "STAGES",
+    "EXTRA",
+    "SPLIT",
+    "MASKED",
+    "DROP",
+    "TRANS_W",
+    "EPI_N",
+    "NBUF",
+    "GROUP_M",
+)
 _GEMMS = ("forward_kernel", "persistent_kernel", "dx_kernel", "dx_persistent_kernel")
 _BY_TMA = ("persistent_kernel", "dx_persistent_kernel")
-_NO_PRODUCT = ("reduce_kernel", "mask_kernel", "sum_parts_kernel", "gain_grad_kernel")
+_NO_PRODUCT = (
+    "reduce_kernel",
+    "mask_kernel",
+    "sum_parts_kernel",
+    "gain_grad_kernel",
+    "hopper_pack_kernel",
+    "hopper_reduce_dh_kernel",
+    "hopper_reduce_grads_kernel",
+)
+_BY_TMA_STORED = ("hopper_product_kernel", "hopper_product_h_kernel")
 
 
 @dataclass(frozen=True)
 class Record:
     """What the compiler made of one job. ``stack`` and ``local`` are bytes a thread: spilled registers live there.
 
-    ``products``, ``tma_loads`` and ``waits`` count HGMMA, UTMALDG and ACQBULK in the machine code, on sm_90 for GEMMs.
-    ``chained``: of the sums over blocks of IEEE products the compiler has made one chain.
+    ``products``, ``tma_loads``, ``tma_stores``, ``waits`` and ``spills`` count HGMMA, UTMALDG, UTMASTG, ACQBULK, and
+    STL and LDL in the machine code, on sm_90 for GEMMs and the Gluon kernels. ``chained``: of the sums over blocks of
+    IEEE products the compiler has made one chain.
     """
 
     kernel: str
@@ -61,6 +85,8 @@ class Record:
     tma_loads: int = 0
     waits: int = 0
     chained: bool = False
+    tma_stores: int = 0
+    spills: int = 0
 
 
 def report(cases: tuple[Case, ...] = CASES, architectures: tuple[int, ...] = tuple(ARCHITECTURES)) -> list[Record]:
@@ -76,6 +102,8 @@ def report(cases: tuple[Case, ...] = CASES, architectures: tuple[int, ...] = tup
         for case in cases:
             for job in jobs_of(case, arch):
                 jobs.setdefault(job.key(), job)
+    for job in hopper_jobs(architectures, cases == QUICK):
+        jobs.setdefault(job.key(), job)
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
         return list(pool.map(_compile, jobs.values()))
 
@@ -85,8 +113,9 @@ def faults(records: list[Record]) -> list[str]:
     sentences = []
     for r in records:
         where = f"{r.kernel} for sm_{r.arch} ({r.case})"
-        if r.stack or r.local:
-            sentences.append(f"{where} spills: {r.stack} bytes of stack, {r.local} of local memory.")
+        if r.stack or r.local or r.spills:
+            spilled = f"{r.stack} bytes of stack, {r.local} of local memory, {r.spills} loads and stores"
+            sentences.append(f"{where} spills: {spilled}.")
         if r.shared > r.shared_limit:
             sentences.append(f"{where} takes {r.shared} bytes of shared memory and the device has {r.shared_limit}.")
         if (wanted := _wanted_instruction(r)) and r.instruction not in wanted:
@@ -112,6 +141,13 @@ def _wanted_instruction(record: Record) -> tuple[str, ...]:
 
 def _hopper_faults(record: Record) -> Iterator[str]:
     """What a GEMM for sm_90 lacks: one product for each 16 elements of a K step, TMA's loads, the wait for h."""
+    if record.kernel in GLUON_KERNELS:
+        if not record.products or record.instruction != "wgmma":
+            yield "has no HGMMA."
+        if not record.tma_loads:
+            yield "has no UTMALDG: its operands do not come by TMA."
+        if record.kernel in _BY_TMA_STORED and not record.tma_stores:
+            yield "has no UTMASTG: y does not leave by TMA."
     if record.arch != 90 or record.kernel not in _GEMMS or record.instruction != "wgmma":
         return
     blocks = record.blocks
@@ -129,7 +165,11 @@ def _hopper_faults(record: Record) -> Iterator[str]:
 def _kernel(name: str) -> Any:
     from ..kernels import backward, few_tokens, forward, gain, input_grad, persistent, philox
 
-    modules = (backward, few_tokens, forward, gain, input_grad, persistent, philox)
+    modules: tuple[Any, ...] = (backward, few_tokens, forward, gain, input_grad, persistent, philox)
+    if name.startswith("hopper_"):
+        from ..kernels.hopper import outer, product, product_h, shrink, small
+
+        modules = (outer, product, product_h, shrink, small)
     return next(getattr(module, name) for module in modules if name in module.__all__)
 
 
@@ -140,13 +180,19 @@ def _compile(job: Job) -> Record:
 
     kernel = _kernel(job.kernel)
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in job.aligned}
-    source = ASTSource(fn=kernel, signature=job.signature, constexprs=job.constants, attrs=attributes)
+    source_of = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source_of = GluonASTSource
+    source = source_of(fn=kernel, signature=job.signature, constexprs=job.constants, attrs=attributes)
     start = time.perf_counter()
     compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=dict(job.options))
     seconds = time.perf_counter() - start
     usage = _resource_usage(compiled.asm["cubin"])
     instruction = next((name for name, text in _INSTRUCTIONS.items() if text in compiled.asm["ptx"]), "")
-    code = _dump(compiled.asm["cubin"], "-sass") if job.arch == 90 and job.kernel in _GEMMS else ""
+    read = job.arch == 90 and job.kernel in (*_GEMMS, *GLUON_KERNELS)
+    code = _dump(compiled.asm["cubin"], "-sass") if read else ""
     return Record(
         kernel=job.kernel,
         arch=job.arch,
@@ -167,6 +213,8 @@ def _compile(job: Job) -> Record:
         tma_loads=code.count("UTMALDG"),
         waits=code.count("ACQBULK"),
         chained=job.exact and compiled.asm["ttgir"].count("arith.addf") < compiled.asm["ttgir"].count("= tt.dot "),
+        tma_stores=code.count("UTMASTG"),
+        spills=code.count("STL") + code.count("LDL"),
     )
 
 
