@@ -33,6 +33,8 @@ class Recorder:
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.fixed = {"kernel": metadata.name, "pdl": metadata.launch_pdl, "scratch": metadata.global_scratch_size}
+        if metadata.launch_cooperative_grid:
+            self.fixed["cooperative"] = True
 
     def __call__(self, *arguments: Any) -> None:
         """Grid, stream, function and the kernel's own arguments; tensors as their shapes, dtypes and alignments."""

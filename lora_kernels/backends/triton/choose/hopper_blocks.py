@@ -247,7 +247,10 @@ def dx_configs(masked: bool) -> tuple[HopperProduct, ...]:
 @cache
 def product_h_configs(rank: int) -> tuple[HopperProductH, ...]:
     """For y with h and dx with dh; the rounded form, whose error is larger, is no candidate."""
-    return tuple(_with_room([HopperProductH("fused", rank, buffers=3 if rank <= 16 else 2)], 3))
+    fused = HopperProductH("fused", rank, buffers=3 if rank <= 16 else 2)
+    if rank > 64:  # y's and h's sums together are more than a consumer's registers
+        fused = replace(fused, block_n=128)
+    return tuple(_with_room([fused], 3))
 
 
 @cache
