@@ -99,6 +99,16 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
+def by_parts(left: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
+    """left (high + low), bf16 parts; an fp16 ``left`` is split likewise, and its low part multiplies ``high`` alone."""
+    if left.dtype == torch.bfloat16:
+        return product(left, high) if low is None else product(left, high) + product(left, low)
+    assert low is not None
+    left_high = left.to(torch.bfloat16)
+    left_low = (left.float() - left_high.float()).to(torch.bfloat16)
+    return product(left_high, high) + product(left_low, high) + product(left_high, low)
+
+
 def masked(t: Tensor, words: Tensor) -> Tensor:
     return torch.where(unpack(words, t.shape[1]), t, torch.zeros_like(t))
 
@@ -282,12 +292,13 @@ def hopper_shrink_kernel(
                 there = max(0, min(width, columns.stop) - columns.start)
                 put(words, m0 * width + columns.start, width, bits[:, :there], M - m0)
                 x = masked(x, bits)
-            a = (
-                load(a_desc, 0, k * BLOCK_K, [BLOCK_R, BLOCK_K]).T
-                if BY_ROW
-                else load(a_desc, k * BLOCK_K, 0, [BLOCK_K, BLOCK_R])
-            )
-            acc += product(x, a)
+
+            def adapter(place: int, k0: int = k * BLOCK_K) -> Tensor:
+                if BY_ROW:
+                    return load(a_desc, place, k0, [BLOCK_R, BLOCK_K]).T
+                return load(a_desc, k0, place, [BLOCK_K, BLOCK_R])
+
+            acc += by_parts(x, adapter(0), adapter(2 * BLOCK_R) if x.dtype == torch.float16 else None)
         if SPLIT == 1:
             put_hi_lo(acc * scale, hp, m0, M, BLOCK_R, STRIDE_H)
             continue
@@ -306,13 +317,15 @@ def hopper_dh_db_kernel(
 ) -> None:  # fmt: skip
     for column, row in shuffled(grid[0], grid[1]):
         n0, block0 = column * BLOCK_N, row * chunk
+        wide = dy_desc.base.dtype == torch.float16
         b = load(b_desc, n0, 0, [BLOCK_N, BLOCK_R])
+        b_low = load(b_desc, n0, 2 * BLOCK_R, [BLOCK_N, BLOCK_R]) if wide else None
         db = torch.zeros(BLOCK_N, BLOCK_R)
         for m0 in range(block0 * BLOCK_M, min(cdiv(M, BLOCK_M), block0 + chunk) * BLOCK_M, BLOCK_M):
             dy = load(dy_desc, m0, n0, [BLOCK_M, BLOCK_N])
-            put(dh_part, (column * M + m0) * BLOCK_R, BLOCK_R, product(dy, b), M - m0)
-            for part in range(2 if LO else 1):
-                db += product(dy.T, load(h_desc, m0, part * BLOCK_R, [BLOCK_M, BLOCK_R]))
+            put(dh_part, (column * M + m0) * BLOCK_R, BLOCK_R, by_parts(dy, b, b_low), M - m0)
+            high, low = (load(h_desc, m0, part * BLOCK_R, [BLOCK_M, BLOCK_R]) for part in range(2))
+            db += by_parts(dy.T, high, low if LO else None)
         put(db_part, (row * N + n0) * BLOCK_R, BLOCK_R, db, N - n0)
 
 
@@ -327,8 +340,8 @@ def hopper_outer_kernel(
             x = load(x_desc, m0, n0, [BLOCK_M, BLOCK_N])
             if MASKED:
                 x = masked(x, load(m_desc, m0, n0 // 32, [BLOCK_M, BLOCK_N // 32]))
-            for half in range(2 if LO else 1):
-                acc += product(x.T, load(h_desc, m0, half * BLOCK_R, [BLOCK_M, BLOCK_R]))
+            high, low = (load(h_desc, m0, part * BLOCK_R, [BLOCK_M, BLOCK_R]) for part in range(2))
+            acc += by_parts(x.T, high, low if LO else None)
         put(part, (row * N + n0) * BLOCK_R, BLOCK_R, acc, N - n0)
 
 

@@ -45,6 +45,7 @@ class Case:
     x_stride: int = 0
     forward: str = "shrink"  # or "plain", "fused"
     backward: str = "joint"  # or "apart", "fused"
+    dtype: torch.dtype = BF16
     adapter_dtype: torch.dtype = torch.float32
     affine: bool = False
     turned: bool = False  # A and B are views of other strides
@@ -60,7 +61,7 @@ class Case:
     @property
     def call(self) -> hopper.HopperCall:
         return hopper.HopperCall(
-            self.machine, torch.device("cpu"), BF16, self.m, self.n, self.k, self.r, self.p, self.p > 0
+            self.machine, torch.device("cpu"), self.dtype, self.m, self.n, self.k, self.r, self.p, self.p > 0
         )
 
 
@@ -84,6 +85,8 @@ CASES = [
     Case(backward="apart", m=129, machine=LARGE),
     *[Case(affine=True, adapter_dtype=BF16, p=p, tile="small", n=400) for p in (0.0, 0.1)],
     *[Case(p=p, machine=LARGE, scaling=-2.0) for p in (0.0, 0.1)],
+    *[Case(dtype=torch.float16, r=r, p=p) for r in (5, 17, 64, 128) for p in (0.0, 0.1)],
+    Case(dtype=torch.float16, backward="apart", affine=True, machine=LARGE, m=129, turned=True),
     Case(scaling=0.0, p=0.1),
     Case(p=1e-6),
     Case(p=0.99),
@@ -138,7 +141,7 @@ class Inputs:
 def make(case: Case) -> Inputs:
     """The adapter's term is about as large as the base's."""
 
-    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = BF16) -> Tensor:
+    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
         return (torch.randn(*shape) * scale).to(dtype)
 
     x = normal(case.m, max(case.x_stride, case.k))[:, : case.k]
@@ -157,7 +160,7 @@ def run(case: Case, i: Inputs) -> dict[str, Tensor]:
     rank = c.operand.rank
     state = torch.tensor(SEED) if case.p else None
     scale = case.scaling * c.keep_scale
-    shrink, fused = blocks.shrink_configs(rank)[0], blocks.product_h_configs(rank)[0]
+    shrink, fused = blocks.shrink_configs(rank, c.wide)[0], blocks.product_h_configs(rank)[0]
     counters = max(hopper.shrink_counters(shrink, c, c.k), hopper.shrink_counters(shrink, c, c.n))
     counters = max(counters, hopper.product_h_counters(fused, c))
     strides = (i.lora_a.stride(), i.lora_b.stride()) if case.turned else None
@@ -172,8 +175,9 @@ def run(case: Case, i: Inputs) -> dict[str, Tensor]:
         else:
             h, words = hopper.shrink_step(shrink, c)(None, i.x, a, zeros, state, scale)
         y = hopper.product_step(tile, c)(None, i.x, i.weight, h, b, i.gain, i.bias)
-    dy = i.dy if i.gain is None else (i.gain * i.dy).to(BF16)
-    outer_db, outer_da = blocks.outer_configs(rank, False)[0], blocks.outer_configs(rank, words is not None)[0]
+    dy = i.dy if i.gain is None else (i.gain * i.dy).to(case.dtype)
+    outer_db = blocks.outer_configs(rank, False, c.wide)[0]
+    outer_da = blocks.outer_configs(rank, words is not None, c.wide)[0]
     dx = None
     if case.backward == "fused":
         dx, dh = hopper.dx_h_step(fused, c)(None, dy, i.weight, b, a, zeros, scale)
@@ -182,7 +186,7 @@ def run(case: Case, i: Inputs) -> dict[str, Tensor]:
         dh = hopper.dh_step(shrink, c)(None, dy, b, zeros, scale)
         db_parts = hopper.db_step(outer_db, c)(None, dy, h)
     else:
-        dh, db_parts = hopper.dh_db_step(blocks.dh_db_configs(rank)[0], c)(None, dy, b, h, scale)
+        dh, db_parts = hopper.dh_db_step(blocks.dh_db_configs(rank, c.wide)[0], c)(None, dy, b, h, scale)
     if dx is None:
         able = [g for g in blocks.dx_configs(words is not None) if g.takes(c.n)]
         config = next((g for g in able if g.name == case.tile), able[0])
@@ -201,10 +205,11 @@ def summed(operand: Tensor, rank: int, r: int) -> Tensor:
 
 
 def formulas(case: Case, i: Inputs, number: Callable[[Tensor], Any]) -> dict[str, Any]:
-    x, weight, a, b = (number(t.to(BF16)) for t in (i.x, i.weight, i.lora_a, i.lora_b))
+    adapter = reference.adapter_dtype(case.dtype)
+    x, weight, a, b = (number(t) for t in (i.x, i.weight, i.lora_a.to(adapter), i.lora_b.to(adapter)))
     gain = None if i.gain is None else number(i.gain)
     bias = None if i.bias is None else number(i.bias)
-    dy = number(i.dy if i.gain is None else (i.gain * i.dy).to(BF16))
+    dy = number(i.dy if i.gain is None else (i.gain * i.dy).to(case.dtype))
     mask = unpack(packed_keep_words(torch.tensor(SEED), case.m, case.k, case.p), case.k) if case.p else None
     y, h = reference.forward(x, weight, a, b, bias, case.scaling, mask, case.p, gain)
     g = reference.backward(dy, x, weight, a, b, case.scaling, mask, case.p)
@@ -214,8 +219,8 @@ def formulas(case: Case, i: Inputs, number: Callable[[Tensor], Any]) -> dict[str
 
 def check(case: Case) -> None:
     i = make(case)
-    exact, yardstick, errors = three_ways(BF16, lambda number: formulas(case, i, number))
-    check_all(run(case, i), exact, yardstick, BF16, expected=errors)
+    exact, yardstick, errors = three_ways(case.dtype, lambda number: formulas(case, i, number))
+    check_all(run(case, i), exact, yardstick, case.dtype, expected=errors)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -414,6 +419,8 @@ def test_every_configuration_fits(rank: int) -> None:
     """In shared memory (as many programs as it says on one multiprocessor), and there is one of each kind."""
     lists = [blocks.product_h_configs(rank), blocks.shrink_configs(rank), blocks.dh_db_configs(rank)]
     lists += [blocks.plain_shrink_configs(rank), *(blocks.outer_configs(rank, masked) for masked in (False, True))]
+    lists += [blocks.shrink_configs(rank, True), blocks.dh_db_configs(rank, True)]
+    lists += [blocks.outer_configs(rank, masked, True) for masked in (False, True)]
     lists += [blocks.forward_configs(), blocks.dx_configs(False), blocks.dx_configs(True)]  # type: ignore[list-item]
     assert all(lists)
     for config in (config for configs in lists for config in configs):
@@ -424,7 +431,7 @@ def test_every_configuration_fits(rank: int) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"dtype": torch.float16}, "torch.float16"),
+        ({"dtype": torch.float32}, "torch.float32"),
         ({"r": 129}, "rank 129 is not from 1 to 128"),
         ({"k": 4100}, "in_features 4100"),
         ({"n": 12}, "out_features 12"),

@@ -122,6 +122,7 @@ class HopperShrink:
     stages: int
     warps: int = 4
     ctas: int = 2
+    wide: bool = False
 
     @property
     def block_m(self) -> int:
@@ -130,7 +131,8 @@ class HopperShrink:
     @property
     def shared_memory(self) -> int:
         words = self.block_m * self.block_k // 8  # what the words' conversion to x's layout takes
-        return self.stages * (self.block_m + self.rank) * self.block_k * 2 + words + _SLACK
+        rows = self.block_m + (2 if self.wide else 1) * self.rank
+        return self.stages * rows * self.block_k * 2 + words + _SLACK
 
     def splits(self, m: int, k: int, sm_count: int) -> int:
         """Programs that share the sum over K of a block of rows."""
@@ -175,6 +177,7 @@ class HopperDhDb:
     stages: int
     warps: int = 4
     ctas: int = 1
+    wide: bool = False
 
     @property
     def block_m(self) -> int:
@@ -182,7 +185,8 @@ class HopperDhDb:
 
     @property
     def shared_memory(self) -> int:
-        return 2 * self.stages * self.block_m * (self.block_n + 2 * self.rank) + 2 * self.block_n * self.rank + _SLACK
+        adapter = (4 if self.wide else 2) * self.block_n * self.rank
+        return 2 * self.stages * self.block_m * (self.block_n + 2 * self.rank) + adapter + _SLACK
 
     @property
     def accumulators(self) -> int:
@@ -206,6 +210,7 @@ class HopperOuter:
     warps: int = 4
     ctas: int = 2
     masked: bool = False
+    wide: bool = False
 
     @property
     def shared_memory(self) -> int:
@@ -254,7 +259,8 @@ def product_h_configs(rank: int) -> tuple[HopperProductH, ...]:
 
 
 @cache
-def shrink_configs(rank: int) -> tuple[HopperShrink, ...]:
+def shrink_configs(rank: int, wide: bool = False) -> tuple[HopperShrink, ...]:
+    """``wide``: for fp16, whose x is split in registers."""
     wanted = [
         HopperShrink("t128x1", rank, 128, 8, ctas=1),
         HopperShrink("t128", rank, 128, 5),
@@ -262,7 +268,9 @@ def shrink_configs(rank: int) -> tuple[HopperShrink, ...]:
         HopperShrink("t128x3", rank, 128, 3, ctas=3),
     ]
     # 64 x rank sums and 64 x block_k numbers of x in registers: what a multiprocessor's third has no room for
-    return tuple(_with_room([c for c in wanted if c.rank // 2 + c.block_k // 4 <= c.options["maxnreg"] - 36], 2))
+    kept = [c for c in wanted if c.rank // 2 + c.block_k // 4 <= c.options["maxnreg"] - 36]
+    kept = [replace(c, wide=True) for c in kept if c.ctas == 1] if wide else kept
+    return tuple(_with_room(kept, 2))
 
 
 @cache
@@ -276,7 +284,7 @@ def plain_shrink_configs(rank: int) -> tuple[HopperPlainShrink, ...]:
 
 
 @cache
-def dh_db_configs(rank: int) -> tuple[HopperDhDb, ...]:
+def dh_db_configs(rank: int, wide: bool = False) -> tuple[HopperDhDb, ...]:
     """Above rank 32 the parts of dh cost as much as a second read of dy: a shrink and an outer may be quicker."""
     wanted = [
         HopperDhDb("c256", rank, 256, 5),
@@ -286,11 +294,13 @@ def dh_db_configs(rank: int) -> tuple[HopperDhDb, ...]:
         HopperDhDb("c128", rank, 128, 5),
     ]
     kept = [c for c in wanted if c.accumulators <= c.options["maxnreg"] - 40 and (c.name != "c128" or rank > 32)]
+    if wide:  # dy's tile lies in registers too
+        kept = [HopperDhDb("c128", rank, 128, 5, wide=True)]
     return tuple(_with_room(kept, 2))
 
 
 @cache
-def outer_configs(rank: int, masked: bool) -> tuple[HopperOuter, ...]:
+def outer_configs(rank: int, masked: bool, wide: bool = False) -> tuple[HopperOuter, ...]:
     wanted = [
         HopperOuter("c128r128", rank, 128, 2, block_m=128, masked=masked),
         HopperOuter("c128x2", rank, 128, 5, masked=masked),
@@ -299,6 +309,8 @@ def outer_configs(rank: int, masked: bool) -> tuple[HopperOuter, ...]:
         HopperOuter("c128", rank, 128, 5, ctas=1, masked=masked),
     ]
     kept = [c for c in wanted if c.accumulators <= c.options["maxnreg"] - 48 and (c.name != "c128" or rank > 32)]
+    if wide:  # x's tile lies in registers too
+        kept = [HopperOuter("c128", rank, 128, 5, ctas=1, masked=masked, wide=True)]
     return tuple(_with_room(kept, 2))
 
 

@@ -35,56 +35,54 @@ def hopper_jobs(architectures: tuple[int, ...], quick: bool) -> Iterator[Job]:
     if _ARCH not in architectures or why_not(_ARCH) is not None:
         return
     for r in (_QUICK_RANK,) if quick else (8, *RANKS):
-        yield from _jobs_of(r, 1 if quick else None)
+        yield from _jobs_of(r, 1 if quick else None, torch.bfloat16)
+        if not quick:
+            yield from _jobs_of(r, None, torch.float16)
 
 
-def _jobs_of(r: int, most: int | None) -> list[Job]:
+def _jobs_of(r: int, most: int | None, dtype: torch.dtype) -> list[Job]:
+    """Those of one rank, of the first ``most`` configurations of each kernel."""
     from .. import operators
     from ..run import hopper
 
     m, k, n = _SIZES
     calls: list[Job] = []
     device = torch.device("meta")
-    c = hopper.HopperCall(ARCHITECTURES[_ARCH], device, torch.bfloat16, m, n, k, r, 0.1, True)
-    plain = hopper.HopperCall(ARCHITECTURES[_ARCH], device, torch.bfloat16, m, n, k, r)
-    rank = c.operand.rank
+    c = hopper.HopperCall(ARCHITECTURES[_ARCH], device, dtype, m, n, k, r, 0.1, True)
+    plain = hopper.HopperCall(ARCHITECTURES[_ARCH], device, dtype, m, n, k, r)
+    rank, wide = c.operand.rank, c.wide
 
-    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    x, dy, weight, vector = meta(m, k), meta(m, n), meta(n, k), meta(n)
-    lora_a, lora_b = meta(r, k, dtype=torch.float32), meta(n, r, dtype=torch.float32)
-    words, state, zeros = (
-        meta(m, row_words(k), dtype=torch.int32),
-        meta(2, dtype=torch.int64),
-        meta(1, dtype=torch.int32),
-    )
-    with recording(operators, Case(torch.bfloat16, r=r, p=0.1), _ARCH, calls):
-        a, b, _ = hopper.pack_step(c)(None, lora_a, lora_b)
-        hopper.pack_step(c, ((2 * k, 2), (1, n)), 300)(None, lora_a.to(torch.bfloat16), lora_b)
-        hidden = meta(m, c.operand.columns)
-        for shrink in hopper_blocks.shrink_configs(rank)[:most]:
+    x, dy, weight, vector = (meta(*shape, dtype=dtype) for shape in ((m, k), (m, n), (n, k), (n,)))
+    words, zeros = meta(m, row_words(k), dtype=torch.int32), meta(1, dtype=torch.int32)
+    state, hidden = meta(2, dtype=torch.int64), meta(m, c.operand.columns, dtype=torch.bfloat16)
+    with recording(operators, Case(dtype, r=r, p=0.1), _ARCH, calls):
+        a, b, _ = hopper.pack_step(c)(None, meta(r, k), meta(n, r))
+        hopper.pack_step(c, ((2 * k, 2), (1, n)), 300)(None, meta(r, k, dtype=torch.bfloat16), meta(n, r))
+        for shrink in hopper_blocks.shrink_configs(rank, wide)[:most]:
             hopper.shrink_step(shrink, c)(None, x, a, zeros, state, 2.0)
             hopper.shrink_step(shrink, plain)(None, x, a, zeros, None, 2.0)
             hopper.dh_step(shrink, c)(None, dy, b, zeros, 2.0)
-        for p in hopper_blocks.plain_shrink_configs(rank)[:most]:
-            hopper.plain_shrink_step(p, plain, k)(None, x, a, 2.0)
-            hopper.plain_shrink_step(p, plain, 2 * k)(None, x, a, 2.0)
         for product in hopper_blocks.forward_configs()[:most]:
             hopper.product_step(product, c)(None, x, weight, hidden, b)
             hopper.product_step(product, c)(None, x, weight, hidden, b, vector, vector)
         for masked in (False, True):
             for product in hopper_blocks.dx_configs(masked)[:most]:
                 hopper.dx_step(product, c)(None, dy, weight, hidden, a, words if masked else None)
-            for outer in hopper_blocks.outer_configs(rank, masked)[:most]:
+            for outer in hopper_blocks.outer_configs(rank, masked, wide)[:most]:
                 hopper.da_step(outer, c)(None, x, hidden, words if masked else None)
-        for fused in hopper_blocks.product_h_configs(rank):
+        for joint in hopper_blocks.dh_db_configs(rank, wide)[:most]:
+            hopper.dh_db_step(joint, c)(None, dy, b, hidden, 2.0)
+        for p in () if wide else hopper_blocks.plain_shrink_configs(rank)[:most]:
+            hopper.plain_shrink_step(p, plain, k)(None, x, a, 2.0)
+            hopper.plain_shrink_step(p, plain, 2 * k)(None, x, a, 2.0)
+        for fused in () if wide else hopper_blocks.product_h_configs(rank):
             hopper.product_h_step(fused, plain)(None, x, weight, a, b, zeros, 2.0)
             hopper.product_h_step(fused, plain)(None, x, weight, a, b, zeros, 2.0, vector, vector)
             hopper.dx_h_step(fused, plain)(None, dy, weight, b, a, zeros, 2.0)
-        for joint in hopper_blocks.dh_db_configs(rank)[:most]:
-            hopper.dh_db_step(joint, c)(None, dy, b, hidden, 2.0)
-        parts = meta(3, k, rank, dtype=torch.float32), meta(4, n, rank, dtype=torch.float32)
+        parts = meta(3, k, rank), meta(4, n, rank)
         hopper.reduce_grads_step(c, torch.float32, torch.float32)(None, *parts)
         hopper.reduce_grads_step(c, torch.bfloat16, None)(None, parts[0], None)
     return calls

@@ -97,6 +97,11 @@ class HopperCall:
         return self.dropout and dropout_threshold(self.p) > 0
 
     @property
+    def wide(self) -> bool:
+        """Whether x and dy are split in two bf16 parts: the configurations of shrink, dh with db, and da are others."""
+        return self.dtype is torch.float16
+
+    @property
     def keep_scale(self) -> float:
         return 1.0 / (1.0 - self.p) if self.dropout else 1.0
 
@@ -111,17 +116,15 @@ class Operands(NamedTuple):
 
 def call_fault(c: HopperCall) -> str | None:
     """The end of a sentence "the Gluon kernels do not run: ..." where they do not take the call; tensors aside."""
-    if c.dtype is not torch.bfloat16:
-        return f"x is {c.dtype} and they are for torch.bfloat16"
+    if c.dtype not in (torch.bfloat16, torch.float16):
+        return f"x is {c.dtype} and they are for torch.bfloat16 and torch.float16"
     if hidden_operand(c.dtype, c.r) is None:
         return f"rank {c.r} is not from 1 to 128"
     if not tma_takes(c.k, c.n):
         return f"in_features {c.k} and out_features {c.n} are not both multiples of 8"
     rank = c.operand.rank
-    parts = -(-c.n // 128) + 132 * 3  # no launch has more parts than column chunks or programs
-    largest = max(
-        c.m * max(c.operand.columns, row_words(c.k)), c.m * rank * -(-c.n // 128), parts * rank * max(c.k, c.n)
-    )
+    tokens = c.m * max(c.operand.columns, row_words(c.k), rank * cdiv(c.n, 128))  # the last: dh's parts
+    largest = max(tokens, c.operand.adapter_columns * max(c.k, c.n))
     if largest >= _INDEX_LIMIT:
         return f"{c.m} tokens of rank {c.r} are more than their 32-bit offsets reach"
     return None

@@ -2,8 +2,18 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-__all__ = ["barrier", "mask_columns", "next_buffer", "operand_b", "store_hi_lo", "tile_of"]
+__all__ = [
+    "barrier",
+    "mask_columns",
+    "next_buffer",
+    "operand_b",
+    "replace_tile",
+    "split_fp16",
+    "store_hi_lo",
+    "tile_of",
+]
 
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # Triton 3.6 has the first, 3.7 the second
 
@@ -61,3 +71,19 @@ def store_hi_lo(h, hp, rows, cols, M, BLOCK_R: gl.constexpr, STRIDE_H: gl.conste
     gl.store(to, hi, mask=inside)
     if STRIDE_H >= 2 * BLOCK_R:
         gl.store(to + BLOCK_R, (h - hi.to(gl.float32)).to(gl.bfloat16), mask=inside)
+
+
+@gluon.jit
+def split_fp16(x):
+    """x, fp16, as two bf16 tensors whose sum it is: so that products keep fp32's range. Not measured yet."""
+    wide = x.to(gl.float32)
+    high = wide.to(gl.bfloat16)
+    return high, (wide - high.to(gl.float32)).to(gl.bfloat16)
+
+
+@gluon.jit
+def replace_tile(tile, values):
+    """Puts values where a tile lies in shared memory, for the tensor cores of all warps. Not measured yet."""
+    tile.store(values)
+    fence_async_shared()
+    barrier()

@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .common import barrier, mask_columns, next_buffer
+from .common import barrier, mask_columns, next_buffer, replace_tile, split_fp16
 
 __all__ = ["hopper_dh_db_kernel", "hopper_outer_kernel"]
 
@@ -30,13 +30,15 @@ def _d_consumer(
     BLOCK_R: gl.constexpr,
     LO: gl.constexpr,
     STAGES: gl.constexpr,
+    WIDE: gl.constexpr,
 ):
-    ds, hs, bs = smem
+    ds, hs, bs, bl = smem
     full, empty, once = bars
     W: gl.constexpr = gl.num_warps()
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[W, 1], instr_shape=[16, BLOCK_R, 16]
     )
+    plain: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [W, 1], [1, 0])
     db = gl.zeros([BLOCK_N, BLOCK_R], gl.float32, layout)
     rows = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
     cols = gl.expand_dims(gl.arange(0, BLOCK_R, layout=gl.SliceLayout(0, layout)), 0)
@@ -47,10 +49,24 @@ def _d_consumer(
     for i in range(blocks):
         mbarrier.wait(full.index(s), ph)
         dh = gl.zeros([BLOCK_M, BLOCK_R], gl.float32, layout)
-        dh = warpgroup_mma(ds.index(s), bs, dh, use_acc=False, is_async=True)
-        db = warpgroup_mma(ds.index(s).permute([1, 0]), hs.index(2 * s), db, is_async=True)
-        if LO:
-            db = warpgroup_mma(ds.index(s).permute([1, 0]), hs.index(2 * s + 1), db, is_async=True)
+        if WIDE:
+            high, low = split_fp16(ds.index(s).load(plain))
+            tile = ds.index(s)._reinterpret(gl.bfloat16, [BLOCK_M, BLOCK_N], ds.index(s).layout)
+            replace_tile(tile, high)
+            dh = warpgroup_mma(tile, bs, dh, use_acc=False, is_async=True)
+            dh = warpgroup_mma(tile, bl, dh, is_async=True)
+            db = warpgroup_mma(tile.permute([1, 0]), hs.index(2 * s), db, is_async=True)
+            db = warpgroup_mma(tile.permute([1, 0]), hs.index(2 * s + 1), db, is_async=True)
+            dh, db = warpgroup_mma_wait(0, deps=[dh, db])
+            barrier()
+            replace_tile(tile, low)
+            dh = warpgroup_mma(tile, bs, dh, is_async=True)
+            db = warpgroup_mma(tile.permute([1, 0]), hs.index(2 * s), db, is_async=True)
+        else:
+            dh = warpgroup_mma(ds.index(s), bs, dh, use_acc=False, is_async=True)
+            db = warpgroup_mma(ds.index(s).permute([1, 0]), hs.index(2 * s), db, is_async=True)
+            if LO:
+                db = warpgroup_mma(ds.index(s).permute([1, 0]), hs.index(2 * s + 1), db, is_async=True)
         dh, db = warpgroup_mma_wait(0, deps=[dh, db])
         mbarrier.arrive(empty.index(s), count=1)
         at = (block0 + i) * BLOCK_M + rows
@@ -73,13 +89,16 @@ def _d_producer(
     BLOCK_R: gl.constexpr,
     LO: gl.constexpr,
     STAGES: gl.constexpr,
+    WIDE: gl.constexpr,
 ):
     dy_desc, b_desc, h_desc = descs
-    ds, hs, bs = smem
+    ds, hs, bs, bl = smem
     full, empty, once = bars
     n0 = gl.program_id(0) * BLOCK_N
-    mbarrier.expect(once.index(0), BLOCK_N * BLOCK_R * 2)
+    mbarrier.expect(once.index(0), BLOCK_N * (2 * BLOCK_R if WIDE else BLOCK_R) * 2)
     tma.async_copy_global_to_shared(b_desc, [n0, 0], once.index(0), bs)
+    if WIDE:
+        tma.async_copy_global_to_shared(b_desc, [n0, 2 * BLOCK_R], once.index(0), bl)
     s = 0
     ph = 0
     PARTS: gl.constexpr = 2 if LO else 1
@@ -114,7 +133,7 @@ def hopper_dh_db_kernel(
     """dh_part[j] = dy_j B_j over the j-th chunk of columns; db_part[i] = dy_iᵀ (hi + lo) over the i-th chunk of rows.
 
     ======== =================================== ==================================================================
-    dy       (M, N) bf16                         rows on 16-byte boundaries; block (BLOCK_M, BLOCK_N)
+    dy       (M, N) bf16 or fp16                 rows on 16-byte boundaries; block (BLOCK_M, BLOCK_N)
     b        (N, >= R) bf16                      contiguous: B's operand; block (BLOCK_N, BLOCK_R)
     h        (M, H) bf16                         contiguous: h's operand; block (BLOCK_M, BLOCK_R), at columns 0 and R
     dh_part  (ceil(N / BLOCK_N), M, R) fp32      contiguous
@@ -126,11 +145,17 @@ def hopper_dh_db_kernel(
     chunks) bytes. Shared memory: 2 STAGES BLOCK_M (BLOCK_N + 2 R) + 2 BLOCK_N R bytes; BLOCK_N R / threads registers
     for db.
 
-    Measured on an H100 with BLOCK_R = 16; not measured yet with other ranks.
+    Measured on an H100 with BLOCK_R = 16; not measured yet with other ranks, nor fp16,
+    whose tile is replaced by its two bf16 parts, one after the other.
     """
     ds = gl.allocate_shared_memory(dy_desc.dtype, [STAGES, BLOCK_M, BLOCK_N], dy_desc.layout)
     hs = gl.allocate_shared_memory(h_desc.dtype, [STAGES * 2, BLOCK_M, BLOCK_R], h_desc.layout)
     bs = gl.allocate_shared_memory(b_desc.dtype, [BLOCK_N, BLOCK_R], b_desc.layout)
+    WIDE: gl.constexpr = dy_desc.dtype == gl.float16
+    if WIDE:
+        bl = gl.allocate_shared_memory(b_desc.dtype, [BLOCK_N, BLOCK_R], b_desc.layout)
+    else:
+        bl = bs
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     once = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -141,14 +166,17 @@ def hopper_dh_db_kernel(
     fence_async_shared()
     block0 = gl.program_id(1) * chunk
     blocks = gl.minimum(gl.cdiv(M, BLOCK_M) - block0, chunk)
-    smem = (ds, hs, bs)
+    smem = (ds, hs, bs, bl)
     bars = (full, empty, once)
     gl.warp_specialize(
         [
-            (_d_consumer, (smem, bars, dh_part, db_part, M, N, blocks, block0, BLOCK_M, BLOCK_N, BLOCK_R, LO, STAGES)),
+            (
+                _d_consumer,
+                (smem, bars, dh_part, db_part, M, N, blocks, block0, BLOCK_M, BLOCK_N, BLOCK_R, LO, STAGES, WIDE),
+            ),
             (
                 _d_producer,
-                ((dy_desc, b_desc, h_desc), smem, bars, blocks, block0, BLOCK_M, BLOCK_N, BLOCK_R, LO, STAGES),
+                ((dy_desc, b_desc, h_desc), smem, bars, blocks, block0, BLOCK_M, BLOCK_N, BLOCK_R, LO, STAGES, WIDE),
             ),
         ],
         [1],
@@ -170,6 +198,7 @@ def _o_consumer(
     LO: gl.constexpr,
     MASKED: gl.constexpr,
     STAGES: gl.constexpr,
+    WIDE: gl.constexpr,
 ):
     xs, hs, mw = smem
     full, empty = bars
@@ -183,14 +212,28 @@ def _o_consumer(
     ph = 0
     for i in range(blocks):
         mbarrier.wait(full.index(s), ph)
-        if MASKED:
-            x = mask_columns(xs.index(s).load(plain), mw.index(s))
-            xs.index(s).store(x)
-            fence_async_shared()
+        if WIDE:
+            x = xs.index(s).load(plain)
+            if MASKED:
+                x = mask_columns(x, mw.index(s))
+            high, low = split_fp16(x)
+            tile = xs.index(s)._reinterpret(gl.bfloat16, [BLOCK_M, BLOCK_N], xs.index(s).layout)
+            replace_tile(tile, high)
+            acc = warpgroup_mma(tile.permute([1, 0]), hs.index(2 * s), acc, is_async=True)
+            acc = warpgroup_mma(tile.permute([1, 0]), hs.index(2 * s + 1), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
             barrier()
-        acc = warpgroup_mma(xs.index(s).permute([1, 0]), hs.index(2 * s), acc, is_async=True)
-        if LO:
-            acc = warpgroup_mma(xs.index(s).permute([1, 0]), hs.index(2 * s + 1), acc, is_async=True)
+            replace_tile(tile, low)
+            acc = warpgroup_mma(tile.permute([1, 0]), hs.index(2 * s), acc, is_async=True)
+        else:
+            if MASKED:
+                x = mask_columns(xs.index(s).load(plain), mw.index(s))
+                xs.index(s).store(x)
+                fence_async_shared()
+                barrier()
+            acc = warpgroup_mma(xs.index(s).permute([1, 0]), hs.index(2 * s), acc, is_async=True)
+            if LO:
+                acc = warpgroup_mma(xs.index(s).permute([1, 0]), hs.index(2 * s + 1), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(s), count=1)
         s, ph = next_buffer(s, ph, STAGES)
@@ -255,7 +298,7 @@ def hopper_outer_kernel(
     """part[i] = (mask * x)ᵀ (hi + lo) over the i-th chunk of rows: da's parts, turned; without mask, of dy and h, db's.
 
     ======== =================================== ==================================================================
-    x        (M, N) bf16                         rows on 16-byte boundaries; block (BLOCK_M, BLOCK_N)
+    x        (M, N) bf16 or fp16                 rows on 16-byte boundaries; block (BLOCK_M, BLOCK_N)
     h        (M, H) bf16                         contiguous: dh's operand; block (BLOCK_M, BLOCK_R), at columns 0 and R
     m        (M, 4 ceil(N / 128)) int32          MASKED: the words; block (BLOCK_M, BLOCK_N / 32)
     part     (row chunks, N, R) fp32             contiguous
@@ -264,8 +307,10 @@ def hopper_outer_kernel(
     Grid (column chunks of BLOCK_N, row chunks of ``chunk`` blocks of BLOCK_M); x's tile is masked where it lies. fp32
     accumulator; 4 M N R flops; reads x once. Shared memory: STAGES BLOCK_M (2 BLOCK_N + 4 R + BLOCK_N / 8) bytes.
 
-    Measured on an H100 with BLOCK_R = 16, masked and not; not measured yet with other ranks.
+    Measured on an H100 with BLOCK_R = 16, masked and not; not measured yet with other ranks, nor fp16,
+    whose tile is replaced by its two bf16 parts, one after the other.
     """
+    WIDE: gl.constexpr = x_desc.dtype == gl.float16
     xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_N], x_desc.layout)
     hs = gl.allocate_shared_memory(h_desc.dtype, [STAGES * 2, BLOCK_M, BLOCK_R], h_desc.layout)
     if MASKED:
@@ -283,7 +328,10 @@ def hopper_outer_kernel(
     smem = (xs, hs, mw)
     gl.warp_specialize(
         [
-            (_o_consumer, (smem, (full, empty), part, M, N, blocks, BLOCK_M, BLOCK_N, BLOCK_R, LO, MASKED, STAGES)),
+            (
+                _o_consumer,
+                (smem, (full, empty), part, M, N, blocks, BLOCK_M, BLOCK_N, BLOCK_R, LO, MASKED, STAGES, WIDE),
+            ),
             (
                 _o_producer,
                 (

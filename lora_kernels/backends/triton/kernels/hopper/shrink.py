@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .common import barrier, next_buffer, operand_b, store_hi_lo
+from .common import barrier, next_buffer, operand_b, split_fp16, store_hi_lo
 from .packed_draw import draw_by_offset, draw_words, load_seed
 
 __all__ = ["hopper_shrink_kernel"]
@@ -29,6 +29,16 @@ def _mask_rows(t, words):
     keep = (gl.expand_dims(w, 2) & gl.expand_dims(gl.expand_dims(bits, 0), 0)) != 0
     t3 = gl.where(keep, t3, gl.zeros_like(t3))
     return gl.convert_layout(t3.reshape([rows, cols]), t.type.layout)
+
+
+@gluon.jit
+def _product_fp16(x, a_s, s, acc, BY_ROW: gl.constexpr):
+    """acc + x A for fp16 x in registers, and A's high and low part in the buffers 2 s and 2 s + 1."""
+    high, low = split_fp16(x)
+    acc = warpgroup_mma(high, operand_b(a_s.index(2 * s), BY_ROW), acc, is_async=True)
+    acc = warpgroup_mma(low, operand_b(a_s.index(2 * s), BY_ROW), acc, is_async=True)
+    acc = warpgroup_mma(high, operand_b(a_s.index(2 * s + 1), BY_ROW), acc, is_async=True)
+    return warpgroup_mma_wait(0, deps=[acc])
 
 
 @gluon.jit
@@ -60,6 +70,7 @@ def _s_consumer(
     BY_ROW: gl.constexpr,
     CALLS: gl.constexpr,
     ROUNDS: gl.constexpr,
+    WIDE: gl.constexpr,
 ):
     xs, a_s = smem
     full, empty = bars
@@ -100,13 +111,19 @@ def _s_consumer(
             mbarrier.wait(full.index(s), ph)
             x = xs.index(s).load(xl)
             x = _mask_rows(x, bits)
-            acc = warpgroup_mma(x, operand_b(a_s.index(s), BY_ROW), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
+            if WIDE:
+                acc = _product_fp16(x, a_s, s, acc, BY_ROW)
+            else:
+                acc = warpgroup_mma(x, operand_b(a_s.index(s), BY_ROW), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(s), count=1)
         else:
             mbarrier.wait(full.index(s), ph)
-            acc = warpgroup_mma(xs.index(s), operand_b(a_s.index(s), BY_ROW), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
+            if WIDE:
+                acc = _product_fp16(xs.index(s).load(xl), a_s, s, acc, BY_ROW)
+            else:
+                acc = warpgroup_mma(xs.index(s), operand_b(a_s.index(s), BY_ROW), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(s), count=1)
         s, ph = next_buffer(s, ph, STAGES)
     rows = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, hl))
@@ -141,6 +158,7 @@ def _s_producer(
     BLOCK_R: gl.constexpr,
     BY_ROW: gl.constexpr,
     STAGES: gl.constexpr,
+    WIDE: gl.constexpr,
 ):
     x_desc, a_desc = descs
     xs, a_s = smem
@@ -150,10 +168,16 @@ def _s_producer(
     for k in range(steps):
         bar = full.index(s)
         mbarrier.wait(empty.index(s), ph ^ 1)
-        mbarrier.expect(bar, (BLOCK_M + BLOCK_R) * BLOCK_K * 2)
+        mbarrier.expect(bar, (BLOCK_M + (2 * BLOCK_R if WIDE else BLOCK_R)) * BLOCK_K * 2)
         k0 = (first + k) * BLOCK_K
         tma.async_copy_global_to_shared(x_desc, [m0, k0], bar, xs.index(s))
-        if BY_ROW:
+        if WIDE and BY_ROW:
+            tma.async_copy_global_to_shared(a_desc, [0, k0], bar, a_s.index(2 * s))
+            tma.async_copy_global_to_shared(a_desc, [2 * BLOCK_R, k0], bar, a_s.index(2 * s + 1))
+        elif WIDE:
+            tma.async_copy_global_to_shared(a_desc, [k0, 0], bar, a_s.index(2 * s))
+            tma.async_copy_global_to_shared(a_desc, [k0, 2 * BLOCK_R], bar, a_s.index(2 * s + 1))
+        elif BY_ROW:
             tma.async_copy_global_to_shared(a_desc, [0, k0], bar, a_s.index(s))
         else:
             tma.async_copy_global_to_shared(a_desc, [k0, 0], bar, a_s.index(s))
@@ -190,7 +214,7 @@ def hopper_shrink_kernel(
     """hp = high and low part of scale * (mask * x) Aᵀ, and the mask's words where DROP.
 
     ======== ============================== =========================================================================
-    x        (M, K) bf16                    rows on 16-byte boundaries; block (BLOCK_M, BLOCK_K)
+    x        (M, K) bf16 or fp16            rows on 16-byte boundaries; block (BLOCK_M, BLOCK_K)
     a        (>= R, K) bf16                 contiguous; block (BLOCK_R, BLOCK_K). BY_ROW False: (K, >= R), turned block
     words    (M, 4 ceil(K / 128)) int32     contiguous: bit j of word w keeps column 32 w + j. Read where DROP only
     hp       (M, STRIDE_H) bf16             contiguous; the first 2 BLOCK_R columns are written
@@ -204,12 +228,15 @@ def hopper_shrink_kernel(
     fp32 accumulator; 2 M K R flops; reads x once. Shared memory: STAGES (BLOCK_M + BLOCK_R) BLOCK_K 2 bytes.
 
     Measured on an H100: BY_ROW, BLOCK_R = 16, seed None. Not measured yet: the words of ``draw_words``, BY_ROW False,
-    other ranks.
+    other ranks,
+    fp16 (x in two bf16 parts, A's low part 2 R behind the high one).
     """
     xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
-    a_s = gl.allocate_shared_memory(
-        a_desc.dtype, [STAGES, BLOCK_R, BLOCK_K] if BY_ROW else [STAGES, BLOCK_K, BLOCK_R], a_desc.layout
-    )
+    WIDE: gl.constexpr = x_desc.dtype == gl.float16
+    A_BUFFERS: gl.constexpr = 2 * STAGES if WIDE else STAGES
+    A_ROWS: gl.constexpr = BLOCK_R if BY_ROW else BLOCK_K
+    A_COLUMNS: gl.constexpr = BLOCK_K if BY_ROW else BLOCK_R
+    a_s = gl.allocate_shared_memory(a_desc.dtype, [A_BUFFERS, A_ROWS, A_COLUMNS], a_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -253,6 +280,7 @@ def hopper_shrink_kernel(
                     BY_ROW,
                     CALLS,
                     ROUNDS,
+                    WIDE,
                 ),
             ),
             (
@@ -269,6 +297,7 @@ def hopper_shrink_kernel(
                     BLOCK_R,
                     BY_ROW,
                     STAGES,
+                    WIDE,
                 ),
             ),
         ],
