@@ -13,12 +13,21 @@ __all__ = [
 
 
 @triton.jit
-def _part_of(v, repeat, SPLIT: tl.constexpr):
-    """v as bf16. SPLIT: the low part from the third repeat on."""
+def _part_of(v, column, FIRST_LOW: tl.constexpr, SPLIT: tl.constexpr):
+    """v as bf16. SPLIT: the low part in the columns from FIRST_LOW on."""
     hi = v.to(tl.bfloat16)
     if SPLIT:
-        hi = tl.where(repeat < 2, hi, (v - hi.to(tl.float32)).to(tl.bfloat16))
+        hi = tl.where(column < FIRST_LOW, hi, (v - hi.to(tl.float32)).to(tl.bfloat16))
     return hi
+
+
+@triton.jit
+def _there(r, TIMES: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Which of the operand's columns have a column of the adapter."""
+    there = r < TIMES * BLOCK_R
+    if RANK != BLOCK_R:
+        there = there & (r % BLOCK_R < RANK)
+    return there
 
 
 @triton.jit
@@ -55,15 +64,13 @@ def hopper_pack_kernel(
     more, of the low parts. Grid (ceil(K / BLOCK) + ceil(N / BLOCK),), a block of columns of A or of rows of B each;
     the first also zeroes. Reads RANK (K + N) numbers, writes 2 STRIDE_H (K + N) bytes.
 
-    Measured on an H100: contiguous fp32, RANK = BLOCK_R = 16, zeros None, not SPLIT. Not measured yet: the others.
+    Measured on an H100: contiguous fp32, RANK = BLOCK_R = 16, zeros None, not SPLIT (as many instructions; the order of
+    a few differs). Not measured yet: the others.
     """
     i = tl.program_id(0)
     na = tl.cdiv(K, BLOCK)
     r = tl.arange(0, STRIDE_H)
     TIMES: tl.constexpr = (4 if SPLIT else 2) if STRIDE_H >= 2 * BLOCK_R else 1
-    there = r < TIMES * BLOCK_R
-    if RANK != BLOCK_R:
-        there = there & (r % BLOCK_R < RANK)
     if zeros is not None:
         if i == 0:
             for first in range(0, count, 1024):
@@ -75,17 +82,21 @@ def hopper_pack_kernel(
             a_ptrs = a + (r % BLOCK_R)[:, None] * K + k[None, :]
         else:
             a_ptrs = a + (r % BLOCK_R)[:, None] * stride_ar + k.to(tl.int64)[None, :] * stride_ak
-        v = tl.load(a_ptrs, mask=there[:, None] & (k < K)[None, :], other=0.0)  # (STRIDE_H, BLOCK)
-        tl.store(ap + r[:, None] * K + k[None, :], _part_of(v, (r // BLOCK_R)[:, None], SPLIT), mask=(k < K)[None, :])
+        v = tl.load(
+            a_ptrs, mask=_there(r, TIMES, RANK, BLOCK_R)[:, None] & (k < K)[None, :], other=0.0
+        )  # (STRIDE_H, BLOCK)
+        tl.store(ap + r[:, None] * K + k[None, :], _part_of(v, r[:, None], 2 * BLOCK_R, SPLIT), mask=(k < K)[None, :])
     else:
         n = (i - na) * BLOCK + tl.arange(0, BLOCK)
         if stride_br is None:
             b_ptrs = b + n[:, None] * RANK + (r % BLOCK_R)[None, :]
         else:
             b_ptrs = b + n.to(tl.int64)[:, None] * stride_bn + (r % BLOCK_R)[None, :] * stride_br
-        u = tl.load(b_ptrs, mask=(n < N)[:, None] & there[None, :], other=0.0)  # (BLOCK, STRIDE_H)
+        u = tl.load(
+            b_ptrs, mask=(n < N)[:, None] & _there(r, TIMES, RANK, BLOCK_R)[None, :], other=0.0
+        )  # (BLOCK, STRIDE_H)
         tl.store(
-            bp + n[:, None] * STRIDE_H + r[None, :], _part_of(u, (r // BLOCK_R)[None, :], SPLIT), mask=(n < N)[:, None]
+            bp + n[:, None] * STRIDE_H + r[None, :], _part_of(u, r[None, :], 2 * BLOCK_R, SPLIT), mask=(n < N)[:, None]
         )
 
 
