@@ -270,6 +270,18 @@ def test_every_configuration_gives_the_same() -> None:
             check_all(results, exact, yardstick, BF16, expected=errors)
 
 
+@pytest.mark.parametrize("m", [1, 300])
+def test_the_rounded_form_gives_y(m: int) -> None:
+    """The form that was measured, whose halves of h are rounded: y passes all the same."""
+    case = Case(m=m, n=600)
+    c, i = case.call, make(case)
+    exact, yardstick, errors = three_ways(BF16, lambda number: formulas(case, i, number))
+    config = replace(blocks.product_h_configs(16)[0], exact=False)
+    a, b, flags = hopper.pack_step(c, None, hopper.product_h_counters(config, c))(None, i.lora_a, i.lora_b)
+    y, _ = hopper.product_h_step(config, c)(None, i.x, i.weight, a, b, flags, case.scaling)
+    check_all({"y": y}, exact, yardstick, BF16, expected=errors)
+
+
 # ---- faults in the launches are seen
 
 
