@@ -54,6 +54,7 @@ def memory(desc: Any) -> Tensor:
     assert one == 1
     assert rows == 1 or stride * dtype.itemsize % 16 == 0
     assert desc.base.data_ptr() % 16 == 0
+    assert desc.block_shape[1] * dtype.itemsize % 16 == 0
     bytes_ = ((rows - 1) * stride + columns) * dtype.itemsize
     buffer = (ctypes.c_char * bytes_).from_address(desc.base.data_ptr())
     return torch.frombuffer(buffer, dtype=dtype).as_strided((rows, columns), (stride, 1))

@@ -295,7 +295,7 @@ def dh_db_configs(rank: int, wide: bool = False) -> tuple[HopperDhDb, ...]:
     ]
     kept = [c for c in wanted if c.accumulators <= c.options["maxnreg"] - 40 and (c.name != "c128" or rank > 32)]
     if wide:  # dy's tile lies in registers too
-        kept = [HopperDhDb("c128", rank, 128, 5, wide=True)]
+        kept = [HopperDhDb("c128" if rank <= 64 else "c64", rank, 128 if rank <= 64 else 64, 5, wide=True)]
     return tuple(_with_room(kept, 2))
 
 
@@ -310,7 +310,8 @@ def outer_configs(rank: int, masked: bool, wide: bool = False) -> tuple[HopperOu
     ]
     kept = [c for c in wanted if c.accumulators <= c.options["maxnreg"] - 48 and (c.name != "c128" or rank > 32)]
     if wide:  # x's tile lies in registers too
-        kept = [HopperOuter("c128", rank, 128, 5, ctas=1, masked=masked, wide=True)]
+        warps = 4 if rank <= 64 else 8
+        kept = [HopperOuter(f"c128w{warps}", rank, 128, 5, warps=warps, ctas=1, masked=masked, wide=True)]
     return tuple(_with_room(kept, 2))
 
 
