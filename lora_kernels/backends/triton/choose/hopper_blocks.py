@@ -295,7 +295,9 @@ def dh_db_configs(rank: int, wide: bool = False) -> tuple[HopperDhDb, ...]:
     ]
     kept = [c for c in wanted if c.accumulators <= c.options["maxnreg"] - 40 and (c.name != "c128" or rank > 32)]
     if wide:  # dy's tile lies in registers too
-        kept = [HopperDhDb("c128" if rank <= 64 else "c64", rank, 128 if rank <= 64 else 64, 5, wide=True)]
+        kept = [
+            HopperDhDb("c128", rank, 128, 5, wide=True) if rank <= 32 else HopperDhDb("c64", rank, 64, 5, wide=True)
+        ]
     return tuple(_with_room(kept, 2))
 
 
