@@ -51,17 +51,18 @@ class Case:
     turned: bool = False  # A and B are views of other strides
     machine: Machine = SMALL
     tile: str = "big"
+    device: str = "cpu"
 
     def __str__(self) -> str:
         default = Case()
         changed = {f: getattr(self, f) for f in self.__dataclass_fields__ if getattr(self, f) != getattr(default, f)}
-        changed.pop("machine", None)
+        changed = {name: value for name, value in changed.items() if name not in ("machine", "device")}
         return ",".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in changed.items()) or "default"
 
     @property
     def call(self) -> hopper.HopperCall:
         return hopper.HopperCall(
-            self.machine, torch.device("cpu"), self.dtype, self.m, self.n, self.k, self.r, self.p, self.p > 0
+            self.machine, torch.device(self.device), self.dtype, self.m, self.n, self.k, self.r, self.p, self.p > 0
         )
 
 
@@ -142,7 +143,7 @@ def make(case: Case) -> Inputs:
     """The adapter's term is about as large as the base's."""
 
     def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
-        return (torch.randn(*shape) * scale).to(dtype)
+        return (torch.randn(*shape) * scale).to(case.device, dtype)
 
     x = normal(case.m, max(case.x_stride, case.k))[:, : case.k]
     lora_a = normal(case.r, case.k, scale=case.k**-0.5, dtype=case.adapter_dtype)
@@ -157,43 +158,44 @@ def make(case: Case) -> Inputs:
 def run(case: Case, i: Inputs) -> dict[str, Tensor]:
     """Both passes by the case's ways; h and dh are what their operands add up to."""
     c = case.call
+    stream = torch.cuda.current_stream().cuda_stream if case.device == "cuda" else None
     rank = c.operand.rank
-    state = torch.tensor(SEED) if case.p else None
+    state = torch.tensor(SEED, device=case.device) if case.p else None
     scale = case.scaling * c.keep_scale
     shrink, fused = blocks.shrink_configs(rank, c.wide)[0], blocks.product_h_configs(rank)[0]
     counters = max(hopper.shrink_counters(shrink, c, c.k), hopper.shrink_counters(shrink, c, c.n))
     counters = max(counters, hopper.product_h_counters(fused, c))
     strides = (i.lora_a.stride(), i.lora_b.stride()) if case.turned else None
-    a, b, zeros = hopper.pack_step(c, strides, counters)(None, i.lora_a, i.lora_b)
+    a, b, zeros = hopper.pack_step(c, strides, counters)(stream, i.lora_a, i.lora_b)
     words, tile = None, next(g for g in blocks.forward_configs() if g.name == case.tile)
     if case.forward == "fused":
-        y, h = hopper.product_h_step(fused, c)(None, i.x, i.weight, a, b, zeros, scale, i.gain, i.bias)
+        y, h = hopper.product_h_step(fused, c)(stream, i.x, i.weight, a, b, zeros, scale, i.gain, i.bias)
     else:
         if case.forward == "plain":
             plain = blocks.plain_shrink_configs(rank)[0]
-            h = hopper.plain_shrink_step(plain, c, i.x.stride(0))(None, i.x, a, scale)
+            h = hopper.plain_shrink_step(plain, c, i.x.stride(0))(stream, i.x, a, scale)
         else:
-            h, words = hopper.shrink_step(shrink, c)(None, i.x, a, zeros, state, scale)
-        y = hopper.product_step(tile, c)(None, i.x, i.weight, h, b, i.gain, i.bias)
+            h, words = hopper.shrink_step(shrink, c)(stream, i.x, a, zeros, state, scale)
+        y = hopper.product_step(tile, c)(stream, i.x, i.weight, h, b, i.gain, i.bias)
     dy = i.dy if i.gain is None else (i.gain * i.dy).to(case.dtype)
     outer_db = blocks.outer_configs(rank, False, c.wide)[0]
     outer_da = blocks.outer_configs(rank, words is not None, c.wide)[0]
     dx = None
     if case.backward == "fused":
-        dx, dh = hopper.dx_h_step(fused, c)(None, dy, i.weight, b, a, zeros, scale)
-        db_parts = hopper.db_step(outer_db, c)(None, dy, h)
+        dx, dh = hopper.dx_h_step(fused, c)(stream, dy, i.weight, b, a, zeros, scale)
+        db_parts = hopper.db_step(outer_db, c)(stream, dy, h)
     elif case.backward == "apart":
-        dh = hopper.dh_step(shrink, c)(None, dy, b, zeros, scale)
-        db_parts = hopper.db_step(outer_db, c)(None, dy, h)
+        dh = hopper.dh_step(shrink, c)(stream, dy, b, zeros, scale)
+        db_parts = hopper.db_step(outer_db, c)(stream, dy, h)
     else:
-        dh, db_parts = hopper.dh_db_step(blocks.dh_db_configs(rank, c.wide)[0], c)(None, dy, b, h, scale)
+        dh, db_parts = hopper.dh_db_step(blocks.dh_db_configs(rank, c.wide)[0], c)(stream, dy, b, h, scale)
     if dx is None:
         able = [g for g in blocks.dx_configs(words is not None) if g.takes(c.n)]
         config = next((g for g in able if g.name == case.tile), able[0])
-        dx = hopper.dx_step(config, c)(None, dy, i.weight, dh, a, words)
-    da_parts = hopper.da_step(outer_da, c)(None, i.x, dh, words)
-    da, db = hopper.reduce_grads_step(c, case.adapter_dtype, case.adapter_dtype)(None, da_parts, db_parts)
-    if zeros is not None:
+        dx = hopper.dx_step(config, c)(stream, dy, i.weight, dh, a, words)
+    da_parts = hopper.da_step(outer_da, c)(stream, i.x, dh, words)
+    da, db = hopper.reduce_grads_step(c, case.adapter_dtype, case.adapter_dtype)(stream, da_parts, db_parts)
+    if case.device == "cpu":  # on a GPU this would wait, and two streams would not meet
         assert int(zeros.abs().sum()) == 0, "counters are left zero"
     return {"y": y, "h": summed(h, rank, case.r), "dh": summed(dh, rank, case.r), "dx": dx, "da": da, "db": db}
 
@@ -210,7 +212,8 @@ def formulas(case: Case, i: Inputs, number: Callable[[Tensor], Any]) -> dict[str
     gain = None if i.gain is None else number(i.gain)
     bias = None if i.bias is None else number(i.bias)
     dy = number(i.dy if i.gain is None else (i.gain * i.dy).to(case.dtype))
-    mask = unpack(packed_keep_words(torch.tensor(SEED), case.m, case.k, case.p), case.k) if case.p else None
+    seed = torch.tensor(SEED, device=case.device)
+    mask = unpack(packed_keep_words(seed, case.m, case.k, case.p), case.k) if case.p else None
     y, h = reference.forward(x, weight, a, b, bias, case.scaling, mask, case.p, gain)
     g = reference.backward(dy, x, weight, a, b, case.scaling, mask, case.p)
     keep = 1.0 / (1.0 - case.p)
