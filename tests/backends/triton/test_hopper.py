@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,6 @@ from lora_kernels import reference
 from lora_kernels.backends.triton.choose import hopper_blocks as blocks
 from lora_kernels.backends.triton.choose.blocks import Machine
 from lora_kernels.backends.triton.choose.hidden_operand import RANKS, hidden_operand
-from lora_kernels.backends.triton.kernels import hopper as gate
 from lora_kernels.packed_mask import packed_keep_words, row_words, unpack
 from numerics import check_all, same_bits, three_ways
 
@@ -24,6 +24,7 @@ if sys.platform != "linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
 from lora_kernels.backends.triton.run import descriptors, hopper
+from lora_kernels.backends.triton.run import gluon as gate
 from lora_kernels.backends.triton.run.prepared import Launch
 
 SMALL = Machine(capability=90, sm_count=4, shared_memory=blocks.SHARED_MEMORY)  # few programs: each has several tiles
@@ -392,6 +393,13 @@ def test_nothing_is_missing_here() -> None:
     assert gate.why_not(None) is None
 
 
+def test_asking_imports_triton_only_when_asked() -> None:
+    asking = "import sys, lora_kernels.backends.triton.run.gluon as gate; assert 'triton' not in sys.modules"
+    code = f"{asking}; print(gate.why_not(80))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "compute capability 9.0" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("capability", [80, 89, 100, 120, 0])
 def test_other_gpus_are_told(capability: int) -> None:
     assert "compute capability 9.0" in (gate.why_not(capability) or "")
@@ -405,6 +413,7 @@ def test_other_gpus_are_told(capability: int) -> None:
         ("triton.experimental.gluon.language.nvidia.hopper", "warpgroup_mma"),
         ("triton.experimental.gluon.language.nvidia.hopper.mbarrier", "arrive"),
         ("triton.experimental.gluon.nvidia.hopper", "TensorDescriptor"),
+        ("triton.experimental.gluon.language", "shared_memory_descriptor"),
     ],
 )
 def test_a_release_that_lacks_something_is_told(name: str, attribute: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ....packed_mask import row_words
 from ..choose import hopper_blocks
 from ..choose.hidden_operand import RANKS
-from ..kernels.hopper import why_not
+from ..run.gluon import why_not
 from .compile_jobs import ARCHITECTURES, Case, Job, recording
 
 __all__ = ["GLUON_KERNELS", "hopper_jobs"]
