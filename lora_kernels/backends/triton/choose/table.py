@@ -155,12 +155,13 @@ def minor(version: str) -> str:
 def digest_of_kernels(folder: Path = KERNELS) -> str:
     """Of the device code: what was measured of other kernels says nothing of these.
 
-    Subfolders count; an ``__init__.py`` does not, for it has no code, and a sentence of it would orphan every table.
+    An ``__init__.py`` does not count, for it has no code, and a sentence of it would orphan every table. Nor do
+    subfolders: no plan uses their kernels.
     """
     digest = hashlib.sha256()
-    for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*.py")):
+    for path in sorted(folder.glob("*.py")):
         if path.name != "__init__.py":
-            digest.update(name.encode() + b"\0" + path.read_bytes())
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
