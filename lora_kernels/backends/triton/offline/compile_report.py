@@ -1,6 +1,6 @@
 """Compiles every kernel for GPUs that are not there, and reports what the compiler made of it.
 
-``python -m lora_kernels.backends.triton.offline.compile_report [--check] [--json FILE] [--quick] [--arch 80 90 100]``
+``python -m lora_kernels.backends.triton.offline.compile_report [--check] [--json FILE] [--quick | --all] [--arch 80]``
 
 Each distinct call of ``compile_jobs`` is compiled for its target. ``--check`` exits 1, a sentence each, where registers
 spill, where shared memory exceeds the device's, where fp32 products are not summed block by block, or where an
@@ -89,8 +89,10 @@ class Record:
     spills: int = 0
 
 
-def report(cases: tuple[Case, ...] = CASES, architectures: tuple[int, ...] = tuple(ARCHITECTURES)) -> list[Record]:
-    """Compiles every distinct kernel call of ``cases`` for ``architectures``, on all cores.
+def report(
+    cases: tuple[Case, ...] = CASES, architectures: tuple[int, ...] = tuple(ARCHITECTURES), gluon: str = "some"
+) -> list[Record]:
+    """Compiles every distinct kernel call of ``cases`` for ``architectures``, on all cores; ``gluon``: their extent.
 
     Raises:
         RuntimeError: ``TRITON_INTERPRET`` is set, under which kernels cannot be compiled.
@@ -102,7 +104,7 @@ def report(cases: tuple[Case, ...] = CASES, architectures: tuple[int, ...] = tup
         for case in cases:
             for job in jobs_of(case, arch):
                 jobs.setdefault(job.key(), job)
-    for job in hopper_jobs(architectures, cases == QUICK):
+    for job in hopper_jobs(architectures, gluon):
         jobs.setdefault(job.key(), job)
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
         return list(pool.map(_compile, jobs.values()))
@@ -251,11 +253,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="compile_report", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit 1 on a broken rule")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
-    parser.add_argument("--quick", action="store_true", help="two cases instead of all")
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="two cases instead of all")
+    extent.add_argument("--all", action="store_true", help="every configuration of the Gluon kernels of every rank")
     parser.add_argument("--arch", type=int, nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     options = parser.parse_args(arguments)
     start = time.perf_counter()
-    records = report(QUICK if options.quick else CASES, tuple(options.arch))
+    gluon = "quick" if options.quick else "all" if options.all else "some"
+    records = report(QUICK if options.quick else CASES, tuple(options.arch), gluon)
     print(_table(records))
     sentences = faults(records)
     print(f"{len(records)} kernels compiled in {time.perf_counter() - start:.0f} s; {len(sentences)} faults.")

@@ -30,14 +30,21 @@ GLUON_KERNELS = (
 )
 
 
-def hopper_jobs(architectures: tuple[int, ...], quick: bool) -> Iterator[Job]:
-    """All calls, of rank 8 and each padded rank; ``quick``: the first configurations of one rank."""
+def hopper_jobs(architectures: tuple[int, ...], extent: str = "some") -> Iterator[Job]:
+    """The calls of one extent.
+
+    "all": every configuration of rank 8 and of each padded rank, over bf16 and fp16. "some": those of rank 16 over
+    bf16, and the first of each other rank and of fp16. "quick": the first of one rank.
+    """
     if _ARCH not in architectures or why_not(_ARCH) is not None:
         return
-    for r in (_QUICK_RANK,) if quick else (8, *RANKS):
-        yield from _jobs_of(r, 1 if quick else None, torch.bfloat16)
-        if not quick:
-            yield from _jobs_of(r, None, torch.float16)
+    if extent == "quick":
+        yield from _jobs_of(_QUICK_RANK, 1, torch.bfloat16)
+        return
+    for r in (8, *RANKS):
+        yield from _jobs_of(r, None if extent == "all" or r == 16 else 1, torch.bfloat16)
+        if extent == "all" or r == _QUICK_RANK:
+            yield from _jobs_of(r, None if extent == "all" else 1, torch.float16)
 
 
 def _jobs_of(r: int, most: int | None, dtype: torch.dtype) -> list[Job]:
