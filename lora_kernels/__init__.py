@@ -15,6 +15,7 @@ _PLACES = {
     "FusedLoRALinear": "nn",
     "LoRAConfig": "config",
     "LoRAKernelsError": "errors",
+    "adapters_disabled": "models.disabling",
     "explain": "dispatch",
     "fuse_peft": "peft",
     "load_adapter": "checkpoint",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from .dispatch import use_backend as use_backend
     from .errors import LoRAKernelsError as LoRAKernelsError
     from .functional import lora_linear as lora_linear
+    from .models.disabling import adapters_disabled as adapters_disabled
     from .models.grouping import FusedLoRAGroup as FusedLoRAGroup
     from .models.grouping import share_inputs as share_inputs
     from .models.grouping import unshare_inputs as unshare_inputs

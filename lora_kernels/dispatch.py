@@ -9,9 +9,7 @@ inside the operators.
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,6 +23,7 @@ from torch import Tensor
 from . import env, telling
 from .errors import BackendUnavailableError, InvalidArgumentError, InvalidTypeError
 from .explaining.report import PassPlan
+from .rerun import Blocks
 
 __all__ = ["ORDER", "Backend", "Explanation", "Problem", "backend", "explain", "select", "use_backend"]
 
@@ -34,19 +33,7 @@ COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _environment = env.backend_from_environment()  # read once: os.environ costs microseconds a call
 _loaded: dict[str, Backend] = {}
 _requested: ContextVar[tuple[str, int] | None] = ContextVar("lora_kernels_backend", default=None)  # and graph task
-
-
-@dataclass(slots=True, eq=False)
-class _Block:
-    """A ``with use_backend`` in which autograd recorded: the numbers of its thread's nodes from first to below last."""
-
-    name: str
-    thread: int
-    first: int
-    last: float = float("inf")
-
-
-_blocks: deque[_Block] = deque(maxlen=64)
+_blocks: Blocks[str] = Blocks()
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,29 +136,20 @@ def use_backend(name: str | None) -> Iterator[None]:
     """
     if name is not None:
         backend(name)
-    chosen, number = name or "automatic", torch._C._autograd._get_sequence_nr
-    token = _requested.set((chosen, torch._C._current_graph_task_id()))
-    block = _Block(chosen, threading.get_ident(), number())
-    _blocks.append(block)
+    block = _blocks.begin(name or "automatic")
+    token = _requested.set((block.value, block.task))
     try:
         yield
     finally:
         _requested.reset(token)
-        block.last = number()
-        if block.last == block.first and block in _blocks:  # nothing of it can run again
-            _blocks.remove(block)
+        _blocks.end(block)
 
 
 def _of_forward() -> tuple[str, int] | None:
     """The innermost block; while backward runs a region of a checkpoint again, that of the region's forward."""
-    found, node = _requested.get(), torch._C._current_autograd_node()
-    if node is None or (found is not None and found[1] == torch._C._current_graph_task_id()):
-        return found
-    number, thread = node._sequence_nr(), threading.get_ident()
-    # Numbers are each thread's own. The engine's threads for devices, which Python did not start, have no forward.
-    engine_s = isinstance(threading.current_thread(), threading._DummyThread)
-    blocks = (b for b in reversed(_blocks) if b.first <= number < b.last and (engine_s or b.thread == thread))
-    return next(((block.name, -1) for block in blocks), None)
+    found = _requested.get()
+    around = _blocks.of_forward(found and found[1])
+    return found if around is None else next(((name, -1) for name in around), None)
 
 
 def requested(argument: str | None = None) -> tuple[str | None, str]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import assigning, dora, fsdp, initialisation, merging, pissa, sharded, storage, telling
+from . import assigning, dora, fsdp, initialisation, merging, pissa, sharded, storage, switching, telling
 from .branches import Branch
 from .config import AdapterOptions, scaling_of
 from .dispatch import Problem
@@ -46,6 +47,7 @@ class LoRALayer(nn.Module):
     lora_initial_B: Tensor | None
     is_transposed: ClassVar[bool] = False
     _left_off: bool = False  # switched off by a call, not for the block of a ``with``
+    _asks: bool = False  # whether the flag alone does not tell if the adapter acts; see switching.py
     activation: str = "identity"  # of the class too: layers pickled before there were others have none of their own
     _initial_scaling: float | None  # that with which a part of the weight was taken, if one was; see pissa.py
     _base: merging.Base | None  # the base's weight, and bias where that is merged too, while merged; see merging.py
@@ -140,8 +142,9 @@ class LoRALayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """y (..., N) in ``input``'s dtype (autocast's under autocast) for ``input`` (..., K); see the class."""
-        if self._base is not None or not self._lora_enabled:
-            kept, added = merging.acting(self)
+        off = (not self._lora_enabled or self._asks) and not self._is_on()
+        if self._base is not None or off:
+            kept, added = merging.acting(self, not off)
             if not self.is_transposed:
                 return F.linear(input, kept, added)
             rows = input.reshape(-1, self.in_features)  # as transformers' Conv1D
@@ -172,6 +175,11 @@ class LoRALayer(nn.Module):
         if self.use_dora or self.activation != "identity":
             return run_branch(input, self._branch_of(weight, lora_a, lora_b, bias), p)
         return run_plain(input, weight, lora_a, lora_b, bias, self.scaling, p, None)
+
+    def _is_on(self) -> bool:
+        """Whether the adapter is switched on, in this call."""
+        flag: bool = self._lora_enabled
+        return flag if flag and not self._asks else switching.is_on(self, flag)
 
     def row_norms(self) -> Tensor:
         """‖W + s B A‖ of each row, (N,), in fp32 or better."""
@@ -285,7 +293,7 @@ class LoRALayer(nn.Module):
         """See :class:`~lora_kernels.shared_input.Member`. DoRA with dropout needs two products of W: not in common."""
         p = self.lora_dropout
         plain = all(type(own) in PLAIN_TENSORS for own in self._parameters.values() if own is not None)
-        acts = self.training and self._lora_enabled and self._base is None and storage.is_here(self)
+        acts = self.training and self._is_on() and self._base is None and storage.is_here(self)
         if not acts or not plain or (p > 0.0 and self.use_dora):
             return None
         return self.branch(), p
@@ -293,7 +301,7 @@ class LoRALayer(nn.Module):
     def sharing_state(self) -> tuple[Any, ...]:
         own = (tensor for tensor in self._parameters.values() if tensor is not None)
         tensors = ((id(tensor), tensor._version) for tensor in own)
-        return (self.training, self._lora_enabled, self.merged, self.scaling, self.lora_dropout, *tensors)
+        return (self.training, self._is_on(), self.merged, self.scaling, self.lora_dropout, *tensors)
 
     @property
     def problem(self) -> Problem:
@@ -416,10 +424,13 @@ class _RestoreEnabled(Generic[Layer]):
 
     def __init__(self, layer: Layer, enabled: bool, left_off: bool) -> None:
         self._layer, self._former = layer, (enabled, left_off)
+        self._blocks: list[AbstractContextManager[None]] = []
 
     def __enter__(self) -> Layer:
-        self._layer._left_off = False
-        return self._layer
+        layer, (enabled, self._layer._left_off) = self._layer, self._former
+        self._blocks.append(switching.switched([layer], layer._lora_enabled, before=enabled))
+        self._blocks[-1].__enter__()
+        return layer
 
     def __exit__(self, *exception: object) -> None:
-        self._layer._lora_enabled, self._layer._left_off = self._former
+        self._blocks.pop().__exit__(None, None, None)

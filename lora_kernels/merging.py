@@ -212,8 +212,8 @@ def take_away(layer: LoRALayer) -> None:
         storage.forget(layer, buffer)
 
 
-def acting(layer: LoRALayer) -> tuple[Any, Any]:
-    """Weight and bias of a layer that is merged or switched off.
+def acting(layer: LoRALayer, on: bool) -> tuple[Any, Any]:
+    """Weight and bias of a layer that is merged, if it is switched ``on``, or else off.
 
     Raises:
         LoRAStateError: the layer is merged, and its base or its merged weight was exchanged behind its back.
@@ -224,7 +224,7 @@ def acting(layer: LoRALayer) -> tuple[Any, Any]:
     if base is None:
         return layer.weight, layer.bias
     if base.in_place:
-        if layer._lora_enabled:
+        if on:
             return layer.weight, layer.bias
         kept_weight, kept_bias = layer.base_weight, layer.base_bias
         return fsdp.kept_aside(kept_weight, layer.weight), fsdp.kept_aside(kept_bias, layer.bias)
@@ -234,7 +234,7 @@ def acting(layer: LoRALayer) -> tuple[Any, Any]:
     outside = "_is_fsdp_managed_module" in marks or "_hf_hook" in marks  # FSDP and accelerate exchange Parameters
     if not outside and not replica and not torch.compiler.is_compiling():
         _check_unchanged(layer, base)
-    if not layer._lora_enabled:
+    if not on:
         return own["weight"], own.get("bias")
     weight: Any = layer._buffers["merged_weight"]
     bias: Any = layer._buffers.get("merged_bias", own.get("bias"))

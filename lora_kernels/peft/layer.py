@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear, dispatch_default
 from torch import Tensor, nn
 
-from .. import storage
+from .. import storage, switching
 from ..branches import Branch
 from ..dispatch import Problem
 from ..explaining.report import IN_PARTS
@@ -42,6 +42,8 @@ class FusedLoraLinear(Linear):
     """
 
     _shared: tuple[SharedInput, int] | None = None  # the pass in common with layers that read the same x; and the place
+    _disable_adapters: bool
+    _asks: bool = False  # whether PEFT's flag alone does not tell if adapters act; see switching.py
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y (..., N) for x (..., K), in the base layer's output dtype; arguments as PEFT's forward."""
@@ -82,13 +84,18 @@ class FusedLoraLinear(Linear):
 
     def _acting_adapters(self, rows: Sequence[str] | None) -> list[str]:
         """The adapters that this call adds to the base: none where they are disabled or merged."""
-        if self._disable_adapters or (self.merged_adapters and rows is None):
+        if self._is_off() or (self.merged_adapters and rows is None):
             return []
         there = self._modules["lora_A"]._modules
         if rows is not None:
             return [name for name in dict.fromkeys(rows) if name in there and name != _BASE_ROWS]
         active = self._active_adapter
         return [name for name in ([active] if isinstance(active, str) else active) if name in there]
+
+    def _is_off(self) -> bool:
+        """Whether adapters are disabled, in this call."""
+        flag = self._disable_adapters
+        return flag if not flag and not self._asks else not switching.is_on(self, not flag)
 
     def _why_own(self, x: Any, adapters: list[str], rows: Any, args: Any, kwargs: Any) -> str | None:
         base = self._modules["base_layer"]
@@ -106,8 +113,16 @@ class FusedLoraLinear(Linear):
 
     def _by_peft(self, path: str, x: Any, args: Any, kwargs: Any) -> Tensor:
         self._count(path)
-        y: Tensor = Linear.forward(self, x, *args, **kwargs)
-        return y
+        flag = self._disable_adapters
+        off = self._is_off()
+        if off == flag:
+            y: Tensor = Linear.forward(self, x, *args, **kwargs)
+            return y
+        self._disable_adapters = off  # PEFT's forward reads it, and a checkpoint runs this call again as it was
+        try:
+            return Linear.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            self._disable_adapters = flag
 
     def _count(self, path: str) -> None:
         if not torch.compiler.is_compiling():

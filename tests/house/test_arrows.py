@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "lora_kernels"
 ROOM = "lora_kernels"  # the package's own __init__
 TOOLS = ("__main__", "cli", "demo/", "tuning/", "verify/", "benchmark/", "explaining/command")
-KEEPERS = {"merging", "pissa"}  # what they put on a layer, _base and _initial_scaling, they read there too
+KEEPERS = {"merging", "pissa", "switching"}  # what they put on a layer, such as _base, they read there too
 
 
 class Arrow(NamedTuple):
