@@ -13,8 +13,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from . import assigning, dora, fsdp, initialisation, merging, pissa, sharded, storage, switching, telling
+from . import assigning, called, dora, fsdp, initialisation, merging, pissa, sharded, storage, switching, telling
 from .branches import Branch
 from .config import AdapterOptions, scaling_of
 from .dispatch import Problem
@@ -47,6 +48,8 @@ class LoRALayer(nn.Module):
     lora_initial_B: Tensor | None
     is_transposed: ClassVar[bool] = False
     _left_off: bool = False  # switched off by a call, not for the block of a ``with``
+    _called: bool = False  # whether forward ran, and in training with the adapter; see called.py
+    _trained: bool = False
     _asks: bool = False  # whether the flag alone does not tell if the adapter acts; see switching.py
     activation: str = "identity"  # of the class too: layers pickled before there were others have none of their own
     _initial_scaling: float | None  # that with which a part of the weight was taken, if one was; see pissa.py
@@ -143,6 +146,11 @@ class LoRALayer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """y (..., N) in ``input``'s dtype (autocast's under autocast) for ``input`` (..., K); see the class."""
         off = (not self._lora_enabled or self._asks) and not self._is_on()
+        if is_compiling():
+            if self.training:
+                called.note_compiled()
+        elif not self._trained and (self.training or not self._called):
+            called.note(self, self._base is None and not off)
         if self._base is not None or off:
             kept, added = merging.acting(self, not off)
             if not self.is_transposed:

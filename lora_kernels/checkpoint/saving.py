@@ -14,7 +14,7 @@ from ..layer import LoRALayer
 from ..models.adapter import Adapter, remembered_within, unwrapped
 from ..models.matching import plain_name, trained_whole
 from ..models.model import check_adapters_here, some_lora_layers
-from ..models.trained import biases, check_bias, warn_of_left_out, whole_tensors
+from ..models.trained import biases, check_bias, warn_of_left_out, warn_of_never_called, whole_tensors
 from . import files, peft_config
 from .collective import once
 from .plain_form import NAMES, PlainForm, plain_form, whole
@@ -101,6 +101,7 @@ def save_adapter(
     fields = peft_config.compose(inner, layers, forms, adapter, bias, entire or None, task_type)
     _warn_of_places(inner, layers)
     _warn_of_left_out(inner, bias, entire)
+    warn_of_never_called(layers.items(), "save_adapter", stacklevel=2)
     gathered = _apart({name: whole(name, tensor) for name, tensor in tensors.items()})
     of_all = [t for layer in layers.values() for t in layer.adapter.values()] + list(tensors.values())
     once(of_all, lambda: files.write_pair(folder, fields, gathered))

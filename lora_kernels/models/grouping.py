@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import called
 from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 from ..shared_input import attach, detach, is_shared, shared_inputs
 from .matching import joined, listed
@@ -85,6 +86,8 @@ class FusedLoRAGroup(nn.Module):
     def _outputs_while_compiling(self, x: Tensor) -> dict[int, Tensor]:
         """What members give in common, by their places, where outputs cannot wait from call to call; see there."""
         members: list[Any] = list(self.children())
+        if self.training:
+            called.note_compiled()
         for shared in shared_inputs(self) if self.training else ():
             if not any(member._forward_hooks for member in shared.members):
                 places = [members.index(member) for member in shared.members]

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import fsdp, merging, storage
+from .. import called, fsdp, merging, storage
 from ..assigning import has_moved
 from ..config import LoRAConfig, as_tuple
 from ..errors import InvalidTypeError, LoRAKernelsError, LoRAKernelsWarning, LoRAStateError
@@ -23,7 +23,15 @@ from .matching import find_matches, joined, listed, trained_whole
 from .pretrained import tell_of_saving
 from .replacing import build, check_model, decide, make_report, nothing_to_replace
 from .report import ReplaceReport, RestoredLayer, RestoreReport, ShareReport
-from .trained import biases, check_bias, train_biases, train_whole, warn_of_left_out, whole_tensors
+from .trained import (
+    biases,
+    check_bias,
+    train_biases,
+    train_whole,
+    warn_of_left_out,
+    warn_of_never_called,
+    whole_tensors,
+)
 
 __all__ = [
     "lora_layers",
@@ -170,6 +178,7 @@ def merge_lora(model: nn.Module) -> None:
             "first, or merge() on the layers that are not."
         )
     storage.check_merging("merge_lora", layers)
+    warn_of_never_called(layers, "merge_lora", stacklevel=2)
     for name, layer in layers:
         if fsdp.in_place(layer):
             fsdp.check_untied(name, layer, _untied_from(model, layer))
@@ -323,6 +332,7 @@ def lora_state_dict(model: nn.Module, bias: str | None = None) -> dict[str, Tens
     tensors |= whole_tensors(model, entire, "lora_state_dict")
     seen |= {parameter for _, module in trained_whole(entire, model) for parameter in module.parameters()}
     warn_of_left_out(model, seen, "lora_state_dict", stacklevel=2)
+    warn_of_never_called(layers, "lora_state_dict", stacklevel=2)
     return {storage.state_name(name): tensor for name, tensor in tensors.items()}
 
 
@@ -331,6 +341,8 @@ def put_layers(model: nn.Module, layers: Mapping[tuple[str, ...], nn.Module]) ->
     modules = dict(model.named_modules(remove_duplicate=False))
     for places, layer in layers.items():
         _put(modules, places, layer)
+    for _, each in lora_layers(model):
+        called.forget(each)
     hooks = model._load_state_dict_pre_hooks.values()
     if not any(getattr(hook, "hook", None) is _check_ranks for hook in hooks):
         model.register_load_state_dict_pre_hook(_check_ranks)

@@ -35,6 +35,9 @@ from .watch import count_parameters
 
 __all__ = ["build", "check_model", "decide", "make_report", "nothing_to_replace"]
 
+# transformers' models whose mixers read out_proj.weight on a GPU; the first five are PEFT's list.
+_MAMBAS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h", "bamba", "granitemoehybrid", "zamba2"}
+
 
 def check_model(model: nn.Module, config: LoRAConfig) -> None:
     """Raises for what no configuration can repair."""
@@ -99,7 +102,24 @@ def _why_left_alone(match: Match, modules: Mapping[str, nn.Module]) -> str | Non
             )
     if isinstance(match.module, torch.jit.ScriptModule):
         return "it is a ScriptModule: call replace_linear before torch.jit.script or torch.jit.trace."
-    return why_not_replaceable(match.module)
+    return _why_never_called(match, modules) or why_not_replaceable(match.module)
+
+
+def _why_never_called(match: Match, modules: Mapping[str, nn.Module]) -> str | None:
+    """Mamba's kernels take the weight of ``out_proj``, and so they pass an adapter by."""
+    for place in match.places:
+        parts = place.split(".")
+        above = [modules[".".join(parts[:i])] for i in range(len(parts))]
+        types = {getattr(getattr(module, "config", None), "model_type", None) for module in above}
+        kernels = next(iter(sorted(_MAMBAS.intersection(types))), None)
+        if type(above[-1]).__module__.startswith("mamba_ssm."):
+            kernels = "mamba_ssm"
+        if parts[-1] == "out_proj" and kernels and hasattr(above[-1], "conv1d"):
+            return (
+                f"the kernels of {kernels} read its weight and never call it, so its adapter would have no effect. "
+                "Leave it out of target_modules; PEFT refuses it too."
+            )
+    return None
 
 
 def _is_pefts(module: nn.Module) -> bool:

@@ -10,13 +10,23 @@ from collections.abc import Collection, Iterable, Iterator
 
 from torch import Tensor, nn
 
-from .. import storage
+from .. import called, sharded, storage
+from ..assigning import has_moved
 from ..config import BIAS_CHOICES, LoRAConfig, as_tuple
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, LoRAKernelsWarning
 from ..layer import LoRALayer
 from .matching import joined, listed, trained_whole
 
-__all__ = ["biases", "check_bias", "left_out", "train_biases", "train_whole", "warn_of_left_out", "whole_tensors"]
+__all__ = [
+    "biases",
+    "check_bias",
+    "left_out",
+    "train_biases",
+    "train_whole",
+    "warn_of_left_out",
+    "warn_of_never_called",
+    "whole_tensors",
+]
 
 
 def check_bias(bias: str | None) -> None:
@@ -91,5 +101,41 @@ def warn_of_left_out(
             f"{function} leaves out {listed(names)}, which can train (requires_grad=True) and may have been trained. "
             "To keep it, name its module in modules_to_save, or give bias='lora_only' or 'all' for biases. If it has "
             "not been trained, freeze it: mark_only_lora_as_trainable(model) does that.",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def never_called(layers: Iterable[tuple[str, LoRALayer]]) -> list[tuple[str, LoRALayer]]:
+    """Those whose adapter can train and that nothing ever called, while others of them trained.
+
+    A compiled graph notes no calls. Where there was one, a layer counts as called whose adapter has moved.
+    """
+    layers = list(layers)
+    waiting = [(name, layer) for name, layer in layers if not called.was_called(layer) and _can_train(layer)]
+    if waiting and called.compiled_in_training():
+        trained = {layer for _, layer in layers if _may_have_moved(layer)}
+    else:
+        trained = {layer for _, layer in layers if called.has_trained(layer)}
+    return [(name, layer) for name, layer in waiting if trained and layer not in trained]
+
+
+def _can_train(layer: LoRALayer) -> bool:
+    return any(parameter.requires_grad for parameter in layer.adapter.values())
+
+
+def _may_have_moved(layer: LoRALayer) -> bool:
+    """Whether the adapter adds anything, or its values cannot be looked at by this process alone."""
+    return not storage.is_here(layer) or sharded.is_sharded(layer.lora_B) or has_moved(layer)
+
+
+def warn_of_never_called(layers: Iterable[tuple[str, LoRALayer]], function: str, stacklevel: int) -> None:
+    """Names once the layers of :func:`never_called`; ``stacklevel`` as if the caller warned itself."""
+    if names := [name for name, layer in never_called(layers) if called.tell(layer)]:
+        warnings.warn(
+            f"{function} finds that {listed(names)} was never called while other layers trained: the adapter had no "
+            "effect and no gradient. A model that reads the layer's weight, as a loss in chunks does, or that keeps "
+            "the former layer in a list, passes it by. Have the model call the layer, or name it in exclude_modules. "
+            "If it only had no input, as an expert may, all is well.",
+            LoRAKernelsWarning,
             stacklevel=stacklevel + 1,
         )
