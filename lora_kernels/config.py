@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 
+from . import peft_fields
 from .activations import check_activation
 from .errors import InvalidArgumentError, InvalidTypeError
 from .initialisation import check_initialisation, kind_of
@@ -19,8 +22,11 @@ __all__ = [
     "LoRAConfig",
     "as_tuple",
     "pattern_value",
+    "plain_number",
     "scaling_of",
 ]
+
+Config = TypeVar("Config")
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -39,6 +45,9 @@ class AdapterOptions:
     adapter_dtype: torch.dtype | None = None
     lora_bias: bool = False
     activation: str = "identity"
+
+    def __post_init__(self) -> None:
+        _make_plain(self)
 
     def check(self) -> None:
         """Raises one sentence for the first value that a LoRA layer cannot have."""
@@ -95,13 +104,33 @@ class AdapterOptions:
             )
 
 
+def _named_in_sentences(kind: type[Config]) -> type[Config]:
+    """Has ``kind`` answer an argument that it lacks with a sentence, in the place of Python's bare TypeError."""
+    made: Any = kind.__init__
+    known = [each.name for each in fields(kind)]  # type: ignore[arg-type]
+
+    @wraps(made)
+    def init(self: Config, *arguments: Any, **named: Any) -> None:
+        unknown = next((name for name in named if name not in known), None)
+        if unknown is not None:
+            raise InvalidTypeError(peft_fields.sentence_of_unknown(unknown, known))
+        made(self, *arguments, **named)
+
+    kind.__init__ = init  # type: ignore[method-assign, assignment]
+    return kind
+
+
+@_named_in_sentences
 @dataclass(frozen=True)
 class LoRAConfig:
     """What to replace and how; the names and meanings are those of ``peft.LoraConfig``.
 
+    :meth:`from_peft` makes one of a ``peft.LoraConfig``. Numbers may be NumPy's; they become Python's.
+
     Args:
         r: rank R, at least 1.
-        lora_alpha: numerator of the scaling, not negative.
+        lora_alpha: numerator of the scaling, not negative. **The default is 16, and PEFT's is 8**: with r = 8 that is
+            s = 2, twice PEFT's default. It stays for those who trained with it. Give the number where you compare.
         lora_dropout: dropout probability of the adapter's input, in [0, 1).
         target_modules: a list of module names or their dotted suffixes; or one string. The string is a regular
             expression that matches the whole name, or ``"all-linear"``: every ``nn.Linear`` except the output head.
@@ -143,7 +172,7 @@ class LoRAConfig:
     Raises:
         InvalidArgumentError: a value is not allowed by the above.
         InvalidTypeError: ``adapter_dtype`` is not a floating ``torch.dtype``, names are not strings, patterns are no
-            dictionaries, or numbers of layers are not integers.
+            dictionaries, or numbers of layers are not integers; or an argument has another name than these.
 
     Example:
         >>> from lora_kernels import LoRAConfig
@@ -170,6 +199,7 @@ class LoRAConfig:
     activation: str = "identity"
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         options = self.options_of("")
         options.check_numbers()
         for name in ("rank_pattern", "alpha_pattern"):
@@ -198,6 +228,33 @@ class LoRAConfig:
                 raise InvalidArgumentError(
                     f"{expression!r} is not a regular expression ({error}); mend it, or give a list of module names."
                 ) from error
+
+    @classmethod
+    def from_peft(cls, config: Any, adapter_dtype: torch.dtype | None = None) -> LoRAConfig:
+        """The same as ``config``, a ``peft.LoraConfig``; PEFT's own defaults included, such as ``lora_alpha=8``.
+
+        Fields that say nothing of what a new adapter computes are left out, such as ``task_type``, ``inference_mode``
+        and ``fan_in_fan_out``. A warning names fields that this version does not know.
+
+        Args:
+            config: a ``peft.LoraConfig``, or the dictionary that its ``to_dict`` gives.
+            adapter_dtype: as for the class; PEFT has no such field.
+
+        Raises:
+            InvalidArgumentError: it is of another method than LoRA, of a kind of LoRA that is not computed here, or
+                has a value that is not allowed.
+            InvalidTypeError: ``config`` is neither of the two.
+
+        Example:
+            >>> LoRAConfig.from_peft({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}).lora_alpha
+            8
+        """
+        values = config if isinstance(config, Mapping) else _fields_of(config)
+        where = "the dictionary given to from_peft" if values is config else f"the {type(config).__name__} given"
+        peft_fields.check_method(values, where, "Make the model with peft.get_peft_model, which computes it.")
+        given = peft_fields.held(values, where, "They are left out.", stacklevel=2)
+        initial = values.get("init_lora_weights", True)
+        return cls(**given, init_lora_weights=initial, adapter_dtype=adapter_dtype)
 
     def options_of(self, name: str) -> AdapterOptions:
         """What the layer of this dotted name is made with."""
@@ -237,6 +294,36 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, (list, tuple, set, frozenset)) else (value,)
+
+
+def plain_number(value: Any) -> Any:
+    """``value``, but a scalar of NumPy's as the Python number or bool that it holds."""
+    scalar = getattr(sys.modules.get("numpy"), "generic", None)
+    return value.item() if scalar is not None and isinstance(value, scalar) else value
+
+
+def _make_plain(config: Any) -> None:
+    """Puts Python's numbers in the place of NumPy's, in the fields of a frozen dataclass."""
+    for each in fields(config):
+        given = getattr(config, each.name)
+        inside = tuple(given.values() if isinstance(given, dict) else as_tuple(given))
+        plain = tuple(map(plain_number, inside))
+        if all(one is other for one, other in zip(inside, plain, strict=True)):
+            continue
+        several = isinstance(given, (dict, list, tuple, set, frozenset))
+        values = dict(zip(given, plain, strict=True)) if isinstance(given, dict) else plain
+        object.__setattr__(config, each.name, type(given)(values) if several else plain[0])
+
+
+def _fields_of(config: Any) -> Mapping[str, Any]:
+    """Those of a configuration of PEFT's."""
+    values = config.to_dict() if hasattr(config, "peft_type") and hasattr(config, "to_dict") else None
+    if not isinstance(values, Mapping):
+        raise InvalidTypeError(
+            f"from_peft was given an object of type {type(config).__name__}: it must be a peft.LoraConfig, or "
+            "the dictionary that its to_dict() gives."
+        )
+    return values
 
 
 def _check_names(argument: str, names: Any) -> None:

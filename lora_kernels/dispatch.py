@@ -110,7 +110,7 @@ def backend(name: str, source: str = "") -> Backend:
             named = source and f", named by {source},"
             raise InvalidArgumentError(
                 f"backend {name!r}{named} is not known: the backends are {', '.join(map(repr, ORDER))}. Name one of "
-                "them, or leave the choice automatic with backend=None."
+                "them, or leave the choice automatic with use_backend(None)."
             )
         found = _loaded[name] = import_module(f"{__package__}.backends.{name}").BACKEND
     return found

@@ -21,6 +21,7 @@ from .autograd import LoRALinearFunction, apply_function, forward_only
 from .branches import Branch
 from .branches_autograd import BranchesFunction, apply_branches_function
 from .branches_autograd import forward_only as branches_forward_only
+from .config import plain_number
 from .dispatch import COMPUTE_DTYPES, backend, select
 from .errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, UnsupportedTransformError
 from .ops import operators
@@ -84,6 +85,8 @@ def _run_plain(
     check(x, weight, lora_a, lora_b, bias, autocast)
     if type(scaling) is not float:  # a layer's may have been set to anything
         scaling = number(scaling)
+    if p != 0.0 and type(p) is not float:
+        p = plain_number(p)
     if forward_ad._current_level >= 0:
         refuse_tangents(x, weight, lora_a, lora_b, bias)
     x, name = prepare(x, backend_name)
@@ -122,6 +125,8 @@ def _run_branches(
     for branch in branches:
         check(x, branch.weight, branch.lora_a, branch.lora_b, branch.bias, autocast)
         branch.check(x)
+    if p != 0.0 and type(p) is not float:
+        p = plain_number(p)
     if forward_ad._current_level >= 0:
         refuse_tangents(x, *(tensor for branch in branches for tensor in branch.tensors))
     x, name = prepare(x, backend_name)

@@ -99,7 +99,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         if (dtype or torch.get_default_dtype()) not in COMPUTE_DTYPES:
             raise InvalidTypeError(f"dtype={dtype} was given: it must be torch.float16, bfloat16, float32 or float64.")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        warn_of_rank(r, in_features, out_features, stacklevel=2)
+        warn_of_rank(options.r, in_features, out_features, stacklevel=2)
         self.add_adapter(options)
 
     @classmethod
@@ -134,6 +134,9 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
             >>> FusedLoRALinear.from_linear(linear, r=2).weight is linear.weight
             True
         """
+        given: Any = linear
+        if not isinstance(given, (nn.Linear, LoRALayer)) and not is_conv1d(given):
+            raise InvalidTypeError(_not_linear(given))
         if is_conv1d(linear):
             raise InvalidTypeError(
                 "a transformers Conv1D was given to from_linear, which takes an nn.Linear: FusedLoRALinear stores its "
@@ -142,7 +145,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         of_layer = r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, adapter_dtype, lora_bias
         layer = around(linear, AdapterOptions(*of_layer, activation), kind=cls)
         assert isinstance(layer, cls)
-        warn_of_rank(r, layer.in_features, layer.out_features, stacklevel=2)
+        warn_of_rank(layer.r, layer.in_features, layer.out_features, stacklevel=2)
         return layer
 
     def to_linear(self) -> nn.Linear:
@@ -196,6 +199,19 @@ class FusedLoRAConv1D(LoRALayer):
     def forward(self, x: Tensor) -> Tensor:
         """y (..., N) for x (..., K)."""
         return super().forward(x)
+
+
+def _not_linear(given: Any) -> str:
+    """What is said of something that is no linear layer at all."""
+    kind, hint = type(given).__name__, ""
+    if isinstance(given, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        hint = ": lora_kernels adapts linear layers only. peft.get_peft_model adapts convolutions"
+    elif isinstance(given, (nn.Embedding, nn.EmbeddingBag)):
+        hint = ": lora_kernels adapts linear layers only. peft.get_peft_model adapts embeddings, and "
+        hint += "LoRAConfig.modules_to_save trains a whole one"
+    elif isinstance(given, nn.Module):
+        hint = ": lora_kernels adapts linear layers only. For those within it call replace_linear on the model"
+    return f"an object of type {kind} was given to from_linear, which takes an nn.Linear{hint}."
 
 
 def around(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from . import storage
+from .config import plain_number
 from .errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 
 __all__ = ["lora_plus_groups"]
@@ -132,6 +133,7 @@ def _check_storage(model: nn.Module) -> None:
 
 
 def _is_finite(value: Any) -> bool:
+    value = plain_number(value)
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

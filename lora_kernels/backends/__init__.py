@@ -21,4 +21,5 @@ def why_not_capability() -> list[str]:
     if capability >= _MINIMUM_CAPABILITY:
         return []
     has, needed = (".".join(map(str, version)) for version in (capability, _MINIMUM_CAPABILITY))
-    return [f"This GPU has compute capability {has} and the kernels need {needed} or above: use backend='eager'."]
+    reason = f"This GPU has compute capability {has} and the kernels need {needed} or above"
+    return [f"{reason}: run within use_backend('eager')."]

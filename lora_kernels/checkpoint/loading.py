@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..config import pattern_value, scaling_of
+from ..config import ADAPTER_DTYPES, pattern_value, scaling_of
 from ..errors import InvalidTypeError
 from ..layer import LoRALayer
 from ..models.adapter import remember, unwrapped
@@ -25,19 +25,23 @@ from .plan import Plan, make_plan
 __all__ = ["load_adapter"]
 
 
-def load_adapter(model: nn.Module, folder: files.PathLike) -> LoadReport:
+def load_adapter(model: nn.Module, folder: files.PathLike, adapter_dtype: torch.dtype | None = None) -> LoadReport:
     """Puts the adapter in ``folder`` onto ``model``, in place: the layers that it names are replaced and loaded.
 
     A layer that is a ``FusedLoRALinear`` already keeps its Parameters and dtypes, and gets the values, if rank and kind
-    match. Another layer becomes one, as in :func:`lora_kernels.replace_linear`, with its adapter in the dtype of the
-    file. The adapters train, and so do the biases and whole modules that the configuration names.
+    match. Another layer becomes one, as in :func:`lora_kernels.replace_linear`. The adapters train, and so do the
+    biases and whole modules that the configuration names.
 
     Biases and modules that were saved with the adapter are loaded into the model. If such a module's weight is tied and
     the file has another value for it, the module gets its own weight, as in PEFT. torch's random generator is not used.
 
     Args:
         model: the model that the adapter was made for: a plain one, or one whose layers are replaced.
-        folder: it holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        folder: it holds ``adapter_config.json`` and ``adapter_model.safetensors``. Names in it may have the prefixes of
+            ``torch.compile`` and ``DistributedDataParallel``, and the adapter's name (``lora_A.default.weight``).
+        adapter_dtype: dtype of the adapters of layers that are made here. None is fp32 over a 16-bit base, whatever the
+            file has, as in PEFT: 16-bit Parameters hardly move by a small step. Over another base it is the base's
+            dtype. A wider dtype of the file is kept.
 
     Returns:
         A report to print: which layers were loaded, and what else.
@@ -63,23 +67,31 @@ def load_adapter(model: nn.Module, folder: files.PathLike) -> LoadReport:
     """
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(f"a model of type {type(model).__name__} was given: it must be a torch.nn.Module.")
+    if adapter_dtype is not None and adapter_dtype not in ADAPTER_DTYPES:
+        raise InvalidTypeError(
+            f"adapter_dtype={adapter_dtype!r} was given: it must be torch.float16, torch.bfloat16, torch.float32, "
+            "torch.float64, or None for fp32 over a 16-bit base and the base's dtype otherwise."
+        )
     fields, tensors = files.read_pair(folder)
     where = str(Path(folder) / files.CONFIG)
     adapter = peft_config.parse(fields, where)
     inner = unwrapped(model)
     plan = make_plan(inner, adapter.config, tensors, str(Path(folder) / files.WEIGHTS))
-    layers = _carry_out(plan, inner, _targets(model, inner, plan))
+    layers = _carry_out(plan, inner, _targets(model, inner, plan), adapter_dtype)
     remember(inner, plan.config, adapter.kept)
     return _report(layers, plan).of(inner, layers)
 
 
-def _carry_out(plan: Plan, inner: nn.Module, targets: list[Match]) -> dict[str, nn.Module]:
+def _carry_out(
+    plan: Plan, inner: nn.Module, targets: list[Match], adapter_dtype: torch.dtype | None
+) -> dict[str, nn.Module]:
     """Makes all that is new, which may fail; then changes the model. Returns the loaded layers."""
     with training_kept_on_failure(inner):
         made = build(targets, plan.config, draw=False)
         for name, layer in made.items():
             for own, tensor in plan.adapters[name].items():
-                setattr(layer, own, nn.Parameter(tensor.to(layer.weight.device)))
+                dtype = adapter_dtype or torch.promote_types(layer.adapter[own].dtype, tensor.dtype)
+                setattr(layer, own, nn.Parameter(tensor.to(layer.weight.device, dtype)))
         values = [(slot, _like(slot, tensor)) for slot, tensor in _values(inner, plan)]
         untied = [(owner, name, _parameter(owner, name, tensor)) for owner, name, tensor in plan.untied]
         layers = {name: made.get(name) or module for name, module in plan.modules.items()}

@@ -1,4 +1,4 @@
-"""The fields of PEFT's ``adapter_config.json``: which are ``LoRAConfig``'s, which are kept, which are refused.
+"""PEFT's ``adapter_config.json``; ``peft_fields`` says which of its fields are ``LoRAConfig``'s, kept or refused.
 
 :func:`parse` reads them, :func:`compose` writes those of the layers as they are.
 """
@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import peft_fields
 from ..config import LoRAConfig, pattern_value
 from ..errors import InvalidArgumentError, LoRAKernelsError, LoRAStateError
 from ..fsdp import plain_class
@@ -25,70 +25,6 @@ from .plain_form import PlainForm
 
 __all__ = ["compose", "parse"]
 
-_HELD: dict[str, Any] = {  # fields that LoRAConfig has, with PEFT's defaults
-    "r": 8,
-    "lora_alpha": 8,
-    "lora_dropout": 0.0,
-    "target_modules": None,
-    "exclude_modules": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "use_rslora": False,
-    "use_dora": False,
-    "bias": "none",
-    "lora_bias": False,
-    "modules_to_save": None,
-    "layers_to_transform": None,
-    "layers_pattern": None,
-}
-_KEPT = {  # fields without effect on what a loaded adapter computes
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "eva_config",
-    "fan_in_fan_out",
-    "inference_mode",
-    "init_lora_weights",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
-}
-_REFUSED = {  # fields that ask for another computation where they are set
-    "alora_invocation_tokens": "the adapter acts on the last tokens of a prompt alone (aLoRA)",
-    "arrow_config": "tokens are routed between several adapters (Arrow)",
-    "ensure_weight_tying": "adapters of tied layers share their tensors",
-    "kasa_config": "a trained diagonal stands between A and B (KaSA)",
-    "layer_replication": "the model is deepened with copies of its layers",
-    "megatron_config": "the layers are Megatron's parallel ones",
-    "monteclora_config": "A is sampled while training (MonteCLoRA)",
-    "target_parameters": "adapters act on bare parameters, such as a mixture's stacked experts",
-    "trainable_token_indices": "single rows of an embedding are trained",
-    "use_bdlora": "A or B is block-diagonal (BD-LoRA)",
-    "use_qalora": "the input is pooled in groups (QA-LoRA)",
-    "velora_config": "training keeps a compressed input (VeLoRA)",
-}
-_OTHER_METHODS = {
-    "ADALORA": "AdaLoRA, which prunes ranks through a diagonal between A and B",
-    "ADAPTION_PROMPT": "an adaption prompt, which adds tokens in attention",
-    "IA3": "(IA)3, which scales activations",
-    "LN_TUNING": "layer-norm tuning",
-    "LOHA": "LoHa, whose update is a Hadamard product",
-    "LOKR": "LoKr, whose update is a Kronecker product",
-    "MULTITASK_PROMPT_TUNING": "multitask prompt tuning, which adds tokens to the input",
-    "OFT": "OFT, which turns weights by an orthogonal matrix",
-    "BOFT": "BOFT, which turns weights by an orthogonal matrix",
-    "PREFIX_TUNING": "prefix tuning, which adds keys and values in attention",
-    "PROMPT_TUNING": "prompt tuning, which adds tokens to the input",
-    "P_TUNING": "P-tuning, which adds tokens to the input",
-    "VERA": "VeRA, which shares random A and B between layers",
-    "XLORA": "X-LoRA, a mixture of adapters",
-}
 _REWRITING = ("pissa", "olora", "corda", "lora_ga", "loftq")  # initialisations that change the base weights
 _WRITTEN = (True, False, "gaussian")  # initialisations that PEFT makes at any rank and without data
 
@@ -99,44 +35,24 @@ def parse(fields: Mapping[str, Any], where: str) -> Adapter:
     Raises:
         InvalidArgumentError: no LoRA, a kind of it that is not computed here, or a value that is not allowed.
     """
-    _check_method(fields, where)
-    unknown = sorted(set(fields) - set(_HELD) - _KEPT - set(_REFUSED))
-    if unknown:
-        warnings.warn(
-            f"{where} has fields that this version of lora_kernels does not know: {', '.join(unknown)}. They are kept "
-            "and written back on saving, and have no effect; a newer PEFT may compute something else with them.",
-            stacklevel=3,
-        )
+    peft_fields.check_method(fields, where, "Load it with peft.PeftModel.from_pretrained.")
+    _check_start(fields, where)
+    given = peft_fields.held(
+        fields, where, "They are kept and written back on saving, and have no effect here.", stacklevel=3
+    )
     initial = fields.get("init_lora_weights", True)
-    given = {name: fields.get(name, default) for name, default in _HELD.items()}
-    given |= {name: given[name] or {} for name in ("rank_pattern", "alpha_pattern")}
     given["init_lora_weights"] = initial if initial in _WRITTEN else True
     try:
         config = LoRAConfig(**given)
     except (LoRAKernelsError, TypeError, AttributeError) as error:
         raise InvalidArgumentError(f"{where} cannot be used: {error}") from error
-    kept = {name: value for name, value in fields.items() if name not in _HELD and name != "runtime_config"}
+    kept = {name: value for name, value in fields.items() if name not in peft_fields.HELD and name != "runtime_config"}
     if initial in _WRITTEN:
         kept.pop("init_lora_weights", None)
     return Adapter(config, kept)
 
 
-def _check_method(fields: Mapping[str, Any], where: str) -> None:
-    method = fields.get("peft_type")
-    if method != "LORA":
-        what = _OTHER_METHODS.get(str(method), "another method")
-        raise InvalidArgumentError(
-            f"{where} has peft_type={method!r}: that is {what}, not LoRA, and lora_kernels computes LoRA only. Load it "
-            "with peft.PeftModel.from_pretrained."
-            if method is not None
-            else f"{where} has no peft_type, so it is not known to be LoRA. PEFT and save_adapter write 'LORA'."
-        )
-    for name, what in _REFUSED.items():
-        if fields.get(name):
-            raise InvalidArgumentError(
-                f"{where} sets {name}: {what}, which lora_kernels does not compute. Load it with "
-                "peft.PeftModel.from_pretrained."
-            )
+def _check_start(fields: Mapping[str, Any], where: str) -> None:
     initial = fields.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower().startswith(_REWRITING):
         raise InvalidArgumentError(

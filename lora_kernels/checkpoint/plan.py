@@ -24,6 +24,11 @@ __all__ = ["Plan", "make_plan"]
 _ADAPTER_KEY = re.compile(
     r"(?P<path>.+)\.(?:(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias)|(?P<dora>lora_magnitude_vector)(\.weight)?)"
 )
+_NAMED = re.compile(  # the parts as a live model of PEFT's calls them, with the adapter's name within
+    r"(?P<part>\.lora_[AB]|\.lora_magnitude_vector)\.(?P<adapter>[^.]+)(?P<end>\.weight|\.bias)"
+    r"|(?P<vector>\.lora_magnitude_vector)\.(?P<its>(?!weight$)[^.]+)"
+)
+_DATA_PARALLEL = "module."  # what DistributedDataParallel puts before all names
 _IN_WRAPPERS = re.compile(r"\.(original_module|modules_to_save)\.")  # PEFT's copies of what modules_to_save names
 
 
@@ -55,8 +60,7 @@ def make_plan(model: nn.Module, config: LoRAConfig, tensors: Mapping[str, Tensor
     plan = Plan(config)
     modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     rest: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
+    for name, tensor in _plain_keys(tensors, modules, where).items():
         found = _ADAPTER_KEY.fullmatch(name)
         of_layer = found is not None and (
             _slot(modules, name) is None or found["path"] not in modules or is_linear(modules[found["path"]])
@@ -81,6 +85,33 @@ def make_plan(model: nn.Module, config: LoRAConfig, tensors: Mapping[str, Tensor
     _check_others_adapted(plan, model)
     _plan_rest(plan, model, modules, rest, where)
     return plan
+
+
+def _plain_keys(tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], where: str) -> dict[str, Tensor]:
+    """The tensors by their names in the plain model: without PEFT's prefix, wrappers' names and the adapter's name."""
+    names = {key: plain_name(key).removeprefix(_DATA_PARALLEL + PREFIX).removeprefix(PREFIX) for key in tensors}
+    wrapped = all(name.startswith(_DATA_PARALLEL) for name in names.values())
+    if wrapped and _DATA_PARALLEL.rstrip(".") not in modules:
+        names = {key: name.removeprefix(_DATA_PARALLEL) for key, name in names.items()}
+    plain: dict[str, str] = {}
+    adapters: dict[str, str] = {}
+    for key, name in names.items():
+        found = _NAMED.search(name)
+        if found is not None and found.end() == len(name) and _slot(modules, name) is None:
+            adapters.setdefault(found["adapter"] or found["its"], key)
+            name = name[: found.start()] + (found["part"] or found["vector"]) + (found["end"] or "")
+        if name in plain and len(adapters) < 2:
+            raise InvalidArgumentError(
+                f"{where} holds {plain[name]!r} and {key!r}, which both mean {name!r}, and which of them counts is not "
+                "known. Take one of the two out of the file, or save the adapter again."
+            )
+        plain[name] = key
+    if len(adapters) > 1:
+        raise InvalidArgumentError(
+            f"{where} holds adapters of several names, {listed(list(adapters))} (as in {min(adapters.values())!r}), "
+            "and one is loaded at a time. Save each into a folder of its own, as PEFT's save_pretrained does."
+        )
+    return {name: tensors[key] for name, key in plain.items()}
 
 
 def _check_parts(modules: Mapping[str, nn.Module], rest: Mapping[str, Tensor], where: str) -> None:

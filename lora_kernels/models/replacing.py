@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,9 +40,14 @@ __all__ = ["build", "check_model", "decide", "make_report", "nothing_to_replace"
 _MAMBAS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h", "bamba", "granitemoehybrid", "zamba2"}
 
 
-def check_model(model: nn.Module, config: LoRAConfig) -> None:
-    """Raises for what no configuration can repair."""
+def check_model(model: nn.Module, config: Any) -> None:
+    """Raises for what no configuration can repair, and for what is no configuration."""
     if not isinstance(config, LoRAConfig):
+        if hasattr(config, "peft_type"):
+            raise InvalidTypeError(
+                f"peft.{type(config).__name__} was given as the configuration: it must be a lora_kernels.LoRAConfig. "
+                "LoRAConfig.from_peft(config) makes one of a peft.LoraConfig."
+            )
         raise InvalidTypeError(
             f"a configuration of type {type(config).__name__} was given: it must be a lora_kernels.LoRAConfig, whose "
             "fields have the names of peft.LoraConfig's."

@@ -127,7 +127,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], list[str]]] = {
     "a name without the prefix": (
         set_tensors(lambda t: t.update({"blocks.0.up.lora_A.weight": torch.ones(1, 1)})),
         InvalidArgumentError,
-        ["lora_A (1, 1)"],
+        [f"{FIRST}.lora_A.weight", "'blocks.0.up.lora_A.weight'", "both mean"],
     ),
     "no LoRA": (
         set_tensors(lambda t: (t.clear(), t.update({f"{PREFIX}head.weight": torch.ones(10, 8)}))),
@@ -231,7 +231,7 @@ def test_what_was_saved_is_loaded_bit_for_bit(name: str, replaced: bool, tmp_pat
     save_adapter(disturb(model), tmp_path)
     other = adapted(plain, **OPTIONS[name]) if replaced else plain
     parameters, drawn = dict(other.named_parameters()), torch.random.get_rng_state()
-    report = load_adapter(other, tmp_path)
+    report = load_adapter(other, tmp_path, adapter_dtype=OPTIONS[name].get("adapter_dtype"))
     assert torch.equal(torch.random.get_rng_state(), drawn)
     assert all(other.get_parameter(name) is parameter for name, parameter in parameters.items())
     loaded, layers = other.state_dict(), list(lora_layers(model))
@@ -250,6 +250,81 @@ def test_what_a_loaded_adapter_trains(tmp_path: Path) -> None:
     assert trains == {"head.weight"} | {f"blocks.{i}.up.{own}" for i in (0, 1) for own in ("lora_A", "lora_B", "bias")}
     assert set(report.others) == {"head.weight"} | {f"blocks.{i}.up.base_layer.bias" for i in (0, 1)}
     assert "loaded 3 other tensors: " in str(report)
+
+
+def renamed(change: Callable[[str], str]) -> Callable[[Path], None]:
+    return set_tensors(lambda tensors: [tensors.update({change(key): tensors.pop(key)}) for key in list(tensors)])
+
+
+WRAPPED: dict[str, Callable[[str], str]] = {
+    "DistributedDataParallel around PEFT": lambda key: f"module.{key}",
+    "DistributedDataParallel within PEFT": lambda key: key.replace(PREFIX, f"{PREFIX}module."),
+    "compiled within PEFT": lambda key: key.replace(PREFIX, f"{PREFIX}_orig_mod."),
+    "compiled around PEFT": lambda key: f"_orig_mod.{key}",
+    "both around PEFT": lambda key: f"module._orig_mod.{key}",
+    "compiled blocks": lambda key: key.replace("blocks.0.", "blocks.0._orig_mod."),
+    "checkpointed blocks": lambda key: key.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."),
+    "the adapter's name": lambda key: key.replace(".weight", ".default.weight") if ".lora_" in key else key,
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_names_of_wrappers_and_of_the_adapter_are_read_over(name: str, tmp_path: Path) -> None:
+    plain = Net()
+    model = adapted(copy.deepcopy(plain), bias="lora_only", modules_to_save=["head"])
+    save_adapter(disturb(model), tmp_path)
+    before = set(safetensors.load_file(tmp_path / WEIGHTS))
+    renamed(WRAPPED[name])(tmp_path)
+    assert set(safetensors.load_file(tmp_path / WEIGHTS)) != before
+    load_adapter(plain, tmp_path)
+    loaded = plain.state_dict()
+    assert all(same_bits(loaded[key], value) for key, value in model.state_dict().items() if "lora_" in key)
+    assert same_bits(loaded["head.weight"], model.state_dict()["head.weight"])
+
+
+def test_a_child_called_module_keeps_its_name(tmp_path: Path) -> None:
+    plain = nn.ModuleDict({"module": Net()})
+    model = adapted(copy.deepcopy(plain))
+    save_adapter(model, tmp_path)
+    load_adapter(plain, tmp_path)
+    assert len(list(lora_layers(plain))) == 2
+
+
+AMBIGUOUS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], list[str]]] = {
+    "twice": (
+        lambda t: t.update({f"{PREFIX}_orig_mod.blocks.0.up.lora_A.weight": torch.zeros(2, 8)}),
+        ["'base_model.model._orig_mod.blocks.0.up.lora_A.weight'", "both mean", "one of the two"],
+    ),
+    "two adapters": (
+        lambda t: [
+            t.update({key.replace(".weight", f".{who}.weight"): t[key].clone() for who in ("old", "new")}) or t.pop(key)
+            for key in list(t)
+        ],
+        ["'new', 'old'", "one is loaded at a time"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_names_that_mean_one_thing_twice_are_refused(name: str, tmp_path: Path) -> None:
+    change, words = AMBIGUOUS[name]
+    save_adapter(adapted(), tmp_path)
+    set_tensors(change)(tmp_path)
+    refused(Net(), lambda model: load_adapter(model, tmp_path), InvalidArgumentError, *words)
+
+
+@pytest.mark.parametrize("base", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float64])
+def test_a_loaded_adapter_is_never_narrower_than_fp32_unless_asked(
+    base: torch.dtype, stored: torch.dtype, tmp_path: Path
+) -> None:
+    save_adapter(adapted(adapter_dtype=stored), tmp_path)
+    for asked in (None, torch.float16):
+        model = Net().to(base)
+        load_adapter(model, tmp_path, adapter_dtype=asked)
+        widest = max((base, stored, torch.float32), key=lambda dtype: dtype.itemsize)
+        assert {layer.lora_A.dtype for _, layer in lora_layers(model)} == {asked or widest}
+    refused(Net(), lambda m: load_adapter(m, tmp_path, adapter_dtype=torch.int8), InvalidTypeError, "adapter_dtype")
 
 
 def test_unknown_fields_are_warned_of_once_kept_and_written_back(tmp_path: Path) -> None:

@@ -116,15 +116,38 @@ def test_loading_and_saving_again_changes_neither_file(case: str, tmp_path: Path
     assert all(".original_module." in key or ".modules_to_save." in key for key in tensors.keys() - kept.keys())
 
 
+def dtypes_in(folder: Path) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in safetensors.load_file(folder / "adapter_model.safetensors").values()}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_an_adapter_keeps_its_dtype_over_a_16_bit_base(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_an_adapter_over_a_16_bit_base_trains_in_fp32_whatever_the_file_has(dtype: torch.dtype, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     theirs = peft.get_peft_model(made("llama", torch.bfloat16), config, autocast_adapter_dtype=dtype == torch.float32)
     theirs.save_pretrained(tmp_path)
+    assert dtypes_in(tmp_path) == {dtype}
     model = made("llama", torch.bfloat16)
     load_adapter(model, tmp_path)
-    assert {layer.lora_A.dtype for _, layer in lora_layers(model)} == {dtype}
-    save_adapter(model, tmp_path)
-    assert {tensor.dtype for tensor in safetensors.load_file(tmp_path / "adapter_model.safetensors").values()} == {
-        dtype
-    }
+    again = peft.PeftModel.from_pretrained(made("llama", torch.bfloat16), tmp_path)
+    expected = {parameter.dtype for name, parameter in again.named_parameters() if "lora_" in name}
+    assert {layer.lora_A.dtype for _, layer in lora_layers(model)} == expected == {torch.float32}
+    kept = made("llama", torch.bfloat16)
+    load_adapter(kept, tmp_path, adapter_dtype=dtype)
+    assert {layer.lora_B.dtype for _, layer in lora_layers(kept)} == {dtype}
+    save_adapter(kept, tmp_path)
+    assert dtypes_in(tmp_path) == {dtype}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_the_name_of_the_adapter_in_a_file_is_read_over(use_dora: bool, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["c_fc"], init_lora_weights=False, use_dora=use_dora)
+    config.lora_bias = not use_dora
+    theirs = peft.get_peft_model(made("gpt2"), config)
+    theirs.save_pretrained(tmp_path)
+    live = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items() if "lora_" in name}
+    assert all(".default" in name for name in live)
+    safetensors.save_file(live, tmp_path / "adapter_model.safetensors")
+    model = made("gpt2")
+    load_adapter(model, tmp_path)
+    check("logits", logits(model), logits(copy.deepcopy(theirs).double()), logits(theirs), torch.float32)

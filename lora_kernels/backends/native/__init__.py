@@ -31,7 +31,9 @@ class NativeBackend:
             return []
         if problem.device_type not in ("cpu", "cuda"):
             supported = "it runs on CPUs and NVIDIA GPUs"
-            return [f"device type {problem.device_type!r} is not supported: {supported}. Use backend='eager'."]
+            return [
+                f"device type {problem.device_type!r} is not supported: {supported}. Run within use_backend('eager')."
+            ]
         reasons = load.why_not(problem.device_type)
         if problem.device_type == "cuda" and torch.version.cuda is not None:
             reasons += _why_not_device()

@@ -106,7 +106,9 @@ def find_compiler(kind: str) -> Compiler:
         BuildError: there is none, or it does not run.
     """
     if sys.platform == "win32":
-        raise BuildError("The native library is not built on Windows yet: use backend='triton' or backend='eager'.")
+        raise BuildError(
+            "The native library is not built on Windows yet: run within use_backend('triton') or use_backend('eager')."
+        )
     variable = "CXX" if kind == "cpu" else "CUDACXX"
     named = os.environ.get(variable)
     path = _first_program([named] if named else _candidates(kind))

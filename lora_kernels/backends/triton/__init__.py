@@ -36,24 +36,26 @@ class TritonBackend:
         reasons = []
         if find_spec("triton") is None:
             reasons.append(
-                "triton is not installed: pip install 'triton>=3.6' (Linux and an NVIDIA GPU), or use backend='eager'."
+                "triton is not installed: pip install 'triton>=3.6' (Linux and an NVIDIA GPU), or run within "
+                "use_backend('eager')."
             )
         if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             reasons.append(
-                f"dtype {problem.dtype} is not supported: its kernels accumulate in fp32. Use backend='eager', "
-                "or tensors of torch.float16, torch.bfloat16 or torch.float32."
+                f"dtype {problem.dtype} is not supported: its kernels accumulate in fp32. Run within "
+                "use_backend('eager'), or give tensors of torch.float16, torch.bfloat16 or torch.float32."
             )
         if problem.device_type == "cuda":
             reasons += _why_not_cuda()
         elif problem.device_type != "cpu":
             reasons.append(
-                f"device type {problem.device_type!r} is not supported: it runs on NVIDIA GPUs. Use backend='eager'."
+                f"device type {problem.device_type!r} is not supported: it runs on NVIDIA GPUs. Run within "
+                "use_backend('eager')."
             )
         elif not env.triton_interpreter_requested():
             reasons.append(
-                "the tensors are on the CPU and TRITON_INTERPRET=1 is not set: move them to a CUDA device, use "
-                "backend='eager', or set TRITON_INTERPRET=1 before Python starts, for the kernels in the interpreter. "
-                + " ".join(_why_not_cuda())
+                "the tensors are on the CPU and TRITON_INTERPRET=1 is not set: move them to a CUDA device, run "
+                "within use_backend('eager'), or set TRITON_INTERPRET=1 before Python starts, for the kernels in the "
+                "interpreter. " + " ".join(_why_not_cuda())
             )
         elif fault := interpreter_fault():
             reasons.append(fault)
@@ -62,7 +64,7 @@ class TritonBackend:
     def why_not_automatic(self, problem: Problem) -> list[str]:
         if problem.device_type == "cpu":
             return [
-                "On the CPU its kernels run in Triton's interpreter, for tests: name backend='triton' if you want that."
+                "On the CPU its kernels run in Triton's interpreter, for tests: use_backend('triton') asks for them."
             ]
         return []
 
@@ -119,7 +121,7 @@ def interpreter_fault() -> str | None:
         return None
     return (
         f"the interpreter of Triton {triton[0]}.{triton[1]} fails with NumPy {numpy[0]}.{numpy[1]}: "
-        "pip install 'numpy<2.4' or 'triton>=3.7', or use backend='eager'."
+        "pip install 'numpy<2.4' or 'triton>=3.7', or run within use_backend('eager')."
     )
 
 
@@ -134,7 +136,7 @@ def _why_not_cuda() -> list[str]:
             if torch.version.cuda is None
             else f"this torch is built for CUDA {torch.version.cuda}; check the driver with nvidia-smi"
         )
-        return [f"No CUDA device is visible ({build}, or use backend='eager')."]
+        return [f"No CUDA device is visible ({build}, or run within use_backend('eager'))."]
     return why_not_capability()
 
 
