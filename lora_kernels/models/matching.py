@@ -31,6 +31,7 @@ __all__ = [
     "plain_name",
     "saved_whole",
     "selects",
+    "stacked_experts",
     "trained_whole",
 ]
 
@@ -151,7 +152,7 @@ def find_matches(model: nn.Module, config: LoRAConfig) -> list[Match]:
     """Every module that the configuration names, the excluded ones included, in the model's order.
 
     The model itself is never matched. "all-linear" names each ``nn.Linear``, subclasses included, so that a report can
-    say why those are left alone, and transformers' ``Conv1D``.
+    say why those are left alone, transformers' ``Conv1D``, and a mixture's stacked experts, likewise for the report.
 
     Raises:
         InvalidArgumentError: ``target_modules`` is None or empty.
@@ -166,7 +167,7 @@ def find_matches(model: nn.Module, config: LoRAConfig) -> list[Match]:
 
     def wanted(name: str, module: nn.Module) -> bool:
         if is_all_linear(target):
-            return is_linear(module) and module not in heads
+            return (is_linear(module) and module not in heads) or bool(stacked_experts(module))
         return _targets(config, name)
 
     matches = []
@@ -215,6 +216,13 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
 def is_linear(module: nn.Module) -> bool:
     """Whether ``module`` is an ``nn.Linear``, subclasses included, or transformers' ``Conv1D``, replaced or not."""
     return isinstance(module, (nn.Linear, LoRALayer)) or is_conv1d(module)
+
+
+def stacked_experts(module: nn.Module) -> list[str]:
+    """The names of ``module``'s own Parameters that hold the matrices of all experts of a mixture, (E, N, K)."""
+    if "expert" not in type(module).__name__.lower():
+        return []
+    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
 
 
 def joined(prefix: str, name: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from .matching import (
     linear_names,
     listed,
     name_matches,
+    stacked_experts,
     trained_whole,
     unmatched_names,
 )
@@ -108,6 +109,8 @@ def _why_left_alone(match: Match, modules: Mapping[str, nn.Module]) -> str | Non
             )
     if isinstance(match.module, torch.jit.ScriptModule):
         return "it is a ScriptModule: call replace_linear before torch.jit.script or torch.jit.trace."
+    if own := stacked_experts(match.module):
+        return _why_not_experts(match.module, own)
     return _why_never_called(match, modules) or why_not_replaceable(match.module)
 
 
@@ -125,6 +128,23 @@ def _why_never_called(match: Match, modules: Mapping[str, nn.Module]) -> str | N
                 f"the kernels of {kernels} read its weight and never call it, so its adapter would have no effect. "
                 "Leave it out of target_modules; PEFT refuses it too."
             )
+    return None
+
+
+def _why_not_experts(module: nn.Module, own: list[str]) -> str:
+    held = " and ".join(f"{name} {tuple(module.get_parameter(name).shape)}" for name in own)
+    return (
+        f"{type(module).__name__} keeps its experts stacked in {held}, and lora_kernels adapts linear layers only. "
+        "peft.LoraConfig has target_parameters for them; fuse_peft then leaves these as PEFT's own."
+    )
+
+
+def _named_experts(model: nn.Module, entries: Collection[str] | str) -> str | None:
+    """A sentence on the stacked experts of which ``entries`` names a Parameter; None where it names none."""
+    for name, module in model.named_modules():
+        own = stacked_experts(module)
+        if found := [each for each in own if name_matches(entries, joined(name, each))]:
+            return f"{joined(name, found[0])!r} is no module: {_why_not_experts(module, own)}"
     return None
 
 
@@ -173,6 +193,8 @@ def nothing_to_replace(model: nn.Module, config: LoRAConfig, skipped: list[Skipp
                 "layers_pattern='layers', or whatever their list is called."
             )
     names = linear_names(model)
+    if not is_all_linear(target) and (experts := _named_experts(model, target or ())):
+        return InvalidTypeError(f"target_modules={target!r} matches no module in {kind}. {experts}")
     if not names:
         return InvalidArgumentError(f"target_modules={target!r} was given, but {kind} has no nn.Linear to replace.")
     if is_all_linear(target):
@@ -183,8 +205,16 @@ def nothing_to_replace(model: nn.Module, config: LoRAConfig, skipped: list[Skipp
     whole = "the whole dotted name of " if isinstance(target, str) else ""
     return InvalidArgumentError(
         f"target_modules={target!r} matches {whole}no module in {kind}. {_close_sentence(model, config)}Its linear "
-        f"layers are called {listed(names)}."
+        f"layers are called {listed(names)}.{_experts_sentence(model)}"
     )
+
+
+def _experts_sentence(model: nn.Module) -> str:
+    """What is said of stacked experts where a name may have meant them: many know an expert's layers as w1, w2, w3."""
+    for name, module in model.named_modules():
+        if own := stacked_experts(module):
+            return f" {name!r} is none of them: {_why_not_experts(module, own)}"
+    return ""
 
 
 def _close_sentence(model: nn.Module, config: LoRAConfig) -> str:
@@ -244,6 +274,9 @@ def make_report(
 
 def _notes(model: nn.Module, config: LoRAConfig, matches: list[Match], replaced: list[str]) -> Iterator[str]:
     for entry in unmatched_names(model, config):
+        if experts := _named_experts(model, [entry]):
+            yield f"target_modules names {entry!r}: {experts}"
+            continue
         close = close_names(entry, model)
         yield f"target_modules names {entry!r}, which matches nothing{f' (close: {listed(close)})' if close else ''}."
     if config.exclude_modules and not any(match.excluded for match in matches):

@@ -93,7 +93,7 @@ def fuse_peft(model: nn.Module) -> FuseReport:
         layers=tuple(_fused_layer(name, layer) for name, layer in chosen),
         already=tuple(name for name, _ in already),
         skipped=tuple(SkippedLayer(name, f"{reason}.") for name, reason in reasons.items() if reason is not None),
-        notes=tuple(_notes([*already, *chosen])),
+        notes=(*_notes([*already, *chosen]), *_notes_of_encoders(model, {layer for _, layer in lora_layers})),
         groups=shared.groups,
         _counters=tuple(counter(layer) for _, layer in [*already, *chosen]),
     )
@@ -258,3 +258,26 @@ def _notes(layers: list[tuple[str, Any]]) -> list[str]:
         f"{', ...' if len(names) > 1 else ''}): {reason}."
         for (adapter, reason), names in affected.items()
     ]
+
+
+def _notes_of_encoders(model: nn.Module, layers: set[nn.Module]) -> list[str]:
+    """What is said where ``nn.TransformerEncoderLayer`` reads the weights of its linear layers and calls none of them.
+
+    :func:`lora_kernels.replace_linear` keeps its layers from that; here the model goes on computing as PEFT's.
+    """
+    skipping = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoderLayer)
+        and getattr(module.self_attn, "batch_first", False)
+        and not layers.isdisjoint(module.modules())
+    ]
+    if not skipping:
+        return []
+    which = f"{skipping[0] or 'the model'}{f' and {len(skipping) - 1} more' if len(skipping) > 1 else ''}"
+    note = (
+        f"{which}: in evaluation an nn.TransformerEncoderLayer reads the base weights and calls none of its layers, so "
+        "the adapters do not act there, with or without fuse_peft. torch.backends.mha.set_fastpath_enabled(False) "
+        "has it call them."
+    )
+    return [note]

@@ -145,7 +145,7 @@ class FuseReport(Report):
         layers: the layers that were fused.
         already: names of those that had been before.
         skipped: PEFT's LoRA layers that stay its own, each with the reason.
-        notes: sentences about fused layers that PEFT's own forward will run as things stand.
+        notes: sentences about fused layers that PEFT's own forward will run as things stand, or that nobody calls.
         groups: the names of layers that read one x and run together in training; see
             :func:`lora_kernels.share_inputs`.
     """

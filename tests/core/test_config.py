@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
-from lora_kernels import LoRAConfig
+from lora_kernels import FusedLoRALinear, LoRAConfig, lora_linear, peft_fields
 from lora_kernels.config import pattern_value, scaling_of
 from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError
 
@@ -84,3 +87,128 @@ def test_a_pattern_matches_the_end_of_a_name_and_the_first_key_wins() -> None:
     pattern = {r"layers\.1\.q_proj": 1, "q_proj": 2, "q": 3, r"layers\.\d+\.v_proj": 4}
     names = ["model.layers.1.q_proj", "model.layers.11.q_proj", "q_proj", "xq_proj", "layers.3.v_proj", "v_proj", "a.q"]
     assert [pattern_value(pattern, name, 0) for name in names] == [1, 2, 2, 0, 4, 0, 3]
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    np = pytest.importorskip("numpy")
+    config = LoRAConfig(
+        r=np.int64(8),
+        lora_alpha=np.float32(16),
+        lora_dropout=np.float16(0.5),
+        use_rslora=np.True_,
+        lora_bias=np.False_,
+        target_modules=["q"],
+        rank_pattern={"q": np.int32(3)},
+        alpha_pattern={"q": np.float64(0.5)},
+        layers_to_transform=[np.int64(1), 2],
+    )
+    plain = LoRAConfig(8, 16.0, 0.5, ["q"], None, {"q": 3}, {"q": 0.5}, True, layers_to_transform=[1, 2])
+    assert config == plain
+    assert repr(config) == repr(plain)
+    assert LoRAConfig(target_modules=["q"], layers_to_transform=np.int64(1)).layers_to_transform == 1
+    for wrong in ({"r": np.float32(8)}, {"r": np.True_}, {"lora_alpha": np.float32("nan")}, {"r": np.int64(0)}):
+        with pytest.raises(InvalidArgumentError):
+            LoRAConfig(**wrong)
+
+
+def test_layers_and_calls_take_numbers_of_numpy() -> None:
+    np = pytest.importorskip("numpy")
+    x = torch.randn(3, 8)
+    for kind in (np.float16, np.float32, np.float64):
+        layer = FusedLoRALinear(8, 6, r=np.int64(2), lora_alpha=kind(4), lora_dropout=kind(0.5))
+        assert (type(layer.r), type(layer.lora_alpha), type(layer.scaling)) == (int, float, float)
+        layer.lora_dropout = kind(0.5)
+        torch.manual_seed(0)
+        got = layer(x)
+        layer.lora_dropout = 0.5
+        torch.manual_seed(0)
+        assert torch.equal(got, layer(x))
+        tensors = x, layer.weight, layer.lora_A, layer.lora_B
+        for activation in ("identity", "relu"):
+            for name in ("eager", None):
+                given = {"activation": activation, "backend": name}
+                torch.manual_seed(0)
+                got = lora_linear(*tensors, scaling=kind(2), dropout_p=kind(0.5), **given)
+                torch.manual_seed(0)
+                assert torch.equal(got, lora_linear(*tensors, scaling=2.0, dropout_p=0.5, **given))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("task_type", ["peft.LoraConfig", "leave it out", "save_adapter", "from_peft"]),
+        ("inference_mode", ["leave it out", "requires_grad_(False)"]),
+        ("revision", ["leave it out"]),
+        ("target_parameters", ["stacked experts", "peft.get_peft_model"]),
+        ("rank", ["no such field", "r, lora_alpha, lora_dropout"]),
+    ],
+)
+def test_a_field_that_it_lacks_is_a_sentence(name: str, words: list[str]) -> None:
+    with pytest.raises(InvalidTypeError) as caught:
+        LoRAConfig(**{name: None})
+    assert str(caught.value).startswith(f"{name} was given to LoRAConfig")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_every_field_of_pefts_is_in_the_table_of_fields() -> None:
+    peft = pytest.importorskip("peft")
+    known = {*peft_fields.HELD, *peft_fields.KEPT, *peft_fields._REFUSED}
+    assert set(peft.LoraConfig().to_dict()) <= known
+    ours = set(peft_fields.HELD) | {"init_lora_weights", "adapter_dtype", "activation"}
+    assert ours == set(LoRAConfig.__dataclass_fields__)
+
+
+GIVEN = {
+    "nothing": {},
+    "all": {
+        "r": 4,
+        "lora_alpha": 3,
+        "lora_dropout": 0.1,
+        "target_modules": ["q"],
+        "exclude_modules": ["1.q"],
+        "rank_pattern": {"q": 2},
+        "alpha_pattern": {"q": 5},
+        "use_rslora": True,
+        "bias": "all",
+        "init_lora_weights": "pissa_niter_4",
+        "modules_to_save": ["head"],
+        "layers_to_transform": [0],
+        "layers_pattern": "layers",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+    },
+    "DoRA": {"use_dora": True, "target_modules": "all-linear"},
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_configuration_of_pefts_is_taken_over(name: str) -> None:
+    peft = pytest.importorskip("peft")
+    theirs = peft.LoraConfig(**GIVEN[name])
+    ours = LoRAConfig.from_peft(theirs, adapter_dtype=torch.bfloat16)
+    for each in [*peft_fields.HELD, "init_lora_weights"]:
+        assert getattr(ours, each) == getattr(theirs, each), each
+    assert ours.adapter_dtype == torch.bfloat16
+    assert LoRAConfig.from_peft(theirs.to_dict()) == replace(ours, adapter_dtype=None)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"peft_type": "IA3"}, InvalidArgumentError, ["peft_type='IA3'", "LoRA only", "get_peft_model"]),
+        ({"peft_type": "LORA", "use_qalora": True}, InvalidArgumentError, ["use_qalora", "QA-LoRA"]),
+        ({"peft_type": "LORA", "init_lora_weights": "eva"}, InvalidArgumentError, ["'eva'", "sample data"]),
+        ({"r": 3}, InvalidArgumentError, ["no peft_type"]),
+        (3, InvalidTypeError, ["type int", "peft.LoraConfig"]),
+    ],
+)
+def test_what_it_cannot_say_is_refused(given: Any, error: type[Exception], words: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        LoRAConfig.from_peft(given)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_an_unknown_field_of_pefts_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"does not know: from_the_future\. They are left out") as caught:
+        LoRAConfig.from_peft({"peft_type": "LORA", "from_the_future": 1, "unset": None})
+    assert caught[0].filename == __file__

@@ -115,6 +115,60 @@ REFUSED = {
 }
 
 
+class Experts(nn.Module):
+    """A mixture's, as transformers has them: one Parameter for all, and no linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 8, 4))
+        self.down_proj = nn.Parameter(torch.randn(3, 4, 4))
+
+
+def mixture() -> nn.Module:
+    return nn.ModuleDict({"q": nn.Linear(4, 4), "experts": Experts()})
+
+
+REFUSED |= {
+    f"stacked experts, {target}": (
+        mixture,
+        {"target_modules": target},
+        InvalidTypeError if named else InvalidArgumentError,
+        ["Experts keeps its experts stacked in gate_up_proj (3, 8, 4) and down_proj (3, 4, 4)", "target_parameters"],
+    )
+    for target, named in ((["experts"], True), (["gate_up_proj"], True), (r".*\.down_proj", True), (["w1"], False))
+}
+
+
+def test_stacked_experts_are_left_alone_with_the_reason() -> None:
+    (skipped,) = replace_linear(mixture(), LoRAConfig(target_modules="all-linear")).skipped
+    assert skipped.name == "experts"
+    assert "target_parameters" in skipped.reason
+    (note,) = replace_linear(mixture(), LoRAConfig(target_modules=["q", "down_proj"])).notes
+    assert "'experts.down_proj' is no module" in note
+
+
+def test_a_configuration_of_pefts_is_refused_with_the_way_to_ours() -> None:
+    peft = pytest.importorskip("peft")
+    words = ["peft.LoraConfig", "LoRAConfig.from_peft(config)"]
+    refused(Net(), lambda model: replace_linear(model, peft.LoraConfig(r=2)), InvalidTypeError, *words)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (nn.Conv2d(3, 3, 3), ["type Conv2d", "linear layers only", "convolutions"]),
+        (nn.Embedding(3, 3), ["type Embedding", "modules_to_save"]),
+        (nn.ReLU(), ["type ReLU", "replace_linear"]),
+        (3, ["type int", "takes an nn.Linear."]),
+    ],
+)
+def test_from_linear_says_what_fits_the_class_it_is_given(given: Any, words: list[str]) -> None:
+    with pytest.raises(InvalidTypeError) as caught:
+        FusedLoRALinear.from_linear(given)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "exclude it" not in str(caught.value)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*Lazy modules", "ignore:.*is deprecated")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_replaced_is_refused_with_a_sentence(name: str) -> None:

@@ -72,3 +72,30 @@ def test_many_adapters_and_many_reasons_stay_short() -> None:
     assert len(str(many).splitlines()) == 6
     assert str(many).splitlines()[-1].endswith("by PEFT: 36 other reasons; details() has them")
     assert len(many.details().splitlines()) == 41
+
+
+def test_an_encoder_layer_that_skips_the_adapters_in_evaluation_is_noted() -> None:
+    inner = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True))
+    config = peft.LoraConfig(r=2, target_modules=["linear1", "linear2"], init_lora_weights=False)
+    model = peft.get_peft_model(inner, config).eval()
+    report = fuse_peft(model)
+    (note,) = report.notes
+    assert "base_model.model.0: in evaluation" in note
+    assert "set_fastpath_enabled(False)" in str(report)
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        model(x)
+        assert calls(model).fused == 0  # as the note says
+        enabled = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            model(x)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(enabled)
+    assert calls(model).fused == 2
+
+
+@pytest.mark.parametrize(("batch_first", "target"), [(False, "0.linear1"), (True, "1")])
+def test_an_encoder_layer_that_calls_its_layers_is_not_noted(batch_first: bool, target: str) -> None:
+    inner = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first), nn.Linear(8, 8))
+    assert fuse_peft(peft.get_peft_model(inner, peft.LoraConfig(target_modules=[target]))).notes == ()
