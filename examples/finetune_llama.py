@@ -67,9 +67,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps (default: 100)")
     parser.add_argument(
-        "--out", type=Path, default=Path("finetuned"), help="folder for the adapter (default: finetuned)"
+        "--out", type=Path, help="folder for the adapter (default: a new temporary folder, which is printed)"
     )
     args = parser.parse_args()
+    out = args.out or Path(tempfile.mkdtemp(prefix="lora_kernels-finetuned-"))
 
     set_seed(0)
     text = training_text()
@@ -114,14 +115,14 @@ def main() -> None:
     assert after < before, "the adapter has learnt nothing"
     lora_kernels.unmerge_lora(model)  # the exact weights again
 
-    lora_kernels.save_adapter(model, args.out)  # PEFT's two files: PeftModel.from_pretrained reads them too
-    loaded = lora_kernels.load_adapter(plain, args.out)  # replaces the layers that the files name
+    lora_kernels.save_adapter(model, out)  # PEFT's two files: PeftModel.from_pretrained reads them too
+    loaded = lora_kernels.load_adapter(plain, out)  # replaces the layers that the files name
     tokens = Characters(text[split:], vocabulary)[0]["input_ids"].unsqueeze(0).to(model.device)
     with torch.no_grad():
         same = torch.equal(plain.to(model.device).eval()(tokens).logits, model.eval()(tokens).logits)
     assert same, "the loaded adapter computes something else"
-    size = (args.out / "adapter_model.safetensors").stat().st_size
-    print(f"saved {args.out} ({size:,} bytes), loaded {len(loaded)} layers onto the plain model: the same logits")
+    size = (out / "adapter_model.safetensors").stat().st_size
+    print(f"saved {out} ({size:,} bytes), loaded {len(loaded)} layers onto the plain model: the same logits")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run_command"]
 
-PLOT = Path("lora_demo.png")
+PLOT = "lora_demo.png"
 ROWS = {
     "sphere": ("pre-trained", "its own data: the sphere"),
     "gaussian": ("pre-trained", "Gaussian, deviation 1/16"),
@@ -39,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, default=400, help="of each phase (400, as published)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; by default the GPU where there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON there; - is stdout, alone")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"write the loss curves there ({PLOT})")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help=f"write the loss curves there ({PLOT} in a new temporary folder)"
+    )
     parser.add_argument("--no-plot", action="store_true", help="write no plot")
 
 
@@ -51,7 +55,11 @@ def run_command(args: argparse.Namespace) -> int:
         MissingExtraError: rich or matplotlib is not installed, and is needed.
     """
     only_json = args.json is not None and str(args.json) == "-"
-    plot = None if args.no_plot else args.plot or (None if only_json else PLOT)
+    by_default = args.plot is None and not args.no_plot and not only_json
+    drawable = by_default and find_spec("matplotlib") is not None
+    plot = None if args.no_plot else args.plot
+    if drawable:
+        plot = Path(tempfile.mkdtemp(prefix="lora_kernels-demo-")) / PLOT
     if plot is not None:
         check_plot("--plot", plot)
     if args.json is not None and not only_json:
@@ -68,6 +76,8 @@ def run_command(args: argparse.Namespace) -> int:
         if args.json is not None:
             args.json.write_text(json_text(report.to_dict()) + "\n")
             console.print(f"Everything as JSON: {args.json.resolve()}", soft_wrap=True)
+    if by_default and not drawable:
+        console.print('No loss curves, as matplotlib is missing: pip install "lora-kernels[plot]".', markup=False)
     if plot is not None:
         draw(report, plot)
         if not only_json:

@@ -44,6 +44,7 @@ def listed(heading: str) -> list[str]:
     [
         ("`lora_kernels`", lora_kernels.__all__),
         ("`lora_kernels.peft`", live.__all__),
+        ("`lora_kernels.trainer`", ["SaveAdapterCallback"]),
         ("Errors", errors.__all__),
         ("Commands", cli.COMMANDS),
         ("Environment variables", info.VARIABLES),

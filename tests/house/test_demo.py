@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from lora_kernels import FusedLoRALinear, demo, dispatch, ops
 from lora_kernels.cli import main
-from lora_kernels.demo import experiment, training
+from lora_kernels.demo import command, experiment, training
 from lora_kernels.dispatch import select
 
 FEW = ["demo", "--seeds", "1", "--epochs", "3", "--device", "cpu"]
@@ -86,14 +87,26 @@ def test_the_command_prints_published_rows_beside_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     assert main([*FEW, "--json", "demo.json"]) == 0
     shown = capsys.readouterr().out
     assert all(f"{published:.1f}" in shown for published in experiment.PUBLISHED.values())
     assert "FusedLoRALinear" in shown
-    assert str(tmp_path / "lora_demo.png") in shown
-    assert (tmp_path / "lora_demo.png").read_bytes().startswith(b"\x89PNG")
+    (plot,) = (tmp_path / "temporary").glob("*/lora_demo.png")
+    assert str(plot) in shown
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"temporary", "demo.json"}
     assert "by an adapter" in shown
     assert set(json.loads((tmp_path / "demo.json").read_text())["summaries"]) == {*experiment.PUBLISHED, "adapter"}
+
+
+def test_without_matplotlib_it_runs_and_says_that_there_are_no_curves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert main(FEW) == 0
+    assert "lora-kernels[plot]" in capsys.readouterr().out
 
 
 def test_json_on_stdout_is_alone_and_writes_no_file(

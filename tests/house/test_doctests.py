@@ -25,6 +25,8 @@ EXEMPT = {"__version__", "LoRAKernelsError"}
 def test_examples_run(name: str) -> None:
     if name.startswith(PEFT_CODE):
         pytest.importorskip("peft", reason="the examples of lora_kernels.peft make PEFT models, and PEFT is not here")
+    if name == "lora_kernels.trainer":
+        pytest.importorskip("transformers", reason="lora_kernels.trainer is for transformers' Trainer")
     result = doctest.testmod(import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
 
