@@ -64,3 +64,15 @@ def test_serve_merged(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     out = run_here("serve_merged.py", monkeypatch=monkeypatch, capsys=capsys)
     assert "adapters merged: 6; adapters dropped: 0" in out
     assert "each row is what its adapter gives alone" in out
+
+
+def test_trl_sft(tmp_path: Path) -> None:
+    for name in ("trl", "datasets", "peft"):
+        pytest.importorskip(name, reason="the script trains with TRL's SFTTrainer, which is not a requirement")
+    out = run_example("trl_sft.py", "--steps", "3", cwd=tmp_path)
+    assert re.search(r"calls when counted: [1-9]\d* fused, 0 by PEFT's own forward, 0 base alone", out)
+    theirs, ours = (re.search(rf"{who} +(.*)", out)[1].split() for who in ("by PEFT", "fused   "))
+    assert len(theirs) == 3
+    assert float(theirs[-1]) < float(theirs[0])
+    assert ours == theirs  # to the four decimals that are printed
+    assert not list(tmp_path.iterdir())

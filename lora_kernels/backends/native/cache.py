@@ -50,13 +50,14 @@ def build(recipe: Recipe, usable: Callable[[Path], bool], force: bool = False, h
         BackendUnavailableError: the compile failed; the log's path and last lines are in the sentence.
     """
     try:
-        root = writable_folder()
+        why: list[str] = []
+        root = writable_folder(why.append)
         final = root / recipe.key
         what = f"the native {recipe.kind} library"
         with locked(root / f"{recipe.key}.lock", f"compiles {what} into {root}"):
             due = force or not usable(final)
             if due:
-                with shown(what, str(root), hint) as progress:
+                with shown(what, str(root), " ".join([*why, hint])) as progress:
                     _build_at(root, final, recipe, progress)
     except OSError as error:
         raise BackendUnavailableError(
@@ -141,16 +142,18 @@ def _temporary_folder() -> Path | None:
     return folder / "native" if _is_private(folder) else None
 
 
-def writable_folder() -> Path:
-    """The user's cache; where it cannot be written to, a private temporary folder, and that is said once."""
+def writable_folder(tell: Callable[[str], None] = say) -> Path:
+    """The user's cache; where it cannot be written to, a private temporary folder, and ``tell`` is given the reason."""
     user = _user_folder()
     if user is not None and _can_write(user):
         return user
-    return _stand_in(user)
+    missing = "There is no home folder" if user is None else f"The cache {user.parent} cannot be written to"
+    tell(f"{missing}; {env.CACHE_VARIABLE} names another one.")
+    return _stand_in()
 
 
 @lru_cache(maxsize=1)
-def _stand_in(instead_of: Path | None) -> Path:
+def _stand_in() -> Path:
     folder = Path(tempfile.gettempdir()) / f"lora_kernels-{_user()}"
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -158,8 +161,6 @@ def _stand_in(instead_of: Path | None) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="lora_kernels-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / "native").mkdir(exist_ok=True)
-    missing = "There is no home folder" if instead_of is None else f"The cache {instead_of} cannot be written to"
-    say(f"{missing}: {folder} stands in for it. Name a folder of yours by {env.CACHE_VARIABLE} instead.")
     return folder / "native"
 
 
