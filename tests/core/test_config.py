@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels import FusedLoRALinear, LoRAConfig, lora_linear, peft_fields
+from lora_kernels import FusedLoRALinear, LoRAConfig, lora_linear, peft_fields, use_backend
 from lora_kernels.config import pattern_value, scaling_of
 from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError
 
@@ -111,26 +111,27 @@ def test_numbers_of_numpy_become_plain_ones() -> None:
             LoRAConfig(**wrong)
 
 
-def test_layers_and_calls_take_numbers_of_numpy() -> None:
-    np = pytest.importorskip("numpy")
-    x = torch.randn(3, 8)
-    for kind in (np.float16, np.float32, np.float64):
-        layer = FusedLoRALinear(8, 6, r=np.int64(2), lora_alpha=kind(4), lora_dropout=kind(0.5))
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+def test_layers_and_calls_take_numbers_of_numpy(kind: str, backend: str) -> None:
+    number = getattr(pytest.importorskip("numpy"), kind)
+    x, p = torch.randn(3, 8), number(0.1)
+    for options in ({}, {"use_dora": True}, {"activation": "relu"}):
+        layer = FusedLoRALinear(8, 6, r=number(2).astype(int), lora_alpha=number(4), **options)
         assert (type(layer.r), type(layer.lora_alpha), type(layer.scaling)) == (int, float, float)
-        layer.lora_dropout = kind(0.5)
-        torch.manual_seed(0)
-        got = layer(x)
-        layer.lora_dropout = 0.5
-        torch.manual_seed(0)
-        assert torch.equal(got, layer(x))
+        gradients = []
+        for layer.lora_dropout in (p, float(p)):
+            torch.manual_seed(0)
+            with use_backend(backend):
+                gradients += torch.autograd.grad(layer(x).sum(), [layer.lora_B])
+        assert torch.equal(*gradients)
         tensors = x, layer.weight, layer.lora_A, layer.lora_B
-        for activation in ("identity", "relu"):
-            for name in ("eager", None):
-                given = {"activation": activation, "backend": name}
-                torch.manual_seed(0)
-                got = lora_linear(*tensors, scaling=kind(2), dropout_p=kind(0.5), **given)
-                torch.manual_seed(0)
-                assert torch.equal(got, lora_linear(*tensors, scaling=2.0, dropout_p=0.5, **given))
+        given = {"activation": layer.activation, "backend": backend}
+        y = []
+        for scaling, drop in ((number(2), p), (2.0, float(p))):
+            torch.manual_seed(0)
+            y.append(lora_linear(*tensors, scaling=scaling, dropout_p=drop, **given))
+        assert torch.equal(*y)
 
 
 @pytest.mark.parametrize(
