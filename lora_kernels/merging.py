@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import dora, fsdp, sharded, storage, telling
 from .errors import LoRAStateError
+from .graph_numbers import is_fixed
 from .tensors import PLAIN_TENSORS
 
 if TYPE_CHECKING:
@@ -111,7 +112,11 @@ def base_of(layer: LoRALayer) -> Base | None:
 
 def with_offset(bias: Tensor | None, lora_bias: Tensor, scaling: float) -> Tensor:
     """bias + s b_B, (N,), in the wider of their dtypes."""
-    return lora_bias * scaling if bias is None else torch.add(bias, lora_bias, alpha=scaling)
+    if bias is None:
+        return lora_bias * scaling
+    if torch.compiler.is_compiling() and not is_fixed(scaling):
+        return bias + lora_bias * scaling  # of which alone a symbolic number stays one
+    return torch.add(bias, lora_bias, alpha=scaling)
 
 
 def _merged_weight(layer: LoRALayer) -> Tensor:

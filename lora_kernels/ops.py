@@ -49,6 +49,8 @@ and are rounded to it at the product, adapters over fp16 not (``reference.adapte
 fp32's range and at least 16 bits. ``h``, ``z``, ``dh`` and what ``a_grad`` gives are in the backend's hidden
 dtype (``Operators.hidden_dtype``), and no other backend ever reads them; what is (M,R) may come with rows at any
 distance (a column slice), each in one piece. Gains, their gradients and norms are fp32 (fp64 for fp64).
+
+The overload ``.Tensor`` of an operator takes its numbers as 0-dim fp64 tensors: see ``graph_numbers.py``.
 """
 
 from __future__ import annotations
@@ -62,6 +64,7 @@ import torch
 from torch import Tensor
 
 from .fakes import fakes
+from .graph_numbers import by_numbers, tensor_schema, with_numbers
 
 __all__ = ["NAMESPACE", "OPERATOR_NAMES", "Operators", "operators", "register"]
 
@@ -89,7 +92,9 @@ OPERATOR_NAMES = tuple(_SCHEMAS)
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _registered: dict[str, Operators] = {}  # the operators, behind PyTorch's dispatcher
+_traced: dict[str, Operators] = {}  # those, for a compiler: with its symbolic numbers too
 _direct: dict[str, Operators] = {}  # the same functions by the way that takes the least host time
+_packets: dict[str, dict[str, Any]] = {}  # all overloads of each operator
 
 
 @dataclass(frozen=True)
@@ -123,18 +128,34 @@ def register(
     if backend in _registered:
         return
     overloads: dict[str, Any] = {}
+    traced: dict[str, Any] = {}
     direct: dict[str, Any] = {}
+    packets = _packets[backend] = {}
     for name, fake in fakes(hidden_dtype).items():
         qualified = f"{backend}_{name}"
         _library.define(f"{qualified}{_SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
         if name in implementations:
             _library.impl(qualified, _without_graph(implementations[name]), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=_library)
-        overloads[name] = getattr(getattr(torch.ops, NAMESPACE), qualified).default
+        packets[name] = getattr(getattr(torch.ops, NAMESPACE), qualified)
+        overloads[name] = traced[name] = packets[name].default
+        if (schema := tensor_schema(_SCHEMAS[name])) is not None:
+            traced[name] = _with_tensor_overload(qualified, schema, fake, packets[name])
         compiled = len(implementations) < len(_SCHEMAS)
         direct[name] = overloads[name]._op if compiled else implementations[name]
     _registered[backend] = Operators(**overloads, hidden_dtype=hidden_dtype)
+    _traced[backend] = Operators(**traced, hidden_dtype=hidden_dtype)
     _direct[backend] = Operators(**direct, hidden_dtype=hidden_dtype)
+
+
+def _with_tensor_overload(qualified: str, schema: str, fake: Callable[..., Any], packet: Any) -> Callable[..., Any]:
+    """What compiled code calls, once the overload that takes numbers as tensors is there."""
+    named = f"{qualified}.Tensor"
+    # A CUDA graph would replay the numbers that it was captured with.
+    _library.define(f"{named}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))
+    _library.impl(named, _without_graph(by_numbers(packet.default)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{named}", fake, lib=_library)
+    return with_numbers(packet.default, packet.Tensor)
 
 
 def _without_graph(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -156,10 +177,8 @@ def operators(backend: str) -> Operators:
     Where somebody watches (a compiler, an exporter, a tracer, fake tensors, any dispatch mode), calls go through the
     dispatcher and are seen as one operator; elsewhere straight to the implementation, which takes less host time.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    ):
+    if torch.compiler.is_compiling():
+        return _traced[backend]
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
         return _registered[backend]
     return _direct[backend]
