@@ -43,7 +43,8 @@ def why_call(x: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> s
     if not is_plain(x) or x.dtype not in COMPUTE_DTYPES or x.dim() < 1:
         return "the input is not a plain floating tensor"
     if torch.compiler.is_compiling():
-        return "torch.export is recording" if torch.compiler.is_exporting() else None
+        # The compiler of PyTorch 2.11 takes the function is_exporting() for True in all that it traces.
+        return "torch.export is recording" if torch.compiler._is_exporting_flag else None
     if torch._C._are_functorch_transforms_active():
         return "torch.func or vmap is active"
     if forward_ad._current_level >= 0:
