@@ -50,7 +50,8 @@ fp32's range and at least 16 bits. ``h``, ``z``, ``dh`` and what ``a_grad`` give
 dtype (``Operators.hidden_dtype``), and no other backend ever reads them; what is (M,R) may come with rows at any
 distance (a column slice), each in one piece. Gains, their gradients and norms are fp32 (fp64 for fp64).
 
-The overload ``.Tensor`` of an operator takes its numbers as 0-dim fp64 tensors: see ``graph_numbers.py``.
+The overload ``.Tensor`` of an operator takes its numbers as 0-dim fp64 tensors: see ``graph_numbers.py``. What each
+operator counts for PyTorch's ``FlopCounterMode`` is in ``flops.py``.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ import torch
 from torch import Tensor
 
 from .fakes import fakes
+from .flops import enter_formulas, inform_counters
 from .graph_numbers import by_numbers, tensor_schema, with_numbers
 
 __all__ = ["NAMESPACE", "OPERATOR_NAMES", "Operators", "operators", "register"]
@@ -133,6 +135,7 @@ def register(
     packets = _packets[backend] = {}
     for name, fake in fakes(hidden_dtype).items():
         qualified = f"{backend}_{name}"
+        fake = _entering_formulas(fake, packets)
         _library.define(f"{qualified}{_SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
         if name in implementations:
             _library.impl(qualified, _without_graph(implementations[name]), "CompositeExplicitAutograd")
@@ -146,6 +149,7 @@ def register(
     _registered[backend] = Operators(**overloads, hidden_dtype=hidden_dtype)
     _traced[backend] = Operators(**traced, hidden_dtype=hidden_dtype)
     _direct[backend] = Operators(**direct, hidden_dtype=hidden_dtype)
+    enter_formulas(packets)
 
 
 def _with_tensor_overload(qualified: str, schema: str, fake: Callable[..., Any], packet: Any) -> Callable[..., Any]:
@@ -156,6 +160,17 @@ def _with_tensor_overload(qualified: str, schema: str, fake: Callable[..., Any],
     _library.impl(named, _without_graph(by_numbers(packet.default)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{named}", fake, lib=_library)
     return with_numbers(packet.default, packet.Tensor)
+
+
+def _entering_formulas(fake: Callable[..., Any], packets: dict[str, Any]) -> Callable[..., Any]:
+    """``fake``, which every graph has called: a compiled program runs nothing of ours that could tell a counter."""
+
+    @functools.wraps(fake)
+    def called(*arguments: Any) -> Any:
+        enter_formulas(packets)
+        return fake(*arguments)
+
+    return called
 
 
 def _without_graph(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -179,6 +194,9 @@ def operators(backend: str) -> Operators:
     """
     if torch.compiler.is_compiling():
         return _traced[backend]
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+    if torch._C._len_torch_dispatch_stack() > 0:
+        inform_counters(_packets[backend])
+        return _registered[backend]
+    if torch._C._get_tracing_state() is not None:
         return _registered[backend]
     return _direct[backend]

@@ -1,0 +1,113 @@
+"""How many floating-point operations the operators of ``ops.py`` take, for ``torch.utils.flop_counter``.
+
+As PyTorch counts: an (M, K) by (K, N) product is 2 M K N, and what works element by element counts nothing. Counted is
+what is due by the formulas, whatever a backend adds: products in several parts, or a mask that is drawn twice.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+__all__ = ["FORMULAS", "enter_formulas", "inform_counters"]
+
+_COUNTING = "torch.utils.flop_counter"
+_Shape = tuple[int, ...]
+
+
+def _forward(x: _Shape, weight: _Shape, lora_a: _Shape, *_: Any, **__: Any) -> int:
+    (m, k), n, r = x, weight[0], lora_a[0]
+    return 2 * m * k * n + 2 * m * r * (k + n)
+
+
+def _backward(
+    dy: _Shape,
+    x: _Shape | None,
+    weight: _Shape | None,
+    lora_a: _Shape,
+    lora_b: _Shape,
+    bias: _Shape | None,
+    h: _Shape | None,
+    *_: Any,
+    **__: Any,
+) -> int:
+    (m, n), (r, k) = dy, lora_a
+    dh = 0 if x is None and weight is None else 2 * m * n * r
+    dx = 0 if weight is None else 2 * m * n * k + 2 * m * r * k
+    da = 0 if x is None else 2 * m * r * k
+    db = 0 if h is None else 2 * m * n * r
+    return dh + dx + da + db
+
+
+def _shrink(x: _Shape, lora_a: _Shape, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[1] * lora_a[0]
+
+
+def _product(x: _Shape, weight: _Shape, lora_b: _Shape, *_: Any, **__: Any) -> int:
+    (n, r) = lora_b
+    return 2 * x[0] * n * (x[1] + r)
+
+
+def _output_grads(dy: _Shape, lora_b: _Shape, h: _Shape | None, *_: Any, **__: Any) -> int:
+    one = 2 * dy[0] * dy[1] * lora_b[1]
+    return one if h is None else 2 * one
+
+
+def _input_grad(dys: list[_Shape], weights: list[_Shape], dhs: list[_Shape], *_: Any, **__: Any) -> int:
+    k = weights[0][1]
+    return sum(2 * dy[0] * k * (dy[1] + dh[1]) for dy, dh in zip(dys, dhs, strict=True))
+
+
+def _a_grad(dh: _Shape, x: _Shape, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[1] * dh[1]
+
+
+def _row_norms(weight: _Shape, lora_a: _Shape, *_: Any, **__: Any) -> int:
+    """W Aᵀ, A Aᵀ and B (A Aᵀ)."""
+    (n, k), r = weight, lora_a[0]
+    return 2 * n * k * r + 2 * r * r * (k + n)
+
+
+# By the operators' names; each takes the operator's arguments, shapes in the place of tensors. ``mask`` and
+# ``gain_grad`` multiply no matrices.
+FORMULAS: Mapping[str, Callable[..., int]] = {
+    "forward": _forward,
+    "backward": _backward,
+    "shrink": _shrink,
+    "product": _product,
+    "output_grads": _output_grads,
+    "input_grad": _input_grad,
+    "a_grad": _a_grad,
+    "row_norms": _row_norms,
+}
+
+
+def enter_formulas(packets: Mapping[str, Any]) -> None:
+    """Enters the formulas of a backend's operators, by name, into PyTorch's registry, for counters made from now on.
+
+    PyTorch's counter imports Triton, which takes 0.3 s. So nothing happens before somebody has imported the one, or
+    the compiler, which imports the other.
+    """
+    if _COUNTING not in sys.modules and "torch._dynamo" not in sys.modules:
+        return
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    for name, formula in FORMULAS.items():
+        if packets[name] not in flop_registry:
+            register_flop_formula(packets[name])(formula)
+
+
+def inform_counters(packets: Mapping[str, Any]) -> None:
+    """``enter_formulas``, and for the counters that are active too: one knows what was entered before it was made."""
+    counting: Any = sys.modules.get(_COUNTING)
+    if counting is None:
+        return
+    enter_formulas(packets)
+    for mode in _get_current_dispatch_mode_stack():
+        counter = getattr(mode, "counter", None)
+        if isinstance(counter, counting.FlopCounterMode):
+            for name in FORMULAS:  # what the user gave as custom_mapping stays
+                counter.flop_registry.setdefault(packets[name], counting.flop_registry[packets[name]])
