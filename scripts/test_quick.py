@@ -93,6 +93,12 @@ TESTS: dict[str, tuple[str, ...]] = {
         f"{_TRITON}_parts.py",
         f"{_TRITON}_compile.py",
     ),
+    "lora_kernels/backends/triton/kernels/hopper/": (
+        "tests/backends/triton/test_hopper.py",
+        "tests/backends/triton/test_packed_draw.py",
+    ),
+    "lora_kernels/backends/triton/run/hopper.py": ("tests/backends/triton/test_hopper.py",),
+    "lora_kernels/packed_mask.py": ("tests/core/test_packed_mask.py", "tests/backends/triton/test_packed_draw.py"),
     "lora_kernels/backends/triton/offline/": (f"{_TRITON}_compile.py",),
     "lora_kernels/benchmark/": ("tests/benchmark",),
     "lora_kernels/tuning/": ("tests/tuning",),
