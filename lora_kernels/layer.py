@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from .gate import run_branch, run_plain
 from .shared_input import SharedInput
 from .tensors import PLAIN_TENSORS
 
-__all__ = ["LoRALayer"]
+__all__ = ["LoRALayer", "names_of_layers"]
 
 Layer = TypeVar("Layer", bound="LoRALayer")
 
@@ -442,3 +443,16 @@ class _RestoreEnabled(Generic[Layer]):
 
     def __exit__(self, *exception: object) -> None:
         self._blocks.pop().__exit__(None, None, None)
+
+
+@cache
+def names_of_layers() -> frozenset[str]:
+    """What a LoRA layer calls its own, beside what any ``nn.Linear`` has; no class with such a name can become one."""
+    layer = LoRALayer()
+    layer.in_features = layer.out_features = 1
+    layer.register_parameter("weight", nn.Parameter(torch.empty(1, 1, device="meta")))
+    layer.register_parameter("bias", None)
+    layer.add_adapter(AdapterOptions(1, 1.0))
+    held = {*dir(LoRALayer), *vars(layer), *layer._parameters, *layer._buffers, *merging.BUFFERS.values()}
+    plain = {*dir(nn.Linear), *vars(nn.Module()), "in_features", "out_features", "weight", "bias"}
+    return frozenset(name for name in held - plain if not name.startswith("__"))

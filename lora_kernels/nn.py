@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import types
 import warnings
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from . import storage
 from .config import AdapterOptions
 from .dispatch import COMPUTE_DTYPES
 from .errors import InvalidTypeError, LoRAStateError
-from .layer import LoRALayer
-from .replaceable import is_conv1d, why_not_replaceable
+from .layer import LoRALayer, names_of_layers
+from .replaceable import is_conv1d, own_state, why_not_replaceable
 
 __all__ = ["FusedLoRAConv1D", "FusedLoRALinear"]
 
@@ -25,6 +26,14 @@ _HOOK_TABLES = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
+)
+M = TypeVar("M", bound=nn.Module)
+_KINDS: dict[tuple[type, type], type[Any]] = {}  # the classes of LoRA layers that stand for subclasses of nn.Linear
+_STATE_HOOK_TABLES = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
 
 
@@ -75,6 +84,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
     """
 
     weight: nn.Parameter
+    _plain_class: ClassVar[type[nn.Linear]] = nn.Linear  # of what the layer stands for
 
     def __init__(
         self,
@@ -151,15 +161,18 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear`` around this layer's current weight (merged if merged, base otherwise) and bias.
 
+        A layer that was made around a subclass of ``nn.Linear`` gives one of that class, with its attributes.
+
         Raises:
             LoRAStateError: FSDP1, ZeRO-3 or accelerate's offloading holds the layer's values.
         """
         storage.check_free("to_linear", [("", self)])
-        linear = nn.Linear.__new__(nn.Linear)
-        nn.Module.__init__(linear)
+        linear = _blank(self._plain_class)
         linear.in_features, linear.out_features = self.in_features, self.out_features
-        linear.weight = self.plain_weight
+        linear.register_parameter("weight", self.plain_weight)
         linear.register_parameter("bias", self.bias)
+        if self._plain_class is not nn.Linear:
+            _hand_over_own(self, linear)
         hand_over(self, linear)
         return linear
 
@@ -185,9 +198,8 @@ class FusedLoRAConv1D(LoRALayer):
         self._plain_class = type(conv)
 
     def to_plain(self) -> nn.Module:
-        kind: Any = self._plain_class
-        conv = kind.__new__(kind)
-        nn.Module.__init__(conv)
+        kind: type[Any] = self._plain_class
+        conv: Any = _blank(kind)
         conv.nf, conv.nx, conv.weight, conv.bias = self.nf, self.nx, self.plain_weight, self.bias
         hand_over(self, conv)
         restored: nn.Module = conv
@@ -235,14 +247,55 @@ def around(
         layer = FusedLoRAConv1D(module)
     else:
         assert isinstance(module, nn.Linear)
-        layer = kind.__new__(kind)
-        nn.Module.__init__(layer)
+        layer = _blank(_kind_for(kind, type(module)))
         layer.in_features, layer.out_features = module.in_features, module.out_features
     layer.register_parameter("weight", module._parameters["weight"])
     layer.register_parameter("bias", module._parameters["bias"])
+    if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+        _hand_over_own(module, layer)
     layer.add_adapter(options, draw)
     hand_over(module, layer)
     return layer
+
+
+def _kind_for(kind: type[FusedLoRALinear], plain: type[nn.Linear]) -> type[FusedLoRALinear]:
+    """The class of the LoRA layer for a ``plain``: of a subclass of ``nn.Linear``, one that derives from it too.
+
+    So ``isinstance`` holds, and what the subclass defines beside the computation stays.
+    """
+    if plain is nn.Linear:
+        return kind
+    if (kind, plain) in _KINDS:
+        return _KINDS[kind, plain]
+
+    def rebuilt(layer: LoRALayer, protocol: Any) -> tuple[Any, ...]:
+        return _blank_for, (kind, plain), layer.__getstate__()  # a pickle finds no class that was made here by its name
+
+    body = {"_plain_class": plain, "__module__": plain.__module__, "__reduce_ex__": rebuilt}
+    made = types.new_class(f"FusedLoRA{plain.__name__}", (kind, plain), {}, lambda names: names.update(body))
+    return _KINDS.setdefault((kind, plain), made)
+
+
+def _blank_for(kind: type[FusedLoRALinear], plain: type[nn.Linear]) -> nn.Module:
+    return _blank(_kind_for(kind, plain))
+
+
+def _blank(kind: type[M]) -> M:
+    """A ``kind`` without anything in it."""
+    module = nn.Module.__new__(kind)
+    nn.Module.__init__(module)
+    return module
+
+
+def _hand_over_own(former: nn.Module, latter: nn.Module) -> None:
+    """Gives ``latter`` what ``former`` has beside a linear layer's and an adapter's state: its subclass's own."""
+    kept = own_state(former).keys() - names_of_layers() - {"in_features", "out_features"}
+    for table in ("_parameters", "_buffers", "_modules"):
+        vars(latter)[table].update((k, v) for k, v in vars(former)[table].items() if k in kept)
+    latter._non_persistent_buffers_set |= former._non_persistent_buffers_set & kept
+    vars(latter).update((name, value) for name, value in vars(former).items() if name in kept)
+    for table in _STATE_HOOK_TABLES:
+        setattr(latter, table, getattr(former, table))
 
 
 def hand_over(former: nn.Module, latter: nn.Module) -> None:

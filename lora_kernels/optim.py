@@ -11,6 +11,7 @@ from torch import nn
 from . import storage
 from .config import plain_number
 from .errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
+from .models.names import plain_names
 
 __all__ = ["lora_plus_groups"]
 
@@ -119,7 +120,9 @@ def _check(model: nn.Module, lr: float, lr_ratio: float, weight_decay: float, em
 
 def _check_storage(model: nn.Module) -> None:
     """Raises where the Parameters that an optimizer would get are not those of A and B."""
-    for name, module in model.named_modules():
+    names = plain_names(model)
+    for path, module in model.named_modules():
+        name = names[path]
         if storage.is_flat(module) and storage.owns(module, "lora_"):
             raise LoRAStateError(
                 f"lora_plus_groups was called on a model where FullyShardedDataParallel (FSDP1) has one flat parameter "

@@ -1,17 +1,30 @@
-"""Which single modules a LoRA layer can take the place of, and why not the others."""
+"""Which single modules a LoRA layer can take the place of, and why not the others.
+
+A subclass of ``nn.Linear`` is taken where it computes what ``nn.Linear`` does. The class of its LoRA layer derives from
+it too (``nn.py``), so what the subclass adds beside the computation stays.
+"""
 
 from __future__ import annotations
 
 import sys
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from . import storage
 from .dispatch import COMPUTE_DTYPES
+from .layer import names_of_layers
 
-__all__ = ["is_conv1d", "why_not_replaceable"]
+__all__ = ["computes_otherwise", "is_conv1d", "own_state", "why_not_replaceable"]
+
+_SAME = (("transformers.models.falcon.modeling_falcon", "FalconLinear"),)  # x @ W.T + b, written out
+_COMPUTING = ("__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl", "bias", "weight")
+_COPYING = ("__copy__", "__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__", "__setstate__")
+_MAKING = (*_COPYING, "__init_subclass__", "__slots__")
+_EVERY_MODULE = vars(nn.Module()).keys()
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -29,11 +42,8 @@ def why_not_replaceable(module: nn.Module) -> str | None:
         kind = f"{type(module).__module__}.{kind}"
     if parametrize.is_parametrized(module):
         return f"{kind} has parametrized weights: call torch.nn.utils.parametrize.remove_parametrizations first."
-    if type(module) is not nn.Linear and not is_conv1d(module):
-        return (
-            f"{kind} is not a plain torch.nn.Linear, and its own behaviour would be lost. Replace it with an nn.Linear "
-            "first, or exclude it."
-        )
+    if not is_conv1d(module) and (reason := _why_not_of_its_kind(module, kind)):
+        return reason
     if reason := storage.why_not_free(module):
         return f"{kind} cannot be replaced: {reason}"
     if "forward" in vars(module):
@@ -59,6 +69,74 @@ def why_not_replaceable(module: nn.Module) -> str | None:
             f"{kind} has a weight of shape {tuple(weight.shape)} where {expected} is expected: it is sharded, packed "
             "or not initialised. Materialise it first."
         )
+    return None
+
+
+def computes_otherwise(kind: type[nn.Module]) -> bool:
+    """Whether a call of a ``kind`` may give something else than ``nn.Linear`` with its weight and bias.
+
+    Only classes are looked at: what is on the instance or in its hooks is another question.
+    """
+    if not issubclass(kind, nn.Linear):
+        return True
+    if any(name in vars(own) for own in _own_classes(kind) for name in _COMPUTING):
+        return True
+    same = (getattr(sys.modules.get(file), name, None) for file, name in _SAME)
+    return kind.forward not in (nn.Linear.forward, *(known.forward for known in same if known is not None))
+
+
+def _why_not_of_its_kind(module: nn.Module, kind: str) -> str | None:
+    """Why ``module`` is neither an ``nn.Linear`` nor of a subclass whose behaviour a LoRA layer keeps."""
+    own_classes = _own_classes(type(module))
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return (
+            f"{kind} is nn.MultiheadAttention's: its weight is read and it is never called, so an adapter would have "
+            "no effect. Exclude it."
+        )
+    if computes_otherwise(type(module)) or isinstance(module, LazyModuleMixin):
+        return (
+            f"{kind} is not a plain torch.nn.Linear, and its own behaviour would be lost. Replace it with an nn.Linear "
+            "first, or exclude it."
+        )
+    if made := sorted({name for own in own_classes for name in _MAKING if vars(own).get(name)}):
+        return (
+            f"{kind} is not a plain torch.nn.Linear: it has a {made[0]} of its own, which would not know of the "
+            "adapter. Replace it with an nn.Linear first, or exclude it."
+        )
+    held = {name for own in own_classes for name in vars(own)} | set(own_state(module) if own_classes else ())
+    if taken := sorted(held & names_of_layers()):
+        return (
+            f"{kind} has a {taken[0]!r} of its own, and so has every LoRA layer. Replace it with an nn.Linear first, "
+            "or exclude it."
+        )
+    if own_classes and (hook := _hook_of_its_own(module)):
+        return (
+            f"{kind} has a hook that is bound to the module itself ({hook}), which would act on what is replaced. "
+            "Remove the hook first, or exclude the layer."
+        )
+    return None
+
+
+def own_state(module: nn.Module) -> dict[str, Any]:
+    """What an instance of a subclass of ``nn.Linear`` holds beside an ``nn.Linear``'s state, by name."""
+    tables = (module._parameters, module._buffers, module._modules)
+    held = {name: value for table in tables for name, value in table.items() if name not in ("weight", "bias")}
+    return held | {name: value for name, value in vars(module).items() if name not in _EVERY_MODULE}
+
+
+def _own_classes(kind: type) -> list[type]:
+    """The classes that ``kind`` has before ``nn.Linear``."""
+    return list(takewhile(lambda each: each is not nn.Linear, kind.__mro__))
+
+
+def _hook_of_its_own(module: nn.Module) -> str | None:
+    """The name of a table of hooks in which one is bound to ``module``."""
+    for table in _EVERY_MODULE:
+        hooks = vars(module).get(table)
+        for hook in hooks.values() if "hooks" in table and isinstance(hooks, dict) else ():
+            function = getattr(hook, "hook", hook)
+            if getattr(function, "__self__", None) is module or getattr(hook, "with_module", False):
+                return table.strip("_")
     return None
 
 

@@ -31,7 +31,7 @@ from .tensors import is_plain
 __all__ = ["Member", "SharedInput", "attach", "detach", "is_shared", "shared_inputs"]
 
 _AT_MEMBER, _AT_HOLDER = "_shared", "_shared_inputs"
-_MISSES = 3  # passes in a row whose outputs nobody took, before a warning
+_MISSES = 3  # passes in a row whose outputs nobody took, before a warning, or the end of a guessed group
 
 
 class Member(Protocol):
@@ -72,12 +72,16 @@ class SharedInput:
     In evaluation each layer's own pass is as quick, for few tokens quicker. The mode decides, not whether gradients are
     recorded now: reentrant checkpointing runs forward without and again with them, and wants the same bits. Under
     ``torch.compile`` outputs cannot wait, and only who asks for :meth:`outputs` has them in common.
+
+    A group that was ``guessed`` from a signature ends by itself where the guess was wrong: at the first outputs that
+    nobody takes, if none of its passes was ever taken whole, and later after as many in a row as would be warned of.
     """
 
-    def __init__(self, members: Sequence[nn.Module]) -> None:
+    def __init__(self, members: Sequence[nn.Module], guessed: bool = False) -> None:
         self._members = tuple(weakref.ref(member) for member in members)
         self._pending: dict[int, _Pending] = {}
         self._missed = 0
+        self._guessed, self._confirmed = guessed, False
         for index, member in enumerate(members):
             vars(member)[_AT_MEMBER] = (self, index)
 
@@ -89,7 +93,7 @@ class SharedInput:
 
     def __reduce__(self) -> tuple[Any, ...]:
         members = self.members
-        return (SharedInput, (members,)) if len(members) > 1 else (tuple, ())
+        return (SharedInput, (members, self._guessed)) if len(members) > 1 else (tuple, ())
 
     def take(self, index: int, x: Tensor) -> Tensor | None:
         """The output of the member ``index`` for ``x``, by a common pass; None: it is to run by itself."""
@@ -113,7 +117,7 @@ class SharedInput:
         elif pending.lost:
             self._miss()
         else:
-            self._missed = 0
+            self._missed, self._confirmed = 0, True
         return y
 
     def outputs(self, x: Tensor) -> dict[int, Tensor]:
@@ -164,7 +168,10 @@ class SharedInput:
     def _miss(self) -> None:
         """Outputs were left that nobody took."""
         self._missed += 1
-        if self._missed == _MISSES:
+        if self._guessed:
+            if not self._confirmed or self._missed == _MISSES:
+                self.end()
+        elif self._missed == _MISSES:
             kinds = ", ".join(f"{member.in_features} -> {member.out_features}" for member in self.members)
             warnings.warn(
                 f"layers ({kinds}) that were taken to read one input were called with different ones, or in different "
@@ -173,15 +180,22 @@ class SharedInput:
                 stacklevel=5,
             )
 
+    def end(self) -> None:
+        """Lets the members run by themselves again."""
+        members, self._members = self.members, ()
+        self._pending.clear()
+        for member in members:
+            vars(member).pop(_AT_MEMBER, None)
+
 
 def shared_inputs(holder: nn.Module) -> tuple[SharedInput, ...]:
     """The common passes among ``holder``'s children."""
     return tuple(shared for shared in vars(holder).get(_AT_HOLDER, ()) if len(shared.members) > 1)
 
 
-def attach(holder: nn.Module, members: Sequence[nn.Module]) -> None:
+def attach(holder: nn.Module, members: Sequence[nn.Module], guessed: bool = False) -> None:
     """Lets ``members``, which ``holder`` holds, run together; copies of ``holder`` do so too."""
-    vars(holder)[_AT_HOLDER] = (*shared_inputs(holder), SharedInput(members))
+    vars(holder)[_AT_HOLDER] = (*shared_inputs(holder), SharedInput(members, guessed))
 
 
 def is_shared(module: nn.Module) -> bool:
@@ -191,10 +205,10 @@ def is_shared(module: nn.Module) -> bool:
 
 def detach(holder: nn.Module) -> int:
     """Lets the members of all common passes at ``holder`` run by themselves again; how many passes there were."""
-    found = vars(holder).pop(_AT_HOLDER, ())
+    found = shared_inputs(holder)
+    vars(holder).pop(_AT_HOLDER, None)
     for shared in found:
-        for member in shared.members:
-            vars(member).pop(_AT_MEMBER, None)
+        shared.end()
     return len(found)
 
 

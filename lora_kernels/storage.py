@@ -88,8 +88,8 @@ def is_flat(module: nn.Module) -> bool:
 
 
 def state_name(name: str) -> str:
-    """A dotted name as FSDP1 writes it in a state dict: without its wrappers."""
-    return name.replace("_fsdp_wrapped_module.", "")
+    """A dotted name as a state dict has it: without the wrappers that take themselves out (FSDP1, checkpointing)."""
+    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def owns(module: nn.Module, prefix: str) -> bool:

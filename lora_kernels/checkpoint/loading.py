@@ -13,9 +13,10 @@ from torch import nn
 from ..config import ADAPTER_DTYPES, pattern_value, scaling_of
 from ..errors import InvalidTypeError
 from ..layer import LoRALayer
-from ..models.adapter import remember, unwrapped
+from ..models.adapter import remember
 from ..models.matching import Match
 from ..models.model import put_layers, training_kept_on_failure
+from ..models.names import plain_modules, unwrapped
 from ..models.replacing import build, check_model, decide
 from ..models.report import LoadReport, ReplacedLayer
 from ..models.trained import train_biases, train_whole
@@ -100,7 +101,7 @@ def _carry_out(
         train_whole(inner, plan.config)
         for _, _, parameter in untied:
             parameter.requires_grad_(parameter.is_floating_point())
-    put_layers(inner, {match.places: made[match.name] for match in targets})
+    put_layers(inner, {match.module: made[match.name] for match in targets})
     for owner, name, parameter in untied:
         setattr(owner, name, parameter)
     with torch.no_grad():
@@ -115,7 +116,7 @@ def _carry_out(
 def _targets(model: nn.Module, inner: nn.Module, plan: Plan) -> list[Match]:
     """The layers to replace; raises if one of them cannot be."""
     places: dict[nn.Module, list[str]] = {}
-    for name, module in inner.named_modules(remove_duplicate=False):
+    for name, module in plain_modules(inner):
         places.setdefault(module, []).append(name)
     plain = {name: module for name, module in plan.modules.items() if not isinstance(module, LoRALayer)}
     if not plain:

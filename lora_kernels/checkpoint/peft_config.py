@@ -19,7 +19,8 @@ from ..errors import InvalidArgumentError, LoRAKernelsError, LoRAStateError
 from ..fsdp import plain_class
 from ..layer import LoRALayer
 from ..models.adapter import Adapter
-from ..models.matching import is_all_linear, name_matches, plain_name, selects
+from ..models.matching import is_all_linear, name_matches, selects
+from ..models.names import plain_modules
 from ..nn import FusedLoRAConv1D
 from .plain_form import PlainForm
 
@@ -116,7 +117,7 @@ def _common(name: str, values: Mapping[str, Any]) -> Any:
 
 def _which(model: nn.Module, names: list[str], config: LoRAConfig) -> dict[str, Any]:
     """How the layers are named: by the rule that chose them, if it chooses them and no others, else one by one."""
-    every = list(dict.fromkeys(plain_name(name) for name, _ in model.named_modules() if name))
+    every = [name for name, _ in plain_modules(model, shared=False) if name]
     if not is_all_linear(config.target_modules) and [name for name in every if selects(config, name)] == names:
         return {
             "target_modules": _listed(config.target_modules),

@@ -14,7 +14,8 @@ from .. import pissa, storage
 from ..config import ADAPTER_DTYPES, LoRAConfig, as_tuple, pattern_value
 from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 from ..layer import LoRALayer
-from ..models.matching import close_names, is_all_linear, is_linear, listed, plain_name, selects, trained_whole
+from ..models.matching import close_names, is_all_linear, is_linear, listed, selects, trained_whole
+from ..models.names import parameter_name, plain_modules, plain_names
 from ..replaceable import is_conv1d, why_not_replaceable
 from .plain_form import NAMES
 from .saving import PREFIX
@@ -58,7 +59,7 @@ class Plan:
 def make_plan(model: nn.Module, config: LoRAConfig, tensors: Mapping[str, Tensor], where: str) -> Plan:
     """The plan for loading ``tensors`` from the file ``where``, or the error that says why they do not fit."""
     plan = Plan(config)
-    modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    modules = dict(plain_modules(model))
     rest: dict[str, Tensor] = {}
     for name, tensor in _plain_keys(tensors, modules, where).items():
         found = _ADAPTER_KEY.fullmatch(name)
@@ -155,7 +156,7 @@ def _check_rule(plan: Plan, modules: Mapping[str, nn.Module], where: str) -> Non
     """Raises unless the configuration names the modules that the file has adapters for."""
     if is_all_linear(plan.config.target_modules):
         return  # which head that leaves out is not the file's to say
-    named: dict[nn.Module, str] = {}  # of a module and a wrapper around it, which have one name, the module alone
+    named: dict[nn.Module, str] = {}  # of a shared module, its first name
     for name, module in modules.items():
         named.setdefault(module, name)
     wanted = {module: name for module, name in named.items() if name and selects(plan.config, name)}
@@ -237,7 +238,7 @@ def _check_fits(name: str, layer: LoRALayer, rank: int, tensors: Mapping[str, Te
 
 def _check_others_adapted(plan: Plan, model: nn.Module) -> None:
     adapted = set(plan.modules.values())
-    others = [name for name, m in model.named_modules() if isinstance(m, LoRALayer) and m not in adapted]
+    others = [name for name, m in plain_modules(model, shared=False) if isinstance(m, LoRALayer) and m not in adapted]
     if others:
         raise LoRAStateError(
             f"{listed(others)} has an adapter, and the file has none for it: it would go on acting beside the loaded "
@@ -265,7 +266,8 @@ def _plan_rest(
 ) -> None:
     """Plans what is no adapter: biases, modules that were saved whole, embeddings."""
     whole = dict(trained_whole(as_tuple(plan.config.modules_to_save), model))
-    due = {plain_name(f"{name}.{key}") for name, module in whole.items() for key in module.state_dict()}
+    names = plain_names(model)
+    due = {parameter_name(names, f"{name}.{key}") for name, module in whole.items() for key in module.state_dict()}
     if lacking := sorted(due - set(rest)):
         raise InvalidArgumentError(
             f"{where} has no {listed(lacking)}, which modules_to_save names. The file is not whole; save it again."

@@ -11,9 +11,10 @@ from ..config import LoRAConfig, as_tuple
 from ..errors import InvalidArgumentError, LoRAStateError
 from ..fsdp import settle_for
 from ..layer import LoRALayer
-from ..models.adapter import Adapter, remembered_within, unwrapped
-from ..models.matching import plain_name, trained_whole
-from ..models.model import check_adapters_here, some_lora_layers
+from ..models.adapter import Adapter, remembered_within
+from ..models.matching import trained_whole
+from ..models.model import check_adapters_here, lora_layers, some_lora_layers
+from ..models.names import parameter_name, plain_modules, plain_names, unwrapped
 from ..models.trained import biases, check_bias, warn_of_left_out, warn_of_never_called, whole_tensors
 from . import files, peft_config
 from .collective import once
@@ -92,7 +93,7 @@ def save_adapter(
             "the model that holds the layer."
         )
     settle_for(inner, named, "save_adapter")
-    layers = {plain_name(name): module for name, module in inner.named_modules() if isinstance(module, LoRALayer)}
+    layers = dict(lora_layers(inner))
     adapter = remembered_within(inner) or Adapter(LoRAConfig())
     bias, entire, task_type = _settings(adapter, bias, modules_to_save, task_type)
     check_adapters_here("save_adapter", list(layers.items()))
@@ -135,33 +136,34 @@ def _biases(model: nn.Module, bias: str) -> dict[str, Tensor]:
     """Biases of the base model; a LoRA layer's is in PEFT's ``base_layer``."""
     found = list(biases(model, bias))
     storage.check_here("save_adapter", ((name, module, ["bias"]) for name, module, _ in found))
-    tensors = {}
+    names, tensors = plain_names(model), {}
     for name, module, parameter in found:
         base = ".base_layer" if isinstance(module, LoRALayer) else ""
-        tensors[f"{PREFIX}{plain_name(name)}{base}.bias"] = storage.value(module, "bias", parameter)
+        tensors[f"{PREFIX}{names[name]}{base}.bias"] = storage.value(module, "bias", parameter)
     return tensors
 
 
-def _whole(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
-    """The whole state of the modules that ``names`` mean."""
-    modules = trained_whole(names, model)
+def _whole(model: nn.Module, entries: list[str]) -> dict[str, Tensor]:
+    """The whole state of the modules that ``entries`` mean."""
+    modules = trained_whole(entries, model)
     saved = {parameter for _, module in modules for parameter in module.parameters()}
     inside = {part for _, module in modules for part in module.modules()}
+    names = plain_names(model)
     for name, module in modules:
         if any(isinstance(part, LoRALayer) for part in module.modules()):
             raise LoRAStateError(
-                f"modules_to_save means {name!r}, which holds LoRA layers: a module is saved whole or as an adapter. "
-                "Leave it out, or leave its layers out of target_modules."
+                f"modules_to_save means {names[name]!r}, which holds LoRA layers: a module is saved whole or as an "
+                "adapter. Leave it out, or leave its layers out of target_modules."
             )
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model, shared=False):
         for own, parameter in module.named_parameters(recurse=False):
             if parameter in saved and module not in inside:
                 raise LoRAStateError(
                     f"modules_to_save means a module that shares its weight with {name}.{own}, which is not saved and "
                     "has been trained with it. Name that module in modules_to_save too."
                 )
-    tensors = whole_tensors(model, names, "save_adapter")
-    return {f"{PREFIX}{plain_name(name)}": tensor for name, tensor in tensors.items()}
+    tensors = whole_tensors(model, entries, "save_adapter")
+    return {f"{PREFIX}{parameter_name(names, name)}": tensor for name, tensor in tensors.items()}
 
 
 def _warn_of_left_out(model: nn.Module, bias: str, entire: list[str]) -> None:
@@ -183,7 +185,7 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _warn_of_places(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     places: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in plain_modules(model):
         if isinstance(module, LoRALayer):
             places.setdefault(module, []).append(name)
     shared = [names for names in places.values() if len(names) > 1]

@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 
 from ..config import LoRAConfig, as_tuple
-from .matching import plain_name, trained_whole
+from .matching import trained_whole
+from .names import joined, plain_modules, plain_names, unwrapped
 
-__all__ = ["Adapter", "forget", "remember", "remember_bias", "remembered", "remembered_within", "unwrapped"]
+__all__ = ["Adapter", "forget", "remember", "remember_bias", "remembered", "remembered_within"]
 
 _ATTRIBUTE = "_lora_adapter"
-_INNER = {"OptimizedModule": "_orig_mod", "FullyShardedDataParallel": "_fsdp_wrapped_module"}
 _WIDER = ("none", "lora_only", "all")  # bias, each training more than the one before
 
 
@@ -33,17 +33,6 @@ class Adapter:
 
     config: LoRAConfig
     kept: Mapping[str, Any] = field(default_factory=dict)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` and FSDP1."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(inner := model._modules.get(_INNER.get(type(model).__name__, "")), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def remember(model: nn.Module, config: LoRAConfig, kept: Mapping[str, Any] | None = None) -> None:
@@ -83,14 +72,15 @@ def remembered_within(model: nn.Module) -> Adapter | None:
     the model's own, if there is one.
     """
     inner = unwrapped(model)
-    found = [(plain_name(name), part, it) for name, part in inner.named_modules() if (it := remembered(part))]
+    found = [(name, part, it) for name, part in plain_modules(inner, shared=False) if (it := remembered(part))]
     if not found:
         return None
     whole: list[str] = []
     for prefix, part, adapter in found:
         entries = as_tuple(adapter.config.modules_to_save)
-        names = [plain_name(name) for name, _ in trained_whole(entries, part)]
-        whole += [f"{prefix}.{name}" for name in names] if prefix else list(entries)
+        plain = plain_names(part)
+        names = [plain[name] for name, _ in trained_whole(entries, part)]
+        whole += [joined(prefix, name) for name in names] if prefix else list(entries)
     own = next((adapter.config for prefix, _, adapter in found if not prefix), LoRAConfig())
     bias = max((adapter.config.bias for _, _, adapter in found), key=_WIDER.index)
     kept = {key: value for _, _, adapter in reversed(found) for key, value in adapter.kept.items()}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .. import called
 from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 from ..shared_input import attach, detach, is_shared, shared_inputs
-from .matching import joined, listed
+from .matching import listed
+from .names import joined, plain_modules
 from .report import ShareReport
 
 __all__ = ["FusedLoRAGroup", "share_found", "share_inputs", "unshare_inputs"]
@@ -29,10 +30,16 @@ _KNOWN: tuple[tuple[str, ...], ...] = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
-# Parameters of a forward that takes a second activation, as in cross-attention.
+# Parameters of a forward that takes a second activation, as in cross-attention; in the second line, what it may call
+# one activation where it takes no other of these.
 _SECOND = re.compile(
     r"query|key|value|queries|keys|values|[qkv]|kv|context|memory|latents?|key_value_states|.*(encoder|cross).*"
+    r"|(query|key|value)_(states?|layer|tensor|hidden_states?)|object_queries|(spatial|query|key)_position_embeddings"
 )
+_ACTIVATION = re.compile(r"(.*_)?(hidden_states?|tensor)|inputs")
+# DETR's kind adds it to what q and k read, and not to what v reads. Rotary embeddings, which are turned into q and k
+# after their products, are a pair, or one tensor that must be given.
+_ADDED = "position_embeddings"
 
 
 class FusedLoRAGroup(nn.Module):
@@ -104,8 +111,9 @@ def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] | None = None)
 
     ``replace_linear`` and ``fuse_peft`` call this function. Without ``names`` it finds q, k, v and gate, up in modules
     whose ``forward`` takes one activation, as in transformers' self-attention and gated MLPs. Cross-attention takes
-    two, and is left alone. Under ``torch.compile`` a :class:`FusedLoRAGroup` runs together, and layers that were found
-    or named run alone.
+    two, and is left alone; so is DETR's kind, which adds positions to what q and k read. A group that was found and
+    turns out to read different tensors ends by itself at its first step. Named ones stay, with a warning. Under
+    ``torch.compile`` a :class:`FusedLoRAGroup` runs together, and layers that were found or named run alone.
 
     Args:
         model: a module that holds ``FusedLoRALinear`` layers, or a PEFT model that ``fuse_peft`` was called on.
@@ -130,9 +138,9 @@ def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] | None = None)
     _check_module(model, "share_inputs")
     if names is None:
         return share_found(model)
-    found = []
+    found, holders = [], list(plain_modules(model, shared=False))
     for siblings in names:
-        of_these = [group for prefix, holder in model.named_modules() if (group := _group(prefix, holder, siblings))]
+        of_these = [group for prefix, holder in holders if (group := _group(prefix, holder, siblings))]
         if not of_these:
             raise InvalidArgumentError(
                 f"{list(siblings)} was given to share_inputs, and no module of {type(model).__name__} holds two of "
@@ -147,9 +155,9 @@ def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] | None = None)
 
 def share_found(model: nn.Module) -> ShareReport:
     """:func:`share_inputs` of what is found by itself; nothing is refused."""
-    holders = ((prefix, holder) for prefix, holder in model.named_modules())
+    holders = ((prefix, holder) for prefix, holder in plain_modules(model, shared=False))
     groups = (_group(prefix, holder, names) for prefix, holder in holders for names in _siblings(holder))
-    return _share(model, [group for group in groups if group is not None and len(_widths(group[1])) == 1])
+    return _share(model, [group for group in groups if group is not None and len(_widths(group[1])) == 1], guessed=True)
 
 
 def unshare_inputs(model: nn.Module) -> int:
@@ -174,11 +182,12 @@ def _group(prefix: str, holder: nn.Module, siblings: Sequence[str]) -> tuple[nn.
     return (holder, members) if len(set(members.values())) > 1 else None
 
 
-def _share(model: nn.Module, found: list[tuple[nn.Module, dict[str, Any]]]) -> ShareReport:
+def _share(model: nn.Module, found: list[tuple[nn.Module, dict[str, Any]]], guessed: bool = False) -> ShareReport:
     groups = []
     for holder, members in found:
         if not any(is_shared(member) for member in members.values()):  # a holder may stand at several places
-            attach(holder, list(dict.fromkeys(members.values())))
+            named = isinstance(holder, FusedLoRAGroup)
+            attach(holder, list(dict.fromkeys(members.values())), guessed and not named)
             groups.append(tuple(members))
     return ShareReport(tuple(groups)).of(model, [name for group in groups for name in group])
 
@@ -192,13 +201,27 @@ def _siblings(holder: nn.Module) -> list[tuple[str, ...]]:
 
 
 def _takes_one_activation(holder: nn.Module) -> bool:
-    """Whether ``holder.forward`` is declared to take one activation to project, and not a second one."""
+    """Whether ``holder.forward`` is declared to take one activation to project, and not a second one.
+
+    Names and annotations tell; no source is read. Where they are wrong, the group ends at its first step.
+    """
     try:
         parameters = list(inspect.signature(type(holder).forward).parameters.values())[1:]
     except (TypeError, ValueError):
         return False
-    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return bool(named) and not any(_SECOND.fullmatch(name) for name in named)
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if not named or any(_SECOND.fullmatch(name) for name in named):
+        return False
+    if sum(_ACTIVATION.fullmatch(name) is not None for name in named) > 1:
+        return False
+    return _ADDED not in named or not _is_optional_tensor(named[_ADDED])
+
+
+def _is_optional_tensor(parameter: inspect.Parameter) -> bool:
+    """Whether ``parameter`` is annotated as one tensor or None."""
+    annotation = parameter.annotation
+    text = annotation if isinstance(annotation, str) else str(annotation)
+    return "Tensor" in text and ("None" in text or "Optional" in text) and "tuple" not in text.lower()
 
 
 def _can_share(module: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """Which modules of a model a ``LoRAConfig`` names; PEFT's rules, in our own words.
 
 ``exclude_modules`` is asked first, then ``target_modules``. A list names modules by their whole dotted name or by a
-dotted suffix of it; a string is a regular expression that matches the whole name, or ``"all-linear"``.
+dotted suffix of it; a string is a regular expression that matches the whole name, or ``"all-linear"``. Names are plain
+ones (:mod:`.names`): what ``torch.compile`` and other wrappers put into them is no part of what is matched.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ..config import LoRAConfig, as_tuple
 from ..errors import InvalidArgumentError
 from ..layer import LoRALayer
 from ..replaceable import is_conv1d
+from .names import plain_modules, plain_name, plain_names
 
 __all__ = [
     "Match",
@@ -24,11 +26,9 @@ __all__ = [
     "find_matches",
     "is_all_linear",
     "is_linear",
-    "joined",
     "listed",
     "name_matches",
     "output_heads",
-    "plain_name",
     "saved_whole",
     "selects",
     "stacked_experts",
@@ -37,7 +37,6 @@ __all__ = [
 
 # How transformers calls the untrained head of a classifier; it has to be trained whole, not adapted.
 _CLASSIFIER_HEADS = ("score", "classifier")
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 _NAMES_SHOWN = 12
 
 
@@ -46,8 +45,8 @@ class Match:
     """One module that the configuration names.
 
     Attributes:
-        name: the first dotted name that matches; rank and alpha patterns are asked about it.
-        places: every dotted name that the module has in the model; more than one where it is shared.
+        name: the first plain name that matches; rank and alpha patterns are asked about it.
+        places: every plain name that the module has in the model; more than one where it is shared.
         module: the module.
         excluded: one of its names that ``exclude_modules`` matches, or None.
         whole: an entry of ``modules_to_save`` that it is or belongs to, or None.
@@ -71,7 +70,7 @@ def name_matches(selection: str | Collection[str], name: str) -> bool:
     """
     if isinstance(selection, str):
         return re.fullmatch(selection, name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in selection)
+    return any(name == entry or name.endswith(f".{entry}") for entry in map(plain_name, selection))
 
 
 def selects(config: LoRAConfig, name: str) -> bool:
@@ -92,7 +91,7 @@ def _targets(config: LoRAConfig, name: str) -> bool:
     target = config.target_modules or ()
     if isinstance(target, str):
         return name_matches(target, name)
-    return name in target or (name_matches(target, name) and _in_layers(config, name))
+    return name in map(plain_name, target) or (name_matches(target, name) and _in_layers(config, name))
 
 
 def _in_layers(config: LoRAConfig, name: str) -> bool:
@@ -114,15 +113,16 @@ def saved_whole(config: LoRAConfig, name: str) -> str | None:
     return next((entry for entry in entries if re.match(rf"(^|.*\.){entry}($|\..*)", name)), None)
 
 
-def plain_name(name: str) -> str:
-    """A dotted name without the parts that ``torch.compile`` and wrappers of blocks put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
 def trained_whole(names: Collection[str], model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules that ``modules_to_save`` means: those whose dotted names end with one of ``names``, as in PEFT."""
+    """The modules that ``modules_to_save`` means: those whose plain names end with one of ``names``, as in PEFT.
+
+    Each comes with its name in ``model.named_modules()``, which is that of its tensors in a state dict.
+    """
+    if not names:
+        return []
+    plain, ends = plain_names(model), tuple(names)
     modules = model.named_modules(remove_duplicate=False)
-    return [(name, module) for name, module in modules if name and plain_name(name).endswith(tuple(names))]
+    return [(name, module) for name, module in modules if plain[name] and plain[name].endswith(ends)]
 
 
 def is_all_linear(selection: str | Collection[str] | None) -> bool:
@@ -185,13 +185,13 @@ def unmatched_names(model: nn.Module, config: LoRAConfig) -> list[str]:
     target = config.target_modules
     if target is None or isinstance(target, str):
         return []
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    names = [name for name, _ in plain_modules(model)]
     return [entry for entry in target if not any(name_matches([entry], name) for name in names)]
 
 
 def close_names(wanted: str, model: nn.Module, count: int = 3) -> list[str]:
     """Names of the model's linear layers that resemble ``wanted``: whole names if it has a dot, else last parts."""
-    names = [name for name, module in model.named_modules(remove_duplicate=False) if name and is_linear(module)]
+    names = [name for name, module in plain_modules(model) if name and is_linear(module)]
     known = dict.fromkeys(names if "." in wanted else (name.rpartition(".")[2] for name in names))
     by_lower_case = {name.lower(): name for name in known}
     close = difflib.get_close_matches(wanted.lower(), by_lower_case, count, cutoff=0.5)
@@ -200,14 +200,14 @@ def close_names(wanted: str, model: nn.Module, count: int = 3) -> list[str]:
 
 def linear_names(model: nn.Module) -> list[str]:
     """The distinct last parts of the names of the model's linear layers, in order."""
-    names = (name for name, module in model.named_modules(remove_duplicate=False) if name and is_linear(module))
+    names = (name for name, module in plain_modules(model) if name and is_linear(module))
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
-    """Each module below ``model``, once, with all of its dotted names."""
+    """Each module below ``model``, once, with all of its plain names."""
     places: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in plain_modules(model):
         if name:
             places.setdefault(module, []).append(name)
     return ((module, tuple(names)) for module, names in places.items())
@@ -223,11 +223,6 @@ def stacked_experts(module: nn.Module) -> list[str]:
     if "expert" not in type(module).__name__.lower():
         return []
     return [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
-
-
-def joined(prefix: str, name: str) -> str:
-    """The dotted name of ``name`` under ``prefix``, which may be the root's empty one."""
-    return f"{prefix}.{name}" if prefix else name
 
 
 def listed(names: list[str]) -> str:

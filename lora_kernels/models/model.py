@@ -19,7 +19,8 @@ from ..errors import InvalidTypeError, LoRAKernelsError, LoRAKernelsWarning, LoR
 from ..layer import LoRALayer
 from .adapter import Adapter, forget, remember, remember_bias, remembered_within
 from .grouping import share_found, unshare_inputs
-from .matching import find_matches, joined, listed, trained_whole
+from .matching import find_matches, listed, trained_whole
+from .names import joined, plain_modules
 from .pretrained import tell_of_saving
 from .replacing import build, check_model, decide, make_report, nothing_to_replace
 from .report import ReplaceReport, RestoredLayer, RestoreReport, ShareReport
@@ -45,14 +46,15 @@ __all__ = [
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """``(dotted name, layer)`` of each ``FusedLoRALinear`` in ``model``. A shared layer comes once, by its first name.
+    """``(plain name, layer)`` of each ``FusedLoRALinear`` in ``model``. A shared layer comes once, by its first name.
 
     Example:
         >>> from lora_kernels import FusedLoRALinear
         >>> [name for name, _ in lora_layers(nn.Sequential(FusedLoRALinear(4, 4, r=2), nn.ReLU()))]
         ['0']
     """
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer))
+    modules = plain_modules(model, shared=False)
+    return ((name, module) for name, module in modules if isinstance(module, LoRALayer))
 
 
 def replace_linear(model: nn.Module, config: LoRAConfig) -> ReplaceReport:
@@ -110,7 +112,7 @@ def replace_linear(model: nn.Module, config: LoRAConfig) -> ReplaceReport:
         layers = build(targets, config)
         train_biases(model, list(layers.values()), config.bias)
         train_whole(model, config)
-    shared = put_layers(model, {match.places: layers[match.name] for match in targets})
+    shared = put_layers(model, {match.module: layers[match.name] for match in targets})
     remember(model, config)
     return make_report(model, config, matches, layers, targets, skipped, shared)
 
@@ -267,20 +269,19 @@ def restore_linear(model: nn.Module) -> RestoreReport:
             LoRAKernelsWarning,
             stacklevel=2,
         )
-    modules = dict(model.named_modules(remove_duplicate=False))
     places: dict[LoRALayer, list[str]] = {layer: [] for _, layer in layers}
-    for name, module in modules.items():
+    for name, module in plain_modules(model):
         if isinstance(module, LoRALayer):
             places[module].append(name)
     restored = tuple(
         RestoredLayer(name, tuple(places[layer]), layer.merged, _untied_from(model, layer) if layer.merged else ())
         for name, layer in layers
     )
-    linears = [layer.to_plain() for _, layer in layers]
+    linears = {layer: layer.to_plain() for _, layer in layers}
     unshare_inputs(model)
-    for (_, layer), linear in zip(layers, linears, strict=True):
+    for linear in linears.values():
         _remove_hook(linear._forward_pre_hooks, _keep_off_the_fast_path)
-        _put(modules, tuple(places[layer]), linear)
+    _exchange(model, linears)
     _remove_hook(model._load_state_dict_pre_hooks, _check_ranks)
     _remove_hook(model._state_dict_pre_hooks, tell_of_saving)
     forget(model)
@@ -321,8 +322,8 @@ def lora_state_dict(model: nn.Module, bias: str | None = None) -> dict[str, Tens
     check_adapters_here("lora_state_dict", layers)
     storage.check_here("lora_state_dict", ((name, module, ["bias"]) for name, module, _ in found))
     tensors: dict[str, Tensor] = {}
-    for prefix, layer in layers:
-        own = layer.adapter | layer.initial
+    for prefix, layer in model.named_modules():
+        own = layer.adapter | layer.initial if isinstance(layer, LoRALayer) else {}
         tensors |= {joined(prefix, name): storage.value(layer, name, tensor) for name, tensor in own.items()}
     seen: set[Tensor] = set()
     for prefix, module, parameter in found:
@@ -336,11 +337,9 @@ def lora_state_dict(model: nn.Module, bias: str | None = None) -> dict[str, Tens
     return {storage.state_name(name): tensor for name, tensor in tensors.items()}
 
 
-def put_layers(model: nn.Module, layers: Mapping[tuple[str, ...], nn.Module]) -> ShareReport:
-    """Puts each layer at its places, and has ``load_state_dict`` look at ranks first; which layers share an input."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for places, layer in layers.items():
-        _put(modules, places, layer)
+def put_layers(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> ShareReport:
+    """Puts each layer in the place of its key, and has ``load_state_dict`` look at ranks first; what shares an x."""
+    _exchange(model, layers)
     for _, each in lora_layers(model):
         called.forget(each)
     hooks = model._load_state_dict_pre_hooks.values()
@@ -363,15 +362,17 @@ def training_kept_on_failure(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _put(modules: Mapping[str, nn.Module], places: tuple[str, ...], layer: nn.Module) -> None:
-    """Puts ``layer`` at each of its places. It writes to the parents' tables, so no override can fail half-way."""
-    for place in places:
-        prefix, _, name = place.rpartition(".")
-        parent = modules[prefix]
-        parent._modules[name] = layer
-        guarded = any(hook is _keep_off_the_fast_path for hook in layer._forward_pre_hooks.values())
-        if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(layer, LoRALayer) and not guarded:
-            layer.register_forward_pre_hook(_keep_off_the_fast_path)
+def _exchange(model: nn.Module, layers: Mapping[Any, nn.Module]) -> None:
+    """Puts each layer wherever its key stands. It writes to the parents' tables, so no override can fail half-way."""
+    for parent in list(model.modules()):
+        for name, module in parent._modules.items():
+            layer = layers.get(module)
+            if layer is None:
+                continue
+            parent._modules[name] = layer
+            guarded = any(hook is _keep_off_the_fast_path for hook in layer._forward_pre_hooks.values())
+            if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(layer, LoRALayer) and not guarded:
+                layer.register_forward_pre_hook(_keep_off_the_fast_path)
 
 
 def _keep_off_the_fast_path(module: nn.Module, args: Any) -> None:
@@ -386,7 +387,8 @@ def _check_ranks(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *
     """Raises for an adapter of another rank before anything of the state dict is loaded."""
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LoRALayer):
-            module.check_rank(state_dict, f"{joined(prefix.removesuffix('.'), name)}." if name else prefix)
+            of_state = storage.state_name(name)
+            module.check_rank(state_dict, f"{joined(prefix.removesuffix('.'), of_state)}." if name else prefix)
 
 
 def _remove_hook(hooks: dict[int, Any], function: Any) -> None:
@@ -416,7 +418,7 @@ def check_adapters_here(function: str, layers: list[tuple[str, LoRALayer]]) -> N
 def _untied_from(model: nn.Module, layer: LoRALayer) -> tuple[str, ...]:
     """Names of other modules' parameters that are the layer's base weight."""
     names = []
-    for prefix, module in model.named_modules():
+    for prefix, module in plain_modules(model, shared=False):
         for name, own in module.named_parameters(recurse=False):
             parameter = module.base_weight if isinstance(module, LoRALayer) and name == "weight" else own
             if module is not layer and parameter is layer.base_weight:

@@ -24,7 +24,6 @@ from .matching import (
     Match,
     close_names,
     is_all_linear,
-    joined,
     linear_names,
     listed,
     name_matches,
@@ -32,6 +31,7 @@ from .matching import (
     trained_whole,
     unmatched_names,
 )
+from .names import joined, plain_modules
 from .report import ReplacedLayer, ReplaceReport, ShareReport, SkippedLayer
 from .watch import count_parameters
 
@@ -85,7 +85,7 @@ def decide(model: nn.Module, config: LoRAConfig, matches: list[Match]) -> tuple[
             f"{listed(replaced)} is a FusedLoRALinear already, and no layer takes a second adapter. Name it in "
             "exclude_modules, or call restore_linear(model) first."
         )
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(plain_modules(model))
     reasons = {match.name: _why_left_alone(match, modules) for match in matches}
     targets = [match for match in matches if reasons[match.name] is None]
     while tied := _tied_outside(model, targets, config.bias):
@@ -157,7 +157,7 @@ def _tied_outside(model: nn.Module, targets: list[Match], bias: str) -> dict[str
     replaced = {match.module for match in targets}
     outside = {
         parameter: joined(prefix, name)
-        for prefix, module in model.named_modules()
+        for prefix, module in plain_modules(model, shared=False)
         if module not in replaced
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.requires_grad
@@ -184,7 +184,7 @@ def nothing_to_replace(model: nn.Module, config: LoRAConfig, skipped: list[Skipp
             f"it can be replaced: {' '.join(reasons)}"
         )
     if config.layers_to_transform is not None:  # target_modules is a list then
-        named = [name for name, _ in model.named_modules() if name and name_matches(target or (), name)]
+        named = [name for name, _ in plain_modules(model, shared=False) if name and name_matches(target or (), name)]
         if named:
             return InvalidArgumentError(
                 f"target_modules={target!r} matches {listed(named)} in {kind}, and none of it is in "
@@ -288,7 +288,7 @@ def _notes(model: nn.Module, config: LoRAConfig, matches: list[Match], replaced:
         for key in pattern:
             if not any(pattern_value({key: True}, name, False) for name in replaced):
                 yield f"{field} has the key {key!r}, which matches no replaced layer."
-    for prefix, module in model.named_modules():
+    for prefix, module in plain_modules(model, shared=False):
         nested = isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False)
         if nested and any(name.startswith(f"{prefix}." if prefix else "") for name in replaced):
             yield (

@@ -15,7 +15,8 @@ from ..assigning import has_moved
 from ..config import BIAS_CHOICES, LoRAConfig, as_tuple
 from ..errors import InvalidArgumentError, LoRAKernelsWarning
 from ..layer import LoRALayer
-from .matching import joined, listed, trained_whole
+from .matching import listed, trained_whole
+from .names import joined, parameter_name, plain_names
 
 __all__ = [
     "biases",
@@ -35,7 +36,7 @@ def check_bias(bias: str | None) -> None:
 
 
 def biases(model: nn.Module, which: str) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """``(dotted name of the module, module, bias)`` of each bias that ``which`` means: "none", "lora_only" or "all".
+    """``(name in named_modules(), module, bias)`` of each bias that ``which`` means: "none", "lora_only" or "all".
 
     Of a merged layer it is the one that was merged into.
     """
@@ -89,7 +90,9 @@ def left_out(model: nn.Module, written: Collection[nn.Parameter | Tensor]) -> li
     for prefix, layer in layers:
         aside = (("weight", layer.base_weight), ("bias", layer.base_bias)) if layer.merged else ()
         candidates |= {joined(prefix, own): parameter for own, parameter in aside if parameter is not None}
-    return [name for name, parameter in candidates.items() if parameter.requires_grad and parameter not in kept]
+    left = [name for name, parameter in candidates.items() if parameter.requires_grad and parameter not in kept]
+    names = plain_names(model) if left else {}
+    return [parameter_name(names, name) for name in left]
 
 
 def warn_of_left_out(

@@ -15,6 +15,7 @@ from ..layer import LoRALayer
 from ..shared_input import is_shared
 from .adapter import Adapter, remembered_within
 from .matching import trained_whole
+from .names import plain_modules
 from .trained import biases
 
 __all__ = ["Counts", "Watch", "count_parameters"]
@@ -43,7 +44,7 @@ class Watch:
 
     def __init__(self, model: nn.Module | None = None, names: Iterable[str] = ()) -> None:
         self._model = None if model is None else weakref.ref(model)
-        modules = {} if model is None else dict(model.named_modules(remove_duplicate=False))
+        modules = {} if model is None else dict(plain_modules(model))
         self._layers = {name: weakref.ref(modules[name]) for name in names if name in modules}
 
     def __reduce__(self) -> tuple[Any, ...]:

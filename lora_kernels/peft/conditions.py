@@ -16,6 +16,7 @@ from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
 from ..dispatch import COMPUTE_DTYPES
+from ..replaceable import computes_otherwise
 from ..tensors import is_plain
 from . import dora
 
@@ -59,7 +60,7 @@ def why_call(x: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> s
 def why_base(base: nn.Module) -> str | None:
     """Why the layer around ``base`` is PEFT's own for good: it is no linear layer with a plain weight."""
     kind = type(base)
-    if kind.forward is not nn.Linear.forward and kind.forward is not Conv1D.forward:
+    if kind is not nn.Linear and kind.forward is not Conv1D.forward and computes_otherwise(kind):
         return f"its base layer is a {kind.__name__}, which computes in a way of its own"
     return why_weight(own_parameter(base, "weight"))
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..console import MissingExtraError
 from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 from ..models.grouping import share_found, unshare_inputs
+from ..models.names import plain_modules
 from ..models.report import SkippedLayer
 from .report import FusedLayer, FuseReport, UnfuseReport, counter, drop_counter, total
 
@@ -119,7 +120,9 @@ def unfuse_peft(model: nn.Module) -> UnfuseReport:
     _check_module(model, "unfuse_peft")
     layer_module = _layer_module("unfuse_peft")
     layers = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, layer_module.FusedLoraLinear)
+        (name, module)
+        for name, module in plain_modules(model, shared=False)
+        if isinstance(module, layer_module.FusedLoraLinear)
     ]
     if not layers:
         raise LoRAStateError(
@@ -211,7 +214,7 @@ def _refuse_merged(layers: list[tuple[str, Any]]) -> None:
 
 def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     kind = import_module("peft.tuners.lora.layer").LoraLayer
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+    return [(name, module) for name, module in plain_modules(model, shared=False) if isinstance(module, kind)]
 
 
 def _tuners(model: nn.Module) -> list[Any]:

@@ -286,7 +286,7 @@ def test_layers_on_meta_and_in_other_dtypes_keep_their_place() -> None:
 def test_a_wrapped_model_is_looked_into() -> None:
     model = nn.DataParallel(Net())
     report = replace_linear(model, LoRAConfig(r=2, target_modules=["up"]))
-    assert [layer.name for layer in report] == ["module.blocks.0.up", "module.blocks.1.up"]
+    assert [layer.name for layer in report] == ["blocks.0.up", "blocks.1.up"]
 
 
 def test_a_compiled_model_runs_what_was_replaced() -> None:
