@@ -15,7 +15,7 @@ from ..config import ADAPTER_DTYPES, LoRAConfig, as_tuple, pattern_value
 from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 from ..layer import LoRALayer
 from ..models.matching import close_names, is_all_linear, is_linear, listed, selects, trained_whole
-from ..models.names import parameter_name, plain_modules, plain_names
+from ..models.names import parameter_name, plain_modules, plain_name, plain_names
 from ..replaceable import is_conv1d, why_not_replaceable
 from .plain_form import NAMES
 from .saving import PREFIX

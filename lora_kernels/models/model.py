@@ -20,7 +20,7 @@ from ..layer import LoRALayer
 from .adapter import Adapter, forget, remember, remember_bias, remembered_within
 from .grouping import share_found, unshare_inputs
 from .matching import find_matches, listed, trained_whole
-from .names import joined, plain_modules
+from .names import compiled_alone, joined, plain_modules
 from .pretrained import tell_of_saving
 from .replacing import build, check_model, decide, make_report, nothing_to_replace
 from .report import ReplaceReport, RestoredLayer, RestoreReport, ShareReport
@@ -237,8 +237,8 @@ def restore_linear(model: nn.Module) -> RestoreReport:
         A report to print: whose adapters were merged or dropped, and which merged weights are no longer tied.
 
     Raises:
-        LoRAStateError: the model holds no ``FusedLoRALinear``, or is one itself; or FSDP, ZeRO-3 or accelerate's
-            offloading holds the values of a layer.
+        LoRAStateError: the model holds no ``FusedLoRALinear``, or is one itself; torch.compile was called on a layer by
+            itself; or FSDP, ZeRO-3 or accelerate's offloading holds the values of a layer.
 
     Example:
         >>> from lora_kernels import FusedLoRALinear
@@ -260,6 +260,12 @@ def restore_linear(model: nn.Module) -> RestoreReport:
         raise LoRAStateError(
             f"restore_linear was called on a model where fully_shard (FSDP2) manages {listed(managed)}: it would go on "
             "with the layers that are replaced. Save the adapter, and merge or restore the plain model."
+        )
+    alone = compiled_alone(model)
+    if compiled := [name for name, layer in layers if layer in alone]:
+        raise LoRAStateError(
+            f"restore_linear was called on a model where torch.compile was called on {listed(compiled)} by itself: the "
+            "compiled function would go on calling the LoRA layer. Put the layer itself back into the model first."
         )
     storage.check_free("restore_linear", layers)
     if dropped := [name for name, layer in layers if not layer.merged and has_moved(layer)]:

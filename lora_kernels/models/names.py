@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-__all__ = ["joined", "parameter_name", "plain_modules", "plain_name", "plain_names", "unwrapped"]
+__all__ = ["compiled_alone", "joined", "parameter_name", "plain_modules", "plain_name", "plain_names", "unwrapped"]
 
 _INNER = {  # by the class of a wrapper: what it calls the module that it runs
     "OptimizedModule": "_orig_mod",
@@ -87,6 +87,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
         assert inner is not None
         model = inner
     return model
+
+
+def compiled_alone(model: nn.Module) -> set[nn.Module]:
+    """The modules that ``torch.compile`` was called on by themselves: the compiled function goes on calling them.
+
+    So nothing can take their place. What is within them can be replaced.
+    """
+    outer = (module for module in model.modules() if _inner(module) == _INNER["OptimizedModule"])
+    return {module._modules[_INNER["OptimizedModule"]] for module in outer}  # type: ignore[misc]
 
 
 def _inner(module: nn.Module) -> str | None:

@@ -31,7 +31,7 @@ from .matching import (
     trained_whole,
     unmatched_names,
 )
-from .names import joined, plain_modules
+from .names import compiled_alone, joined, plain_modules
 from .report import ReplacedLayer, ReplaceReport, ShareReport, SkippedLayer
 from .watch import count_parameters
 
@@ -85,8 +85,8 @@ def decide(model: nn.Module, config: LoRAConfig, matches: list[Match]) -> tuple[
             f"{listed(replaced)} is a FusedLoRALinear already, and no layer takes a second adapter. Name it in "
             "exclude_modules, or call restore_linear(model) first."
         )
-    modules = dict(plain_modules(model))
-    reasons = {match.name: _why_left_alone(match, modules) for match in matches}
+    modules, alone = dict(plain_modules(model)), compiled_alone(model)
+    reasons = {match.name: _why_left_alone(match, modules, alone) for match in matches}
     targets = [match for match in matches if reasons[match.name] is None]
     while tied := _tied_outside(model, targets, config.bias):
         reasons |= tied
@@ -94,7 +94,7 @@ def decide(model: nn.Module, config: LoRAConfig, matches: list[Match]) -> tuple[
     return targets, [SkippedLayer(name, reason) for name, reason in reasons.items() if reason is not None]
 
 
-def _why_left_alone(match: Match, modules: Mapping[str, nn.Module]) -> str | None:
+def _why_left_alone(match: Match, modules: Mapping[str, nn.Module], compiled: set[nn.Module]) -> str | None:
     if match.excluded is not None:
         also = "it" if match.excluded == match.name else f"{match.excluded!r}, another name of it"
         return f"exclude_modules matches {also}."
@@ -111,6 +111,11 @@ def _why_left_alone(match: Match, modules: Mapping[str, nn.Module]) -> str | Non
         return "it is a ScriptModule: call replace_linear before torch.jit.script or torch.jit.trace."
     if own := stacked_experts(match.module):
         return _why_not_experts(match.module, own)
+    if match.module in compiled:
+        return (
+            "torch.compile was called on it by itself, and the compiled function would go on calling it without an "
+            "adapter: call replace_linear first, then compile."
+        )
     return _why_never_called(match, modules) or why_not_replaceable(match.module)
 
 
@@ -141,7 +146,7 @@ def _why_not_experts(module: nn.Module, own: list[str]) -> str:
 
 def _named_experts(model: nn.Module, entries: Collection[str] | str) -> str | None:
     """A sentence on the stacked experts of which ``entries`` names a Parameter; None where it names none."""
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model):
         own = stacked_experts(module)
         if found := [each for each in own if name_matches(entries, joined(name, each))]:
             return f"{joined(name, found[0])!r} is no module: {_why_not_experts(module, own)}"
