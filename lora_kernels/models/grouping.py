@@ -196,7 +196,8 @@ def _siblings(holder: nn.Module) -> list[tuple[str, ...]]:
     """The names of ``holder``'s children that read one x."""
     if isinstance(holder, FusedLoRAGroup):
         return [tuple(holder._modules)]
-    known = [names for names in _KNOWN if sum(name in holder._modules for name in names) > 1]
+    here = holder._modules
+    known = [names for names in _KNOWN if names[0] in here and sum(name in here for name in names) > 1]
     return known if known and _takes_one_activation(holder) else []
 
 

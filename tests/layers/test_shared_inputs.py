@@ -233,6 +233,96 @@ def test_outputs_that_nobody_takes_are_told_once() -> None:
     assert len(waiting(together)) == 1
 
 
+class Attention(nn.Module):
+    """It looks like self-attention, and q and k read something else than v where positions are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(K, 8) for _ in range(3))
+
+    def forward(self, x: Tensor, positions: Any = 0.0) -> tuple[Tensor, ...]:
+        moved = x if isinstance(positions, float) else x + positions
+        return self.q_proj(moved), self.k_proj(moved), self.v_proj(x)
+
+
+def guessed() -> tuple[Any, Any]:
+    torch.manual_seed(4)
+    model = Attention()
+    report = replace_linear(model, LoRAConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    assert report.groups == (("q_proj", "k_proj", "v_proj"),)
+    return model, report
+
+
+@pytest.fixture
+def no_warnings() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_wrong_guess_ends_at_its_first_step(copied: bool, no_warnings: None) -> None:
+    model, report = guessed()
+    single = copy.deepcopy(model)
+    unshare_inputs(single)
+    ran = copy.deepcopy(model) if copied else model
+    positions = torch.ones(K)
+    with passes() as counted:
+        for _ in range(6):
+            x = draw()
+            ys = ran(x, positions)
+            assert all(same_bits(y, alone) for y, alone in zip(ys, single(x, positions), strict=True))
+            sum(y.sum() for y in ys).backward()
+    assert counted == [3]
+    assert not any(module.is_shared(layer) for layer in ran.children())
+    assert not module.shared_inputs(ran)
+    assert unshare_inputs(ran) == 0
+    assert ("of which none runs together now" in str(report)) != copied
+
+
+def test_a_right_guess_outlives_a_step_that_was_cut_short(no_warnings: None) -> None:
+    model, _ = guessed()
+    with passes() as counted:
+        for x in (draw(), draw(), draw()):
+            model(x)
+            model.q_proj(draw())  # as where an error comes in between
+            model(x)
+    assert counted == [3] * 9
+    assert unshare_inputs(model) == 1
+
+
+def test_a_guess_that_goes_wrong_later_ends_too(no_warnings: None) -> None:
+    model, _ = guessed()
+    model(draw())
+    with passes() as counted:
+        for _ in range(6):
+            model(draw(), torch.ones(K))
+    assert counted == [3, 3, 3]
+    assert unshare_inputs(model) == 0
+
+
+def test_a_group_that_was_named_is_warned_of_and_stays() -> None:
+    model, _ = guessed()
+    unshare_inputs(model)
+    lora_kernels.share_inputs(model, [["q_proj", "k_proj", "v_proj"]])
+    for _ in range(2):
+        model(draw(), torch.ones(K))
+    with pytest.warns(UserWarning, match="unshare_inputs"):
+        model(draw(), torch.ones(K))
+    assert unshare_inputs(model) == 1
+
+
+def test_a_fused_group_within_a_model_is_named() -> None:
+    model = nn.Sequential(FusedLoRAGroup([nn.Linear(K, 8), nn.Linear(K, 4)]))
+    replace_linear(model, LoRAConfig(r=2, target_modules="all-linear"))
+    layer = model[0].get_submodule("0")
+    for _ in range(3):
+        layer(draw())
+    with pytest.warns(UserWarning, match="unshare_inputs"):
+        layer(draw())
+    assert unshare_inputs(model) == 1
+
+
 def test_hooks_run_and_what_acts_before_a_call_keeps_the_layer_alone() -> None:
     together, x, seen = group(), draw(), []
     together.v.register_forward_hook(lambda layer, args, y: y + 100.0)
