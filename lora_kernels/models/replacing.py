@@ -216,7 +216,7 @@ def nothing_to_replace(model: nn.Module, config: LoRAConfig, skipped: list[Skipp
 
 def _experts_sentence(model: nn.Module) -> str:
     """What is said of stacked experts where a name may have meant them: many know an expert's layers as w1, w2, w3."""
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model):
         if own := stacked_experts(module):
             return f" {name!r} is none of them: {_why_not_experts(module, own)}"
     return ""
