@@ -150,7 +150,7 @@ class LoRALayer(nn.Module):
         if is_compiling():
             if self.training:
                 called.note_compiled()
-        elif not self._trained and (self.training or not self._called):
+        elif not self._called or (not self._trained and self.training and torch.is_grad_enabled()):
             called.note(self, self._base is None and not off)
         if self._base is not None or off:
             kept, added = merging.acting(self, not off)

@@ -1,5 +1,5 @@
-// The CUDA kernels' bodies on the host, for tests/backends/native/test_cuda_kernels.py: the same source, block after block, with shared
-// memory full of NaN at the start.
+// The CUDA kernels' bodies on the host, for tests/backends/native/test_cuda_kernels.py: the same source, block after
+// block, with shared memory full of NaN at the start.
 #include "../../csrc/cuda/dh_db.h"
 #include "../../csrc/cuda/elementwise.h"
 #include "../../csrc/cuda/expand.h"
