@@ -21,7 +21,7 @@ from lora_kernels.cli import main
         ("lora_kernels/gate.py:check", "validation"),
         ("lora_kernels/dispatch.py:select", "dispatch"),
         ("lora_kernels/autograd.py:forward_only", "autograd"),
-        ("lora_kernels/backends/triton/launch.py:forward", "launch"),
+        ("lora_kernels/backends/triton/operators.py:forward", "launch"),
         ("triton/runtime/jit.py:run", "launch"),
         ("<built-in method torch._C._nn.linear>", "operators"),
         ("contextlib.py:__enter__", "other"),

@@ -30,7 +30,6 @@ __all__ = [
     "few_tokens_config",
     "fits_shared_memory",
     "gain_grad_config",
-    "gemm_config",
     "gemm_configs",
     "machine_of",
     "next_power_of_2",
@@ -270,13 +269,6 @@ def gemm_configs(
         fitting.append((cost, config))
     assert fitting, f"no tile fits {machine}"
     return tuple(config for _, config in sorted(fitting, key=lambda found: found[0]))
-
-
-def gemm_config(
-    machine: Machine, rows_power: int, columns: int, r: int, itemsize: int, tf32: bool, dropout: bool
-) -> GemmConfig:
-    """The first of ``gemm_configs``."""
-    return gemm_configs(machine, rows_power, columns, r, itemsize, tf32, dropout)[0]
 
 
 @lru_cache(maxsize=4096)
