@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -155,3 +156,10 @@ def native(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
     stand_in.needs_a_compiler()
     return stand_in.StandIn(tmp_path, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    """What one test compiled is no other test's: past its limit of recompilations Dynamo skips a function for good."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

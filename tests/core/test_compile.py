@@ -27,11 +27,6 @@ from made_models import acting
 from numerics import check, same_bits
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize(
     ("backend", "device", "compiler"), [*((*on, "aot_eager") for on in BACKENDS), (*BACKENDS[0], "inductor")]
 )

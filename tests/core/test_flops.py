@@ -181,7 +181,6 @@ def test_a_counter_made_before_the_formulas_knows_them(monkeypatch: pytest.Monke
 
 
 def test_compiled_models_are_counted() -> None:
-    torch._dynamo.reset()
     layer = _layer()
     layer.compile(backend="aot_eager")
     step = _step(layer)

@@ -21,11 +21,6 @@ from numerics import same_bits
 COUNT, WIDTH = 4, 16
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
-
-
 class Block(nn.Module):
     def __init__(self, up: nn.Module) -> None:
         super().__init__()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,13 +23,6 @@ SIZES = (5, 9, 16, 21, 33)
 SETTINGS = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 # transformers' own: its activation checkpointing says so for a model that is not in training.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def llama(kind: str, p: float, **settings: Any) -> Any:

@@ -224,7 +224,6 @@ def test_copies_and_other_threads() -> None:
 
 
 def test_a_compiled_model_has_two_graphs_however_often_it_is_switched() -> None:
-    torch._dynamo.reset()
     model, counter = replaced(), CompileCounter()
     compiled, x = torch.compile(model, backend=counter, fullgraph=True), TOKENS
     with adapters_disabled(model):

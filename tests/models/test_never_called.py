@@ -118,13 +118,11 @@ def frozen(model: Head) -> Head:
 
 def by_parts(model: Head) -> Head:
     """Each layer in a graph of its own, but for the body."""
-    torch._dynamo.reset()
     head = torch.compile(model.lm_head, backend="aot_eager")
     return trained(model, lambda x: head(torch.relu(model.body(x))))
 
 
 def compiled_group() -> nn.Module:
-    torch._dynamo.reset()
     group = FusedLoRAGroup([nn.Linear(16, 16), nn.Linear(16, 16)])
     model = nn.ModuleDict({"first": nn.Linear(16, 16), "group": group})
     replace_linear(model, LoRAConfig(r=2, target_modules=["first", "0", "1"]))
@@ -172,7 +170,6 @@ def _loaded_for_inference(folder: Path) -> Head:
 
 @pytest.mark.parametrize("case", QUIET)
 def test_there_is_no_false_alarm(case: str, tmp_path: Path) -> None:
-    torch._dynamo.reset()
     model = QUIET[case](tmp_path / "before")
     assert names(model) == []
     with warnings.catch_warnings():
@@ -181,7 +178,6 @@ def test_there_is_no_false_alarm(case: str, tmp_path: Path) -> None:
 
 
 def test_it_is_seen_in_a_compiled_model_too() -> None:
-    torch._dynamo.reset()
     model = adapted("weight")
     assert names(trained(model, torch.compile(model, backend="aot_eager"))) == ["lm_head"]
 

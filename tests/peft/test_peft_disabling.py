@@ -96,7 +96,6 @@ def test_a_checkpoint_runs_again_as_in_its_forward(kind: str, inside: str, reent
 
 
 def test_a_compiled_model_has_two_graphs_however_often_it_is_switched() -> None:
-    torch._dynamo.reset()
     model, x, counter = fused({}), torch.randn(5, 24), CompileCounter()
     compiled = torch.compile(model, backend=counter)
     with torch.no_grad():

@@ -170,7 +170,6 @@ def test_merging_switching_and_unfusing_are_pefts() -> None:
 
 @pytest.mark.parametrize("active", [["a1"], ["a0", "a1"]], ids=str)
 def test_it_compiles_whole(active: list[str]) -> None:
-    torch._dynamo.reset()
     stock = make(*THEN)
     stock.base_model.set_adapter(active)
     model = fused(stock)

@@ -210,7 +210,6 @@ def test_injection_without_a_peft_model_builds_fused_layers() -> None:
 
 @pytest.mark.parametrize("two", [False, True])
 def test_it_compiles_whole_and_counting_does_not_break_it(two: bool) -> None:
-    torch._dynamo.reset()
     stock = make(*TWO)
     stock.base_model.set_adapter(["a0", "a1"] if two else "a0")
     model = fused(stock)
@@ -227,7 +226,6 @@ def test_it_compiles_whole_and_counting_does_not_break_it(two: bool) -> None:
 
 
 def test_a_hot_swappable_scaling_needs_no_second_compilation() -> None:
-    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     stock = make()
     peft.utils.hotswap.prepare_model_for_compiled_hotswap(stock, target_rank=8)
