@@ -35,7 +35,7 @@ def forward_only(
 ) -> Tensor:
     """y (..., N) for x (..., K): the operator without autograd around it, for when no gradient is due."""
     ops = operators(backend_name)
-    y, _ = ops.forward(flatten(x), as_dtype(weight, x.dtype), lora_a, lora_b, bias, scaling, p, state)
+    y, _, _ = ops.forward(flatten(x), as_dtype(weight, x.dtype), lora_a, lora_b, bias, scaling, p, state)
     return unflatten(y, x.shape)
 
 
@@ -56,7 +56,9 @@ class LoRALinearFunction(torch.autograd.Function):
         backend_name: str,
     ) -> Tensor:
         ops = operators(backend_name)
-        y, h = ops.forward(flatten(x), as_dtype(weight, x.dtype), lora_a, lora_b, bias, scaling, p, state)
+        y, h, words = ops.forward(flatten(x), as_dtype(weight, x.dtype), lora_a, lora_b, bias, scaling, p, state)
+        if state is not None and ops.kept.packs_mask and ops.kept.prefers_words(weight.shape[0]):
+            state = words
         need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
             x if need_a or need_weight else None,
@@ -135,9 +137,11 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> _GradInputs:
     if need_a:
         da = (dh.t() @ dropped).to(lora_a.dtype)
     if need_b:
-        if dropped is not None:
-            h = dropped @ lora_a.to(wide).t()
-        db = (scaling * (wide_dy.t() @ h.to(wide))).to(lora_b.dtype)
+        if dropped is None:
+            scaled = operators(backend_name).kept.scaled_h(h, lora_a.shape[0], scaling).to(wide)
+        else:
+            scaled = scaling * (dropped @ lora_a.to(wide).t())
+        db = (wide_dy.t() @ scaled).to(lora_b.dtype)
     if need_weight:
         dw = (dy.t() @ x).to(weight_dtype)
     if need_bias:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kept import Kept, row_words
+
 __all__ = ["fakes"]
 
 
-def fakes(hidden_dtype: Callable[[torch.dtype], torch.dtype]) -> dict[str, Callable[..., Any]]:
+def fakes(kept: Kept) -> dict[str, Callable[..., Any]]:
     """One function for each operator; every result is a fresh contiguous tensor."""
 
     def forward(
@@ -23,8 +25,15 @@ def fakes(hidden_dtype: Callable[[torch.dtype], torch.dtype]) -> dict[str, Calla
         scaling: float,
         p: float,
         state: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        return x.new_empty((x.shape[0], weight.shape[0])), shrink(x, lora_a, p, state)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        columns, dtype = kept.h(x, weight.shape[0], lora_a.shape[0])
+        with_words = kept.packs_mask and state is not None
+        words = (x.shape[0], row_words(x.shape[1])) if with_words else (0,)
+        return (
+            x.new_empty((x.shape[0], weight.shape[0])),
+            x.new_empty((x.shape[0], columns), dtype=dtype),
+            x.new_empty(words, dtype=torch.int32),
+        )
 
     def backward(
         dy: Tensor,
@@ -49,7 +58,7 @@ def fakes(hidden_dtype: Callable[[torch.dtype], torch.dtype]) -> dict[str, Calla
         return state.new_empty((rows, columns), dtype=torch.bool)
 
     def shrink(x: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
-        return x.new_empty((x.shape[0], lora_a.shape[0]), dtype=hidden_dtype(x.dtype))
+        return x.new_empty((x.shape[0], lora_a.shape[0]), dtype=kept.hidden_dtype(x.dtype))
 
     def product(
         x: Tensor,
@@ -67,7 +76,7 @@ def fakes(hidden_dtype: Callable[[torch.dtype], torch.dtype]) -> dict[str, Calla
     def output_grads(
         dy: Tensor, lora_b: Tensor, h: Tensor | None, bias: Tensor | None, scaling: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dh = dy.new_empty((dy.shape[0], lora_b.shape[1]), dtype=hidden_dtype(dy.dtype))
+        dh = dy.new_empty((dy.shape[0], lora_b.shape[1]), dtype=kept.hidden_dtype(dy.dtype))
         return dh, lora_b.new_empty(0 if h is None else lora_b.shape), _like_bias(dy, bias)
 
     def input_grad(
@@ -81,7 +90,7 @@ def fakes(hidden_dtype: Callable[[torch.dtype], torch.dtype]) -> dict[str, Calla
         return dys[0].new_empty((dys[0].shape[0], weights[0].shape[1]))
 
     def a_grad(dh: Tensor, x: Tensor, p: float, state: Tensor | None) -> Tensor:
-        return x.new_empty((dh.shape[1], x.shape[1]), dtype=hidden_dtype(x.dtype))
+        return x.new_empty((dh.shape[1], x.shape[1]), dtype=kept.hidden_dtype(x.dtype))
 
     def gain_grad(
         dy: Tensor, linear: Tensor | None, gain: Tensor, bias: Tensor | None

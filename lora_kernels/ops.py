@@ -9,8 +9,8 @@ Whole layers of plain LoRA:
 ========= ======================================================= ======================================================
 operator  arguments                                               returns
 ========= ======================================================= ======================================================
-forward   x (M,K), weight (N,K), lora_a (R,K), lora_b (N,R),      y (M,N) in x's dtype; h (M,R)
-          bias (N)?, s, p, state?
+forward   x (M,K), weight (N,K), lora_a (R,K), lora_b (N,R),      y (M,N) in x's dtype; h; words, int32 (M, 4 ceil(K
+          bias (N)?, s, p, state?                                 / 128)) of the packed mask, or of shape (0,)
 backward  dy (M,N), x (M,K)?, weight (N,K)?, lora_a (R,K),        dx (M,K) = dy W + D * (dh A) in dy's dtype;
           lora_b (N,R), bias (N)?, h (M,R)?, s, p, state?         da (R,K) = dhᵀ (x * D) in lora_a's dtype;
                                                                   db (N,R) = s dyᵀ h in lora_b's dtype;
@@ -44,11 +44,13 @@ what it was given: dx is due iff ``weight`` is there, da iff ``x``, db iff ``h``
 and the dtype it would have had (dbias without a bias: dy's).
 
 ``state`` is what the backend's ``dropout_state`` drew: a seed, int64 (2,) on x's device, or (eager on CUDA) the bool
-mask itself. x, dy and weight share one dtype, the compute dtype; lora_a, lora_b and bias may have any floating dtype
-and are rounded to it at the product, adapters over fp16 not (``reference.adapter_dtype``): there h, dh and they keep
-fp32's range and at least 16 bits. ``h``, ``z``, ``dh`` and what ``a_grad`` gives are in the backend's hidden
-dtype (``Operators.hidden_dtype``), and no other backend ever reads them; what is (M,R) may come with rows at any
-distance (a column slice), each in one piece. Gains, their gradients and norms are fp32 (fp64 for fp64).
+mask itself. Where a backend's forward gives the mask's words (``packed_mask.py``), they are a state for its
+``backward`` and ``mask`` too. x, dy and weight share one dtype, the compute dtype; lora_a, lora_b and bias may have any
+floating dtype and are rounded to it at the product, adapters over fp16 not (``reference.adapter_dtype``): there h, dh
+and they keep fp32's range and at least 16 bits. ``h``, ``z``, ``dh`` and what ``a_grad`` gives are (M,R) in the
+backend's hidden dtype, and no other backend ever reads them; forward's h may be laid out otherwise (``kept.Kept``).
+What is (M,R) may come with rows at any distance (a column slice), each in one piece. Gains, their gradients and norms
+are fp32 (fp64 for fp64).
 
 The overload ``.Tensor`` of an operator takes its numbers as 0-dim fp64 tensors: see ``graph_numbers.py``. What each
 operator counts for PyTorch's ``FlopCounterMode`` is in ``flops.py``.
@@ -67,6 +69,7 @@ from torch import Tensor
 from .fakes import fakes
 from .flops import enter_formulas, inform_counters
 from .graph_numbers import by_numbers, tensor_schema, with_numbers
+from .kept import Kept
 
 __all__ = ["NAMESPACE", "OPERATOR_NAMES", "Operators", "operators", "register"]
 
@@ -74,7 +77,7 @@ NAMESPACE = "lora_kernels"
 
 _SCHEMAS = {
     "forward": "(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, float scaling, float p, "
-    "Tensor? state) -> (Tensor y, Tensor h)",
+    "Tensor? state) -> (Tensor y, Tensor h, Tensor words)",
     "backward": "(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? h, "
     "float scaling, float p, Tensor? state) -> (Tensor dx, Tensor da, Tensor db, Tensor dbias)",
     "mask": "(Tensor state, SymInt rows, SymInt columns, float p) -> Tensor",
@@ -103,7 +106,7 @@ _packets: dict[str, dict[str, Any]] = {}  # all overloads of each operator
 class Operators:
     """One backend's operators, bound once so that a call looks nothing up."""
 
-    forward: Callable[..., tuple[Tensor, Tensor]]
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     mask: Callable[..., Tensor]
     shrink: Callable[..., Tensor]
@@ -113,19 +116,19 @@ class Operators:
     a_grad: Callable[..., Tensor]
     gain_grad: Callable[..., tuple[Tensor, Tensor, Tensor]]
     row_norms: Callable[..., Tensor]
-    hidden_dtype: Callable[[torch.dtype], torch.dtype]
+    kept: Kept
 
 
 def register(
     backend: str,
     implementations: Mapping[str, Callable[..., Any]],
-    hidden_dtype: Callable[[torch.dtype], torch.dtype],
+    kept: Kept,
 ) -> None:
     """Define, implement and fake the operators of ``backend``; calling it again does nothing.
 
     An operator that ``implementations`` leaves out is one that a C++ library has registered, or will. One that it has
-    for such a backend serves the devices that the library has no kernel for. ``hidden_dtype`` maps the compute dtype to
-    the dtype of h.
+    for such a backend serves the devices that the library has no kernel for. ``kept`` tells what forward leaves for
+    backward.
     """
     if backend in _registered:
         return
@@ -133,7 +136,7 @@ def register(
     traced: dict[str, Any] = {}
     direct: dict[str, Any] = {}
     packets = _packets[backend] = {}
-    for name, fake in fakes(hidden_dtype).items():
+    for name, fake in fakes(kept).items():
         qualified = f"{backend}_{name}"
         fake = _entering_formulas(fake, packets)
         _library.define(f"{qualified}{_SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -146,9 +149,9 @@ def register(
             traced[name] = _with_tensor_overload(qualified, schema, fake, packets[name])
         compiled = len(implementations) < len(_SCHEMAS)
         direct[name] = overloads[name]._op if compiled else implementations[name]
-    _registered[backend] = Operators(**overloads, hidden_dtype=hidden_dtype)
-    _traced[backend] = Operators(**traced, hidden_dtype=hidden_dtype)
-    _direct[backend] = Operators(**direct, hidden_dtype=hidden_dtype)
+    _registered[backend] = Operators(**overloads, kept=kept)
+    _traced[backend] = Operators(**traced, kept=kept)
+    _direct[backend] = Operators(**direct, kept=kept)
     enter_formulas(packets)
 
 

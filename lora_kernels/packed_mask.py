@@ -28,16 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .kept import row_words
 from .reference import dropout_threshold
 
-__all__ = ["pack", "packed_keep_words", "row_words", "unpack"]
+__all__ = ["pack", "packed_keep_words", "unpack"]
 
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
-
-
-def row_words(columns: int) -> int:
-    """int32 words that a row of ``columns`` elements takes."""
-    return 4 * -(-columns // 128)
 
 
 def packed_keep_words(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:

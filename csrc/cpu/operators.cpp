@@ -300,12 +300,19 @@ void expect_one_rank(const Tensor& lora_a, const Tensor& lora_b) {
                     "lora_a (R, K) and lora_b (N, R) must be matrices of one rank R.");
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
-                                   const std::optional<Tensor>& bias, double scaling, double p,
-                                   const std::optional<Tensor>& state) {
+// What stands for the packed mask, which is drawn again instead; one for all, for making it takes a call's time.
+const Tensor& no_words() {
+    static const Tensor& words = *new Tensor(empty({0}, ScalarType::Int));
+    return words;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
+                                           const Tensor& lora_b, const std::optional<Tensor>& bias, double scaling,
+                                           double p, const std::optional<Tensor>& state) {
     expect_one_rank(lora_a, lora_b);
     Tensor h = shrink(x, lora_a, p, state);
-    return {std::get<0>(product(x, weight, lora_b, h, bias, std::nullopt, scaling, false)), h};
+    return {std::get<0>(product(x, weight, lora_b, h, bias, std::nullopt, scaling, false)), h,
+            no_words()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const std::optional<Tensor>& x,

@@ -188,9 +188,10 @@ Tensor column_sum(const Call& call, const Tensor& dy, const Tensor& bias) {
     return out;
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor x, const Tensor weight, const Tensor lora_a, const Tensor lora_b,
-                                   const std::optional<Tensor> bias, double scaling, double p,
-                                   const std::optional<Tensor> state) {
+// Its third result is the packed mask, which is drawn again instead.
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor x, const Tensor weight, const Tensor lora_a,
+                                           const Tensor lora_b, const std::optional<Tensor> bias, double scaling,
+                                           double p, const std::optional<Tensor> state) {
     const int64_t rows = x.size(0), columns = weight.size(0);
     check_matrix(weight, "weight", columns, x.size(1));
     check_matrix(lora_a, "lora_a", lora_a.size(0), x.size(1));
@@ -202,7 +203,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor x, const Tensor weight, const Te
     expand(call, operand_of(h), operand_of(lora_b), bias ? &*bias : nullptr, {nullptr, 0}, scaling, y);
     check_launches();
     accumulate_product(y, rows_of_x, torch::stable::transpose(weight, 0, 1));
-    return {y, h};
+    const int64_t none[] = {0};
+    return {y, h, torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(none, 1), ScalarType::Int)};
 }
 
 // Which gradients are due is told by what is given: dx by weight, da by x, db by h, dbias by bias.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..dispatch import Problem
 from ..explaining.report import PassPlan
+from ..kept import Kept, no_words
 from ..ops import register
 from ..reference import adapter_dtype, dropout_threshold
 from . import draw_seed
@@ -33,10 +34,11 @@ def forward(
     scaling: float,
     p: float,
     state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     x = in_one_piece(x)  # once for both
     h = _composition.shrink(x, lora_a, p, state)
-    return _composition.product(x, weight, lora_b, h, bias, None, scaling, False)[0], h
+    y, _ = _composition.product(x, weight, lora_b, h, bias, None, scaling, False)
+    return y, h, no_words(x.device)
 
 
 def backward(
@@ -85,6 +87,11 @@ def _keep(like: Tensor, p: float, state: Tensor) -> Tensor:
 _composition = Composition(_keep, adapter_dtype)
 
 
+class _Kept(Kept):
+    def hidden_dtype(self, compute: torch.dtype) -> torch.dtype:
+        return adapter_dtype(compute)
+
+
 class EagerBackend:
     """PyTorch's own operators; see the module's text."""
 
@@ -110,7 +117,7 @@ class EagerBackend:
         return composed_plan.plans(problem, tokens)
 
     def register(self, device_type: str) -> None:
-        register(self.name, self.operators(), adapter_dtype)
+        register(self.name, self.operators(), _Kept())
 
     def operators(self) -> dict[str, Callable[..., Any]]:
         """Its implementations of the operators of ``ops.py``, by name."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cases import BACKENDS, Case, keep_mask, make, measures, run
 from lora_kernels import dispatch, ops
+from lora_kernels.kept import no_words
 from lora_kernels.ops import Operators
 from numerics import check_all
 
@@ -45,9 +46,9 @@ def _last_rank_skipped(true: Operators, given: Given) -> Any:
 
 
 def _last_row_unwritten(true: Operators, given: Given) -> Any:
-    y, h = true.forward(**given)
+    y, h, words = true.forward(**given)
     y[-1] = 0
-    return y, h
+    return y, h, words
 
 
 def _one_term_missing(true: Operators, given: Given) -> Any:
@@ -67,14 +68,14 @@ def _hidden_once_in_16_bits(true: Operators, given: Given) -> Any:
     x, lora_b, s = given["x"], given["lora_b"], given["scaling"]
     keep = true.mask(given["state"], *x.shape, given["p"]) / (1.0 - given["p"])
     h = _coarse((x * keep) @ given["lora_a"].t(), 11)
-    return x @ given["weight"].t() + s * h @ lora_b.t() + given["bias"], h
+    return x @ given["weight"].t() + s * h @ lora_b.t() + given["bias"], h, no_words(x.device)
 
 
 def _in_tf32(true: Operators, given: Given) -> Any:
     """What enters the large product alone."""
-    y, h = true.forward(**given)
+    y, h, words = true.forward(**given)
     x, weight = given["x"], given["weight"]
-    return y + (_coarse(x, 11) @ _coarse(weight, 11).t() - x @ weight.t()), h
+    return y + (_coarse(x, 11) @ _coarse(weight, 11).t() - x @ weight.t()), h, words
 
 
 # Faults of one gradient: what a wrong ``backward`` returns for it.

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_kernels.packed_mask import pack, packed_keep_words, row_words, unpack
+from lora_kernels.kept import row_words
+from lora_kernels.packed_mask import pack, packed_keep_words, unpack
 from lora_kernels.reference import dropout_threshold
 
 LOW = 0xFFFFFFFF

@@ -37,7 +37,7 @@ class Given:
         self.table: Operators = ops._registered[backend]
         i = make(case, device)
         self.i = Inputs(*(None if t is None else t.detach() for t in vars(i).values()))
-        wide, hidden = torch.promote_types(case.dtype, torch.float32), self.table.hidden_dtype(case.dtype)
+        wide, hidden = torch.promote_types(case.dtype, torch.float32), self.table.kept.hidden_dtype(case.dtype)
         self.gain = torch.linspace(-1.0, 2.0, case.n, dtype=wide, device=device)
         self.state = dispatch.backend(backend).dropout_state(self.i.x, case.p) if case.p else None
         drawn = torch.randn(case.m, case.r + 4, generator=torch.Generator().manual_seed(3))

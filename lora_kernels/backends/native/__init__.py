@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...dispatch import Problem
 from ...explaining.report import PassPlan
+from ...kept import Kept
 from ...ops import register
 from .. import draw_seed, why_not_capability
 from ..composed import Composition
@@ -73,7 +74,7 @@ class NativeBackend:
         return why.plans(problem, tokens)
 
     def register(self, device_type: str) -> None:
-        register(self.name, Composition(_keep, _hidden_dtype).operators, _hidden_dtype)
+        register(self.name, Composition(_keep, _KEPT.hidden_dtype).operators, _KEPT)
         if device_type != "meta":
             load.load(device_type)
         if device_type == "cpu":
@@ -88,8 +89,12 @@ def _keep(like: Tensor, p: float, state: Tensor) -> Tensor:
     return mask
 
 
-def _hidden_dtype(compute: torch.dtype) -> torch.dtype:
-    return torch.float64 if compute is torch.float64 else torch.float32
+class _Kept(Kept):
+    def hidden_dtype(self, compute: torch.dtype) -> torch.dtype:
+        return torch.float64 if compute is torch.float64 else torch.float32
+
+
+_KEPT = _Kept()
 
 
 def _why_not_device() -> list[str]:

@@ -17,6 +17,7 @@ from ... import env
 from ...accuracy import tf32_allowed
 from ...dispatch import Problem
 from ...explaining.report import PassPlan
+from ...kept import Kept
 from ...ops import OPERATOR_NAMES, register
 from .. import draw_seed, why_not_capability
 
@@ -92,7 +93,7 @@ class TritonBackend:
 
         modules = (operators, part_operators)
         own = {name: next(getattr(m, name) for m in modules if name in m.__all__) for name in OPERATOR_NAMES}
-        register(self.name, own, _hidden_dtype)
+        register(self.name, own, _Kept())
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
         return draw_seed(x)
@@ -125,8 +126,9 @@ def interpreter_fault() -> str | None:
     )
 
 
-def _hidden_dtype(compute: torch.dtype) -> torch.dtype:
-    return torch.float32
+class _Kept(Kept):
+    def hidden_dtype(self, compute: torch.dtype) -> torch.dtype:
+        return torch.float32
 
 
 def _why_not_cuda() -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kept import no_words
 from ...reference import dropout_threshold
 from . import part_operators
 from .choose import ranking
@@ -48,17 +49,18 @@ def forward(
     scaling: float,
     p: float,
     state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     key = forward_key(x, weight, lora_a, lora_b, bias, p, state)
     scaling = float(scaling)  # an int of 1 would be compiled in
-    run = _runs.get(key)
+    run, index = _runs.get(key), key[0]
     if run is None:
-        return _first_forward(key, x, weight, lora_a, lora_b, bias, scaling, p, state)
-    index: int = key[0]
-    if index < 0 or index == torch.cuda.current_device():
-        return run(current_stream(index), x, weight, lora_a, lora_b, bias, scaling, state)
-    with torch.cuda.device(index):
-        return run(current_stream(index), x, weight, lora_a, lora_b, bias, scaling, state)
+        y, h = _first_forward(key, x, weight, lora_a, lora_b, bias, scaling, p, state)
+    elif index < 0 or index == torch.cuda.current_device():
+        y, h = run(current_stream(index), x, weight, lora_a, lora_b, bias, scaling, state)
+    else:
+        with torch.cuda.device(index):
+            y, h = run(current_stream(index), x, weight, lora_a, lora_b, bias, scaling, state)
+    return y, h, no_words(x.device)
 
 
 def run_plan(
@@ -78,7 +80,8 @@ def run_plan(
         InvalidArgumentError: the plan does not cover so many tokens or so large a rank.
     """
     if x.shape[0] == 0 or weight.shape[0] == 0:
-        return forward(x, weight, lora_a, lora_b, bias, scaling, p, state)
+        y, h, _ = forward(x, weight, lora_a, lora_b, bias, scaling, p, state)
+        return y, h
     key = (*forward_key(x, weight, lora_a, lora_b, bias, p, state), plan)
     run, scaling = _runs.get(key), float(scaling)
     with on_device(x.device):

@@ -52,7 +52,7 @@ def call(native: Operators, case: Case) -> dict[str, Tensor]:
     i = make(case, "cuda")
     state = torch.tensor(SEED, device="cuda") if case.p else None
     x, a, b, bias = (t.detach() for t in (i.x, i.lora_a, i.lora_b, i.bias))
-    y, h = native.forward(x, i.weight, a, b, bias, case.scaling, case.p, state)
+    y, h, _ = native.forward(x, i.weight, a, b, bias, case.scaling, case.p, state)
     names = ("dx", "da", "db", "dbias")
     gradients = native.backward(i.dy, x, i.weight, a, b, bias, h, case.scaling, case.p, state)
     return {"h": h, "y": y, **dict(zip(names, gradients, strict=True))}
@@ -101,8 +101,8 @@ def test_unaligned_rows_give_the_same_bits(native: Operators, dtype: torch.dtype
     i = make(Case(m=200, k=200, n=200, dtype=dtype), "cuda")
     a, b, bias = i.lora_a.detach(), i.lora_b.detach(), i.bias.detach()
     shifted = torch.nn.functional.pad(i.x.detach(), (1, 4))[:, 1:-4]
-    _, h = native.forward(i.x.detach(), i.weight, a, b, bias, 0.5, 0.0, None)
-    _, moved = native.forward(shifted, i.weight, a, b, bias, 0.5, 0.0, None)
+    _, h, _ = native.forward(i.x.detach(), i.weight, a, b, bias, 0.5, 0.0, None)
+    _, moved, _ = native.forward(shifted, i.weight, a, b, bias, 0.5, 0.0, None)
     assert same_bits(h, moved)
 
 
@@ -112,10 +112,10 @@ def test_a_captured_graph_replays_the_same_bits(native: Operators) -> None:
     i = make(case, "cuda")
     arguments = (i.x.detach(), i.weight, i.lora_a.detach(), i.lora_b.detach(), i.bias.detach(), 0.5, 0.1)
     state = torch.tensor(SEED, device="cuda")
-    expected_y, _ = native.forward(*arguments, state)
+    expected_y, _, _ = native.forward(*arguments, state)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y, _ = native.forward(*arguments, state)
+        y, _, _ = native.forward(*arguments, state)
     graph.replay()
     torch.cuda.synchronize()
     assert same_bits(y, expected_y)
@@ -128,7 +128,7 @@ def test_more_than_two_to_the_31_elements(native: Operators) -> None:
     x = torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda")
     weight = torch.zeros(8, columns, dtype=torch.bfloat16, device="cuda")
     a, b = torch.randn(4, columns, device="cuda"), torch.randn(8, 4, device="cuda")
-    y, _ = native.forward(x, weight, a, b, None, 1.0, 0.0, None)
-    alone, _ = native.forward(x[-64:], weight, a, b, None, 1.0, 0.0, None)
+    y, _, _ = native.forward(x, weight, a, b, None, 1.0, 0.0, None)
+    alone, _, _ = native.forward(x[-64:], weight, a, b, None, 1.0, 0.0, None)
     exact = (x[-64:].double() @ a.bfloat16().double().t()) @ b.bfloat16().double().t()
     check_all({"y": y[-64:]}, {"y": exact}, {"y": alone}, torch.bfloat16)

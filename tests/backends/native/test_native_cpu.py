@@ -63,8 +63,8 @@ def run(operators: Operators, case: Case, i: Inputs) -> dict[str, Tensor]:
     """All results of forward and backward."""
     i = Inputs(*(None if t is None else t.detach() for t in vars(i).values()))
     state = torch.tensor(SEED) if case.p else None
-    y, h = operators.forward(i.x, i.weight, i.lora_a, i.lora_b, i.bias, case.scaling, case.p, state)
-    assert h.dtype == operators.hidden_dtype(case.dtype)
+    y, h, _ = operators.forward(i.x, i.weight, i.lora_a, i.lora_b, i.bias, case.scaling, case.p, state)
+    assert h.dtype == operators.kept.hidden_dtype(case.dtype)
     arguments = (i.dy, i.x, i.weight, i.lora_a, i.lora_b, i.bias, h, case.scaling, case.p, state)
     dx, da, db, dbias = operators.backward(*arguments)
     return {"y": y, "dx": dx, "da": da, "db": db} | ({} if i.bias is None else {"dbias": dbias})
@@ -200,7 +200,7 @@ def test_a_dropped_element_does_not_hide_nan(operators: Operators, m: int, bad: 
 def test_an_infinite_h_stays_infinite(operators: Operators, m: int, dtype: torch.dtype) -> None:
     x, weight, lora_a, lora_b = (torch.ones(shape, dtype=dtype) for shape in ((m, 24), (40, 24), (1, 24), (40, 1)))
     x[:, 0] = float("inf")
-    y, _ = operators.forward(x, weight, lora_a, lora_b, None, 0.5, 0.0, None)
+    y, _, _ = operators.forward(x, weight, lora_a, lora_b, None, 0.5, 0.0, None)
     assert torch.isinf(y).all()
 
 

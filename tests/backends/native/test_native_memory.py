@@ -34,7 +34,7 @@ def arguments(dtype, m, k=160, n=96, r=4):
     def draw(*shape, dtype=dtype):
         return torch.randn(shape, dtype=dtype)
 
-    hidden = native.hidden_dtype(dtype)
+    hidden = native.kept.hidden_dtype(dtype)
     x, w, dy, strided = draw(m, k), draw(n, k), draw(m, n), draw(n, m).t()
     a, b, bias, gain = draw(r, k, dtype=torch.float32), draw(n, r, dtype=torch.float64), draw(n), draw(n, dtype=hidden)
     h, linear, seed = draw(m, r, dtype=hidden), draw(m, n), torch.tensor([5, 7])

@@ -17,7 +17,8 @@ from lora_kernels import reference
 from lora_kernels.backends.triton.choose import hopper_blocks as blocks
 from lora_kernels.backends.triton.choose.blocks import Machine
 from lora_kernels.backends.triton.choose.hidden_operand import RANKS, hidden_operand
-from lora_kernels.packed_mask import packed_keep_words, row_words, unpack
+from lora_kernels.kept import row_words
+from lora_kernels.packed_mask import packed_keep_words, unpack
 from numerics import check_all, same_bits, three_ways
 
 if sys.platform != "linux":

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lora_kernels.packed_mask import packed_keep_words, row_words
+from lora_kernels.kept import row_words
+from lora_kernels.packed_mask import packed_keep_words
 from lora_kernels.reference import dropout_threshold
 
 if sys.platform != "linux":

@@ -46,7 +46,7 @@ def run(launch: ModuleType, case: Case, i: Inputs, dy: Tensor | None = None) -> 
     i = Inputs(*(None if t is None else t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.bias, i.dy)))
     dy = i.dy if dy is None else dy
     state = torch.tensor(SEED, device=i.x.device) if case.p else None
-    y, h = launch.forward(i.x, i.weight, i.lora_a, i.lora_b, i.bias, case.scaling, case.p, state)
+    y, h, _ = launch.forward(i.x, i.weight, i.lora_a, i.lora_b, i.bias, case.scaling, case.p, state)
     dh, db, dbias = parts.output_grads(dy, i.lora_b, h, i.bias, case.scaling)
     dx = parts.input_grad([dy], [i.weight], [dh], [i.lora_a], case.p, [] if state is None else [state])
     da = parts.a_grad(dh, i.x, case.p, state)
@@ -157,7 +157,7 @@ def test_an_infinite_h_stays_infinite(launch: ModuleType, triton_device: str, m:
     i = make(case, triton_device)
     x, weight, lora_a, lora_b = (torch.ones_like(t) for t in (i.x, i.weight, i.lora_a, i.lora_b))
     x[:, 0] = float("inf")
-    y, _ = launch.forward(x, weight, lora_a, lora_b, None, 0.5, 0.0, None)
+    y, _, _ = launch.forward(x, weight, lora_a, lora_b, None, 0.5, 0.0, None)
     assert torch.isinf(y).all()
 
 

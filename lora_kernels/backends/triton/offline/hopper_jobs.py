@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ....packed_mask import row_words
+from ....kept import row_words
 from ..choose import hopper_blocks
 from ..choose.hidden_operand import RANKS
 from ..run.gluon import why_not

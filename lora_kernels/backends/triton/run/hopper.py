@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ....packed_mask import row_words
+from ....kept import row_words
 from ....reference import dropout_threshold
 from ..choose.blocks import Machine
 from ..choose.hidden_operand import HiddenOperand, hidden_operand, tma_takes
