@@ -7,9 +7,12 @@ FewTokens    one pass over W that forms y and h; with ``splits`` > 1 each takes 
 Fused        h, then one product whose accumulator takes s h Bᵀ as an additional K step            2
 LoraFirst    h, then y₀ = bias + s h Bᵀ, then the library's product accumulates onto it (beta = 1) 3
 BaseFirst    h, then the library's product, then bias + s h Bᵀ is added onto it in place           3
+Hopper       h, then one product with the low-rank term as one more K step, both in Gluon          3
+HopperInside the same in one pass that forms h too, shared by the tiles of a row; no dropout       2
 ============ ===================================================================================== ========
 
-The first two round y once. The compositions round twice, as PyTorch's own do: y₀ (or the base) and then the sum.
+All but the compositions round y once. They round twice, as PyTorch's own do: y₀ (or the base) and then the sum. The
+Gluon kernels are for compute capability 9.0; the first launch packs A and B as they load them.
 
 A backward pass takes dh and db (in one read of dy and a second stage, or one after the other), dx, and da, which has a
 second stage too where its rows are split:
@@ -20,6 +23,8 @@ backward    dx                                                                  
 DxFused     one product whose accumulator begins with D * (dh A)                                    4 to 6
 DxLoraFirst D * (dh A), then the library's product accumulates onto it (beta = 1)                   5 to 7
 DxBaseFirst the library's product, then D * (dh A) is added onto it in place                        5 to 7
+DxHopper    dh and db in one read of dy, then one product in Gluon that takes D * (dh A)            6
+DxInside    the same, dh formed in the product and db in a read of dy of its own; no dropout        5
 =========== ======================================================================================= =================
 
 Every plan has a ``kind`` (its name in tables), its ``launches``, and ``is_composition``: whether the large product is
@@ -37,6 +42,14 @@ from typing import Any, ClassVar, TypeAlias
 
 from ....errors import InvalidArgumentError
 from .blocks import DhDbConfig, ExpandConfig, FewTokensConfig, GemmConfig, OuterConfig, ShrinkConfig
+from .hopper_blocks import (
+    HopperDhDb,
+    HopperOuter,
+    HopperPlainShrink,
+    HopperProduct,
+    HopperProductH,
+    HopperShrink,
+)
 
 __all__ = [
     "DIRECTIONS",
@@ -48,10 +61,14 @@ __all__ = [
     "DhDb",
     "DxBaseFirst",
     "DxFused",
+    "DxHopper",
+    "DxInside",
     "DxLoraFirst",
     "FewTokens",
     "ForwardPlan",
     "Fused",
+    "Hopper",
+    "HopperInside",
     "LoraFirst",
     "Plan",
     "Skinny",
@@ -65,6 +82,7 @@ DTYPES = ("bfloat16", "float16", "float32", "tf32")
 # How the fused product loads its operands: tiles of pointers; by TMA, in programs that walk the tiles; the same with
 # the loops over tiles and K made one, so that a tile's first loads start early.
 VARIANTS = ("pointer", "persistent", "flattened")
+MODES = ("split", "coop")  # of the Gluon product: two consumers with half a tile's rows each, or one of all warps
 
 
 def _itemsize(dtype: str) -> int:
@@ -208,6 +226,33 @@ class BaseFirst:
 
 
 @dataclass(frozen=True, slots=True)
+class Hopper:
+    """In Gluon: h by ``shrink`` (with dropout by ``HopperShrink``, which draws the mask too), then the product."""
+
+    kind: ClassVar[str] = "hopper"
+    is_composition: ClassVar[bool] = False
+    launches: ClassVar[int] = 3
+    shrink: HopperShrink | HopperPlainShrink
+    product: HopperProduct
+
+    def __str__(self) -> str:
+        return f"hopper {self.product.name} shrink {self.shrink.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class HopperInside:
+    """In Gluon: y and h in one pass over x; without dropout."""
+
+    kind: ClassVar[str] = "hopper_inside"
+    is_composition: ClassVar[bool] = False
+    launches: ClassVar[int] = 2
+    product: HopperProductH
+
+    def __str__(self) -> str:
+        return f"hopper_inside {self.product.name}"
+
+
+@dataclass(frozen=True, slots=True)
 class DhDb:
     """How dh and db come about: ``joint``, by ``dh_db`` in one read of dy; else dh by ``shrink``, then db by ``db``.
 
@@ -293,19 +338,63 @@ class DxBaseFirst:
         return f"dx_base_first {_expand(self.expand)} {_rest(self)}"
 
 
+@dataclass(frozen=True, slots=True)
+class DxHopper:
+    """In Gluon: dh and db by ``dh_db``; then dx, and da with the sums of da and db, with ``beside`` on two streams."""
+
+    kind: ClassVar[str] = "dx_hopper"
+    is_composition: ClassVar[bool] = False
+    launches: ClassVar[int] = 6
+    dh_db: HopperDhDb
+    dx: HopperProduct
+    da: HopperOuter
+    beside: bool = False
+
+    def __str__(self) -> str:
+        return f"dx_hopper {self.dx.name} dh+db {self.dh_db.name} da {self.da.name}{_beside(self.beside)}"
+
+
+@dataclass(frozen=True, slots=True)
+class DxInside:
+    """In Gluon: dx and dh in one pass over dy, without dropout; db and da by ``db`` and ``da``, db with ``beside`` on a
+    second stream beside dx."""
+
+    kind: ClassVar[str] = "dx_inside"
+    is_composition: ClassVar[bool] = False
+    launches: ClassVar[int] = 5
+    dx: HopperProductH
+    db: HopperOuter
+    da: HopperOuter
+    beside: bool = False
+
+    def __str__(self) -> str:
+        return f"dx_inside {self.dx.name} db {self.db.name} da {self.da.name}{_beside(self.beside)}"
+
+
 ForwardPlan: TypeAlias = FewTokens | Fused | LoraFirst | BaseFirst
 BackwardPlan: TypeAlias = DxFused | DxLoraFirst | DxBaseFirst
 Plan: TypeAlias = ForwardPlan | BackwardPlan
 
 _BY_DIRECTION: dict[str, tuple[type[Any], ...]] = {
-    "forward": (FewTokens, Fused, LoraFirst, BaseFirst),
-    "backward": (DxFused, DxLoraFirst, DxBaseFirst),
+    "forward": (FewTokens, Fused, LoraFirst, BaseFirst, Hopper, HopperInside),
+    "backward": (DxFused, DxLoraFirst, DxBaseFirst, DxHopper, DxInside),
 }
 _KINDS: dict[str, type[Any]] = {kind.kind: kind for kinds in _BY_DIRECTION.values() for kind in kinds}
-_CONFIGS: dict[str, type[Any]] = {
-    kind.__name__: kind
-    for kind in (FewTokensConfig, ShrinkConfig, GemmConfig, ExpandConfig, OuterConfig, DhDbConfig, DhDb)
-}
+_CONFIGS: tuple[type[Any], ...] = (
+    FewTokensConfig,
+    ShrinkConfig,
+    GemmConfig,
+    ExpandConfig,
+    OuterConfig,
+    DhDbConfig,
+    DhDb,
+    HopperShrink,
+    HopperPlainShrink,
+    HopperProduct,
+    HopperProductH,
+    HopperDhDb,
+    HopperOuter,
+)
 
 
 def is_of(plan: Plan, direction: str) -> bool:
@@ -375,16 +464,30 @@ def _parsed(kind: type[Any], document: Any) -> Any:
 
 
 def _value(kind: type[Any], name: str, annotation: str, value: Any) -> Any:
-    if annotation in _CONFIGS:
-        return _parsed(_CONFIGS[annotation], value)
+    if configs := [config for config in _CONFIGS if config.__name__ in annotation.split(" | ")]:
+        return _parsed(_with_fields_of(value, configs), value)
     if annotation == "str":
-        allowed, right = f"one of {', '.join(VARIANTS)}", value in VARIANTS
+        allowed, right = _words(name, value)
     elif annotation == "bool":
         allowed, right = "true or false", isinstance(value, bool)
     else:
-        power = name.startswith("block") or name == "num_warps"
+        power = name.startswith("block") or name in ("num_warps", "warps", "rank")
         allowed = f"a positive integer{', a power of 2' if power else ''}, at most 65536"
         right = type(value) is int and 1 <= value <= 65536 and not (power and value & (value - 1))
     if not right:
         raise InvalidArgumentError(f"{name} of {kind.__name__} is {value!r} and must be {allowed}.")
     return value
+
+
+def _with_fields_of(document: Any, configs: list[type[Any]]) -> type[Any]:
+    """Of ``configs`` the one that has the fields of ``document``, else the first: parsing it tells what is wrong."""
+    given = set(document) if isinstance(document, Mapping) else set()
+    return next((config for config in configs if {field.name for field in fields(config)} == given), configs[0])
+
+
+def _words(name: str, value: Any) -> tuple[str, bool]:
+    """Which words a field takes, and whether ``value`` is one."""
+    known = {"variant": VARIANTS, "mode": MODES}.get(name)
+    if known is None:
+        return "a name", isinstance(value, str) and value.isidentifier()
+    return f"one of {', '.join(known)}", value in known
