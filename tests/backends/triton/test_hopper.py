@@ -24,8 +24,8 @@ from numerics import check_all, same_bits, three_ways
 if sys.platform != "linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
+from lora_kernels.backends.triton.choose import gluon as gate
 from lora_kernels.backends.triton.run import descriptors, hopper
-from lora_kernels.backends.triton.run import gluon as gate
 from lora_kernels.backends.triton.run.prepared import Launch
 
 SMALL = Machine(capability=90, sm_count=4, shared_memory=blocks.SHARED_MEMORY)  # few programs: each has several tiles
@@ -395,7 +395,7 @@ def test_nothing_is_missing_here() -> None:
 
 
 def test_asking_imports_triton_only_when_asked() -> None:
-    asking = "import sys, lora_kernels.backends.triton.run.gluon as gate; assert 'triton' not in sys.modules"
+    asking = "import sys, lora_kernels.backends.triton.choose.gluon as gate; assert 'triton' not in sys.modules"
     code = f"{asking}; print(gate.why_not(80))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "compute capability 9.0" in done.stdout, done.stderr

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_kernels.backends.triton.choose.blocks import machine_of
-from lora_kernels.backends.triton.run.gluon import why_not
+from lora_kernels.backends.triton.choose.gluon import why_not
 from numerics import check_all, same_bits, three_ways
 from test_hopper import CASES, Case, formulas, make, run
 

@@ -30,7 +30,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["RANKS", "HiddenOperand", "hidden_operand", "tma_takes"]
+from . import gluon
+
+__all__ = ["RANKS", "HiddenOperand", "hidden_operand", "operand_on", "tma_takes"]
 
 RANKS = (16, 32, 64, 128)
 
@@ -75,3 +77,13 @@ def hidden_operand(dtype: torch.dtype, r: int) -> HiddenOperand | None:
 def tma_takes(k: int, n: int) -> bool:
     """Whether contiguous rows of K and of N 16-bit numbers start on 16-byte boundaries."""
     return k % 8 == 0 and n % 8 == 0 and k > 0 and n > 0
+
+
+def operand_on(capability: int, dtype: torch.dtype, k: int, n: int, r: int) -> HiddenOperand | None:
+    """The layout of ``forward``'s h on a device of that compute capability (90: 9.0), whatever plan runs; None: fp32.
+
+    Static facts alone: every Triton kernel of a whole layer writes and reads this one.
+    """
+    if gluon.why_not(capability) is not None or not tma_takes(k, n):
+        return None
+    return hidden_operand(dtype, r)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ....kept import row_words
 from ..choose import hopper_blocks
+from ..choose.gluon import why_not
 from ..choose.hidden_operand import RANKS
-from ..run.gluon import why_not
 from .compile_jobs import ARCHITECTURES, Case, Job, recording
 
 __all__ = ["GLUON_KERNELS", "hopper_jobs"]
