@@ -16,6 +16,7 @@ import recorded_launches
 from lora_kernels.backends.triton.choose import hopper_blocks as blocks
 from lora_kernels.backends.triton.offline.compile_jobs import ARCHITECTURES
 from lora_kernels.backends.triton.run import hopper
+from lora_kernels.backends.triton.run.hopper_call import HopperCall
 
 M, K, N, R = 200, 320, 264, 16
 
@@ -23,7 +24,7 @@ M, K, N, R = 200, 320, 264, 16
 def main() -> None:
     recorded_launches._told = told
     driver.set_active(recorded_launches.Driver())
-    c = hopper.HopperCall(ARCHITECTURES[90], torch.device("cpu"), torch.bfloat16, M, N, K, R, 0.1, True)
+    c = HopperCall(ARCHITECTURES[90], torch.device("cpu"), torch.bfloat16, M, N, K, R, 0.1, True)
     x, dy, weight = (torch.randn(shape, dtype=torch.bfloat16) for shape in ((M, K), (M, N), (N, K)))
     lora_a, lora_b, state = torch.randn(R, K), torch.randn(N, R), torch.tensor([1, 2])
     shrink, masked = blocks.shrink_configs(R)[0], True

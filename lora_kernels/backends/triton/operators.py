@@ -138,7 +138,7 @@ def backward(
     with on_device(dy.device):
         stream, found = current_stream(key[0]), _backward_runs.get(key)
         if found is None:
-            call = Call.backward(dy, x, weight, lora_a, lora_b, bias, p, state)
+            call = Call.backward(dy, x, weight, lora_a, lora_b, bias, h, p, state)
             plans = ranking.plans_for(dy.device, call.machine, call.cell("backward"), call.by_descriptor)
             due = (weight is not None, x is not None, h is not None)
             runs = [ready_backward(plan, call, *due) for plan in plans]
@@ -172,7 +172,7 @@ def run_backward(
     with on_device(dy.device):
         run = _backward_runs.get(key)
         if run is None:
-            call = Call.backward(dy, x, weight, lora_a, lora_b, bias, p, state)
+            call = Call.backward(dy, x, weight, lora_a, lora_b, bias, h, p, state)
             run = ready_backward(plan, call, weight is not None, x is not None, h is not None)
             _backward_runs.keep(key, run)
         return run(current_stream(key[0]), dy, x, weight, lora_a, lora_b, h, float(scaling), state)

@@ -26,6 +26,7 @@ if sys.platform != "linux":
 
 from lora_kernels.backends.triton.choose import gluon as gate
 from lora_kernels.backends.triton.run import descriptors, hopper
+from lora_kernels.backends.triton.run.hopper_call import HopperCall, call_fault
 from lora_kernels.backends.triton.run.prepared import Launch
 
 SMALL = Machine(capability=90, sm_count=4, shared_memory=blocks.SHARED_MEMORY)  # few programs: each has several tiles
@@ -62,8 +63,8 @@ class Case:
         return ",".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in changed.items()) or "default"
 
     @property
-    def call(self) -> hopper.HopperCall:
-        return hopper.HopperCall(
+    def call(self) -> HopperCall:
+        return HopperCall(
             self.machine, torch.device(self.device), self.dtype, self.m, self.n, self.k, self.r, self.p, self.p > 0
         )
 
@@ -184,7 +185,7 @@ def run(case: Case, i: Inputs) -> dict[str, Tensor]:
     outer_da = blocks.outer_configs(rank, words is not None, c.wide)[0]
     dx = None
     if case.backward == "fused":
-        dx, dh = hopper.dx_h_step(fused, c)(stream, dy, i.weight, b, a, zeros, scale)
+        dx, dh = hopper.dx_h_step(fused, c)(stream, dy, i.weight, b, a, zeros, scale, hopper.halves(fused, c))
         db_parts = hopper.db_step(outer_db, c)(stream, dy, h)
     elif case.backward == "apart":
         dh = hopper.dh_step(shrink, c)(stream, dy, b, zeros, scale)
@@ -464,9 +465,9 @@ def test_every_configuration_fits(rank: int) -> None:
     ],
 )
 def test_what_they_do_not_take_is_told(change: dict[str, Any], sentence: str) -> None:
-    call = hopper.HopperCall(LARGE, torch.device("cpu"), BF16, 8192, 4096, 4096, 16)
-    assert hopper.call_fault(call) is None
-    assert sentence in (hopper.call_fault(replace(call, **change)) or "")
+    call = HopperCall(LARGE, torch.device("cpu"), BF16, 8192, 4096, 4096, 16)
+    assert call_fault(call) is None
+    assert sentence in (call_fault(replace(call, **change)) or "")
 
 
 @pytest.mark.parametrize(

@@ -29,13 +29,13 @@ def noting(monkeypatch: pytest.MonkeyPatch, done: list[str]) -> None:
     """Streams that only note."""
 
     class Stream:
-        def __init__(self, index: int, name: str = "side", number: int = 5) -> None:
-            self.name, self.cuda_stream = name, number
+        def __init__(self, index: int, priority: int = 0, name: str = "", number: int = 5) -> None:
+            self.name, self.cuda_stream = name or ("high" if priority < 0 else "side"), number + priority
 
         def wait_stream(self, other: Stream) -> None:
             done.append(f"{self.name} waits for {other.name}")
 
-    main = Stream(0, "main", 3)
+    main = Stream(0, name="main", number=3)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: main)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
@@ -60,15 +60,47 @@ def test_it_is_forked_and_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     assert streams.together_on(torch.device("cpu"), True) is streams.in_turn
 
 
+def test_the_large_piece_goes_first_and_before_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stream of high priority; what is allocated meanwhile is the current stream's, so nothing is kept for it."""
+    done: list[str] = []
+    noting(monkeypatch, done)
+
+    def piece(name: str) -> Callable[[int | None], Tensor]:
+        return lambda stream: (done.append(f"{name} on {stream}"), torch.zeros(1))[1]
+
+    ahead = streams.ahead_on(torch.device("cuda", 0), True)
+    ahead(3, piece("dx"), piece("da"))
+    assert done == ["high waits for main", "dx on 4", "da on 3", "main waits for high"]
+    assert streams.ahead_on(torch.device("cuda", 0), False) is streams.in_turn
+    assert streams.ahead_on(torch.device("cpu"), True) is streams.in_turn
+
+
+@pytest.mark.parametrize("way", [streams.together_on, streams.ahead_on])
+@pytest.mark.parametrize("failing", ["large", "small"])
+def test_a_branch_that_fails_is_joined(way: Any, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one still runs, in memory that the next plan is given."""
+    done: list[str] = []
+    noting(monkeypatch, done)
+
+    def piece(name: str) -> Any:
+        if name == failing:
+            raise RuntimeError("no room")
+        return torch.zeros(1), None
+
+    with pytest.raises(RuntimeError, match="no room"):
+        way(torch.device("cuda", 0), True)(3, lambda own: piece("large"), lambda own: piece("small"))
+    assert done[-1].startswith("main waits for")
+
+
 def test_each_stream_has_a_side_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph that one thread captures must not take what another thread launches."""
     noting(monkeypatch, [])
-    beside = streams.SideStream(torch.device("cuda", 0))
     mains = [torch.cuda.Stream(0), torch.cuda.Stream(0)]
     mains[1].cuda_stream = 9
-    first, again, other = (beside._side_of(main) for main in (mains[0], mains[0], mains[1]))
+    first, again, other = (streams._stream_beside(0, main, 0) for main in (mains[0], mains[0], mains[1]))
     assert first is again
     assert first is not other
+    assert streams._stream_beside(0, mains[0], -1) is not first
 
 
 CASES = [

@@ -51,12 +51,13 @@ def _jobs_of(r: int, most: int | None, dtype: torch.dtype) -> list[Job]:
     """Those of one rank, of the first ``most`` configurations of each kernel."""
     from .. import operators
     from ..run import hopper
+    from ..run.hopper_call import HopperCall
 
     m, k, n = _SIZES
     calls: list[Job] = []
     device = torch.device("meta")
-    c = hopper.HopperCall(ARCHITECTURES[_ARCH], device, dtype, m, n, k, r, 0.1, True)
-    plain = hopper.HopperCall(ARCHITECTURES[_ARCH], device, dtype, m, n, k, r)
+    c = HopperCall(ARCHITECTURES[_ARCH], device, dtype, m, n, k, r, 0.1, True)
+    plain = HopperCall(ARCHITECTURES[_ARCH], device, dtype, m, n, k, r)
     rank, wide = c.operand.rank, c.wide
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -88,7 +89,7 @@ def _jobs_of(r: int, most: int | None, dtype: torch.dtype) -> list[Job]:
         for fused in () if wide else hopper_blocks.product_h_configs(rank):
             hopper.product_h_step(fused, plain)(None, x, weight, a, b, zeros, 2.0)
             hopper.product_h_step(fused, plain)(None, x, weight, a, b, zeros, 2.0, vector, vector)
-            hopper.dx_h_step(fused, plain)(None, dy, weight, b, a, zeros, 2.0)
+            hopper.dx_h_step(fused, plain)(None, dy, weight, b, a, zeros, 2.0, hopper.halves(fused, plain))
         parts = meta(3, k, rank), meta(4, n, rank)
         hopper.reduce_grads_step(c, torch.float32, torch.float32)(None, *parts)
         hopper.reduce_grads_step(c, torch.bfloat16, None)(None, parts[0], None)

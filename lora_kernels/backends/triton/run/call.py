@@ -11,6 +11,7 @@ from torch import Tensor
 from ..choose import blocks
 from ..choose.blocks import Machine, next_power_of_2
 from ..choose.plans import Cell
+from .descriptors import operand_fault
 from .prepared import alignment, matrix, precision_of
 
 __all__ = ["Call", "backward_key", "forward_key"]
@@ -27,6 +28,7 @@ class Call:
         dropout: whether there is a mask, with probability ``p`` of a drop.
         gain: whether a gain acts on the sum.
         by_descriptor: whether TMA can read what the large product multiplies, x or dy and weight.
+        by_tma: whether it can read every matrix of a whole layer's pass that is there, as the Gluon kernels do.
     """
 
     machine: Machine
@@ -53,6 +55,7 @@ class Call:
     dropout: bool = False
     gain: bool = False
     by_descriptor: bool = False
+    by_tma: bool = False
 
     @staticmethod
     def over(left: Tensor, weight: Tensor | None = None, **fields: Any) -> Call:
@@ -96,6 +99,7 @@ class Call:
             p=p,
             dropout=state is not None,
             gain=gain is not None,
+            by_tma=_all_by_tma(x, weight),
         )
 
     @staticmethod
@@ -106,6 +110,7 @@ class Call:
         lora_a: Tensor,
         lora_b: Tensor,
         bias: Tensor | None,
+        h: Tensor | None,
         p: float,
         state: Tensor | None,
     ) -> Call:
@@ -128,6 +133,7 @@ class Call:
             bias_dtype=None if bias is None else bias.dtype,
             p=p,
             dropout=state is not None,
+            by_tma=_all_by_tma(dy, x, weight, h, state),
         )
 
     def cell(self, direction: str) -> Cell:
@@ -152,6 +158,11 @@ def _tma_reads(left: Tensor, weight: Tensor) -> bool:
     rows = (left.stride(0) * left.itemsize, weight.stride(0) * left.itemsize)
     on_boundaries = alignment(left, weight) == 0 and all(row > 0 and row % 16 == 0 for row in rows)
     return contiguous and on_boundaries and left.shape[1] > 0 and max(*left.shape, *weight.shape) < 2**31
+
+
+def _all_by_tma(*matrices: Tensor | None) -> bool:
+    """Whether TMA can read all that are there; a seed is none."""
+    return all(operand_fault("", t) is None for t in matrices if t is not None and t.dim() == 2)
 
 
 def forward_key(

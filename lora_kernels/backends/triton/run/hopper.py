@@ -12,7 +12,6 @@ so two streams may run one layer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -20,8 +19,6 @@ from torch import Tensor
 
 from ....kept import row_words
 from ....reference import dropout_threshold
-from ..choose.blocks import Machine
-from ..choose.hidden_operand import HiddenOperand, hidden_operand, tma_takes
 from ..choose.hopper_blocks import (
     HopperDhDb,
     HopperOuter,
@@ -42,18 +39,18 @@ from ..kernels.hopper.small import (
     hopper_reduce_grads_kernel,
 )
 from .descriptors import descriptor
+from .hopper_call import HopperCall, cdiv
 from .prepared import Launch
 
 __all__ = [
-    "HopperCall",
     "Operands",
-    "call_fault",
     "da_step",
     "db_step",
     "dh_db_step",
     "dh_step",
     "dx_h_step",
     "dx_step",
+    "halves",
     "pack_step",
     "plain_shrink_step",
     "product_h_counters",
@@ -67,43 +64,7 @@ __all__ = [
 Step: TypeAlias = Callable[..., Any]
 
 _CONSUMER_REGISTERS = 240
-_INDEX_LIMIT = 2**31
 _PACK_NUMBERS = 64 * 32  # of one program: more leave it no registers
-
-
-@dataclass(frozen=True, slots=True)
-class HopperCall:
-    """What a step is made ready for: x (M, K), weight (N, K), rank R; ``p`` counts where ``dropout``."""
-
-    machine: Machine
-    device: torch.device
-    dtype: torch.dtype
-    m: int
-    n: int
-    k: int
-    r: int
-    p: float = 0.0
-    dropout: bool = False
-
-    @property
-    def operand(self) -> HiddenOperand:
-        found = hidden_operand(self.dtype, self.r)
-        assert found is not None, "call_fault says so before"
-        return found
-
-    @property
-    def masked(self) -> bool:
-        """Whether a mask is drawn at all: a p that rounds to 0 keeps everything."""
-        return self.dropout and dropout_threshold(self.p) > 0
-
-    @property
-    def wide(self) -> bool:
-        """Whether x and dy are split in two bf16 parts: the configurations of shrink, dh with db, and da are others."""
-        return self.dtype is torch.float16
-
-    @property
-    def keep_scale(self) -> float:
-        return 1.0 / (1.0 - self.p) if self.dropout else 1.0
 
 
 class Operands(NamedTuple):
@@ -112,26 +73,6 @@ class Operands(NamedTuple):
     a: Tensor
     b: Tensor
     counters: Tensor | None
-
-
-def call_fault(c: HopperCall) -> str | None:
-    """The end of a sentence "the Gluon kernels do not run: ..." where they do not take the call; tensors aside."""
-    if c.dtype not in (torch.bfloat16, torch.float16):
-        return f"x is {c.dtype} and they are for torch.bfloat16 and torch.float16"
-    if hidden_operand(c.dtype, c.r) is None:
-        return f"rank {c.r} is not from 1 to 128"
-    if not tma_takes(c.k, c.n):
-        return f"in_features {c.k} and out_features {c.n} are not both multiples of 8"
-    rank = c.operand.rank
-    tokens = c.m * max(c.operand.columns, row_words(c.k), rank * cdiv(c.n, 128))  # the last: dh's parts
-    largest = max(tokens, c.operand.adapter_columns * max(c.k, c.n))
-    if largest >= _INDEX_LIMIT:
-        return f"{c.m} tokens of rank {c.r} are more than their 32-bit offsets reach"
-    return None
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _new(c: HopperCall, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -281,14 +222,28 @@ def product_h_counters(config: HopperProductH, c: HopperCall) -> int:
     return (3 if config.exact else 1) * cdiv(c.m, config.block_m) + 1
 
 
+def halves(config: HopperProductH, c: HopperCall) -> Tensor | None:
+    """Where both halves of h, or of dh, meet."""
+    return _new(c, 2, c.m, c.operand.rank, dtype=torch.float32) if config.exact else None
+
+
 def product_h_step(config: HopperProductH, c: HopperCall) -> Step:
     """``step(stream, x, weight, a_operand, b_operand, counters, scale, gain, bias)`` -> y, h's operand; no dropout."""
-    return _product_h_step(config, c, c.n, c.k, True)
+    product = _product_h_step(config, c, c.n, c.k, True)
+    return lambda stream, x, weight, a, b, counters, scale, gain=None, bias=None: product(
+        stream, x, weight, a, b, counters, scale, gain, bias, halves(config, c)
+    )
 
 
 def dx_h_step(config: HopperProductH, c: HopperCall) -> Step:
-    """``step(stream, dy, weight, b_operand, a_operand, counters, scale)`` -> dx, dh's operand; no dropout."""
-    return _product_h_step(config, c, c.k, c.n, False)
+    """``step(stream, dy, weight, b_operand, a_operand, counters, scale, half)`` -> dx, dh's operand; no dropout.
+
+    ``half`` is what ``halves`` gives: the caller's, who may run another kernel beside this one.
+    """
+    product = _product_h_step(config, c, c.k, c.n, False)
+    return lambda stream, dy, weight, b, a, counters, scale, half: product(
+        stream, dy, weight, b, a, counters, scale, None, None, half
+    )
 
 
 def _product_h_step(g: HopperProductH, c: HopperCall, columns: int, summed: int, forward: bool) -> Step:
@@ -312,12 +267,12 @@ def _product_h_step(g: HopperProductH, c: HopperCall, columns: int, summed: int,
         outer: Tensor,
         counters: Tensor,
         scale: float,
-        gain: Tensor | None = None,
-        bias: Tensor | None = None,
+        gain: Tensor | None,
+        bias: Tensor | None,
+        half: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         y = _new(c, c.m, columns, dtype=c.dtype)
         hidden = _new(c, c.m, operand.columns, dtype=torch.bfloat16)
-        half = _new(c, 2, c.m, rank, dtype=torch.float32) if g.exact else None
         tensors = (x, weight, inner, hidden, outer, y)
         descriptors = [descriptor(tensor, block) for tensor, block in zip(tensors, blocks, strict=True)]
         launch(stream, *descriptors, hidden, half, counters, gain, bias, scale)

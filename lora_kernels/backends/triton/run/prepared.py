@@ -47,7 +47,8 @@ class Launch:
 
     def __call__(self, stream: int | None, *arguments: Any) -> None:
         if self._runner is None:
-            self._first(*arguments)
+            with _current(stream):
+                self._first(*arguments)
         else:
             self._runner(*arguments, *self.static, stream=stream)
 
@@ -56,6 +57,13 @@ class Launch:
         # Triton's interpreter returns None, and so could a release that works differently: both stay with this way.
         if hasattr(compiled, "packed_metadata") and hasattr(type(compiled), "__getitem__"):
             self._runner = compiled[self.grid]
+
+
+def _current(stream: int | None) -> AbstractContextManager[None]:
+    """Triton's first launch goes to the current stream: make it the one that is meant."""
+    if stream is None or stream == driver.active.get_current_stream(driver.active.get_current_device()):
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.ExternalStream(stream))
 
 
 class ScratchLaunch(Launch):
@@ -106,16 +114,29 @@ def current_stream(index: int) -> int | None:
     return None if index < 0 else driver.active.get_current_stream(index)
 
 
+# What a RuntimeError says where a plan cannot be compiled, or where the driver refuses to launch a kernel before any
+# of it has run: of a cooperative launch, programs that are not all resident at once (fewer multiprocessors than the
+# device has, under MPS or a green context), or a device that makes none; resources; a descriptor of TMA.
+_STEPPED_OVER = (
+    "PassManager",
+    "too many blocks in cooperative launch",
+    "too many resources requested for launch",
+    "operation not supported",
+    "Failed to create tensor map descriptor",
+)
+
+
 def first_that_runs(runs: Sequence[_Ready], attempt: Callable[[_Ready], _Result]) -> tuple[_Ready, _Result]:
     """The first of ``runs`` that can be compiled and has room on the device, and what ``attempt`` made of it."""
+    from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
     for run in runs:
         try:
             return run, attempt(run)
-        except (OutOfResources, PTXASError, RuntimeError) as error:
-            compiler = not isinstance(error, RuntimeError) or "PassManager" in str(error)
-            if run is runs[-1] or not compiler:
+        except (CompilationError, OutOfResources, PTXASError, RuntimeError) as error:
+            told = not isinstance(error, RuntimeError) or any(words in str(error) for words in _STEPPED_OVER)
+            if run is runs[-1] or not told:
                 raise
     raise AssertionError("a machine has at least one way")
 

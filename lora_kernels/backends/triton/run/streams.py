@@ -7,21 +7,27 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
-__all__ = ["SideStream", "Together", "in_turn", "together_on"]
+__all__ = ["PriorityStream", "SideStream", "Together", "ahead_on", "in_turn", "together_on"]
 
-Large: TypeAlias = Callable[[int | None], Tensor]  # large(raw stream) -> its result
-Small: TypeAlias = Callable[[int | None], tuple[Tensor | None, ...]]  # small(raw stream) -> its results
-Together: TypeAlias = Callable[[int | None, Large, Small], tuple[Tensor, Any]]
+Large: TypeAlias = Callable[[int | None], Any]  # large(raw stream) -> its result
+Small: TypeAlias = Callable[[int | None], Any]  # small(raw stream) -> its results
+Together: TypeAlias = Callable[[int | None, Large, Small], tuple[Any, Any]]
+
+_HIGH = -1
 
 
 def together_on(device: torch.device, beside: bool) -> Together:
-    """``together(stream, large, small)`` -> both results; neither may need the other's."""
+    """``together(stream, large, small)`` -> both results; neither may need the other's. ``small`` is launched first."""
     return SideStream(device) if beside and device.type == "cuda" else in_turn
 
 
-def in_turn(stream: int | None, large: Large, small: Small) -> tuple[Tensor, Any]:
+def ahead_on(device: torch.device, beside: bool) -> Together:
+    """``together(stream, large, small)`` as above, but ``large`` is launched first and goes before ``small``."""
+    return PriorityStream(device) if beside and device.type == "cuda" else in_turn
+
+
+def in_turn(stream: int | None, large: Large, small: Small) -> tuple[Any, Any]:
     """Both on the stream that is there."""
     return large(stream), small(stream)
 
@@ -32,30 +38,60 @@ class SideStream:
     the memory of either piece may go back to the allocator as if there had been one stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self._index = torch.cuda.current_device() if device.index is None else device.index
+        self._index = _index_of(device)
 
-    def __call__(self, stream: int | None, large: Large, small: Small) -> tuple[Tensor, Any]:
+    def __call__(self, stream: int | None, large: Large, small: Small) -> tuple[Any, Any]:
         main = torch.cuda.current_stream(self._index)
-        side = self._side_of(main)
+        side = _stream_beside(self._index, main, 0)
         side.wait_stream(main)
-        with torch.cuda.stream(side):  # launched first: they take their places before the large one takes all
-            right = small(side.cuda_stream)
-        left = large(stream)
-        main.wait_stream(side)
+        try:
+            with torch.cuda.stream(side):  # launched first: they take their places before the large one takes all
+                right = small(side.cuda_stream)
+            left = large(stream)
+        finally:  # what has been launched still reads memory of the current stream
+            main.wait_stream(side)
         for result in right:
             if result is not None:
                 result.record_stream(main)  # it was allocated on the side stream, and lives on
         return left, right
 
-    def _side_of(self, main: torch.cuda.Stream) -> torch.cuda.Stream:
-        """One for each stream, so that a graph that one thread captures takes no other thread's launches."""
-        key = self._index, main.cuda_stream
-        with _lock:
-            found = _streams.get(key)
-            if found is None:
-                found = _streams[key] = torch.cuda.Stream(self._index)
-            return found
+
+class PriorityStream:
+    """``large`` on a stream of high priority, between two events, and launched first; ``small`` on the current stream:
+    its programs take the places that the large one leaves, in its last wave above all.
+
+    The current stream stays the current one: all memory is its own, and goes back to it after the join. So ``large``
+    launches by the raw stream, and may free nothing: what it frees, ``small`` would be given while it is still read.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._index = _index_of(device)
+
+    def __call__(self, stream: int | None, large: Large, small: Small) -> tuple[Any, Any]:
+        main = torch.cuda.current_stream(self._index)
+        high = _stream_beside(self._index, main, _HIGH)
+        high.wait_stream(main)
+        try:
+            left = large(high.cuda_stream)
+            right = small(stream)
+        finally:  # what has been launched still reads and writes memory of the current stream
+            main.wait_stream(high)
+        return left, right
 
 
-_streams: dict[tuple[int, int], torch.cuda.Stream] = {}
+def _index_of(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _stream_beside(index: int, main: torch.cuda.Stream, priority: int) -> torch.cuda.Stream:
+    """One for each stream, so that a graph that one thread captures takes no other thread's launches."""
+    key = index, main.cuda_stream, priority
+    with _lock:
+        found = _streams.get(key)
+        if found is None:
+            found = _streams[key] = torch.cuda.Stream(index, priority=priority)
+        return found
+
+
+_streams: dict[tuple[int, int, int], torch.cuda.Stream] = {}
 _lock = threading.Lock()
