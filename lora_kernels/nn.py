@@ -14,7 +14,7 @@ from .config import AdapterOptions
 from .dispatch import COMPUTE_DTYPES
 from .errors import InvalidTypeError, LoRAStateError
 from .layer import LoRALayer, names_of_layers
-from .replaceable import is_conv1d, own_state, why_not_replaceable
+from .replaceable import is_conv1d, not_linear, own_state, plain_kind, why_not_replaceable
 
 __all__ = ["FusedLoRAConv1D", "FusedLoRALinear"]
 
@@ -28,7 +28,7 @@ _HOOK_TABLES = (
     "_backward_pre_hooks",
 )
 M = TypeVar("M", bound=nn.Module)
-_KINDS: dict[tuple[type, type], type[Any]] = {}  # the classes of LoRA layers that stand for subclasses of nn.Linear
+_KINDS: dict[tuple[type, type], type[Any]] = {}  # the classes of LoRA layers that stand for subclasses
 _STATE_HOOK_TABLES = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
@@ -190,23 +190,23 @@ class FusedLoRAConv1D(LoRALayer):
     nf: int
     nx: int
     is_transposed = True
-
-    def __init__(self, conv: Any) -> None:
-        super().__init__()
-        self.nf, self.nx = conv.nf, conv.nx
-        self.in_features, self.out_features = conv.nx, conv.nf
-        self._plain_class = type(conv)
+    _plain_class: type[Any]  # of what the layer stands for
 
     def to_plain(self) -> nn.Module:
         kind: type[Any] = self._plain_class
         conv: Any = _blank(kind)
         conv.nf, conv.nx, conv.weight, conv.bias = self.nf, self.nx, self.plain_weight, self.bias
+        if kind is not plain_kind(kind):
+            _hand_over_own(self, conv)
         hand_over(self, conv)
         restored: nn.Module = conv
         return restored
 
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)  # Conv1D's own, which a subclass brings, tells of no adapter
+
     def extra_repr(self) -> str:
-        return f"nf={self.nf}, nx={self.nx}{super().extra_repr()}"
+        return f"nf={self.nf}, nx={self.nx}, {super().extra_repr().removeprefix(', ')}"
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., N) for x (..., K)."""
@@ -215,15 +215,8 @@ class FusedLoRAConv1D(LoRALayer):
 
 def _not_linear(given: Any) -> str:
     """What is said of something that is no linear layer at all."""
-    kind, hint = type(given).__name__, ""
-    if isinstance(given, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        hint = ": lora_kernels adapts linear layers only. peft.get_peft_model adapts convolutions"
-    elif isinstance(given, (nn.Embedding, nn.EmbeddingBag)):
-        hint = ": lora_kernels adapts linear layers only. peft.get_peft_model adapts embeddings, and "
-        hint += "LoRAConfig.modules_to_save trains a whole one"
-    elif isinstance(given, nn.Module):
-        hint = ": lora_kernels adapts linear layers only. For those within it call replace_linear on the model"
-    return f"an object of type {kind} was given to from_linear, which takes an nn.Linear{hint}."
+    given_as = f"an object of type {type(given).__name__} was given to from_linear, which takes an nn.Linear"
+    return f"{given_as}: {not_linear(given)}." if isinstance(given, nn.Module) else f"{given_as}."
 
 
 def around(
@@ -242,28 +235,31 @@ def around(
         )
     if reason := why_not_replaceable(module):
         raise InvalidTypeError(reason)
-    layer: LoRALayer
-    if is_conv1d(module):
-        layer = FusedLoRAConv1D(module)
+    given: Any = module
+    turned, is_plain = is_conv1d(module), type(module) is plain_kind(type(module))
+    layer: Any = _blank(_kind_for(FusedLoRAConv1D if turned else kind, type(module)))
+    if turned:
+        layer.in_features, layer.out_features = layer.nx, layer.nf = given.nx, given.nf
     else:
-        assert isinstance(module, nn.Linear)
-        layer = _blank(_kind_for(kind, type(module)))
-        layer.in_features, layer.out_features = module.in_features, module.out_features
+        layer.in_features, layer.out_features = given.in_features, given.out_features
+    if turned and is_plain:
+        layer._plain_class = type(module)
     layer.register_parameter("weight", module._parameters["weight"])
     layer.register_parameter("bias", module._parameters["bias"])
-    if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+    if not is_plain:
         _hand_over_own(module, layer)
     layer.add_adapter(options, draw)
     hand_over(module, layer)
-    return layer
+    made: LoRALayer = layer
+    return made
 
 
-def _kind_for(kind: type[FusedLoRALinear], plain: type[nn.Linear]) -> type[FusedLoRALinear]:
+def _kind_for(kind: type[LoRALayer], plain: type[nn.Module]) -> type[LoRALayer]:
     """The class of the LoRA layer for a ``plain``: of a subclass of ``nn.Linear``, one that derives from it too.
 
-    So ``isinstance`` holds, and what the subclass defines beside the computation stays.
+    So ``isinstance`` holds, and what the subclass defines beside the computation stays. So it is with ``Conv1D``'s.
     """
-    if plain is nn.Linear:
+    if plain is plain_kind(plain):
         return kind
     if (kind, plain) in _KINDS:
         return _KINDS[kind, plain]
@@ -276,7 +272,7 @@ def _kind_for(kind: type[FusedLoRALinear], plain: type[nn.Linear]) -> type[Fused
     return _KINDS.setdefault((kind, plain), made)
 
 
-def _blank_for(kind: type[FusedLoRALinear], plain: type[nn.Linear]) -> nn.Module:
+def _blank_for(kind: type[LoRALayer], plain: type[nn.Module]) -> nn.Module:
     return _blank(_kind_for(kind, plain))
 
 

@@ -1,7 +1,7 @@
 """Which single modules a LoRA layer can take the place of, and why not the others.
 
-A subclass of ``nn.Linear`` is taken where it computes what ``nn.Linear`` does. The class of its LoRA layer derives from
-it too (``nn.py``), so what the subclass adds beside the computation stays.
+A subclass of ``nn.Linear``, or of transformers' ``Conv1D``, is taken where it computes what that does. The class of its
+LoRA layer derives from it too (``nn.py``), so what the subclass adds beside the computation stays.
 """
 
 from __future__ import annotations
@@ -18,21 +18,48 @@ from . import storage
 from .dispatch import COMPUTE_DTYPES
 from .layer import names_of_layers
 
-__all__ = ["computes_otherwise", "is_conv1d", "own_state", "why_not_replaceable"]
+__all__ = ["computes_otherwise", "is_conv1d", "not_linear", "own_state", "plain_kind", "why_not_replaceable"]
 
 _SAME = (("transformers.models.falcon.modeling_falcon", "FalconLinear"),)  # x @ W.T + b, written out
 _COMPUTING = ("__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl", "bias", "weight")
 _COPYING = ("__copy__", "__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__", "__setstate__")
 _MAKING = (*_COPYING, "__init_subclass__", "__slots__")
 _EVERY_MODULE = vars(nn.Module()).keys()
+_NAMES_SHOWN = 8
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is exactly transformers' ``Conv1D``: a linear layer whose weight is stored (K, N).
+    """Whether ``module`` is transformers' ``Conv1D`` or derives from it: a linear layer with its weight as (K, N)."""
+    return plain_kind(type(module)) not in (nn.Linear, None)
 
-    Nothing is imported: a model that has one has loaded its class.
+
+def plain_kind(kind: type) -> type[nn.Module] | None:
+    """``nn.Linear`` or transformers' ``Conv1D``, whichever ``kind`` is or derives from; None where it is neither.
+
+    Nothing is imported: a model that has a ``Conv1D`` has loaded its class.
     """
-    return type(module) is getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return next((each for each in (nn.Linear, conv1d) if each is not None and issubclass(kind, each)), None)
+
+
+def not_linear(module: nn.Module) -> str:
+    """Why ``module``, which is no linear layer, gets no adapter, and what can be done instead."""
+    kind = type(module).__name__
+    within = {name.rpartition(".")[2]: None for name, part in module.named_modules() if plain_kind(type(part))}
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        remedy = "Replace it with an nn.Linear if its kernel has one element; else peft.get_peft_model adapts it"
+    elif isinstance(module, nn.Embedding):
+        remedy = "peft.get_peft_model adapts it, and LoRAConfig.modules_to_save trains it whole"
+    elif isinstance(module, nn.MultiheadAttention):
+        remedy = "peft.get_peft_model adapts it"
+    elif within:
+        remedy = "Have replace_linear adapt the linear layers within it, by their names: "
+        remedy += ", ".join(map(repr, list(within)[:_NAMES_SHOWN]))
+    elif next(module.parameters(recurse=False), None) is not None:
+        remedy = "LoRAConfig.modules_to_save trains it whole"
+    else:
+        remedy = "It has no weight"
+    return f"{kind} is no linear layer, and lora_kernels adapts linear layers only. {remedy}"
 
 
 def why_not_replaceable(module: nn.Module) -> str | None:
@@ -42,7 +69,7 @@ def why_not_replaceable(module: nn.Module) -> str | None:
         kind = f"{type(module).__module__}.{kind}"
     if parametrize.is_parametrized(module):
         return f"{kind} has parametrized weights: call torch.nn.utils.parametrize.remove_parametrizations first."
-    if not is_conv1d(module) and (reason := _why_not_of_its_kind(module, kind)):
+    if type(module) is not plain_kind(type(module)) and (reason := _why_not_of_its_kind(module, kind)):
         return reason
     if reason := storage.why_not_free(module):
         return f"{kind} cannot be replaced: {reason}"
@@ -73,21 +100,24 @@ def why_not_replaceable(module: nn.Module) -> str | None:
 
 
 def computes_otherwise(kind: type[nn.Module]) -> bool:
-    """Whether a call of a ``kind`` may give something else than ``nn.Linear`` with its weight and bias.
+    """Whether a call of a ``kind`` may give something else than ``nn.Linear`` or ``Conv1D`` with its weight and bias.
 
     Only classes are looked at: what is on the instance or in its hooks is another question.
     """
-    if not issubclass(kind, nn.Linear):
+    plain = plain_kind(kind)
+    if plain is None or any(name in vars(own) for own in _own_classes(kind) for name in _COMPUTING):
         return True
-    if any(name in vars(own) for own in _own_classes(kind) for name in _COMPUTING):
-        return True
-    same = (getattr(sys.modules.get(file), name, None) for file, name in _SAME)
-    return kind.forward not in (nn.Linear.forward, *(known.forward for known in same if known is not None))
+    same = (getattr(sys.modules.get(file), name, None) for file, name in _SAME) if plain is nn.Linear else ()
+    return kind.forward not in (plain.forward, *(known.forward for known in same if known is not None))
 
 
 def _why_not_of_its_kind(module: nn.Module, kind: str) -> str | None:
-    """Why ``module`` is neither an ``nn.Linear`` nor of a subclass whose behaviour a LoRA layer keeps."""
+    """Why ``module`` is of no class whose behaviour a LoRA layer keeps."""
+    plain = plain_kind(type(module))
+    if plain is None and not hasattr(module, "in_features"):  # quantized linear layers have it
+        return f"{not_linear(module)}. Or exclude it."
     own_classes = _own_classes(type(module))
+    plain_name = "torch.nn.Linear" if plain is None or plain is nn.Linear else "Conv1D"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return (
             f"{kind} is nn.MultiheadAttention's: its weight is read and it is never called, so an adapter would have "
@@ -95,16 +125,17 @@ def _why_not_of_its_kind(module: nn.Module, kind: str) -> str | None:
         )
     if computes_otherwise(type(module)) or isinstance(module, LazyModuleMixin):
         return (
-            f"{kind} is not a plain torch.nn.Linear, and its own behaviour would be lost. Replace it with an nn.Linear "
+            f"{kind} is not a plain {plain_name}, and its own behaviour would be lost. Replace it with an nn.Linear "
             "first, or exclude it."
         )
     if made := sorted({name for own in own_classes for name in _MAKING if vars(own).get(name)}):
         return (
-            f"{kind} is not a plain torch.nn.Linear: it has a {made[0]} of its own, which would not know of the "
+            f"{kind} is not a plain {plain_name}: it has a {made[0]} of its own, which would not know of the "
             "adapter. Replace it with an nn.Linear first, or exclude it."
         )
     held = {name for own in own_classes for name in vars(own)} | set(own_state(module) if own_classes else ())
-    if taken := sorted(held & names_of_layers()):
+    sizes = set() if plain is nn.Linear else {"in_features", "out_features"}  # a Conv1D has none
+    if taken := sorted(held & (names_of_layers() | sizes)):
         return (
             f"{kind} has a {taken[0]!r} of its own, and so has every LoRA layer. Replace it with an nn.Linear first, "
             "or exclude it."
@@ -118,15 +149,16 @@ def _why_not_of_its_kind(module: nn.Module, kind: str) -> str | None:
 
 
 def own_state(module: nn.Module) -> dict[str, Any]:
-    """What an instance of a subclass of ``nn.Linear`` holds beside an ``nn.Linear``'s state, by name."""
+    """What an instance of a subclass holds beside an ``nn.Linear``'s state, by name."""
     tables = (module._parameters, module._buffers, module._modules)
     held = {name: value for table in tables for name, value in table.items() if name not in ("weight", "bias")}
     return held | {name: value for name, value in vars(module).items() if name not in _EVERY_MODULE}
 
 
 def _own_classes(kind: type) -> list[type]:
-    """The classes that ``kind`` has before ``nn.Linear``."""
-    return list(takewhile(lambda each: each is not nn.Linear, kind.__mro__))
+    """The classes that ``kind`` has before ``nn.Linear`` or ``Conv1D``."""
+    plain = plain_kind(kind)
+    return list(takewhile(lambda each: each is not plain, kind.__mro__))
 
 
 def _hook_of_its_own(module: nn.Module) -> str | None:

@@ -182,7 +182,7 @@ def nothing_to_replace(model: nn.Module, config: LoRAConfig, skipped: list[Skipp
     kind, target = type(model).__name__, config.target_modules
     if skipped:
         reasons = dict.fromkeys(layer.reason for layer in skipped)
-        by_choice = all("exclude_modules" in reason or "modules_to_save" in reason for reason in reasons)
+        by_choice = all(reason.startswith(("exclude_modules", "modules_to_save")) for reason in reasons)
         error = InvalidArgumentError if by_choice else InvalidTypeError
         return error(
             f"target_modules={target!r} matches {listed([layer.name for layer in skipped])} in {kind}, and nothing of "

@@ -60,7 +60,7 @@ def why_call(x: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> s
 def why_base(base: nn.Module) -> str | None:
     """Why the layer around ``base`` is PEFT's own for good: it is no linear layer with a plain weight."""
     kind = type(base)
-    if kind is not nn.Linear and kind.forward is not Conv1D.forward and computes_otherwise(kind):
+    if kind is not nn.Linear and kind is not Conv1D and computes_otherwise(kind):
         return f"its base layer is a {kind.__name__}, which computes in a way of its own"
     return why_weight(own_parameter(base, "weight"))
 

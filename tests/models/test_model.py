@@ -70,7 +70,7 @@ def test_the_report_counts_and_prints() -> None:
     for line in [
         "replaced 2 layers:",
         "  blocks.0.up (8→12), r = 3, alpha = 16: 60 parameters",
-        "  embed: Embedding is not a plain torch.nn.Linear",
+        "  embed: Embedding is no linear layer, and lora_kernels adapts linear layers only.",
         "note: target_modules names 'dwn', which matches nothing (close: 'down').",
         f"trainable parameters: {report.trainable:,} of {report.total:,}",
         "mark_only_lora_as_trainable(model) freezes them",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -157,9 +158,10 @@ def test_a_configuration_of_pefts_is_refused_with_the_way_to_ours() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (nn.Conv2d(3, 3, 3), ["type Conv2d", "linear layers only", "convolutions"]),
+        (nn.Conv2d(3, 3, 3), ["type Conv2d", "linear layers only", "peft.get_peft_model", "one element"]),
         (nn.Embedding(3, 3), ["type Embedding", "modules_to_save"]),
-        (nn.ReLU(), ["type ReLU", "replace_linear"]),
+        (nn.ReLU(), ["type ReLU", "linear layers only"]),
+        (nn.Sequential(nn.Linear(3, 3)), ["type Sequential", "replace_linear", "'0'"]),
         (3, ["type int", "takes an nn.Linear."]),
     ],
 )
@@ -168,6 +170,33 @@ def test_from_linear_says_what_fits_the_class_it_is_given(given: Any, words: lis
         FusedLoRALinear.from_linear(given)
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert "exclude it" not in str(caught.value)
+
+
+OTHERS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "conv1d": (lambda: nn.Conv1d(3, 3, 1), ["Conv1d", "nn.Linear if its kernel has one element", "get_peft_model"]),
+    "conv2d": (lambda: nn.Conv2d(3, 3, 3), ["Conv2d", "nn.Linear if its kernel has one element", "get_peft_model"]),
+    "conv3d": (lambda: nn.Conv3d(3, 3, 3), ["Conv3d", "nn.Linear if its kernel has one element", "get_peft_model"]),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 3, 3), ["ConvTranspose2d", "modules_to_save"]),
+    "embedding": (lambda: nn.Embedding(3, 3), ["Embedding", "get_peft_model", "modules_to_save"]),
+    "bag": (lambda: nn.EmbeddingBag(3, 3), ["EmbeddingBag", "modules_to_save"]),
+    "attention": (lambda: nn.MultiheadAttention(4, 2), ["MultiheadAttention", "get_peft_model"]),
+    "norm": (lambda: nn.LayerNorm(3), ["LayerNorm", "modules_to_save"]),
+    "recurrent": (lambda: nn.LSTM(3, 3), ["LSTM", "modules_to_save"]),
+    "no weight": (nn.ReLU, ["ReLU", "It has no weight"]),
+    "container": (lambda: nn.ModuleDict({"up": nn.Linear(3, 3)}), ["ModuleDict", "within it, by their names: 'up'"]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_linear_layer_is_left_alone_with_advice_that_fits(name: str) -> None:
+    make, words = OTHERS[name]
+    alone = nn.Sequential(nn.ModuleDict({"it": make()}))
+    refused(alone, replacing(target_modules=["it"]), InvalidTypeError, "linear layers only", *words)
+    beside = nn.Sequential(nn.ModuleDict({"it": make(), "linear": nn.Linear(3, 3)}))
+    (skipped,) = replace_linear(beside, LoRAConfig(r=2, target_modules=["it", "linear"])).skipped
+    for word in (*words, "exclude it", "linear layers only"):
+        assert word in skipped.reason, skipped.reason
+    assert "plain" not in skipped.reason
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*Lazy modules", "ignore:.*is deprecated")

@@ -1,4 +1,4 @@
-"""Subclasses of ``nn.Linear``: which are replaced, what stays of them, and which are refused and why."""
+"""Subclasses of ``nn.Linear`` and ``Conv1D``: which are replaced, what stays of them, which are refused and why."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import lora_kernels
 from lora_kernels import FusedLoRALinear, LoRAConfig, replace_linear, restore_linear
 from lora_kernels.errors import InvalidTypeError, LoRAKernelsWarning
+from lora_kernels.layer import LoRALayer
 from made_models import disturb, formula, refused, replacing
 from numerics import check, same_bits
 
@@ -25,13 +27,13 @@ class Plain(nn.Linear):
     pass
 
 
-class Rich(nn.Linear):
+class Riches(nn.Module):
     """All that a subclass may add beside the computation."""
 
     unit = "metre"
 
-    def __init__(self, *sizes: int, bias: bool = True) -> None:
-        super().__init__(*sizes, bias=bias)
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__(*sizes, **options)
         self.tag = ["mine"]
         self.register_buffer("seen", torch.zeros(1))
         self.register_buffer("passing", torch.zeros(1), persistent=False)
@@ -42,7 +44,7 @@ class Rich(nn.Linear):
 
     @property
     def area(self) -> int:
-        return self.in_features * self.out_features
+        return self.weight.numel()
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, 0.5)
@@ -56,6 +58,10 @@ class Rich(nn.Linear):
         super()._load_from_state_dict(state, prefix, *rest)
 
 
+class Rich(Riches, nn.Linear):
+    pass
+
+
 def falcon(*sizes: int, bias: bool = True) -> nn.Module:
     module = pytest.importorskip("transformers.models.falcon.modeling_falcon")
     return module.FalconLinear(*sizes, bias=bias)
@@ -65,7 +71,30 @@ def esm(*sizes: int, bias: bool = True) -> nn.Module:
     return pytest.importorskip("transformers.models.esm.modeling_esmfold").EsmFoldLinear(*sizes, bias=bias)
 
 
-TAKEN: dict[str, Callable[..., nn.Module]] = {"plain": Plain, "rich": Rich, "falcon": falcon, "esm": esm}
+@cache
+def conv1d_class(name: str) -> Any:
+    """A subclass of transformers' ``Conv1D``, where a pickle finds it."""
+    plain = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    made = type(name, (Riches, plain) if name == "RichConv1D" else (plain,), {"__module__": __name__})
+    return globals().setdefault(name, made)
+
+
+def conv1d(k: int, n: int, bias: bool = True) -> nn.Module:
+    return conv1d_class("PlainConv1D")(n, k)  # a Conv1D always has a bias
+
+
+def rich_conv1d(k: int, n: int, bias: bool = True) -> nn.Module:
+    return conv1d_class("RichConv1D")(n, k)
+
+
+TAKEN: dict[str, Callable[..., nn.Module]] = {
+    "plain": Plain,
+    "rich": Rich,
+    "falcon": falcon,
+    "esm": esm,
+    "conv1d": conv1d,
+    "rich conv1d": rich_conv1d,
+}
 
 
 def made(name: str) -> nn.Module:
@@ -75,7 +104,7 @@ def made(name: str) -> nn.Module:
 
 def own_names(module: nn.Module) -> set[str]:
     held = {*vars(module), *module._parameters, *module._buffers, *module._modules}
-    return held - vars(nn.Linear(1, 1)).keys() - {"weight", "bias"}
+    return held - vars(nn.Linear(1, 1)).keys() - {"weight", "bias", "nf", "nx"}
 
 
 @pytest.mark.parametrize("name", TAKEN)
@@ -87,11 +116,12 @@ def test_a_subclass_that_computes_the_same_is_replaced_and_stays_itself(name: st
     assert not report.skipped
     layer = model[0]
     assert isinstance(layer, kind)
-    assert isinstance(layer, FusedLoRALinear)
+    assert isinstance(layer, LoRALayer)
+    assert isinstance(layer, FusedLoRALinear) == isinstance(layer, nn.Linear)
     assert state <= layer.state_dict().keys()
     assert own <= own_names(layer)
     exact, plain = (
-        x.to(dtype) @ formula(layer, dtype).t() + layer.bias.to(dtype) + (100.0 if name == "rich" else 0.0)
+        x.to(dtype) @ formula(layer, dtype).t() + layer.bias.to(dtype) + (100.0 if "rich" in name else 0.0)
         for dtype in (torch.float64, torch.float32)
     )
     check("y", layer(x), exact, plain, torch.float32)
@@ -114,10 +144,11 @@ def test_restoring_gives_the_very_class_back(name: str, merged: bool) -> None:
     assert own_names(model[0]) == own_names(former[0]) | {"added"}
     assert all(getattr(model[0], own) is getattr(former[0], own) for own in own_names(former[0]))
     assert same_bits(model(x), y) or name == "falcon"  # its products are summed in another order
-    assert type(FusedLoRALinear.from_linear(former[0], r=2).to_linear()) is kinds[0]
+    if isinstance(former[0], nn.Linear):
+        assert type(FusedLoRALinear.from_linear(former[0], r=2).to_linear()) is kinds[0]
 
 
-@pytest.mark.parametrize("name", ["plain", "falcon"])
+@pytest.mark.parametrize("name", ["plain", "falcon", "conv1d"])
 def test_it_is_copied_pickled_compiled_and_trained(name: str) -> None:
     model, x = made(name), torch.randn(5, 8)
     replace_linear(model, ALL)
@@ -131,30 +162,35 @@ def test_it_is_copied_pickled_compiled_and_trained(name: str) -> None:
     assert same_bits(torch.compile(model, backend="eager", fullgraph=True)(x), y)
 
 
-def test_what_a_rich_class_does_beside_computing_still_works() -> None:
-    model = made("rich")
+@pytest.mark.parametrize("name", ["rich", "rich conv1d"])
+def test_what_a_rich_class_does_beside_computing_still_works(name: str) -> None:
+    model = made(name)
     replace_linear(model, ALL)
     layer: Any = model[0]
     assert (layer.unit, layer.area, layer.tag) == ("metre", 48, ["mine"])
-    assert "rich, in_features=8" in repr(layer)
+    assert "rich, " in repr(layer)
+    assert "r=2, lora_alpha=16" in repr(layer)
     assert "passing" not in layer.state_dict()
     assert "mark" in layer.state_dict()
-    layer.load_state_dict({"old_weight": torch.ones(6, 8)}, strict=False)
+    layer.load_state_dict({"old_weight": torch.ones_like(layer.weight)}, strict=False)
     assert bool((layer.weight == 1).all())
 
 
-def test_a_model_with_subclasses_is_saved_and_loaded(tmp_path: Any) -> None:
+@pytest.mark.parametrize("name", ["falcon", "conv1d"])
+def test_a_model_with_subclasses_is_saved_and_loaded(name: str, tmp_path: Any) -> None:
     pytest.importorskip("safetensors")
-    model, other, x = made("falcon"), made("falcon"), torch.randn(5, 8)
+    model, other, x = made(name), made(name), torch.randn(5, 8)
     replace_linear(model, ALL)
     lora_kernels.save_adapter(model, tmp_path)
     lora_kernels.load_adapter(other, tmp_path)
     assert same_bits(other(x), model(x))
 
 
-def test_pefts_layer_around_a_falcon_linear_runs_fused() -> None:
+@pytest.mark.parametrize("name", ["falcon", "conv1d"])
+def test_pefts_layer_around_a_subclass_runs_fused(name: str) -> None:
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(made("falcon"), peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    options = {"r": 2, "target_modules": ["0"], "init_lora_weights": False, "fan_in_fan_out": name == "conv1d"}
+    model = peft.get_peft_model(made(name), peft.LoraConfig(**options))
     x = torch.randn(5, 8)
     theirs, exact = model(x), copy.deepcopy(model).double()(x.double())
     report = lora_kernels.fuse_peft(model)
@@ -193,7 +229,17 @@ class Quantizable(nn.modules.linear.NonDynamicallyQuantizableLinear):
     pass
 
 
+def of_conv1d(**names: Any) -> Callable[[], nn.Module]:
+    return lambda: type("Own", (type(conv1d(4, 4)),), names)(4, 4)
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "conv1d's forward": (of_conv1d(forward=doubled), "not a plain Conv1D, and its own behaviour would be lost"),
+    "conv1d's call": (of_conv1d(__call__=doubled), "its own behaviour would be lost"),
+    "conv1d's call's inside": (of_conv1d(_call_impl=doubled), "its own behaviour would be lost"),
+    "conv1d pickled its way": (of_conv1d(__getstate__=lambda self: vars(self)), "not a plain Conv1D: it has a __get"),
+    "conv1d's rank": (of_conv1d(r=3), "has a 'r' of its own"),
+    "conv1d's features": (of_conv1d(in_features=property(lambda self: self.nx)), "has a 'in_features' of its own"),
     "forward": (of(forward=doubled), "its own behaviour would be lost"),
     "call": (of(__call__=doubled), "its own behaviour would be lost"),
     "call's inside": (of(_call_impl=doubled), "its own behaviour would be lost"),
