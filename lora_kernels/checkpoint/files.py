@@ -33,6 +33,7 @@ PathLike = str | os.PathLike[str]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
 _DIGEST = "adapter_config_sha256"  # in the weights' metadata, beside PEFT's "format"
+_LORA = "LORA"  # the type of an adapter in PEFT's configuration
 _SAVING, _FORMER = ".saving", ".former"  # how the names end that files have while they are being replaced
 _PATIENCE = 120.0  # seconds to wait for another process that saves into, or reads, the folder
 _PAUSE = 0.02  # seconds between two looks
@@ -127,7 +128,8 @@ def write_pair(folder: PathLike, fields: Mapping[str, Any], tensors: Mapping[str
 
     Raises:
         InvalidTypeError: ``folder`` is no path.
-        LoRAStateError: a file cannot be written, or others have been reading or saving there all the time.
+        LoRAStateError: a file cannot be written; the folder holds an adapter of another kind; or others have been
+            reading or saving there all the time.
         MissingExtraError: safetensors is not installed.
     """
     path, created = _path(folder), False
@@ -137,6 +139,7 @@ def write_pair(folder: PathLike, fields: Mapping[str, Any], tensors: Mapping[str
         created = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         with _locked(path, exclusive=True):
+            _check_former(path)
             _write(path, text, tensors)
     except (OSError, safetensors.SafetensorError) as error:
         if created:
@@ -179,6 +182,20 @@ def _write(path: Path, text: bytes, tensors: Mapping[str, Tensor]) -> None:
         for file in leftover:
             with suppress(OSError):
                 file.unlink(missing_ok=True)
+
+
+def _check_former(path: Path) -> None:
+    """Raises where the folder holds an adapter of another kind, such as a prompt: it would be lost."""
+    try:
+        former = json.loads((path / CONFIG).read_bytes()) if (path / CONFIG).is_file() else {}
+    except ValueError:
+        return  # what is no JSON is no adapter
+    kind = former.get("peft_type", _LORA) if isinstance(former, dict) else _LORA
+    if kind != _LORA:
+        raise LoRAStateError(
+            f"the adapter cannot be written to {path}, which holds one of type {kind} in files of the same names: "
+            "saving would replace it. Give a folder of its own, or remove that adapter first."
+        )
 
 
 def _digest(text: bytes) -> str:

@@ -15,7 +15,14 @@ from ..models.adapter import Adapter, remembered_within
 from ..models.matching import trained_whole
 from ..models.model import check_adapters_here, lora_layers, some_lora_layers
 from ..models.names import parameter_name, plain_modules, plain_names, unwrapped
-from ..models.trained import biases, check_bias, warn_of_left_out, warn_of_never_called, whole_tensors
+from ..models.trained import (
+    biases,
+    check_bias,
+    warn_of_left_out,
+    warn_of_never_called,
+    warn_of_prompts,
+    whole_tensors,
+)
 from . import files, peft_config
 from .collective import once
 from .plain_form import NAMES, PlainForm, plain_form, whole
@@ -73,7 +80,8 @@ def save_adapter(
             scaling is not finite; an activation stands between A and B, which PEFT does not have (``lora_state_dict``
             holds such an adapter); a module that is saved whole holds a LoRA layer, or shares a weight with one that is
             not saved; the layers differ where PEFT's file has one value for all; FSDP1 or ZeRO-3 holds values that are
-            not gathered; or the files cannot be written: what was there stays.
+            not gathered; the folder holds an adapter of another kind, such as a prompt; or the files cannot be written:
+            what was there stays.
         MissingExtraError: safetensors is not installed.
 
     Example:
@@ -102,6 +110,7 @@ def save_adapter(
     fields = peft_config.compose(inner, layers, forms, adapter, bias, entire or None, task_type)
     _warn_of_places(inner, layers)
     _warn_of_left_out(inner, bias, entire)
+    warn_of_prompts(model, "save_adapter", stacklevel=2)
     warn_of_never_called(layers.items(), "save_adapter", stacklevel=2)
     gathered = _apart({name: whole(name, tensor) for name, tensor in tensors.items()})
     of_all = [t for layer in layers.values() for t in layer.adapter.values()] + list(tensors.values())

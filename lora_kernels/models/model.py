@@ -31,6 +31,7 @@ from .trained import (
     train_whole,
     warn_of_left_out,
     warn_of_never_called,
+    warn_of_prompts,
     whole_tensors,
 )
 
@@ -339,6 +340,7 @@ def lora_state_dict(model: nn.Module, bias: str | None = None) -> dict[str, Tens
     tensors |= whole_tensors(model, entire, "lora_state_dict")
     seen |= {parameter for _, module in trained_whole(entire, model) for parameter in module.parameters()}
     warn_of_left_out(model, seen, "lora_state_dict", stacklevel=2)
+    warn_of_prompts(model, "lora_state_dict", stacklevel=2)
     warn_of_never_called(layers, "lora_state_dict", stacklevel=2)
     return {storage.state_name(name): tensor for name, tensor in tensors.items()}
 

@@ -11,7 +11,17 @@ from collections.abc import Iterator
 
 from torch import nn
 
-__all__ = ["compiled_alone", "joined", "parameter_name", "plain_modules", "plain_name", "plain_names", "unwrapped"]
+__all__ = [
+    "adds_prompt",
+    "compiled_alone",
+    "joined",
+    "parameter_name",
+    "plain_modules",
+    "plain_name",
+    "plain_names",
+    "prompt_parts",
+    "unwrapped",
+]
 
 _INNER = {  # by the class of a wrapper: what it calls the module that it runs
     "OptimizedModule": "_orig_mod",
@@ -21,8 +31,9 @@ _INNER = {  # by the class of a wrapper: what it calls the module that it runs
     "DistributedDataParallel": "module",
     "AveragedModel": "module",
     "DeepSpeedEngine": "module",
+    "PeftModel": "base_model",  # with a prompt, which it adds itself; around a tuner the names are PEFT's own
 }
-_WRITERS = ("torch", "deepspeed")  # the packages of these classes
+_WRITERS = ("torch", "deepspeed", "peft")  # the packages of these classes
 _PARTS = {name for name in _INNER.values() if name.startswith("_")}  # that no author would call a module
 
 
@@ -103,5 +114,17 @@ def _inner(module: nn.Module) -> str | None:
     for kind in type(module).__mro__:
         own = _INNER.get(kind.__name__)
         if own is not None and kind.__module__.partition(".")[0] in _WRITERS:
-            return own if module._modules.get(own) is not None else None
+            runs = own in module._modules and (kind.__name__ != "PeftModel" or adds_prompt(module))
+            return own if runs and module._modules[own] is not None else None
     return None
+
+
+def adds_prompt(module: nn.Module) -> bool:
+    """Whether ``module`` is a ``PeftModel`` for prompts: prompt tuning, prefix tuning and their kind."""
+    return vars(module).get("_is_prompt_learning") is True
+
+
+def prompt_parts(model: nn.Module) -> set[nn.Module]:
+    """The modules that make the prompts of ``model``, where PEFT's models within it have some."""
+    encoders = (module._modules.get("prompt_encoder") for module in model.modules() if adds_prompt(module))
+    return {part for encoder in encoders if encoder is not None for part in encoder.modules()}

@@ -31,13 +31,14 @@ from .matching import (
     trained_whole,
     unmatched_names,
 )
-from .names import compiled_alone, joined, plain_modules
+from .names import compiled_alone, joined, plain_modules, prompt_parts
 from .report import ReplacedLayer, ReplaceReport, ShareReport, SkippedLayer
 from .watch import count_parameters
 
 __all__ = ["build", "check_model", "decide", "make_report", "nothing_to_replace"]
 
 # transformers' models whose mixers read out_proj.weight on a GPU; the first five are PEFT's list.
+_OF_A_PROMPT = "it makes a prompt of PEFT's, and trains as it is. Exclude it."
 _MAMBAS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h", "bamba", "granitemoehybrid", "zamba2"}
 
 
@@ -87,6 +88,8 @@ def decide(model: nn.Module, config: LoRAConfig, matches: list[Match]) -> tuple[
         )
     modules, alone = dict(plain_modules(model)), compiled_alone(model)
     reasons = {match.name: _why_left_alone(match, modules, alone) for match in matches}
+    prompts = prompt_parts(model)
+    reasons |= {match.name: _OF_A_PROMPT for match in matches if match.module in prompts and not reasons[match.name]}
     targets = [match for match in matches if reasons[match.name] is None]
     while tied := _tied_outside(model, targets, config.bias):
         reasons |= tied

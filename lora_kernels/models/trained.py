@@ -16,7 +16,7 @@ from ..config import BIAS_CHOICES, LoRAConfig, as_tuple
 from ..errors import InvalidArgumentError, LoRAKernelsWarning
 from ..layer import LoRALayer
 from .matching import listed, trained_whole
-from .names import joined, parameter_name, plain_names
+from .names import joined, parameter_name, plain_names, prompt_parts
 
 __all__ = [
     "biases",
@@ -26,6 +26,7 @@ __all__ = [
     "train_whole",
     "warn_of_left_out",
     "warn_of_never_called",
+    "warn_of_prompts",
     "whole_tensors",
 ]
 
@@ -99,11 +100,22 @@ def warn_of_left_out(
     model: nn.Module, written: Collection[nn.Parameter | Tensor], function: str, stacklevel: int
 ) -> None:
     """Names what trains and is not in what ``function`` gives; ``stacklevel`` as if the caller warned itself."""
-    if names := left_out(model, written):
+    prompts = (parameter for part in prompt_parts(model) for parameter in part.parameters())
+    if names := left_out(model, {*written, *prompts}):
         warnings.warn(
             f"{function} leaves out {listed(names)}, which can train (requires_grad=True) and may have been trained. "
             "To keep it, name its module in modules_to_save, or give bias='lora_only' or 'all' for biases. If it has "
             "not been trained, freeze it: mark_only_lora_as_trainable(model) does that.",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def warn_of_prompts(model: nn.Module, function: str, stacklevel: int) -> None:
+    """Says that a prompt of PEFT's, which can train, is not in what ``function`` gives of the LoRA layers."""
+    if any(parameter.requires_grad for part in prompt_parts(model) for parameter in part.parameters()):
+        warnings.warn(
+            f"{function} leaves out the prompt of PEFT's, which can train: it gives the LoRA layers alone. The PEFT "
+            "model's own save_pretrained writes the prompt; give it another folder.",
             stacklevel=stacklevel + 1,
         )
 
