@@ -76,3 +76,17 @@ def test_trl_sft(tmp_path: Path) -> None:
     assert float(theirs[-1]) < float(theirs[0])
     assert ours == theirs  # to the four decimals that are printed
     assert not list(tmp_path.iterdir())
+
+
+def test_trl_dpo(tmp_path: Path) -> None:
+    for name in ("trl", "datasets", "peft"):
+        pytest.importorskip(name, reason="the script trains with TRL's DPOTrainer, which is not a requirement")
+    out = run_example("trl_dpo.py", "--steps", "3", cwd=tmp_path)
+    assert re.search(r"calls when counted: [1-9]\d* fused, 0 by PEFT's own forward, [1-9]\d* base alone", out)
+    ways = ("by PEFT ", "fused   ", "replaced")
+    theirs, fused, replaced = (re.search(rf"^{way} (.*)", out, re.MULTILINE)[1].split() for way in ways)
+    assert len(theirs) == 3
+    assert theirs[0] == "0.6931"  # ln 2: at first the model is its own reference
+    assert float(theirs[-1]) < float(theirs[0])
+    assert fused == replaced == theirs  # to the four decimals that are printed
+    assert not list(tmp_path.iterdir())
