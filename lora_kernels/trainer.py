@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from . import pissa
+from . import pissa, storage
 from .checkpoint import save_adapter
 from .errors import LoRAKernelsWarning, MissingExtraError
 from .models.model import lora_layers
+from .sharded import is_sharded
 
 __all__ = ["SaveAdapterCallback"]
 
@@ -26,6 +31,7 @@ except ImportError as error:
     ) from error
 
 _WEIGHTS = "model.safetensors"
+_DTENSOR = "DTensor"  # FSDP2, tensor parallelism
 _OF_A_WHOLE_MODEL = ("config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model*")
 
 
@@ -41,9 +47,12 @@ class SaveAdapterCallback(TrainerCallback):  # type: ignore[misc]
     ``trainer.train(resume_from_checkpoint=...)``. ``load_best_model_at_end`` works too. ``Trainer`` logs the names of
     the missing base weights both times; they are the ones that the model has already.
 
-    **Limits.** While ``Trainer`` saves, the disk needs room for one whole model. Under FSDP and DeepSpeed the base
-    stays in ``Trainer``'s own files, and the adapter is added where :func:`lora_kernels.save_adapter` can gather it.
-    ``trainer.save_model`` outside of a checkpoint writes the whole model as ever. Hub uploads hold it too.
+    **Several processes.** One process writes. Under FSDP and DeepSpeed ZeRO-3 all of them gather the adapter first. The
+    base stays in ``Trainer``'s own files there, and ``Trainer`` resumes from those.
+
+    **Limits.** While ``Trainer`` saves, the disk needs room for one whole model. The checkpoints of a PEFT model stay
+    as they are, with a warning. ``trainer.save_model`` outside of a checkpoint writes the whole model as ever. Hub
+    uploads hold it too.
 
     Example:
         >>> from lora_kernels.trainer import SaveAdapterCallback
@@ -51,22 +60,67 @@ class SaveAdapterCallback(TrainerCallback):  # type: ignore[misc]
     """
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
-        """Called by ``Trainer`` after each checkpoint."""
+        """Called by ``Trainer`` after each checkpoint, in every process."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if not any(lora_layers(model)):
-            self._warn(f"{type(model).__name__} holds no FusedLoRALinear: call replace_linear before the Trainer.")
+        held = _held(model)
+        if why := _why_left(model, folder, held):
+            if args.should_save:
+                self._warn(why)
             return
-        if args.should_save and not folder.is_dir():
-            self._warn(f"{folder} is not there (a hyperparameter search has folders of its own).")
-            return
-        save_adapter(model, folder)
-        sharded = bool(getattr(args, "fsdp", None)) or bool(getattr(args, "deepspeed", None))
-        if args.should_save and not sharded:
+        with _gathered(model, held) as writes:
+            if writes or (held is None and args.should_save):
+                save_adapter(model, folder)
+        if args.should_save and not (held or getattr(args, "fsdp", None) or getattr(args, "deepspeed", None)):
             _keep_what_changes(model, folder)
 
     @staticmethod
     def _warn(why: str) -> None:
         warnings.warn(f"SaveAdapterCallback leaves a checkpoint as it is: {why}", LoRAKernelsWarning, stacklevel=3)
+
+
+def _held(model: nn.Module) -> str | None:
+    """Who holds the values of Parameters in parts; None where each process has them whole. All processes agree."""
+    owners = {storage.owner(module) for module in model.modules()}
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        return _DTENSOR
+    return next((holder for holder in (storage.FSDP1, storage.ZERO3) if holder in owners), None)
+
+
+def _why_left(model: nn.Module, folder: Path, held: str | None) -> str | None:
+    """Why the checkpoint stays as ``Trainer`` wrote it, the same in all processes where ``held`` is not None."""
+    if not any(lora_layers(model)):
+        return f"{type(model).__name__} holds no FusedLoRALinear: call replace_linear before the Trainer."
+    if isinstance(model, getattr(sys.modules.get("peft"), "PeftModel", ())):
+        return (
+            f"Trainer writes the adapter of {type(model).__name__} to files of the same names. Call save_adapter "
+            "with a folder of its own."
+        )
+    if held is None and not folder.is_dir():
+        return f"{folder} is not there (a hyperparameter search has folders of its own)."
+    return None
+
+
+@contextmanager
+def _gathered(model: nn.Module, held: str | None) -> Iterator[bool]:
+    """The context in which the adapter's values can be read; every process enters it. Whether this one is to save.
+
+    DTensors are gathered by ``save_adapter`` itself, in all processes, and the first one writes.
+    """
+    if held == storage.FSDP1:
+        kind = import_module("torch.distributed.fsdp").FullyShardedDataParallel
+        units = [module for module in model.modules() if isinstance(module, kind)]
+        offload = all(  # FSDP1 cannot where nothing is sharded, and frees on a CPU what it offloads to it
+            unit.sharding_strategy.name != "NO_SHARD" and unit.compute_device.type != "cpu" for unit in units
+        )
+        with kind.summon_full_params(model, writeback=False, rank0_only=True, offload_to_cpu=offload):
+            yield torch.distributed.get_rank() == 0
+    elif held == storage.ZERO3:
+        adapters = (parameter for _, layer in lora_layers(model) for parameter in layer.adapter.values())
+        needed = dict.fromkeys([*adapters, *(each for each in model.parameters() if each.requires_grad)])
+        with import_module("deepspeed").zero.GatheredParameters(list(needed)):
+            yield torch.distributed.get_rank() == 0
+    else:
+        yield held == _DTENSOR
 
 
 def _keep_what_changes(model: nn.Module, folder: Path) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -252,3 +254,23 @@ def check_fsdp1_gathers_layers_of_one_input_apart(device: str, folder: Path) -> 
             y = split(x)
             y.sum().backward()
             check("y", y.detach(), exact, expected, torch.float32)
+
+
+def check_fsdp1_has_trainers_callback_save_once(device: str, folder: Path) -> None:
+    """What ``Trainer`` calls in every process, outside of any context: the first one writes, and none waits."""
+    if not find_spec("transformers"):
+        return
+    from lora_kernels.trainer import SaveAdapterCallback
+
+    rank = distributed.get_rank()
+    for number, (kind, form) in enumerate(zip((*KINDS, *KINDS), FORMS, strict=True)):
+        plain, split = adapted(device, **KINDS[kind]), flat(adapted(device, **KINDS[kind]), device, **form)
+        save_adapter(plain, folder / f"plain-{number}-{rank}")
+        place = folder / f"own-{rank}"  # as on machines without a common disk
+        arguments = SimpleNamespace(output_dir=str(place), should_save=rank == 0, fsdp=True, deepspeed=None)
+        SaveAdapterCallback().on_save(arguments, SimpleNamespace(global_step=number), None, model=split)
+        written = place / f"checkpoint-{number}"
+        assert written.exists() == (rank == 0)
+        assert rank or same_files(written, folder / f"plain-{number}-{rank}"), (kind, form)
+        outputs(split, device)
+        distributed.barrier()

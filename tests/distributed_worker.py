@@ -36,7 +36,7 @@ ONCE = (
     *("check_the_former_fsdp_saves_within_its_context", "check_fsdp1_merges_in_its_context"),
     *("check_fsdp1_is_refused_outside_its_context", "check_fsdp1_gives_and_takes_adapters_in_its_context"),
     *("check_fsdp1_trains_like_one_process", "check_fsdp1_has_the_groups_of_the_plain_model"),
-    "check_fsdp1_gathers_layers_of_one_input_apart",
+    *("check_fsdp1_gathers_layers_of_one_input_apart", "check_fsdp1_has_trainers_callback_save_once"),
 )
 
 Outcomes = dict[tuple[int, str], str]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,3 +106,35 @@ def test_what_it_cannot_help_with_stays_and_is_told(tmp_path: Path) -> None:
     with pytest.warns(LoRAKernelsWarning, match="holds no FusedLoRALinear"):
         trainer_of(model, tmp_path, max_steps=1, save_steps=1).train()
     assert {path.name for path in (tmp_path / "checkpoint-1").iterdir()} >= WHOLE
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"bias": "lora_only"}], ids=str)
+def test_under_zero_3_it_gathers_what_the_adapter_needs(
+    kind: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zero3 = pytest.importorskip("zero3")  # a stand-in for DeepSpeed
+    zero = SimpleNamespace(GatheredParameters=zero3.GatheredParameters)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    plain, model = model_of(**kind), zero3.partition(model_of(**kind))
+    lora_kernels.save_adapter(plain, tmp_path / "plain")
+    arguments = SimpleNamespace(output_dir=str(tmp_path), should_save=True, fsdp=None, deepspeed="config.json")
+    SaveAdapterCallback().on_save(arguments, SimpleNamespace(global_step=1), None, model=model)
+    found = [
+        safetensors.load_file(tmp_path / place / "adapter_model.safetensors") for place in ("plain", "checkpoint-1")
+    ]
+    assert found[0].keys() == found[1].keys()
+    assert all(same_bits(value, found[1][name]) for name, value in found[0].items())
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    SaveAdapterCallback().on_save(arguments, SimpleNamespace(global_step=2), None, model=model)
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+def test_the_checkpoint_of_a_peft_model_stays(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 2}
+    model = peft.get_peft_model(model_of(modules_to_save=None), peft.PromptTuningConfig(**options))
+    with pytest.warns(LoRAKernelsWarning, match="PeftModelForCausalLM to files of the same names"):
+        trainer_of(model, tmp_path, max_steps=1, save_steps=1).train()
+    fields = json.loads((tmp_path / "checkpoint-1" / "adapter_config.json").read_text())
+    assert fields["peft_type"] == "PROMPT_TUNING"
