@@ -311,8 +311,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
                                            double p, const std::optional<Tensor>& state) {
     expect_one_rank(lora_a, lora_b);
     Tensor h = shrink(x, lora_a, p, state);
-    return {std::get<0>(product(x, weight, lora_b, h, bias, std::nullopt, scaling, false)), h,
-            no_words()};
+    return {std::get<0>(product(x, weight, lora_b, h, bias, std::nullopt, scaling, false)), h, no_words()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const std::optional<Tensor>& x,
