@@ -4,15 +4,14 @@
 row starts on a 16-byte boundary; bits of columns that are not there are 0.
 
 **Draw.** An element is kept with probability q = keep / 2^16, keep = 65536 - round(65536 p), at least 1. Word w of
-row m takes four calls of
-Philox4x32 with 7 rounds (Salmon et al., 2011), c = 0 to 3, all of one 64-bit key::
+row m takes four calls of Philox4x32 with 7 rounds, c = 0 to 3, all of one 64-bit key (Salmon et al., "Parallel Random
+Numbers: As Easy as 1, 2, 3", 2011: 7 pass BigCrush)::
 
     key      = seed[0], low and high half
     counter  = (4 w + c, m, seed[1]'s low half, seed[1]'s high half)
 
-so 16 random words r_0 .. r_15, those of call c being r_4c to r_4c+3. They make 32 independent bits of probability q:
-from the lowest binary
-digit d_0 of keep to the highest, d_15, starting with k = 0::
+so 16 random words r_0 .. r_15, those of call c being r_4c to r_4c+3. They make 32 independent bits of
+probability q: from the lowest binary digit d_0 of keep to the highest, d_15, starting with k = 0::
 
     k <- majority(k, r_i, d_i) = (k & r_i) | (d_i & (k | r_i))        d_i: 0, or all ones
 
@@ -29,37 +28,46 @@ import torch
 from torch import Tensor
 
 from .kept import row_words
-from .reference import dropout_threshold
 
-__all__ = ["pack", "packed_keep_words", "unpack"]
+__all__ = ["dropout_threshold", "pack", "packed_keep_words", "unpack"]
 
-_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+_WORD, _LOW, _HALF = 32, np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 def packed_keep_words(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     """The mask of ``rows`` x ``columns`` elements as words, int32 (rows, row_words(columns)), on seed's device.
 
     Args:
-        seed: int64 (2,): the key and the stream, as ``reference.philox_keep_mask`` takes them.
+        seed: int64 (2,): the 64-bit key and the stream.
         rows, columns: M and K.
         p: the probability to drop, from 0 to below 1.
     """
-    width = row_words(columns)
-    keep = 65536 - dropout_threshold(p)
-    kept = np.full((rows, width), _LOW)
-    if keep < 65536:
-        key, stream = (int(s) % 2**64 for s in seed.tolist())
-        word = np.arange(width, dtype=np.uint64)[None, :] + np.zeros((rows, 1), np.uint64)
-        row = np.arange(rows, dtype=np.uint64)[:, None] + np.zeros((1, width), np.uint64)
-        kept = np.zeros((rows, width), np.uint64)
-        for call in range(4):
-            drawn = _philox((np.uint64(4) * word + np.uint64(call)) & _LOW, row & _LOW, stream, key)
-            for index, bits in enumerate(drawn):
-                digit = _LOW if keep >> (4 * call + index) & 1 else np.uint64(0)
-                kept = (kept & bits) | (digit & (kept | bits))
-    there = np.clip(columns - 32 * np.arange(width), 0, 32).astype(np.uint64)
-    kept &= (np.uint64(1) << there) - np.uint64(1)
-    return torch.from_numpy(kept.astype(np.uint32).view(np.int32)).to(seed.device)
+    used = -(-columns // _WORD)
+    words = np.zeros((rows, row_words(columns)), np.uint32)
+    words[:, :used] = _draw(seed, rows, used, 65536 - dropout_threshold(p))
+    if columns % _WORD:
+        words[:, used - 1] &= np.uint32((1 << columns % _WORD) - 1)
+    return torch.from_numpy(words.view(np.int32)).to(seed.device)
+
+
+def dropout_threshold(p: float) -> int:
+    """``round(65536 p)``, at most 65535: how many in 65536 elements are dropped."""
+    return min(round(p * 65536), 65535)
+
+
+def _draw(seed: Tensor, rows: int, words: int, keep: int) -> np.ndarray:
+    """All words, with every column there."""
+    if keep == 65536:
+        return np.full((rows, words), _LOW)
+    key, stream = (int(s) % 2**64 for s in seed.tolist())
+    word, row = np.broadcast_arrays(np.arange(words, dtype=np.uint64), np.arange(rows, dtype=np.uint64)[:, None])
+    kept = np.zeros((rows, words), np.uint64)
+    for call in range(4):
+        if keep % (16 << 4 * call) == 0:  # while all digits are 0, so are all bits
+            continue
+        for index, bits in enumerate(_philox((4 * word + np.uint64(call)) & _LOW, row & _LOW, stream, key)):
+            kept = kept | bits if keep >> (4 * call + index) & 1 else kept & bits  # what majority is of a digit
+    return kept
 
 
 def _philox(c0: np.ndarray, c1: np.ndarray, stream: int, key: int) -> tuple[np.ndarray, ...]:

@@ -30,11 +30,20 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Gradients", "adapter_dtype", "backward", "drop", "forward", "philox_keep_mask"]
+from .packed_mask import dropout_threshold, packed_keep_words, unpack
+
+__all__ = [
+    "Gradients",
+    "adapter_dtype",
+    "backward",
+    "drop",
+    "dropout_threshold",
+    "forward",
+    "philox_keep_mask",
+]
 
 _ROOT_HALF, _ROOT_TWO_PI = 0.5**0.5, (2.0 * math.pi) ** 0.5
 _SIGMA: dict[str, Callable[[Tensor], Tensor]] = {
@@ -131,34 +140,6 @@ def backward(
 def philox_keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     """The dropout mask that the kernels draw, bit for bit: bool (rows, columns), True where the element is kept.
 
-    Philox4x32 with 7 rounds (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011: 7 pass BigCrush).
-    ``seed`` is int64 (2,): ``seed[0]`` is the 64-bit key, ``seed[1]`` the stream (counter words 2 and 3). One call
-    covers eight consecutive elements of a row: counter words 0 and 1 are the 64-bit index
-    ``g = row * ceil(columns / 8) + column // 8``; element ``j = column % 8`` takes the low (j even) or high (j odd)
-    16 bits of output word ``j // 2``. An element is kept where those 16 bits are >= ``round(65536 p)``.
+    ``seed`` is int64 (2,): the key and the stream of Philox4x32 with 7 rounds, as :mod:`.packed_mask` defines the mask.
     """
-    groups = -(-columns // 8)
-    index = np.arange(rows, dtype=np.uint64)[:, None] * np.uint64(groups) + np.arange(groups, dtype=np.uint64)[None, :]
-    low, thirty_two = np.uint64(0xFFFFFFFF), np.uint64(32)
-    key, stream = (np.uint64(int(s) % 2**64) for s in seed.tolist())
-    c0, c1 = index & low, index >> thirty_two
-    c2, c3 = np.full_like(index, stream & low), np.full_like(index, stream >> thirty_two)
-    k0, k1 = key & low, key >> thirty_two
-    for _ in range(7):
-        product0, product1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-        c0, c1, c2, c3 = (
-            (product1 >> thirty_two) ^ c1 ^ k0,
-            product1 & low,
-            (product0 >> thirty_two) ^ c3 ^ k1,
-            product0 & low,
-        )
-        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
-    words = np.stack([c0, c1, c2, c3], axis=-1)
-    halves = np.stack([words & np.uint64(0xFFFF), words >> np.uint64(16)], axis=-1)
-    bits = halves.reshape(rows, groups * 8)[:, :columns]
-    return torch.from_numpy(bits >= np.uint64(dropout_threshold(p))).to(seed.device)
-
-
-def dropout_threshold(p: float) -> int:
-    """``round(65536 p)``, at most 65535: the 16-bit value below which an element is dropped."""
-    return min(round(p * 65536), 65535)
+    return unpack(packed_keep_words(seed, rows, columns, p), columns)

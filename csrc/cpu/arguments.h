@@ -35,8 +35,7 @@ inline Dropout dropout_of(const Tensor* state, double p) {
                     "dropout's state must be the int64 (2,) seed that the native backend draws.");
     const Tensor seed = torch::stable::contiguous(*state);
     const int64_t* words = static_cast<const int64_t*>(seed.const_data_ptr());
-    return {true, static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[1]), dropout_threshold(p),
-            1.0 / (1.0 - p)};
+    return {true, static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[1]), dropout_keep(p), 1.0 / (1.0 - p)};
 }
 
 inline const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor.has_value() ? &*tensor : nullptr; }

@@ -17,9 +17,9 @@ constexpr int ROWS = 6, PANEL_VECTORS = 2;
 template <class T>
 constexpr int64_t PANEL = PANEL_VECTORS * lanes<T>;
 
-// Tasks and tiles begin at multiples of this: of a panel, and of what one call of the dropout's generator covers.
-template <class T>
-constexpr int64_t UNIT = PANEL<T> > DROPOUT_GROUP ? PANEL<T> : DROPOUT_GROUP;
+// Tasks and tiles begin at multiples of this: of a panel, and of what a word of dropout's mask covers.
+constexpr int64_t UNIT = DROPOUT_WORD;
+static_assert(UNIT % PANEL<float> == 0 && UNIT % PANEL<double> == 0, "a word's columns are whole panels");
 
 LORA_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int least_int(int a, int b) { return a < b ? a : b; }
@@ -86,11 +86,9 @@ static void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, i
     }
 }
 
-// out (rows, columns), row distance ldo: source's block, widened; with dropout its elements are kept / (1 - p) or 0.
-// (row0, column0) is the block's place in a matrix of `total` columns, column0 a multiple of DROPOUT_GROUP.
+// out (rows, columns), row distance ldo: source's block, widened.
 template <class T, class E>
-static void widen_block(const E* source, int64_t lds, int64_t rows, int64_t columns, T* out, int64_t ldo,
-                        const Dropout& dropout, int64_t row0, int64_t column0, int64_t total) {
+static void widen_block(const E* source, int64_t lds, int64_t rows, int64_t columns, T* out, int64_t ldo) {
     constexpr int VL = lanes<T>;
     for (int64_t i = 0; i < rows; ++i) {
         const E* from = source + i * lds;
@@ -98,8 +96,15 @@ static void widen_block(const E* source, int64_t lds, int64_t rows, int64_t colu
         int64_t j = 0;
         for (; j + VL <= columns; j += VL) store(load(from + j), to + j);
         for (; j < columns; ++j) to[j] = widen(from[j]);
-        if (dropout.active) apply_dropout(dropout, row0 + i, column0, total, to, columns);
     }
+}
+
+// The same of x * D, where there is dropout; (row, column) is the block's place in x.
+template <class T, class E>
+static void widen_block(const E* source, int64_t lds, int64_t rows, int64_t columns, T* out, int64_t ldo,
+                        const Dropout& dropout, int64_t row, int64_t column) {
+    if (dropout.active) return drop_block(source, lds, rows, columns, out, ldo, dropout, row, column);
+    widen_block(source, lds, rows, columns, out, ldo);
 }
 
 // Panels of source (depth, columns), row distance lds; times factor.

@@ -57,7 +57,7 @@ struct Driver {
         if (f.m == 0) return;
         T* scratch = static_cast<T*>(f.scratch);
         if (!few(f)) return many(f).run(threads_of(f), scratch);
-        widen_block(matrix(f.x), f.ldx, f.m, f.k, scratch, f.k, f.dropout, 0, 0, f.k);
+        widen_block(matrix(f.x), f.ldx, f.m, f.k, scratch, f.k, f.dropout, 0, 0);
         const FewForward<T, T, T> product = {f.m,
                                              f.r,
                                              f.k,
@@ -160,7 +160,7 @@ struct Driver {
         const Term& term = f.terms[0];
         const int64_t k = term.depth, r = term.r;
         T* low = scratch + f.m * k;
-        widen_block(matrix(term.left), term.ldl, f.m, k, scratch, k, NO_DROPOUT, 0, 0, 0);
+        widen_block(matrix(term.left), term.ldl, f.m, k, scratch, k);
         for (int64_t i = 0; i < f.m; ++i) {
             const T* h = adapter(term.low) + i * term.ldlow;
             for (int64_t q = 0; q < r; ++q) low[i * r + q] = h[q] * static_cast<T>(f.factor);
@@ -376,14 +376,12 @@ static void draw_mask(const Dropout& dropout, int64_t rows, int64_t columns, int
     const int64_t tasks = least(useful_threads(threads, rows * columns), rows);
     run_tasks(tasks, [&](int64_t task) {
         const Range range = share(rows, 1, tasks, task);
-        for (int64_t i = range.begin; i < range.end; ++i) {
-            for (int64_t j = 0; j < columns; j += MASK_SPAN) {
-                uint16_t bits[MASK_SPAN + DROPOUT_GROUP * PHILOX_LANES];
-                const int64_t span = least(MASK_SPAN, columns - j);
-                random_bits(dropout, dropout_group(i, j, columns), ceil_div(span, DROPOUT_GROUP), bits);
-                for (int64_t q = 0; q < span; ++q) keep[i * columns + j + q] = bits[q] >= dropout.threshold;
-            }
-        }
+        with_mask(dropout, range.begin, 0, range.end - range.begin, columns,
+                  [&](int64_t i, int64_t j, int64_t count, const uint64_t* words) {
+                      bool* to = keep + (range.begin + i) * columns + j;
+                      for (int64_t at = 0; at < count; ++at)
+                          to[at] = words[at / DROPOUT_WORD] >> (at % DROPOUT_WORD) & 1;
+                  });
     });
 }
 

@@ -131,7 +131,7 @@ struct FewForward {
     void columns(int64_t j, T* widened) const {
         const E* rows = weight + j * ldw;
         if (sizeof(E) == sizeof(T) || in_pairs<E> || m <= 3) return tokens<NR>(j, rows, ldw);
-        widen_block(rows, ldw, NR, k, widened, k, NO_DROPOUT, 0, 0, 0);
+        widen_block(rows, ldw, NR, k, widened, k);
         tokens<NR>(j, widened, k);
     }
 
@@ -187,7 +187,7 @@ struct FewOutputGradients {
         const int64_t width = range.end - range.begin;
         if (dbias != nullptr) fill(dbias + range.begin, width, T(0));
         for (int64_t i = 0; i < m; ++i) {
-            widen_block(dy + i * lddy + range.begin, lddy, 1, width, factors, width, NO_DROPOUT, 0, 0, 0);
+            widen_block(dy + i * lddy + range.begin, lddy, 1, width, factors, width);
             for (int64_t j = 0; dbias != nullptr && j < width; ++j) dbias[range.begin + j] += factors[j];
             for (int64_t j = 0; j < width; ++j) factors[j] *= scaling;
             if (dh != nullptr) reduce(range, factors, lower + i * r);
@@ -231,7 +231,7 @@ struct FewAdapterGradient {
             const Range range = share(k, 64, tasks, index);
             const int64_t width = range.end - range.begin;
             T* tokens = scratch + m * range.begin;
-            widen_block(x + range.begin, ldx, m, width, tokens, width, dropout, 0, range.begin, k);
+            widen_block(x + range.begin, ldx, m, width, tokens, width, dropout, 0, range.begin);
             for (int64_t q = 0; q < r; ++q) {
                 T* row = da + q * k + range.begin;
                 for (int64_t i = 0; i < m; ++i) {
@@ -311,8 +311,7 @@ struct FewInputGradient {
                 if (apart) fill(spare, m * span(), T(0));
                 add_product(columns, term.r, static_cast<const T*>(term.low), term.ldlow,
                             static_cast<const T*>(term.adapter) + j, k, into);
-                for (int64_t i = 0; term.dropout.active && i < m; ++i)
-                    apply_dropout(term.dropout, i, j, k, into + i * span(), columns);
+                if (term.dropout.active) drop_block(into, span(), m, columns, into, span(), term.dropout, 0, j);
                 if (apart) add_to(sums, spare, m * span());
             }
             for (int64_t t = 0; t < count; ++t) {

@@ -61,9 +61,9 @@ struct GainGradients {
     }
 
     void run(int64_t threads) const {
-        const int64_t tasks = least(threads, ceil_div(n, UNIT<T>));
+        const int64_t tasks = least(threads, ceil_div(n, UNIT));
         run_tasks(tasks, [&](int64_t task) {
-            const Range range = share(n, UNIT<T>, tasks, task);
+            const Range range = share(n, UNIT, tasks, task);
             for (int64_t j = range.begin; j < range.end; j += COLUMNS) block(j, least(COLUMNS, range.end - j));
         });
     }
@@ -97,7 +97,7 @@ struct RowNorms {
 
     // c (rows, columns) = the block of W at (i, j), as it is stored, plus that of s B A.
     void block(int64_t i, int64_t j, int64_t rows, int64_t columns, const T* panels, T* c) const {
-        widen_block(weight + i * ldw + j, ldw, rows, columns, c, STRIP_STRIDE, NO_DROPOUT, 0, 0, 0);
+        widen_block(weight + i * ldw + j, ldw, rows, columns, c, STRIP_STRIDE);
         if (across) {
             multiply<T, false>(rows, columns, r, lora_a + i, k, panels + j * r, c, STRIP_STRIDE);
         } else {

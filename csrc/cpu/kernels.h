@@ -13,7 +13,7 @@ void parallel(int64_t tasks, void (*body)(void* context, int64_t task), void* co
 struct Dropout {
     bool active;
     uint64_t key, stream;  // the seed's two words
-    uint32_t threshold;    // kept: 16 random bits >= threshold
+    uint32_t keep;         // 65536 times the probability that an element is kept, at least 1
     double scale;          // 1 / (1 - p)
 };
 

@@ -38,8 +38,7 @@ LORA_INLINE Range share(int64_t count, int64_t unit, int64_t tasks, int64_t task
 // unless few columns use them or rows are short: rows a large power of two apart share a few sets of the cache.
 template <class T, class E>
 static void multiply_widened(int64_t rows, int64_t columns, int64_t depth, const E* left, int64_t ldl, const T* panels,
-                             T* c, int64_t ldc, T* strip, const Dropout& dropout, int64_t row0, int64_t column0,
-                             int64_t total) {
+                             T* c, int64_t ldc, T* strip, const Dropout& dropout, int64_t row, int64_t column) {
     const bool in_place = sizeof(T) == sizeof(E) && !dropout.active && (columns <= 4 * PANEL<T> || ldl <= DEPTH / 2);
     for (int64_t i = 0; i < rows; i += STRIP) {
         const int64_t height = least(STRIP, rows - i);
@@ -48,7 +47,7 @@ static void multiply_widened(int64_t rows, int64_t columns, int64_t depth, const
                               c + i * ldc, ldc);
             continue;
         }
-        widen_block(left + i * ldl, ldl, height, depth, strip, STRIP_STRIDE, dropout, row0 + i, column0, total);
+        widen_block(left + i * ldl, ldl, height, depth, strip, STRIP_STRIDE, dropout, row + i, column);
         multiply<T, true>(height, columns, depth, strip, STRIP_STRIDE, panels, c + i * ldc, ldc);
     }
 }
@@ -87,19 +86,23 @@ struct Product {
         return false;
     }
 
-    // Tiles: enough of them for the threads, as large as that allows; of whole `row_unit`s and `column_unit`s.
-    void plan(int64_t threads, int64_t most_rows, int64_t most_columns, int64_t row_unit, int64_t column_unit) {
+    // Tiles: enough of them for the threads, as large as that allows, with at least so many columns; of whole
+    // `row_unit`s and `column_unit`s.
+    void plan(int64_t threads, int64_t most_rows, int64_t most_columns, int64_t least_columns, int64_t row_unit,
+              int64_t column_unit) {
         tile_rows = row_unit, tile_columns = column_unit;
         if (m == 0 || n == 0) return;
         tile_rows = least(most_rows, round_up(m, row_unit));
         tile_columns = least(most_columns, round_up(n, column_unit));
-        while (tiles() < threads && tile_columns > 4 * column_unit)
+        while (tiles() < threads && tile_columns > least_columns)
             tile_columns = round_up(tile_columns / 2, column_unit);
         while (tiles() < threads && tile_rows > 2 * row_unit) tile_rows = round_up(tile_rows / 2, row_unit);
         const int64_t row_tiles = ceil_div(m, tile_rows);
         tile_rows = round_up(ceil_div(m, row_tiles), row_unit);
     }
-    void plan(int64_t threads) { plan(threads, has_base() ? TILE_ROWS : LOW_RANK_ROWS, TILE_COLUMNS, ROWS, UNIT<T>); }
+    void plan(int64_t threads) {
+        plan(threads, has_base() ? TILE_ROWS : LOW_RANK_ROWS, TILE_COLUMNS, 4 * PANEL<T>, ROWS, UNIT);
+    }
     int64_t tiles() const { return ceil_div(m, tile_rows) * ceil_div(n, tile_columns); }
     int64_t tile_size() const { return tile_rows * tile_columns; }
     int64_t deepest(int64_t depth) const {
@@ -139,8 +142,7 @@ struct Product {
             } else {
                 pack_rows(weight + k0 * term.ldw + at.j, term.ldw, depth, at.columns, T(1), panels);
             }
-            multiply_widened(at.rows, at.columns, depth, left + k0, term.ldl, panels, c, ldc, strip, NO_DROPOUT, 0, 0,
-                             0);
+            multiply_widened(at.rows, at.columns, depth, left + k0, term.ldl, panels, c, ldc, strip, NO_DROPOUT, 0, 0);
         }
     }
 
@@ -174,8 +176,7 @@ struct Product {
 
     // Dropout of a term's low-rank part, the first that is in c.
     void drop_low_rank(const Term& term, const Tile& at, T* c, int64_t ldc) const {
-        for (int64_t i = 0; term.dropout.active && i < at.rows; ++i)
-            apply_dropout(term.dropout, at.i + i, at.j, n, c + i * ldc, at.columns);
+        if (term.dropout.active) drop_block(c, ldc, at.rows, at.columns, c, ldc, term.dropout, at.i, at.j);
     }
 
     Tile tile_at(int64_t index) const {
@@ -243,7 +244,7 @@ struct Shrink {
                 fill(c, rows * padded(), T(0));
                 for (int64_t k0 = 0; k0 < k; k0 += DEPTH) {
                     multiply_widened(rows, r, least(DEPTH, k - k0), x + i * ldx + k0, ldx, panels + k0 * padded(), c,
-                                     padded(), strip, dropout, i, k0, k);
+                                     padded(), strip, dropout, i, k0);
                 }
                 narrow_block(c, padded(), rows, r, h + i * r, r);
             }
@@ -290,8 +291,8 @@ struct TokenSums {
     bool transposed;
 
     int64_t padded() const { return round_up(r, PANEL<T>); }
-    int64_t tasks(int64_t threads) const { return n == 0 ? 1 : least(threads, ceil_div(n, UNIT<T>)); }
-    int64_t widest(int64_t tasks) const { return ceil_div(ceil_div(n, UNIT<T>), tasks) * UNIT<T>; }
+    int64_t tasks(int64_t threads) const { return n == 0 ? 1 : least(threads, ceil_div(n, UNIT)); }
+    int64_t widest(int64_t tasks) const { return ceil_div(ceil_div(n, UNIT), tasks) * UNIT; }
     int64_t lower_size() const { return lower == nullptr ? 0 : least(CHUNK, m) * padded(); }
     int64_t scratch_per_task(int64_t tasks) const {  // lower, panels, sums, right, block, total
         return lower_size() + (2 * widest(tasks) + TOKENS) * padded() + TOKENS * STRIDE + 2 * widest(tasks);
@@ -339,7 +340,7 @@ struct TokenSums {
                 if (sizeof(T) == sizeof(E) && !dropout.active) {
                     a = reinterpret_cast<const T*>(from), lda = ldl;
                 } else {
-                    widen_block(from, ldl, rows, columns, part.block, STRIDE, dropout, i, j, n);
+                    widen_block(from, ldl, rows, columns, part.block, STRIDE, dropout, i, j);
                 }
                 if (lower != nullptr) {
                     T* out = part.lower + (i - tokens.begin) * ld;
@@ -375,7 +376,7 @@ struct TokenSums {
         for (int64_t i = 0; i < m; i += CHUNK) {
             const Range tokens = {i, least(m, i + CHUNK)};
             run_tasks(count, [&](int64_t index) {
-                const Range range = share(n, UNIT<T>, count, index);
+                const Range range = share(n, UNIT, count, index);
                 const Parts part = parts(scratch + index * size, count);
                 if (i == 0) start(range, part);
                 add(range, tokens, part);

@@ -70,30 +70,47 @@ static void multiply_strip(int64_t rows, int64_t columns, int64_t depth, const b
     }
 }
 
-// values[0 .. count) where they are kept and 0 elsewhere; 1 / (1 - p) is left to the sums. NaN and infinities that are
-// dropped become NaN, as 0 times them is.
-static void drop(const Dropout& dropout, int64_t row, int64_t column, int64_t columns, bf16* values, int64_t count) {
-    uint16_t bits[MASK_SPAN + DROPOUT_GROUP * PHILOX_LANES];
-    for (int64_t done = 0; done < count; done += MASK_SPAN) {
-        const int64_t span = least(MASK_SPAN, count - done);
-        random_bits(dropout, dropout_group(row, column + done, columns), ceil_div(span, DROPOUT_GROUP), bits);
-        for (int64_t i = 0; i < span; ++i) {
-            const uint16_t value = values[done + i].bits;
-            const uint16_t dropped = (value & 0x7F80u) == 0x7F80u ? 0x7FC0u : 0u;
-            values[done + i].bits = bits[i] >= dropout.threshold ? value : dropped;
-        }
+// DROPOUT_WORD values: where the bit of `word` is 0, finite ones become 0, and NaN and infinities NaN, as 0 times them
+// is.
+LORA_INLINE void copy_kept(const bf16* from, uint32_t word, bf16* to) {
+#if defined(__AVX512BW__) && LORA_VECTOR_BYTES == 64
+    const __m512i values = read<__m512i>(from), exponent = _mm512_set1_epi16(0x7F80);
+    const __mmask32 endless = _mm512_cmpeq_epi16_mask(_mm512_and_si512(values, exponent), exponent);
+    write(to, _mm512_mask_mov_epi16(_mm512_maskz_set1_epi16(endless, 0x7FC0), word, values));
+#else
+    for (int i = 0; i < DROPOUT_WORD; ++i) {
+        const uint16_t value = from[i].bits, dropped = (value & 0x7F80u) == 0x7F80u ? 0x7FC0u : 0u;
+        to[i].bits = word >> i & 1 ? value : dropped;
     }
+#endif
+}
+
+// out (rows, columns), row distance ldo: source's block, 0 where it is dropped; 1 / (1 - p) is left to the sums.
+static void copy_kept(const bf16* source, int64_t lds, int64_t rows, int64_t columns, bf16* out, int64_t ldo,
+                      const Dropout& dropout, int64_t row, int64_t column) {
+    with_mask(dropout, row, column, rows, columns, [&](int64_t i, int64_t j, int64_t count, const uint64_t* words) {
+        const bf16* from = source + i * lds + j;
+        bf16* to = out + i * ldo + j;
+        for (; count >= DROPOUT_WORD; count -= DROPOUT_WORD, from += DROPOUT_WORD, to += DROPOUT_WORD, ++words)
+            copy_kept(from, static_cast<uint32_t>(*words), to);
+        if (count == 0) return;
+        bf16 rest[DROPOUT_WORD] = {};
+        __builtin_memcpy(rest, from, static_cast<size_t>(count) * sizeof(bf16));
+        copy_kept(rest, static_cast<uint32_t>(*words), rest);
+        __builtin_memcpy(to, rest, static_cast<size_t>(count) * sizeof(bf16));
+    });
 }
 
 // out (round_up(rows, TILE_SIDE), padded_depth(columns)), row distance ldo: source's block, dropped where it is to be,
-// and zeros around it. (row0, column0) is its place in a matrix of `total` columns.
+// and zeros around it. (row, column) is its place in the matrix.
 static void copy_padded(const bf16* source, int64_t lds, int64_t rows, int64_t columns, bf16* out, int64_t ldo,
-                        const Dropout& dropout, int64_t row0, int64_t column0, int64_t total) {
+                        const Dropout& dropout, int64_t row, int64_t column) {
+    if (dropout.active) copy_kept(source, lds, rows, columns, out, ldo, dropout, row, column);
     for (int64_t i = 0; i < round_up(rows, TILE_SIDE); ++i) {
         const int64_t width = i < rows ? columns : 0;
         bf16* to = out + i * ldo;
-        __builtin_memcpy(to, source + (i < rows ? i * lds : 0), static_cast<size_t>(width) * sizeof(bf16));
-        if (dropout.active && i < rows) drop(dropout, row0 + i, column0, total, to, columns);
+        if (!dropout.active && i < rows)
+            __builtin_memcpy(to, source + i * lds, static_cast<size_t>(width) * sizeof(bf16));
         __builtin_memset(to + width, 0, static_cast<size_t>(padded_depth(columns) - width) * sizeof(bf16));
     }
 }
@@ -101,8 +118,8 @@ static void copy_padded(const bf16* source, int64_t lds, int64_t rows, int64_t c
 // c (rows, columns) += left (rows, depth) panels; `strip` holds strip_size(depth). Strips of left are copied where they
 // are ragged or dropped from, and where many columns use them: rows a power of two apart share a few sets of the cache.
 static void multiply_tiled(int64_t rows, int64_t columns, int64_t depth, const bf16* left, int64_t ldl,
-                           const bf16* panels, float* c, int64_t ldc, bf16* strip, const Dropout& dropout, int64_t row0,
-                           int64_t column0, int64_t total) {
+                           const bf16* panels, float* c, int64_t ldc, bf16* strip, const Dropout& dropout, int64_t row,
+                           int64_t column) {
     const int64_t padded = padded_depth(depth), lds = padded + STRIP_GAP;
     const bool may_stay = padded == depth && !dropout.active && columns <= FEW_PANELS * TILED_STRIP;
     for (int64_t i = 0; i < rows; i += TILED_STRIP) {
@@ -112,7 +129,7 @@ static void multiply_tiled(int64_t rows, int64_t columns, int64_t depth, const b
             multiply_strip<false>(height, columns, padded, from, ldl, panels, padded, c + i * ldc, ldc);
             continue;
         }
-        copy_padded(from, ldl, height, depth, strip, lds, dropout, row0 + i, column0, total);
+        copy_padded(from, ldl, height, depth, strip, lds, dropout, row + i, column);
         multiply_strip<false>(height, columns, padded, strip, lds, panels, padded, c + i * ldc, ldc);
     }
 }

@@ -67,7 +67,7 @@ struct TiledFewForward {
             add_columns(rows, whole, padded_depth(length), from + k0, ldw, panel, c);
             for (int64_t at = whole; at < length; at += TILE_DEPTH) {
                 copy_padded(from + k0 + at, ldw, rows, least(TILE_DEPTH, length - at), strip, TILE_DEPTH, NO_DROPOUT, 0,
-                            0, 0);
+                            0);
                 add_columns(rows, TILE_DEPTH, padded_depth(length), strip, TILE_DEPTH, panel + at * TILE_SIDE, c);
             }
         }

@@ -24,7 +24,8 @@ constexpr int64_t TILED_ROWS = 512, TILED_COLUMNS = 512;  // of a tile of y or d
 
 struct TiledProduct : Product<float, bf16> {
     void plan(int64_t threads) {
-        Product::plan(threads, has_base() ? TILED_ROWS : LOW_RANK_ROWS, TILED_COLUMNS, TILED_STRIP, TILED_STRIP);
+        Product::plan(threads, has_base() ? TILED_ROWS : LOW_RANK_ROWS, TILED_COLUMNS, 4 * TILED_STRIP, TILED_STRIP,
+                      TILED_STRIP);
     }
 
     // In elements of T: c, spare; in bf16: panels, a strip, an adapter's rows. As deep as a block, or as the parts.
@@ -67,7 +68,7 @@ struct TiledProduct : Product<float, bf16> {
             } else {
                 pack_pairs(weight + k0 * term.ldw + at.j, term.ldw, depth, at.columns, panels);
             }
-            multiply_tiled(at.rows, at.columns, depth, left + k0, term.ldl, panels, c, ldc, strip, NO_DROPOUT, 0, 0, 0);
+            multiply_tiled(at.rows, at.columns, depth, left + k0, term.ldl, panels, c, ldc, strip, NO_DROPOUT, 0, 0);
         }
     }
 
@@ -120,7 +121,7 @@ struct TiledShrink {
         fill(c, TILED_STRIP * padded(), 0.0f);
         for (int64_t k0 = 0; k0 < k; k0 += TILED_DEPTH) {
             multiply_tiled(rows, r, least(TILED_DEPTH, k - k0), x + i * ldx + k0, ldx, panels + k0 * padded(), c,
-                           padded(), spare, dropout, i, k0, k);
+                           padded(), spare, dropout, i, k0);
         }
         for (int64_t at = 0; dropout.active && at < rows * padded(); ++at) c[at] *= static_cast<float>(dropout.scale);
         narrow_block(c, padded(), rows, r, h + i * r, r);
@@ -237,7 +238,7 @@ struct TiledTokenSums {
                 const bf16* from = left + i * ldl + j;
                 if (lower != nullptr) {
                     multiply_tiled(rows, r, columns, from, ldl, part.adapter + (j - range.begin) * ld,
-                                   part.lower + (i - tokens.begin) * ld, ld, part.strip, NO_DROPOUT, 0, 0, 0);
+                                   part.lower + (i - tokens.begin) * ld, ld, part.strip, NO_DROPOUT, 0, 0);
                 }
                 if (sums != nullptr) add_sums(i, j, rows, columns, part, split_right, range);
                 if (total != nullptr) add_rows(rows, columns, from, part.total + (j - range.begin));
@@ -249,7 +250,7 @@ struct TiledTokenSums {
                   const Range& range) const {
         const bf16* from = left + i * ldl + j;
         if (dropout.active) {
-            copy_padded(from, ldl, rows, columns, part.block, COLUMNS, dropout, i, j, n);
+            copy_padded(from, ldl, rows, columns, part.block, COLUMNS, dropout, i, j);
             pack_pairs(part.block, COLUMNS, rows, columns, part.panels);
         } else {
             pack_pairs(from, ldl, rows, columns, part.panels);

@@ -41,24 +41,16 @@ typedef uint64_t LongVector __attribute__((vector_size(LORA_VECTOR_BYTES)));
 typedef int32_t SignedWords __attribute__((vector_size(LORA_VECTOR_BYTES)));
 typedef int64_t SignedLongs __attribute__((vector_size(LORA_VECTOR_BYTES)));
 typedef uint16_t HalfWidthWords __attribute__((vector_size(LORA_VECTOR_BYTES / 2)));
-typedef uint16_t QuarterWidthWords __attribute__((vector_size(LORA_VECTOR_BYTES / 4)));
 
-// For each accumulation type: its vector, the integers of its size, and 16 bits for each of its lanes.
 template <class T>
 struct Types;
 template <>
 struct Types<float> {
     typedef FloatVector vector;
-    typedef int32_t integer;
-    typedef SignedWords integers;
-    typedef HalfWidthWords bits;
 };
 template <>
 struct Types<double> {
     typedef DoubleVector vector;
-    typedef int64_t integer;
-    typedef SignedLongs integers;
-    typedef QuarterWidthWords bits;
 };
 template <class T>
 using Vector = typename Types<T>::vector;
@@ -126,22 +118,22 @@ LORA_INLINE void narrow(float value, fp16* out) {
     out->bits = static_cast<uint16_t>(sign | half);
 }
 
-// 16 bits for each lane of a vector of T, widened with zeros to T's size.
-template <class T>
-LORA_INLINE typename Types<T>::integers widen_bits(const uint16_t* p) {
+// 16 bits for each lane, widened with zeros.
+LORA_INLINE WordVector widen_bits(const uint16_t* p) {
 #if defined(__AVX512F__) && LORA_VECTOR_BYTES == 64
-    if constexpr (sizeof(T) == 4) return (SignedWords)_mm512_maskz_cvtepu16_epi32(0xFFFF, read<__m256i>(p));
+    return (WordVector)_mm512_maskz_cvtepu16_epi32(0xFFFF, read<__m256i>(p));
 #elif defined(__AVX2__) && LORA_VECTOR_BYTES == 32
-    if constexpr (sizeof(T) == 4) return (SignedWords)_mm256_cvtepu16_epi32(read<__m128i>(p));
+    return (WordVector)_mm256_cvtepu16_epi32(read<__m128i>(p));
+#else
+    return __builtin_convertvector(read<HalfWidthWords>(p), WordVector);
 #endif
-    return __builtin_convertvector(read<typename Types<T>::bits>(p), typename Types<T>::integers);
 }
 
 // Vectors: load widens, store narrows.
 LORA_INLINE FloatVector load(const float* p) { return read<FloatVector>(p); }
 LORA_INLINE DoubleVector load(const double* p) { return read<DoubleVector>(p); }
 LORA_INLINE FloatVector load(const bf16* p) {
-    return (FloatVector)(widen_bits<float>(reinterpret_cast<const uint16_t*>(p)) << 16);
+    return (FloatVector)(widen_bits(reinterpret_cast<const uint16_t*>(p)) << 16);
 }
 LORA_INLINE FloatVector load(const fp16* p) {
     FloatVector v;
@@ -213,6 +205,28 @@ LORA_INLINE V interleave(V a, V b, std::integer_sequence<int, LANE...>) {
 template <int HALF, class V>
 LORA_INLINE V interleave(V a, V b) {
     return interleave<HALF>(a, b, std::make_integer_sequence<int, static_cast<int>(sizeof(V) / sizeof(a[0]))>());
+}
+
+// Bit by bit, what two of the three are.
+LORA_INLINE LongVector majority(LongVector a, LongVector b, LongVector c) {
+#if defined(__AVX512F__) && LORA_VECTOR_BYTES == 64
+    return (LongVector)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0xE8);
+#else
+    return a ^ ((a ^ b) & (a ^ c));
+#endif
+}
+
+// The lanes of v whose bit of `word`, from bit `first` on, is set; the others are 0. `first` is a constant.
+template <class V>
+LORA_INLINE V kept_lanes(V v, uint32_t word, int first) {
+#if defined(__AVX512F__) && LORA_VECTOR_BYTES == 64
+    if constexpr (sizeof(v[0]) == 4) return (V)_mm512_maskz_mov_ps(static_cast<__mmask16>(word >> first), (__m512)v);
+    return (V)_mm512_maskz_mov_pd(static_cast<__mmask8>(word >> first), (__m512d)v);
+#else
+    WordVector bits;
+    for (int i = 0; i < lanes<float>; ++i) bits[i] = 1u << (first + i * 4 / static_cast<int>(sizeof(v[0])));
+    return (V)((WordVector)(((WordVector{} + word) & bits) == bits) & (WordVector)v);
+#endif
 }
 
 // Products of the low 32 bits of each 64-bit lane; what is above them is ignored.

@@ -87,32 +87,30 @@ struct MaskArgs {
     int64_t rows, columns;
 };
 
-// keep[m, k] = bits(m, k) >= threshold.
+// keep[m, k] = bit k % 32 of the mask's word.
 //
 //   seed  (2,)     int64
 //   keep  (M, K)   bool, contiguous
 //
-// Grid: THREADS groups of 8 elements a block, a row's groups together. Integer arithmetic; writes M K bytes.
+// Grid: THREADS words of 32 elements a block, a row's words together. Integer arithmetic; writes M K bytes.
 struct Mask {
     using Args = MaskArgs;
     using Shared = NoShared;
     static constexpr bool TENSOR = false;
-    static int64_t blocks(const Args& args) { return ceil_div(args.rows * ceil_div(args.columns, UNIT), THREADS); }
+    static int64_t blocks(const Args& args) {
+        return ceil_div(args.rows * ceil_div(args.columns, DROPOUT_WORD), THREADS);
+    }
 
     template <class Warp>
     LORA_TEAM static void run(Warp& warp, Shared&, const Args& args, int64_t block) {
-        const uint64_t key = static_cast<uint64_t>(args.dropout.seed[0]);
-        const uint64_t stream = static_cast<uint64_t>(args.dropout.seed[1]);
-        const int64_t groups = ceil_div(args.columns, UNIT);
+        const int64_t across = ceil_div(args.columns, DROPOUT_WORD);
         warp.each([&](int lane) {
-            const int64_t group = block * THREADS + warp.index() * WARP_LANES + lane;
-            const int64_t row = group / groups, column = group % groups * UNIT;
+            const int64_t index = block * THREADS + warp.index() * WARP_LANES + lane;
+            const int64_t row = index / across, word = index % across, column = word * DROPOUT_WORD;
             if (row >= args.rows) return;
-            const PhiloxWords words = philox(key, stream, dropout_group(row, column, args.columns));
+            const uint32_t bits = keep_word(args.dropout, row, word);
             bool* keep = args.keep + row * args.columns + column;
-            LORA_UNROLL for (int j = 0; j < UNIT; ++j) {
-                if (column + j < args.columns) keep[j] = dropout_bits(words, j) >= args.dropout.threshold;
-            }
+            for (int j = 0; j < DROPOUT_WORD && column + j < args.columns; ++j) keep[j] = bits >> j & 1u;
         });
     }
 };

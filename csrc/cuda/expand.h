@@ -44,6 +44,7 @@ struct Expand {
         Tile<Factor, Number<T>::SPLIT ? ROWS : 1, RANKS> low;
         Tile<Factor, COLUMNS, RANKS> factor;
         Tile<T, ROWS, COLUMNS> out;
+        KeepWords<ROWS, COLUMNS> kept;
         Sum bias[COLUMNS];
     };
 
@@ -59,6 +60,7 @@ struct Expand {
         typename Warp::template Lanes<Sums<T, ACROSS>> sums;
         clear(warp, sums);
         stage_bias(warp, shared, args, first_column);
+        if (args.dropout.seed != nullptr) shared.kept.draw(warp, args.dropout, first_row, first_column);
         for (int64_t rank = 0; rank < ranks; rank += RANKS) {
             stage_hidden(warp, shared.high, shared.low, args.hidden, first_row, rank, ranks);
             stage_factor(warp, shared.factor, shared.low_factor(0), args.factor, first_column, rank, ranks);
@@ -113,9 +115,6 @@ struct Expand {
     template <class Warp>
     LORA_TEAM static void write(Warp& warp, Shared& shared, const Args& args, int64_t first_row, int64_t first_column) {
         const int64_t width = args.factor.rows;
-        const bool dropping = args.dropout.seed != nullptr;
-        const uint64_t key = dropping ? static_cast<uint64_t>(args.dropout.seed[0]) : 0;
-        const uint64_t stream = dropping ? static_cast<uint64_t>(args.dropout.seed[1]) : 0;
         using Target = Tile<T, ROWS, COLUMNS>;
         warp.each([&](int lane) {
             for (int u = warp.index() * WARP_LANES + lane; u < Target::UNITS; u += THREADS) {
@@ -123,12 +122,7 @@ struct Expand {
                 const int64_t row = first_row + i, column = first_column + group * UNIT;
                 if (row >= args.hidden.rows || column >= width) continue;
                 Unit<T> unit = shared.out.unit(i, group);
-                if (dropping) {
-                    const PhiloxWords words = philox(key, stream, dropout_group(row, column, width));
-                    LORA_UNROLL for (int j = 0; j < UNIT; ++j) {
-                        if (dropout_bits(words, j) < args.dropout.threshold) unit.at[j] = T{};
-                    }
-                }
+                if (args.dropout.seed != nullptr) shared.kept.apply(unit, i, group, first_column);
                 T* target = static_cast<T*>(args.out) + row * width + column;
                 if (width % UNIT == 0) {  // every unit is whole and aligned, for torch aligns what it allocates
                     *reinterpret_cast<Unit<T>*>(target) = unit;

@@ -42,6 +42,7 @@ struct Gradient {
         Tile<T, ROWS, COLUMNS> x[2];
         Tile<Factor, RANKS, ROWS> high[2];
         Tile<Factor, Number<T>::SPLIT ? RANKS : 1, ROWS> low[2];
+        KeepWords<ROWS, COLUMNS> kept[2];
     };
 
     static int64_t tiles(int64_t columns, int64_t ranks) { return ceil_div(columns, COLUMNS) * ceil_div(ranks, RANKS); }
@@ -58,6 +59,7 @@ struct Gradient {
         const int64_t first_column = block % per_slice / groups * COLUMNS, first_rank = block % groups * RANKS;
         const int64_t begin = slice_begin(args.slices, slice), end = slice_end(args.slices, slice, args.x.rows);
         const int64_t steps = ceil_div(end - begin, ROWS);
+        const bool dropping = args.dropout.seed != nullptr;
         const int warp_column = warp.index() * WARP_COLUMNS;
         typename Warp::template Lanes<Sums<T, DOWN * ACROSS>> sums;
         clear(warp, sums);
@@ -67,8 +69,10 @@ struct Gradient {
             stage_matrix(warp, shared.x[step % 2], args.x, row, end, first_column);
             stage_hidden(warp, shared.high[step % 2], shared.low[step % 2], args.hidden, first_rank, row, end);
             warp.commit();
+            if (dropping) shared.kept[step % 2].draw(warp, args.dropout, row, first_column);
         };
         if (steps > 0) stage(0);
+        if (dropping) warp.barrier();  // the loop's barriers publish the words of later steps
         for (int64_t step = 0; step < steps; ++step) {
             if (step + 1 < steps) {
                 stage(step + 1);
@@ -77,9 +81,7 @@ struct Gradient {
                 warp.template wait<0>();
             }
             auto& x = shared.x[step % 2];
-            if (args.dropout.seed != nullptr) {
-                drop_tile(warp, x, args.dropout, begin + step * ROWS, first_column, args.x.columns);
-            }
+            if (dropping) drop_tile(warp, x, shared.kept[step % 2], first_column);
             warp.barrier();
             LORA_UNROLL_STEPS for (int m = 0; m < ROWS; m += P::STEP) {
                 typename Warp::template Lanes<typename P::B> columns[ACROSS], low_columns[ACROSS];

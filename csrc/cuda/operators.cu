@@ -47,7 +47,7 @@ struct Call {
         STD_TORCH_CHECK(state->is_cuda() && state->scalar_type() == ScalarType::Long && state->numel() == 2,
                         "the dropout state must be two int64 on the device of the other tensors.");
         seed = torch::stable::contiguous(*state);
-        dropout = {static_cast<const int64_t*>(seed->const_data_ptr()), dropout_threshold(p)};
+        dropout = {static_cast<const int64_t*>(seed->const_data_ptr()), dropout_keep(p)};
     }
 
     // Where sums are kept: h, dh, parts.
@@ -67,7 +67,7 @@ struct Call {
     double keep_scale;
     cudaStream_t stream = nullptr;
     std::optional<Tensor> seed;  // kept alive
-    Dropout dropout{nullptr, 0};
+    Dropout dropout{nullptr, KEEP_ALL};
 };
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
@@ -200,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor x, const Tensor weight, 
     check_dtype(weight, "weight", call.dtype, "x's dtype");
     const Tensor rows_of_x = with_adjacent_columns(x), y = empty(x, {rows, columns});
     const Tensor h = shrink(call, rows_of_x, operand_of(lora_a), call.dropout, call.keep_scale);
-    expand(call, operand_of(h), operand_of(lora_b), bias ? &*bias : nullptr, {nullptr, 0}, scaling, y);
+    expand(call, operand_of(h), operand_of(lora_b), bias ? &*bias : nullptr, {nullptr, KEEP_ALL}, scaling, y);
     check_launches();
     accumulate_product(y, rows_of_x, torch::stable::transpose(weight, 0, 1));
     const int64_t none[] = {0};
@@ -228,10 +228,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor dy, const std::
     if (dh_wanted && h && ranks <= DhDb<float>::RANKS) {
         std::tie(dh, db) = dh_db(call, rows_of_dy, lora_b, *h, scaling);
     } else {
-        if (dh_wanted) dh = shrink(call, rows_of_dy, transposed(operand_of(lora_b)), {nullptr, 0}, scaling);
+        if (dh_wanted) dh = shrink(call, rows_of_dy, transposed(operand_of(lora_b)), {nullptr, KEEP_ALL}, scaling);
         if (h) {
             db = empty(lora_b, {columns, ranks});
-            gradient(call, rows_of_dy, operand_of(*h), {nullptr, 0}, scaling, true, db);
+            gradient(call, rows_of_dy, operand_of(*h), {nullptr, KEEP_ALL}, scaling, true, db);
         }
     }
     if (!h) db = empty(lora_b, {0});

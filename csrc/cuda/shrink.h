@@ -41,6 +41,7 @@ struct Shrink {
     struct Shared : LowFactor<T, RANKS, COLUMNS, 2> {
         Tile<T, ROWS, COLUMNS> x[2];
         Tile<Factor, RANKS, COLUMNS> a[2];
+        KeepWords<ROWS, COLUMNS> kept[2];
     };
 
     static int64_t tiles(int64_t rows, int64_t ranks) { return ceil_div(rows, ROWS) * ceil_div(ranks, RANKS); }
@@ -56,6 +57,7 @@ struct Shrink {
         const int64_t first_row = block % per_slice / groups * ROWS, first_rank = block % groups * RANKS;
         const int64_t begin = slice_begin(args.slices, slice), end = slice_end(args.slices, slice, args.x.columns);
         const int64_t steps = ceil_div(end - begin, COLUMNS);
+        const bool dropping = args.dropout.seed != nullptr;
         typename Warp::template Lanes<Sums<T, SUMS>> sums;
         clear(warp, sums);
 
@@ -64,8 +66,10 @@ struct Shrink {
             stage_matrix(warp, shared.x[step % 2], args.x, first_row, args.x.rows, column);
             stage_factor(warp, shared.a[step % 2], shared.low_factor(step % 2), args.a, first_rank, column, end);
             warp.commit();
+            if (dropping) shared.kept[step % 2].draw(warp, args.dropout, first_row, column);
         };
         if (steps > 0) stage(0);
+        if (dropping) warp.barrier();  // the loop's barriers publish the words of later steps
         for (int64_t step = 0; step < steps; ++step) {
             if (step + 1 < steps) {
                 stage(step + 1);
@@ -75,9 +79,7 @@ struct Shrink {
             }
             auto& x = shared.x[step % 2];
             auto& a = shared.a[step % 2];
-            if (args.dropout.seed != nullptr) {
-                drop_tile(warp, x, args.dropout, first_row, begin + step * COLUMNS, args.x.columns);
-            }
+            if (dropping) drop_tile(warp, x, shared.kept[step % 2], begin + step * COLUMNS);
             warp.barrier();
             LORA_UNROLL_STEPS for (int k = 0; k < COLUMNS; k += P::STEP) {
                 typename Warp::template Lanes<typename P::A> rows, low_rows;

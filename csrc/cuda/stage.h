@@ -7,7 +7,7 @@
 namespace lora_kernels {
 namespace cuda {
 
-constexpr int UNIT = DROPOUT_GROUP;  // elements that a thread moves at a time: one call of Philox
+constexpr int UNIT = 8;  // elements that a thread moves at a time
 
 // x or dy: rows of unit column stride in the compute dtype. `aligned`: all rows begin at multiples of 16 bytes.
 struct Matrix {
@@ -26,7 +26,7 @@ struct Operand {
 // seed: int64 (2,) on the device, or null where nothing is dropped.
 struct Dropout {
     const int64_t* seed;
-    uint32_t threshold;
+    uint32_t keep;  // 65536 times the probability that an element is kept, at least 1
 };
 
 template <typename T>
@@ -75,22 +75,82 @@ LORA_TEAM void stage_matrix(Warp& warp, Tile<T, ROWS, COLUMNS>& tile, const Matr
     });
 }
 
-// Zeroes what dropout drops of a staged tile. Each thread changes the units that it staged itself, so that no barrier
-// stands between; `columns` is the matrix's width, which the generator counts by.
-template <typename T, int ROWS, int COLUMNS, class Warp>
-LORA_TEAM void drop_tile(Warp& warp, Tile<T, ROWS, COLUMNS>& tile, const Dropout& dropout, int64_t first_row,
-                         int64_t first_column, int64_t columns) {
-    using Target = Tile<T, ROWS, COLUMNS>;
+// One call of Philox.
+struct Random {
+    uint32_t w[4];
+};
+LORA_HD Random philox(uint64_t key, uint64_t stream, uint32_t c0, uint32_t c1) {
+    uint32_t c2 = static_cast<uint32_t>(stream), c3 = static_cast<uint32_t>(stream >> 32);
+    uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+    LORA_UNROLL for (int round = 0; round < PHILOX_ROUNDS; ++round) {
+        const uint64_t product0 = static_cast<uint64_t>(PHILOX_MULTIPLIER_0) * c0;
+        const uint64_t product1 = static_cast<uint64_t>(PHILOX_MULTIPLIER_1) * c2;
+        c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
+        c1 = static_cast<uint32_t>(product1);
+        c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
+        c3 = static_cast<uint32_t>(product0);
+        k0 += PHILOX_WEYL_0;
+        k1 += PHILOX_WEYL_1;
+    }
+    return {{c0, c1, c2, c3}};
+}
+
+// Bit j: whether column DROPOUT_WORD * word + j of a row is kept.
+LORA_HD uint32_t keep_word(const Dropout& dropout, int64_t row, int64_t word) {
     const uint64_t key = static_cast<uint64_t>(dropout.seed[0]), stream = static_cast<uint64_t>(dropout.seed[1]);
+    uint32_t kept = dropout.keep == KEEP_ALL ? ~0u : 0u;
+    for (int call = first_call(dropout.keep); call < PHILOX_CALLS; ++call) {
+        const uint32_t counter = static_cast<uint32_t>(word) * PHILOX_CALLS + static_cast<uint32_t>(call);
+        const Random random = philox(key, stream, counter, static_cast<uint32_t>(row));
+        LORA_UNROLL for (int i = 0; i < 4; ++i) {
+            const uint32_t digit = 0u - (dropout.keep >> (4 * call + i) & 1u);
+            kept = (kept & random.w[i]) | (digit & (kept | random.w[i]));  // majority
+        }
+    }
+    return kept;
+}
+
+// The mask of a tile. Its words are drawn while the tile's copies are on their way, and others read them after a
+// barrier.
+template <int ROWS, int COLUMNS>
+struct KeepWords {
+    static constexpr int ACROSS = (COLUMNS + DROPOUT_WORD - 1) / DROPOUT_WORD;
+    static_assert(COLUMNS % DROPOUT_WORD == 0 || DROPOUT_WORD % COLUMNS == 0,
+                  "a tile's columns are whole words or one");
+    uint32_t words[ROWS * ACROSS];
+
+    template <class Warp>
+    LORA_TEAM void draw(Warp& warp, const Dropout& dropout, int64_t first_row, int64_t first_column) {
+        warp.each([&](int lane) {
+            for (int i = warp.index() * WARP_LANES + lane; i < ROWS * ACROSS; i += THREADS) {
+                const int64_t row = first_row + i / ACROSS, word = first_column / DROPOUT_WORD + i % ACROSS;
+                words[i] = keep_word(dropout, row, word);
+            }
+        });
+    }
+
+    // Zeroes what is dropped of row i's unit `group`. The tile begins at first_column of the matrix.
+    template <typename T>
+    LORA_TEAM void apply(Unit<T>& unit, int i, int group, int64_t first_column) const {
+        const int column = static_cast<int>(first_column % DROPOUT_WORD) + group * UNIT;
+        const uint32_t bits = words[i * ACROSS + column / DROPOUT_WORD] >> column % DROPOUT_WORD;
+        LORA_UNROLL for (int j = 0; j < UNIT; ++j) {
+            if ((bits >> j & 1u) == 0) unit.at[j] = T{};
+        }
+    }
+};
+
+// Zeroes what dropout drops of a staged tile. Each thread changes the units that it staged itself, so that no barrier
+// stands between.
+template <typename T, int ROWS, int COLUMNS, class Warp>
+LORA_TEAM void drop_tile(Warp& warp, Tile<T, ROWS, COLUMNS>& tile, const KeepWords<ROWS, COLUMNS>& kept,
+                         int64_t first_column) {
+    using Target = Tile<T, ROWS, COLUMNS>;
     warp.each([&](int lane) {
         LORA_UNROLL for (int u = warp.index() * WARP_LANES + lane; u < Target::UNITS; u += THREADS) {
             const int i = u / Target::ROW_UNITS, group = u % Target::ROW_UNITS;
-            const uint64_t counter = dropout_group(first_row + i, first_column + group * UNIT, columns);
-            const PhiloxWords words = philox(key, stream, counter);
             Unit<T> unit = tile.unit(i, group);
-            LORA_UNROLL for (int j = 0; j < UNIT; ++j) {
-                if (dropout_bits(words, j) < dropout.threshold) unit.at[j] = T{};
-            }
+            kept.apply(unit, i, group, first_column);
             tile.unit(i, group) = unit;
         }
     });

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels.kept import row_words
-from lora_kernels.packed_mask import pack, packed_keep_words, unpack
-from lora_kernels.reference import dropout_threshold
+from lora_kernels.packed_mask import dropout_threshold, pack, packed_keep_words, unpack
+from lora_kernels.reference import philox_keep_mask
 
 LOW = 0xFFFFFFFF
 SEEDS = [(0, 0), (1234567890123, 8), (-(2**62) - 12345, 2**63 - 7), (-1, -1)]
@@ -43,8 +43,19 @@ def words_of(seed: tuple[int, int], rows: int, columns: int, p: float) -> Tensor
     return packed_keep_words(torch.tensor(seed), rows, columns, p)
 
 
+def test_plain_philox_gives_the_published_answers() -> None:
+    """Random123's known answers for philox4x32 with 7 rounds."""
+    assert philox((0, 0, 0, 0), (0, 0)) == (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)
+    assert philox((LOW,) * 4, (LOW,) * 2) == (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)
+
+
+@pytest.mark.parametrize(("p", "threshold"), [(0.0, 0), (0.5, 32768), (0.1, 6554), (0.9999999, 65535)])
+def test_threshold(p: float, threshold: int) -> None:
+    assert dropout_threshold(p) == threshold
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("p", [0.1, 0.5, 1 / 3, 2**-16, 0.99999])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.75, 1 - 3 / 256, 1 - 17 / 4096, 1 / 3, 2**-16, 0.99999])
 def test_words_are_the_specified_ones(seed: tuple[int, int], p: float) -> None:
     found = words_of(seed, 5, 256, p)
     assert [[word % 2**32 for word in row] for row in found.tolist()] == [
@@ -61,6 +72,15 @@ def test_the_layout(columns: int) -> None:
     assert torch.equal(unpack(words, columns), unpack(wide, 512)[:, :columns])
     assert not bool(unpack(words, 32 * words.shape[1])[:, columns:].any())
     assert torch.equal(pack(unpack(words, columns)), words)
+    assert torch.equal(philox_keep_mask(torch.tensor(SEEDS[1]), 7, columns, 0.5), unpack(words, columns))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 5), (5, 0)])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_a_mask_of_nothing(rows: int, columns: int, p: float) -> None:
+    words = words_of(SEEDS[1], rows, columns, p)
+    assert words.shape == (rows, row_words(columns))
+    assert unpack(words, columns).shape == (rows, columns)
 
 
 @pytest.mark.parametrize("p", [0.0, 2**-18])

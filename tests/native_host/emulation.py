@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_kernels.reference import dropout_threshold
+from lora_kernels.packed_mask import dropout_threshold
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -42,7 +42,7 @@ class Operand(Structure):
 
 
 class Dropout(Structure):
-    _fields_ = [("seed", c_void_p), ("threshold", c_uint32)]
+    _fields_ = [("seed", c_void_p), ("keep", c_uint32)]
 
 
 class Slices(Structure):
@@ -159,7 +159,7 @@ class Emulation:
 
     def mask(self, seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
         keep = torch.empty((rows, columns), dtype=torch.bool)
-        pointers = (c_void_p(seed.data_ptr()), c_uint32(dropout_threshold(p)), c_void_p(keep.data_ptr()))
+        pointers = (c_void_p(seed.data_ptr()), c_uint32(65536 - dropout_threshold(p)), c_void_p(keep.data_ptr()))
         self.library.lora_mask(*pointers, c_int64(rows), c_int64(columns), c_bool(self.downwards))
         return keep
 
@@ -232,7 +232,7 @@ class Emulation:
     ) -> dict[str, Tensor]:
         """h, y and every gradient. ``fused``: dh with db where the operators fuse them."""
         nothing = Dropout(None, 0)
-        dropout = nothing if seed is None else Dropout(seed.data_ptr(), dropout_threshold(p))
+        dropout = nothing if seed is None else Dropout(seed.data_ptr(), 65536 - dropout_threshold(p))
         keep_scale = 1.0 if seed is None else 1.0 / (1.0 - p)
         x, dy = (t if t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous() for t in (x, dy))
         h = self.shrink(x, lora_a, dropout, keep_scale)

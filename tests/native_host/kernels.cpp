@@ -44,8 +44,8 @@ auto with_compute(DType compute, F function) {
 
 extern "C" {
 
-void lora_mask(const int64_t* seed, uint32_t threshold, bool* keep, int64_t rows, int64_t columns, bool downwards) {
-    run<Mask>({{seed, threshold}, keep, rows, columns}, downwards);
+void lora_mask(const int64_t* seed, uint32_t keep_of_65536, bool* keep, int64_t rows, int64_t columns, bool downwards) {
+    run<Mask>({{seed, keep_of_65536}, keep, rows, columns}, downwards);
 }
 
 int64_t lora_slices(int kernel, DType compute, int64_t rows, int64_t columns, int64_t ranks, bool small,

@@ -84,8 +84,8 @@ def test_no_warp_relies_on_the_order_of_warps(library: ctypes.CDLL, case: Case, 
     assert all(same_bits(up[name], down[name]) for name in up)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 8), (5, 17), (33, 129), (0, 4), (4, 0)])
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.99999])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 8), (5, 17), (33, 129), (9, 4100), (0, 4), (4, 0)])
+@pytest.mark.parametrize("p", [0.0, 2**-18, 2**-16, 0.1, 0.5, 0.75, 0.99999])
 def test_the_mask_is_the_reference_s(library: ctypes.CDLL, rows: int, columns: int, p: float) -> None:
     expected_mask = philox_keep_mask(SEED, rows, columns, p)
     assert torch.equal(Emulation(library).mask(SEED, rows, columns, p), expected_mask)

@@ -40,6 +40,7 @@ BOUNDARIES = [
     *[Case(m=m, k=37, n=n, r=3, dtype=dtype) for m, n, dtype in product((2, 35), FEATURES, DTYPES[:3])],
     *[Case(m=m, k=48, n=40, r=r, dtype=dtype, p=0.1) for m, r, dtype in product((2, 35), RANKS, DTYPES[:3])],
     *[Case(m=m, k=k, n=40, r=17, p=p) for m, k, p in product((2, 35), (1, 7, 8, 9, 31, 65), (0.1, 0.5, 0.9))],
+    *[Case(m=m, k=k, n=40, r=17, p=p) for m, k, p in product((2, 35), (33, 257, 300), (2**-18, 0.25, 0.75))],
 ]
 ADAPTERS = [
     Case(m=m, dtype=dtype, adapter_dtype=adapter, p=0.1)
