@@ -26,7 +26,7 @@ FAULTS = {
     "the last slice is left out": ("plan.h", "return {count > 0 ? count : 1", "return {count > 1 ? count - 1 : 1"),
     "slices overlap": ("plan.h", "return slice * slices.length;", "return slice * (slices.length - 16);"),
     "the mask is one row off": ("stage.h", "row = first_row + i / ACROSS", "row = first_row + 1 + i / ACROSS"),
-    "the mask's words begin with the tile": ("stage.h", "word = first_column / DROPOUT_WORD +", "word ="),
+    "the mask has the words of another tile": ("stage.h", "first_column / DROPOUT_WORD +", "first_column / 64 +"),
     "the mask is one unit off": ("stage.h", "+ group * UNIT;", "+ (group + 1) % 4 * UNIT;"),
     "the mask is drawn too late": ("shrink.h", "if (dropping) warp.barrier();", ""),
     "the mask of a step before": ("gradient.h", "kept[step % 2].draw(", "kept[0].draw("),
