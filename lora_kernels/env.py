@@ -10,9 +10,11 @@ __all__ = [
     "BUILD_VARIABLE",
     "CACHE_VARIABLE",
     "CPU_CHOICES",
+    "DROPOUT_KEEPS_VARIABLE",
     "EXPLAIN_VARIABLE",
     "backend_from_environment",
     "cache_folder",
+    "dropout_keeps",
     "explain_requested",
     "triton_interpreter_requested",
     "unknown_choice",
@@ -25,6 +27,8 @@ CACHE_VARIABLE = "LORA_KERNELS_CACHE"
 BUILD_VARIABLE = "LORA_KERNELS_BUILD"
 # 1: the Triton backend tells on stderr which plan it takes for a size, and why, when it first meets that size.
 EXPLAIN_VARIABLE = "LORA_KERNELS_EXPLAIN"
+# What of dropout's mask is kept for backward where a backend can do either: mask (its words) or seed (drawn again).
+DROPOUT_KEEPS_VARIABLE = "LORA_KERNELS_DROPOUT_KEEPS"
 # What the CPU library reads (csrc/cpu/capability.cpp and choice.cpp), and the words that it knows.
 CPU_CHOICES = {
     "LORA_KERNELS_CPU_CAPABILITY": ("portable", "avx2", "avx512", "avx512_bf16", "amx"),
@@ -43,6 +47,11 @@ def unknown_choice() -> str | None:
         if (named := os.environ.get(variable)) and named not in known:
             return f"{variable}={named} was given: it must be one of {', '.join(known)}. Set one of them, or unset it."
     return None
+
+
+def dropout_keeps() -> str | None:
+    """``LORA_KERNELS_DROPOUT_KEEPS``, or None where it is unset or empty: then the layer's width decides."""
+    return os.environ.get(DROPOUT_KEEPS_VARIABLE) or None
 
 
 def cache_folder() -> Path | None:

@@ -1,8 +1,9 @@
 """The operators of ``ops.py`` for whole layers, on top of the kernels; the others are in ``part_operators.py``.
 
-Launches: ``forward`` and ``backward`` as their plans say (``choose.plans``); ``mask`` 1. Empty results launch nothing.
-All outputs come from ``torch.empty`` and are written in full. What depends on sizes, strides, dtypes and alignments
-alone is made ready once for each of them and kept (``prepared``).
+Launches: ``forward`` and ``backward`` as their plans say (``choose.plans``); ``mask`` 1. Of a seed, one more before
+them draws the mask: its words are what ``forward`` gives for ``backward``, which takes them or the seed. Empty results
+launch nothing. All outputs come from ``torch.empty`` and are written in full. What depends on sizes, strides, dtypes
+and alignments alone is made ready once for each of them and kept (``prepared``).
 """
 
 from __future__ import annotations
@@ -13,22 +14,21 @@ import torch
 from torch import Tensor
 
 from ...kept import no_words
-from ...reference import dropout_threshold
 from . import part_operators
 from .choose import ranking
 from .choose.plans import BackwardPlan, ForwardPlan
-from .kernels.philox import mask_kernel
+from .kernels.packed import mask_kernel
 from .run.backward import BackwardRun, ready_backward
 from .run.call import Call, backward_key, forward_key
-from .run.forward import Run, ready
+from .run.forward import ready
 from .run.prepared import Cache, Launch, current_stream, first_that_runs, on_device
-from .run.steps import cdiv
+from .run.steps import Step, cdiv, draw_step, seeded
 
 __all__ = ["backward", "forget", "forward", "mask", "run_backward", "run_plan"]
 
 _MASK_BLOCK_M, _MASK_BLOCK_K = 32, 128
 
-_runs: Cache[Run] = Cache()
+_runs: Cache[Step] = Cache()
 _backward_runs: Cache[BackwardRun] = Cache()
 
 
@@ -54,13 +54,29 @@ def forward(
     scaling = float(scaling)  # an int of 1 would be compiled in
     run, index = _runs.get(key), key[0]
     if run is None:
-        y, h = _first_forward(key, x, weight, lora_a, lora_b, bias, scaling, p, state)
-    elif index < 0 or index == torch.cuda.current_device():
-        y, h = run(current_stream(index), x, weight, lora_a, lora_b, bias, scaling, state)
-    else:
-        with torch.cuda.device(index):
-            y, h = run(current_stream(index), x, weight, lora_a, lora_b, bias, scaling, state)
-    return y, h, no_words(x.device)
+        return _first_forward(key, x, weight, lora_a, lora_b, bias, scaling, p, state)
+    if index < 0 or index == torch.cuda.current_device():
+        given: tuple[Tensor, Tensor, Tensor] = run(
+            current_stream(index), x, weight, lora_a, lora_b, bias, scaling, state
+        )
+        return given
+    with torch.cuda.device(index):
+        given = run(current_stream(index), x, weight, lora_a, lora_b, bias, scaling, state)
+        return given
+
+
+def _whole(plan: ForwardPlan, c: Call) -> Step:
+    """``whole(stream, x, weight, lora_a, lora_b, bias, scaling, state)`` -> y, h, words."""
+    run = ready(plan, c)
+    if not c.dropout:
+        return lambda stream, *arguments: (*run(stream, *arguments), no_words(arguments[0].device))
+    draw = draw_step(c.m, c.k, c.p)
+
+    def whole(stream: int | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        words = draw(stream, arguments[-1])
+        return *run(stream, *arguments[:-1], words), words
+
+    return whole
 
 
 def run_plan(
@@ -86,8 +102,9 @@ def run_plan(
     run, scaling = _runs.get(key), float(scaling)
     with on_device(x.device):
         if run is None:
-            run = _runs.keep(key, ready(plan, Call.forward(x, weight, lora_a, lora_b, bias, p, state)))
-        return run(current_stream(key[0]), x, weight, lora_a, lora_b, bias, scaling, state)
+            run = _runs.keep(key, _whole(plan, Call.forward(x, weight, lora_a, lora_b, bias, p, state)))
+        y, h, _ = run(current_stream(key[0]), x, weight, lora_a, lora_b, bias, scaling, state)
+        return y, h
 
 
 def _first_forward(
@@ -100,16 +117,19 @@ def _first_forward(
     scaling: float,
     p: float,
     state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Chooses the plan, makes it ready and runs it; a plan that turns out not to fit the device is stepped over."""
     m, n, r = x.shape[0], weight.shape[0], lora_a.shape[0]
     with on_device(x.device):
         if m == 0 or n == 0:
-            y = torch.empty((m, n), dtype=x.dtype, device=x.device)
-            return y, part_operators.shrink(x, lora_a, p, state) if m else x.new_empty((0, r), dtype=torch.float32)
+            words = no_words(x.device)
+            if state is not None:
+                words = draw_step(m, x.shape[1], p)(current_stream(key[0]), state)
+            h = x.new_empty((0, r), dtype=torch.float32) if m == 0 else part_operators.shrink(x, lora_a, p, state)
+            return x.new_empty((m, n)), h, words
         call = Call.forward(x, weight, lora_a, lora_b, bias, p, state)
         plans = ranking.plans_for(x.device, call.machine, call.cell("forward"), call.by_descriptor)
-        runs = [ready(plan, call) for plan in plans]
+        runs = [_whole(plan, call) for plan in plans]
         arguments = (x, weight, lora_a, lora_b, bias, scaling, state)
         run, result = first_that_runs(runs, lambda run: run(current_stream(key[0]), *arguments))
         _runs.keep(key, run)
@@ -141,7 +161,7 @@ def backward(
             call = Call.backward(dy, x, weight, lora_a, lora_b, bias, h, p, state)
             plans = ranking.plans_for(dy.device, call.machine, call.cell("backward"), call.by_descriptor)
             due = (weight is not None, x is not None, h is not None)
-            runs = [ready_backward(plan, call, *due) for plan in plans]
+            runs = [_whole_backward(plan, call, due, state) for plan in plans]
             run, results = first_that_runs(runs, lambda run: run(stream, *arguments))
             _backward_runs.keep(key, run)
         else:
@@ -151,6 +171,11 @@ def backward(
         like.new_empty(0) if found is None else found for like, found in zip(empty, results, strict=True)
     )
     return dx, da, db, dbias
+
+
+def _whole_backward(plan: BackwardPlan, c: Call, due: tuple[bool, bool, bool], state: Tensor | None) -> BackwardRun:
+    """The run of ``plan`` with the state in the place of the words; ``due``: dx, da, db."""
+    return seeded(ready_backward(plan, c, *due), state if due[0] or due[1] else None, c.m, c.k, c.p)
 
 
 def run_backward(
@@ -173,7 +198,7 @@ def run_backward(
         run = _backward_runs.get(key)
         if run is None:
             call = Call.backward(dy, x, weight, lora_a, lora_b, bias, h, p, state)
-            run = ready_backward(plan, call, weight is not None, x is not None, h is not None)
+            run = _whole_backward(plan, call, (weight is not None, x is not None, h is not None), state)
             _backward_runs.keep(key, run)
         return run(current_stream(key[0]), dy, x, weight, lora_a, lora_b, h, float(scaling), state)
 
@@ -203,11 +228,12 @@ def mask(state: Tensor, rows: int, columns: int, p: float) -> Tensor:
     if out.numel() == 0:
         return out
     with on_device(state.device):
-        launch = Launch(
+        unpack = Launch(
             mask_kernel,
             (cdiv(rows, _MASK_BLOCK_M), cdiv(columns, _MASK_BLOCK_K), 1),
-            (rows, columns, dropout_threshold(p), _MASK_BLOCK_M, _MASK_BLOCK_K),
+            (rows, columns, _MASK_BLOCK_M, _MASK_BLOCK_K),
             num_warps=4,
         )
-        launch(current_stream(state.get_device()), state, out)
+        write = seeded(lambda stream, words: unpack(stream, words, out), state, rows, columns, p)
+        write(current_stream(state.get_device()), state)
     return out

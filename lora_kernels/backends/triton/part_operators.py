@@ -1,7 +1,8 @@
 """The part operators of ``ops.py`` on top of the kernels: what several layers of one x, an activation and DoRA take.
 
 Launches: ``shrink`` 1; ``product`` 1, or 2 by a composition; ``output_grads`` 2, or 1 without h; ``a_grad`` 1; where K
-of a shrink or M of a sum is split, one more each. ``gain_grad`` 2, or 1 where no sum is due; ``row_norms`` 1.
+of a shrink or M of a sum is split, one more each. Where there is a seed, one more draws the mask's words from it; a
+state that is the words is read as it is. ``gain_grad`` 2, or 1 where no sum is due; ``row_norms`` 1.
 
 ``input_grad`` of one member is its plan's dx. Of n members it is 1 + n launches, and n > 1 joins dh, A and the seeds
 before (small copies): all low-rank terms are written in one launch, 2 M K bytes in 16 bits, and each library product
@@ -39,6 +40,7 @@ from .run.steps import (
     dx_step,
     input_grad_step,
     reduce_launch,
+    seeded,
     shrink_step,
 )
 
@@ -68,14 +70,15 @@ def shrink(x: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
     if m == 0 or k == 0:
         return torch.zeros((m, r), dtype=torch.float32, device=x.device)
     precision = precision_of(x.dtype)
-    key = ("shrink", *matrix(x), *matrix(lora_a), p, state is None, alignment(x, lora_a, state), precision)
+    key = ("shrink", *matrix(x), *matrix(lora_a), p, told(state), alignment(x, lora_a, state), precision)
     with on_device(x.device):
         step = _steps.get(key)
         if step is None:
             call = Call.over(x, k=k, r=r, p=p, dropout=state is not None)
             config = shrink_for(call.machine, call.cell("forward").of_x)
-            step = _steps.keep(key, shrink_step(config, call, m, k, (x.stride(), lora_a.stride()), p))
-        z: Tensor = step(current_stream(key[1]), x, lora_a, state, 1.0 / (1.0 - p))
+            step = shrink_step(config, call, m, k, (x.stride(), lora_a.stride()))
+            step = _steps.keep(key, seeded(step, state, m, k, p))
+        z: Tensor = step(current_stream(key[1]), x, lora_a, 1.0 / (1.0 - p), state)
         return z
 
 
@@ -97,7 +100,7 @@ def product(
     precision, tensors = precision_of(x.dtype), (x, weight, lora_b, h)
     vectors = tuple(None if t is None else (t.dtype, t.stride()) for t in (bias, gain))
     aligned = alignment(*tensors, bias, gain)
-    key = ("product", *(told for t in tensors for told in matrix(t)), *vectors, with_linear, aligned, precision)
+    key = ("product", *(fact for t in tensors for fact in matrix(t)), *vectors, with_linear, aligned, precision)
     arguments = (x, weight, lora_b, bias, gain, h, None, linear, float(scaling))
     with on_device(x.device):
         stream, found = current_stream(key[1]), _steps.get(key)
@@ -191,8 +194,8 @@ def input_grad(
     members = (*dys, *weights) if len(dys) == 1 else ()  # several go to the library, which takes any
     tensors = (*members, dh, lora_a)
     aligned = alignment(*tensors, state)
-    own = (told for t in tensors for told in matrix(t))  # over fp16, dh and A are fp32 as they are over fp32
-    key = ("input_grad", dtype, *own, ranks, p, state is None, aligned, precision)
+    own = (fact for t in tensors for fact in matrix(t))  # over fp16, dh and A are fp32 as they are over fp32
+    key = ("input_grad", dtype, *own, ranks, p, told(state), aligned, precision)
     with on_device(device):
         stream, found = current_stream(dys[0].get_device()), _steps.get(key)
         if len(dys) == 1:
@@ -205,7 +208,8 @@ def input_grad(
         strides = {"stride_dy": dys[0].stride(), "stride_a": lora_a.stride(), "stride_dh": dh.stride(0)}
         sizes = {"n": dys[0].shape[1], "k": k, "r": sum(ranks)}
         call = Call.over(dys[0], weights[0], **sizes, **strides, p=p, dropout=state is not None)
-        step, dx = first_that_runs(_input_grad_steps(call, ranks, len(dys)), lambda step: step(stream, *arguments))
+        steps = [seeded(step, state, call.m, k, p) for step in _input_grad_steps(call, ranks, len(dys))]
+        step, dx = first_that_runs(steps, lambda step: step(stream, *arguments))
         _steps.keep(key, step)
         return dx
 
@@ -213,7 +217,7 @@ def input_grad(
 def _joined(
     dhs: list[Tensor], lora_as: list[Tensor], states: list[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One dh (M, ΣR), one A (ΣR, K), of several in ``dtype``, and one tensor of seeds, (members, 2)."""
+    """One dh (M, ΣR), one A (ΣR, K), of several in ``dtype``, and one tensor of the seeds or words."""
     if len(dhs) == 1:
         return dhs[0], lora_as[0], states[0] if states else None
     lora_a = torch.cat([a if a.dtype is dtype else a.to(dtype) for a in lora_as])
@@ -240,13 +244,14 @@ def a_grad(dh: Tensor, x: Tensor, p: float, state: Tensor | None) -> Tensor:
     if m == 0 or k == 0:
         return torch.zeros((r, k), dtype=torch.float32, device=x.device)
     precision, dh = precision_of(x.dtype), rows_in_one_piece(dh)
-    key = ("a_grad", *matrix(x), *matrix(dh), p, state is None, alignment(x, dh, state), precision)
+    key = ("a_grad", *matrix(x), *matrix(dh), p, told(state), alignment(x, dh, state), precision)
     with on_device(x.device):
         step = _steps.get(key)
         if step is None:
             strides: dict[str, Any] = {"stride_x": x.stride(), "stride_dh": dh.stride(0)}
             call = Call.over(x, k=k, r=r, **strides, p=p, dropout=state is not None)
-            step = _steps.keep(key, da_step(outer_for(call.machine, call.cell("backward").of_x), call))
+            step = da_step(outer_for(call.machine, call.cell("backward").of_x), call)
+            step = _steps.keep(key, seeded(step, state, m, k, p))
         da: Tensor = step(current_stream(key[1]), dh, x, state)
         return da
 
@@ -316,6 +321,11 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) ->
             _steps.keep(key, launch)
         launch(current_stream(key[1]), weight, lora_a, lora_b, norms, float(scaling))
     return norms
+
+
+def told(state: Tensor | None) -> torch.dtype | None:
+    """What a launch depends on of a state: None, a seed (int64) or the mask's words (int32)."""
+    return None if state is None else state.dtype
 
 
 def rows_in_one_piece(matrix: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from lora_kernels.backends.triton.choose.candidates import candidates
 from lora_kernels.backends.triton.choose.plans import BackwardPlan
 from lora_kernels.backends.triton.offline.compile_jobs import backward_plans_of
 from numerics import check_all, same_bits
-from test_triton_plans import SEED, Fault, _less, _without, cell_of, seed_on
+from test_triton_plans import SEED, Fault, _less, _without, cell_of, keep_mask, seed_on
 from test_triton_plans import by_plan as forward_by_plan
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -55,7 +55,7 @@ def by_plan(plan: BackwardPlan, case: Case, i: Inputs, h: Tensor | None = None) 
 
 def mask_of(case: Case, i: Inputs) -> Tensor | None:
     seed = torch.tensor(SEED, device=i.x.device)
-    return reference.philox_keep_mask(seed, case.m, case.k, case.p) if case.p else None
+    return keep_mask(seed, case.m, case.k, case.p) if case.p else None
 
 
 def judge(plan: BackwardPlan, case: Case, i: Inputs) -> None:

@@ -55,7 +55,7 @@ def tiles(rows: int, row_block: int, columns: int, column_block: int) -> int:
 Make = Callable[[], object]
 LAUNCHES: dict[str, tuple[Make, dict[str, int], tuple[int, ...]]] = {
     "shrink_kernel": (
-        lambda: steps.shrink_launch(SHRINK, M, K, R, (K, 1), (K, 1), 0.0, "ieee", torch.bfloat16),
+        lambda: steps.shrink_launch(SHRINK, M, K, R, (K, 1), (K, 1), "ieee", torch.bfloat16),
         {"BLOCK_M": 16, "BLOCK_K": 32, "BLOCK_R": 64},
         (steps.cdiv(M, 16), steps.cdiv(R, 64), 1),
     ),
@@ -110,6 +110,11 @@ LAUNCHES: dict[str, tuple[Make, dict[str, int], tuple[int, ...]]] = {
         (steps.cdiv(N, 32), steps.cdiv(M, 64), 1),
     ),
     "row_norms_kernel": (norms, {"BLOCK_N": 16, "BLOCK_K": 32, "BLOCK_R": 64}, (steps.cdiv(N, 16), 1, 1)),
+    "draw_kernel": (
+        lambda: steps.draw_step(M, K, 0.5),
+        {"BLOCK_M": steps._DRAW_ROWS, "BLOCK_W": steps._DRAW_WORDS},
+        (steps.cdiv(M, steps._DRAW_ROWS), steps.cdiv(steps.row_words(K), steps._DRAW_WORDS), 1),
+    ),
     "mask_kernel": (
         a_mask,
         {"BLOCK_M": operators._MASK_BLOCK_M, "BLOCK_K": operators._MASK_BLOCK_K},

@@ -15,7 +15,7 @@ from torch import Tensor
 from cases import CUDA, HALF, Case, Inputs, make
 from lora_kernels import reference
 from numerics import check_all, same_bits, three_ways
-from test_triton_plans import by_plan, plans_of
+from test_triton_plans import by_plan, keep_mask, plans_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RANKS = [Case(m=m, k=48, n=40, r=r, dtype=torch.bfloat16, p=0.1) for r in (1, 2, 8, 16, 17, 64, 300) for m in (5, 35)]
@@ -61,7 +61,7 @@ def formulas(case: Case, i: Inputs, dy: Tensor | None, number: Callable[[Tensor]
     x, weight, lora_a, lora_b, dy_ = (number(t.detach().to(i.x.dtype)) for t in given)
     bias = None if i.bias is None else number(i.bias.detach().to(i.x.dtype))
     seed = torch.tensor(SEED, device=i.x.device)
-    mask = reference.philox_keep_mask(seed, *i.x.shape, case.p) if case.p else None
+    mask = keep_mask(seed, *i.x.shape, case.p) if case.p else None
     y, h = reference.forward(x, weight, lora_a, lora_b, bias, case.scaling, mask, case.p)
     g = reference.backward(dy_, x, weight, lora_a, lora_b, case.scaling, mask, case.p)
     dh = case.scaling * (dy_ @ lora_b)
@@ -136,7 +136,7 @@ def test_a_dropped_element_does_not_hide_nan(launch: ModuleType, triton_device: 
     """As in torch.nn.functional.dropout, 0 times NaN is NaN."""
     case = Case(m=m, p=0.5)
     i = make(case, triton_device)
-    keep = reference.philox_keep_mask(torch.tensor(SEED), case.m, case.k, case.p)
+    keep = keep_mask(torch.tensor(SEED), case.m, case.k, case.p)
     column = int((~keep[2]).nonzero()[0])
     x = i.x.detach().clone()
     x[2, column] = bad

@@ -17,6 +17,7 @@ from lora_kernels.branches import Branch
 from lora_kernels.gate import run_branches
 from numerics import check_all
 from test_triton_kernels import count_launches
+from test_triton_plans import keep_mask
 
 BF16, FP32 = torch.bfloat16, torch.float32
 WAYS = {"pointer": "forward_kernel", "persistent": "persistent_kernel", "base_first": "expand_kernel"}
@@ -88,7 +89,7 @@ def test_dx_of_several_members(triton_device: str, ranks: tuple[int, ...], p: fl
     def expected(dtype: torch.dtype) -> dict[str, Tensor]:
         total = torch.zeros(case.m, case.k, dtype=dtype, device=triton_device)
         for i, (dy, weight, dh, a) in enumerate(zip(dys, weights, dhs, lora_as, strict=True)):
-            mask = reference.philox_keep_mask(states[i], case.m, case.k, p) if p else None
+            mask = keep_mask(states[i], case.m, case.k, p) if p else None
             low_rank = dh.to(dtype) @ a.to(case.dtype).to(dtype)
             total = total + reference.drop(low_rank, mask, p) + dy.to(dtype) @ weight.to(dtype)
         return {"dx": total}

@@ -16,6 +16,7 @@ from lora_kernels import reference
 from lora_kernels.backends.triton.choose.blocks import INTERPRETER, machine_of
 from lora_kernels.backends.triton.choose.candidates import candidates
 from lora_kernels.backends.triton.choose.plans import Cell, FewTokens, Plan
+from lora_kernels.packed_mask import packed_keep_words, unpack
 from numerics import check_all, same_bits, three_ways
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -49,6 +50,11 @@ def seed_on(device: torch.device) -> Tensor:
     return torch.tensor(SEED, device=device)
 
 
+def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
+    """The mask that the kernels draw and read, by its specification."""
+    return unpack(packed_keep_words(seed, rows, columns, p), columns)
+
+
 def by_plan(plan: Plan, case: Case, i: Inputs) -> dict[str, Tensor]:
     from lora_kernels.backends.triton import operators
 
@@ -66,7 +72,7 @@ def judge(plan: Plan, case: Case, i: Inputs) -> None:
     library's own such product with fp32 results.
     """
     seed = torch.tensor(SEED, device=i.x.device)
-    mask = reference.philox_keep_mask(seed, case.m, case.k, case.p) if case.p else None
+    mask = keep_mask(seed, case.m, case.k, case.p) if case.p else None
     exact, yardstick, errors = measures(case, i, mask)
     x, a = (t.detach().to(case.dtype) for t in (i.x, i.lora_a))
     hidden = three_ways(torch.float32, lambda number: {"h": reference.drop(number(x), mask, case.p) @ number(a).t()})

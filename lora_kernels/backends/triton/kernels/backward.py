@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .common import as_adapter, dot_adapter, dot_hidden, rounded
-from .philox import keep_tile, load_seed
+from .packed import keep_tile
 
 __all__ = ["da_kernel", "dh_db_kernel", "reduce_kernel"]
 
@@ -138,18 +138,17 @@ def reduce_kernel(
         _sum_of_parts(sums_parts_ptr, sums_ptr, 1.0, pid, sums_size, count, BLOCK)
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "chunk_m"])
+@triton.jit(do_not_specialize=["M", "chunk_m"])
 def da_kernel(
     dh_ptr,
     x_ptr,
-    seed_ptr,
+    words_ptr,
     da_ptr,
     scale,
     M,
     K,
     R: tl.constexpr,
     chunk_m,
-    threshold,
     stride_dhm: tl.constexpr,
     stride_xm,
     stride_xk,
@@ -161,12 +160,12 @@ def da_kernel(
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """da = scale dhᵀ (x * keep), with scale = 1 / (1 - p). As dbᵀ = scale hᵀ dy: dh = h, x = dy, scale = s, no seed.
+    """da = scale dhᵀ (x * keep), with scale = 1 / (1 - p). As dbᵀ = scale hᵀ dy: dh = h, x = dy, scale = s, no words.
 
     ===== ============================ =================================================
     dh    (M, R) fp32                  rows in one piece, stride_dhm apart
     x     (M, K)                       any strides, 0 too
-    seed  (2,) int64 or None           None: nothing is dropped
+    words (M, 4 ceil(K / 128)) int32   ``packed_mask``; None: nothing is dropped
     da    (R, K) any float, by strides one for each chunk of rows; their sum is meant
     ===== ============================ =================================================
 
@@ -180,9 +179,6 @@ def da_kernel(
     chunk = tl.program_id(2)
     mask_k = offs_k < K
     mask_r = offs_r < R
-    if seed_ptr is not None:
-        seed = load_seed(seed_ptr)
-        groups = tl.cdiv(K, 8)
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     first = chunk * chunk_m
     last = tl.minimum(first + chunk_m, M)
@@ -193,8 +189,8 @@ def da_kernel(
         dh_ptrs = dh_ptr + offs_m[None, :] * stride_dhm + offs_r[:, None]
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
         dh = tl.load(dh_ptrs, mask=mask_m[None, :] & mask_r[:, None], other=0.0)  # (BLOCK_R, BLOCK_M)
-        if seed_ptr is not None:
-            x = x * keep_tile(seed, offs_m, first_column, groups, threshold, BLOCK_K).to(x.dtype)
+        if words_ptr is not None:
+            x = x * keep_tile(words_ptr, offs_m, first_column, mask_m, K, BLOCK_K).to(x.dtype)
         acc = dot_hidden(dh, x, acc, x.dtype, SPLIT, PRECISION)
     da_ptrs = da_ptr + offs_r[:, None] * stride_dar + offs_k[None, :] * stride_dak
     da_ptrs += chunk.to(tl.int64) * K * R

@@ -4,19 +4,19 @@ import triton
 import triton.language as tl
 
 from .common import dot, dot_adapter, dot_hidden, launch_dependents, rounded, wait_for_previous
-from .philox import keep_tile, load_seed
+from .packed import keep_tile
 
 __all__ = ["few_tokens_kernel", "sum_parts_kernel"]
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M"])
 def few_tokens_kernel(
     x_ptr,
     weight_ptr,
     lora_a_ptr,
     lora_b_ptr,
     bias_ptr,
-    seed_ptr,
+    words_ptr,
     h_ptr,
     y_ptr,
     scaling,
@@ -25,7 +25,6 @@ def few_tokens_kernel(
     K,
     R: tl.constexpr,
     keep_scale,
-    threshold,
     stride_xm,
     stride_xk,
     stride_wn,
@@ -56,7 +55,7 @@ def few_tokens_kernel(
     lora_a   (R, K)                  any strides, any float dtype, R <= BLOCK_R
     lora_b   (N, R)                  any strides, any float dtype
     bias     (N,) or None            any stride, any float dtype
-    seed     (2,) int64 or None      None: nothing is dropped
+    words    (M, 4 ceil(K / 128))    int32 (``packed_mask``); None: nothing is dropped
     h        (PARTS, M, R) fp32      contiguous; written by the first strip
     y        (M, N)                  contiguous; (PARTS, M, N) fp32 with parts
     ======== ======================= ==========================================
@@ -82,9 +81,6 @@ def few_tokens_kernel(
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
     w_ptrs = weight_ptr + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
     a_ptrs = lora_a_ptr + offs_k[:, None] * stride_ak + offs_r[None, :] * stride_ar
-    if seed_ptr is not None:
-        seed = load_seed(seed_ptr)
-        groups = tl.cdiv(K, 8)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(first, last, BLOCK_K):
@@ -100,8 +96,8 @@ def few_tokens_kernel(
         w = tl.load(w_ptrs, mask=mask_w, other=0.0)  # (BLOCK_K, BLOCK_N)
         a = tl.load(a_ptrs, mask=mask_a, other=0.0)  # (BLOCK_K, BLOCK_R)
         acc = dot(x, w, acc, PRECISION)
-        if seed_ptr is not None:
-            x = x * keep_tile(seed, offs_m, k, groups, threshold, BLOCK_K).to(x.dtype)
+        if words_ptr is not None:
+            x = x * keep_tile(words_ptr, offs_m, k, mask_m, K, BLOCK_K).to(x.dtype)
         h = dot_adapter(x, a, h, PRECISION)
         x_ptrs += step * stride_xk
         w_ptrs += step * stride_wk

@@ -4,22 +4,21 @@ import triton
 import triton.language as tl
 
 from .common import add_low_rank, dot, dot_adapter, launch_dependents, store_output, tile_of_program, wait_for_previous
-from .philox import keep_tile, load_seed
+from .packed import keep_tile
 
 __all__ = ["expand_kernel", "forward_kernel", "shrink_kernel"]
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M"])
 def shrink_kernel(
     x_ptr,
     a_ptr,
     h_ptr,
-    seed_ptr,
+    words_ptr,
     scale,
     M,
     K,
     R: tl.constexpr,
-    threshold,
     stride_xm,
     stride_xk,
     stride_ar,
@@ -32,13 +31,13 @@ def shrink_kernel(
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """h = scale (x * keep) Aᵀ. Forward: scale = 1/(1-p). Backward: dh, with x = dy, A = Bᵀ, scale = s, no seed.
+    """h = scale (x * keep) Aᵀ. Forward: scale = 1/(1-p). Backward: dh, with x = dy, A = Bᵀ, scale = s, no words.
 
     ===== ===================== =============================================
     x     (M, K)                any strides
     A     (R, K)                any strides, any float dtype
     h     (PARTS, M, R) fp32    contiguous; the sum over the parts is meant
-    seed  (2,) int64 or None    None: nothing is dropped
+    words (M, 4 ceil(K / 128))  int32 (``packed_mask``); None: nothing is dropped
     ===== ===================== =============================================
 
     Grid (ceil(M / BLOCK_M), ceil(R / BLOCK_R), PARTS); each part sums its share of K. fp32 accumulation, 2 M K R flops;
@@ -60,9 +59,6 @@ def shrink_kernel(
     step = tl.full((), BLOCK_K, tl.int64)
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
     a_ptrs = a_ptr + offs_k[:, None] * stride_ak + offs_r[None, :] * stride_ar
-    if seed_ptr is not None:
-        seed = load_seed(seed_ptr)
-        groups = tl.cdiv(K, 8)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(first, last, BLOCK_K):
         mask_x = mask_m[:, None]
@@ -73,8 +69,8 @@ def shrink_kernel(
             mask_a = mask_a & mask_k[:, None]
         x = tl.load(x_ptrs, mask=mask_x, other=0.0)  # (BLOCK_M, BLOCK_K)
         a = tl.load(a_ptrs, mask=mask_a, other=0.0)  # (BLOCK_K, BLOCK_R)
-        if seed_ptr is not None:
-            x = x * keep_tile(seed, offs_m, k, groups, threshold, BLOCK_K).to(x.dtype)
+        if words_ptr is not None:
+            x = x * keep_tile(words_ptr, offs_m, k, mask_m, K, BLOCK_K).to(x.dtype)
         acc = dot_adapter(x, a, acc, PRECISION)
         x_ptrs += step * stride_xk
         a_ptrs += step * stride_ak

@@ -4,14 +4,14 @@ import triton
 import triton.language as tl
 
 from .common import dot, dot_hidden, rounded, tile_at, tile_of_program
-from .philox import keep_tile, load_seed
+from .packed import keep_tile, row_words
 
 __all__ = ["dx_kernel", "dx_low_rank_kernel", "dx_persistent_kernel"]
 
 
 @triton.jit
 def _low_rank(
-    dh_ptr, lora_a_ptr, seed_ptr, keep_scale, threshold, offs_m, first_column, mask_m, K,
+    dh_ptr, lora_a_ptr, words_ptr, keep_scale, offs_m, first_column, mask_m, K,
     FIRST: tl.constexpr, LAST: tl.constexpr, stride_dhm: tl.constexpr, stride_ar, stride_ak, dtype: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -32,29 +32,28 @@ def _low_rank(
         a_ptrs = lora_a_ptr + offs_r[:, None] * stride_ar + offs_k[None, :] * stride_ak
         dh = tl.load(dh_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # (BLOCK_M, BLOCK_R)
         a = tl.load(a_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)  # (BLOCK_R, BLOCK_K)
-        if ONE_STEP and seed_ptr is not None:
+        if ONE_STEP and words_ptr is not None:
             dh *= keep_scale
         acc = dot_hidden(dh, a, acc, dtype, SPLIT, PRECISION)
-    if seed_ptr is not None:
-        keep = keep_tile(load_seed(seed_ptr), offs_m, first_column, tl.cdiv(K, 8), threshold, BLOCK_K)
+    if words_ptr is not None:
+        keep = keep_tile(words_ptr, offs_m, first_column, mask_m, K, BLOCK_K)
         acc = tl.where(keep, acc if ONE_STEP else acc * keep_scale, 0.0)
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M"])
 def dx_kernel(
     dy_ptr,
     weight_ptr,
     dh_ptr,
     lora_a_ptr,
-    seed_ptr,
+    words_ptr,
     dx_ptr,
     M,
     N,
     K,
     R: tl.constexpr,
     keep_scale,
-    threshold,
     stride_dym,
     stride_dyn,
     stride_wn,
@@ -78,7 +77,7 @@ def dx_kernel(
     weight   (N, K)              any strides
     dh       (M, R) fp32         rows in one piece, stride_dhm apart
     lora_a   (R, K)              any strides, any float dtype
-    seed     (2,) int64 or None  None: nothing is dropped
+    words    (M, 4 ceil(K / 128)) int32 (``packed_mask``); None: nothing is dropped
     dx       (M, K)              contiguous
     ======== =================== =================================
 
@@ -93,7 +92,7 @@ def dx_kernel(
     mask_m = offs_m < M
     mask_k = offs_k < K
     acc = _low_rank(
-        dh_ptr, lora_a_ptr, seed_ptr, keep_scale, threshold, offs_m, tile_k * BLOCK_K, mask_m, K,
+        dh_ptr, lora_a_ptr, words_ptr, keep_scale, offs_m, tile_k * BLOCK_K, mask_m, K,
         0, R, stride_dhm, stride_ar, stride_ak, dx_ptr.dtype.element_ty, BLOCK_K, BLOCK_R, SPLIT, PRECISION,
     )  # fmt: skip
     step = tl.full((), BLOCK_N, tl.int64)
@@ -115,20 +114,19 @@ def dx_kernel(
     tl.store(dx_ptrs, rounded(acc, dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_k[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M"])
 def dx_persistent_kernel(
     dy_ptr,
     weight_ptr,
     dh_ptr,
     lora_a_ptr,
-    seed_ptr,
+    words_ptr,
     dx_ptr,
     M,
     N,
     K,
     R: tl.constexpr,
     keep_scale,
-    threshold,
     stride_dym,
     stride_wn,
     stride_dhm: tl.constexpr,
@@ -149,7 +147,7 @@ def dx_persistent_kernel(
     weight   (N, K), 16-bit      rows contiguous and, as the storage, on 16-byte boundaries
     dh       (M, R) fp32         rows in one piece, stride_dhm apart
     lora_a   (R, K)              any strides, any float dtype
-    seed     (2,) int64 or None  None: nothing is dropped
+    words    (M, 4 ceil(K / 128)) int32 (``packed_mask``); None: nothing is dropped
     dx       (M, K)              contiguous
     ======== =================== =====================================================
 
@@ -165,7 +163,7 @@ def dx_persistent_kernel(
         offs_k = tile_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
         mask_m = offs_m < M
         acc = _low_rank(
-            dh_ptr, lora_a_ptr, seed_ptr, keep_scale, threshold, offs_m, tile_k * BLOCK_K, mask_m, K,
+            dh_ptr, lora_a_ptr, words_ptr, keep_scale, offs_m, tile_k * BLOCK_K, mask_m, K,
             0, R, stride_dhm, stride_ar, stride_ak, dx_ptr.dtype.element_ty, BLOCK_K, BLOCK_R, SPLIT, PRECISION,
         )  # fmt: skip
         for n in range(0, N, BLOCK_N):
@@ -176,17 +174,16 @@ def dx_persistent_kernel(
         tl.store(dx_ptrs, rounded(acc, dx_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_k < K)[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M"])
 def dx_low_rank_kernel(
     dh_ptr,
     lora_a_ptr,
-    seed_ptr,
+    words_ptr,
     dx_ptr,
     M,
     K,
     STARTS: tl.constexpr,
     keep_scale,
-    threshold,
     stride_dhm: tl.constexpr,
     stride_ar,
     stride_ak,
@@ -204,7 +201,7 @@ def dx_low_rank_kernel(
     ======== =========================== =================================
     dh       (M, R) fp32                 rows in one piece, stride_dhm apart
     lora_a   (R, K)                      any strides, any float dtype
-    seed     (members, 2) int64 or None  contiguous; None: nothing is dropped
+    words    (members, M, 4 ceil(K / 128)) int32, contiguous (``packed_mask``); None: nothing is dropped
     dx       (M, K)                      contiguous
     ======== =========================== =================================
 
@@ -219,11 +216,11 @@ def dx_low_rank_kernel(
     dx_ptrs = dx_ptr + offs_m[:, None] * K + offs_k[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for i in tl.static_range(len(STARTS) - 1):
-        own_seed_ptr = seed_ptr
-        if seed_ptr is not None:
-            own_seed_ptr = seed_ptr + 2 * i
+        own_words_ptr = words_ptr
+        if words_ptr is not None:
+            own_words_ptr = words_ptr + tl.full((), i, tl.int64) * M * row_words(K)
         acc += _low_rank(
-            dh_ptr, lora_a_ptr, own_seed_ptr, keep_scale, threshold, offs_m, tile_k * BLOCK_K, mask_m, K,
+            dh_ptr, lora_a_ptr, own_words_ptr, keep_scale, offs_m, tile_k * BLOCK_K, mask_m, K,
             STARTS[i], STARTS[i + 1], stride_dhm, stride_ar, stride_ak, dx_ptr.dtype.element_ty,
             BLOCK_K, BLOCK_R, SPLIT, PRECISION,
         )  # fmt: skip

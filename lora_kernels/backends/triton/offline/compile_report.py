@@ -50,6 +50,7 @@ _GEMMS = ("forward_kernel", "persistent_kernel", "dx_kernel", "dx_persistent_ker
 _BY_TMA = ("persistent_kernel", "dx_persistent_kernel")
 _NO_PRODUCT = (
     "reduce_kernel",
+    "draw_kernel",
     "mask_kernel",
     "sum_parts_kernel",
     "gain_grad_kernel",
@@ -165,9 +166,9 @@ def _hopper_faults(record: Record) -> Iterator[str]:
 
 
 def _kernel(name: str) -> Any:
-    from ..kernels import backward, few_tokens, forward, gain, input_grad, persistent, philox
+    from ..kernels import backward, few_tokens, forward, gain, input_grad, packed, persistent
 
-    modules: tuple[Any, ...] = (backward, few_tokens, forward, gain, input_grad, persistent, philox)
+    modules: tuple[Any, ...] = (backward, few_tokens, forward, gain, input_grad, persistent, packed)
     if name.startswith("hopper_"):
         from ..kernels.hopper import outer, product, product_h, shrink, small
 

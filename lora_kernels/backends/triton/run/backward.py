@@ -17,7 +17,7 @@ from .streams import together_on
 
 __all__ = ["BackwardRun", "ready_backward"]
 
-# run(stream, dy, x, weight, lora_a, lora_b, h, scaling, state) -> dx, da, db, dbias; None where not due
+# run(stream, dy, x, weight, lora_a, lora_b, h, scaling, words) -> dx, da, db, dbias; None where not due, or no mask
 BackwardRun: TypeAlias = Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]
 
 
@@ -25,9 +25,9 @@ def ready_backward(plan: BackwardPlan, c: Call, need_x: bool, need_a: bool, need
     """The run of ``plan`` for what is due; nothing is compiled before its first use."""
     small = _Small.of(plan, c, need_x, need_a, need_b)
     if not need_x:
-        return lambda stream, dy, x, weight, lora_a, lora_b, h, scaling, state: (
+        return lambda stream, dy, x, weight, lora_a, lora_b, h, scaling, words: (
             None,
-            *small.rest(stream, dy, x, h, small.first(stream, dy, lora_b, h, scaling), scaling, state),
+            *small.rest(stream, dy, x, h, small.first(stream, dy, lora_b, h, scaling), scaling, words),
         )
     if plan.beside and isinstance(plan, DxBaseFirst):
         return _all_beside_base(plan.expand, small, c)
@@ -42,13 +42,13 @@ def ready_backward(plan: BackwardPlan, c: Call, need_x: bool, need_a: bool, need
         lora_b: Tensor,
         h: Any,
         scaling: float,
-        state: Tensor | None,
+        words: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         found = small.first(stream, dy, lora_b, h, scaling)
         grad_x, others = together(
             stream,
-            lambda own: dx(own, dy, weight, found[0], lora_a, state),
-            lambda own: small.rest(own, dy, x, h, found, scaling, state),
+            lambda own: dx(own, dy, weight, found[0], lora_a, words),
+            lambda own: small.rest(own, dy, x, h, found, scaling, words),
         )
         return grad_x, *others
 
@@ -68,14 +68,14 @@ def _all_beside_base(expand: ExpandConfig, small: _Small, c: Call) -> BackwardRu
         lora_b: Tensor,
         h: Any,
         scaling: float,
-        state: Tensor | None,
+        words: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         def every(own: int | None) -> tuple[Tensor | None, ...]:
             found = small.first(own, dy, lora_b, h, scaling)
-            return found[0], *small.rest(own, dy, x, h, found, scaling, state)
+            return found[0], *small.rest(own, dy, x, h, found, scaling, words)
 
         dx, (dh, da, db, dbias) = together(stream, lambda own: torch.mm(dy, weight), every)
-        low_rank(stream, dh, lora_a, state, dx)
+        low_rank(stream, dh, lora_a, words, dx)
         return dx, da, db, dbias
 
     return run
@@ -123,7 +123,7 @@ class _Small:
         h: Any,
         found: tuple[Tensor | None, Tensor | None, Tensor | None],
         scaling: float,
-        state: Tensor | None,
+        words: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """da, db, dbias: what ``first`` has not found, as far as it is due."""
         dh, db, dbias = found
@@ -131,5 +131,5 @@ class _Small:
             db = self.db(stream, dy, h, scaling)
         if dbias is None and self.bias_dtype is not None:
             dbias = dy.sum(0, dtype=self.bias_dtype)
-        da = None if self.da is None else self.da(stream, dh, x, state)
+        da = None if self.da is None else self.da(stream, dh, x, words)
         return da, db, dbias

@@ -189,7 +189,7 @@ def forward_key(
         None if bias is None else bias.dtype,
         strides,
         p,
-        state is None,
+        None if state is None else state.dtype,
         alignment(x, weight, lora_a, lora_b, bias, state),
         dtype is not torch.float32 or precision_of(dtype),
     )
@@ -216,7 +216,7 @@ def backward_key(
         None if bias is None else bias.dtype,
         h is None,
         p,
-        state is None,
+        None if state is None else state.dtype,
         alignment(dy, x, weight, lora_a, lora_b, h, state),
         precision_of(dy.dtype),
     )

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ....errors import InvalidArgumentError
-from ....reference import dropout_threshold
 from ..choose.blocks import ExpandConfig, ShrinkConfig
 from ..choose.plans import BaseFirst, FewTokens, ForwardPlan, Fused, LoraFirst
 from ..kernels.few_tokens import few_tokens_kernel, sum_parts_kernel
@@ -28,7 +27,7 @@ from .streams import together_on
 
 __all__ = ["Product", "Run", "ready", "ready_product"]
 
-# run(stream, x, weight, lora_a, lora_b, bias, scaling, state) -> y, h
+# run(stream, x, weight, lora_a, lora_b, bias, scaling, words) -> y, h; words: the packed mask or None
 Run: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 # product(stream, x, weight, lora_b, bias, gain, h, h_sum, linear, scaling) -> y
 Product: TypeAlias = Callable[..., Tensor]
@@ -57,9 +56,9 @@ def ready(plan: ForwardPlan, call: Call) -> Run:
         lora_b: Tensor,
         bias: Tensor | None,
         scaling: float,
-        state: Tensor | None,
+        words: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        h, h_sum = shrink(stream, x, lora_a, state)
+        h, h_sum = shrink(stream, x, lora_a, words)
         y = product(stream, x, weight, lora_b, bias, None, h, h_sum, None, scaling)
         return y, h if h_sum is None else h_sum
 
@@ -78,9 +77,9 @@ def _base_and_h(plan: BaseFirst, shrink: _Shrink, c: Call) -> Run:
         lora_b: Tensor,
         bias: Tensor | None,
         scaling: float,
-        state: Tensor | None,
+        words: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        y, (h, h_sum) = together(stream, lambda own: torch.mm(x, weight.t()), lambda own: shrink(own, x, lora_a, state))
+        y, (h, h_sum) = together(stream, lambda own: torch.mm(x, weight.t()), lambda own: shrink(own, x, lora_a, words))
         add(stream, lora_b, bias, None, h, h_sum, y, None, scaling)
         return y, h if h_sum is None else h_sum
 
@@ -109,14 +108,14 @@ class _Shrink:
 
     @staticmethod
     def of(config: ShrinkConfig, c: Call, pdl: bool = False) -> _Shrink:
-        launch = shrink_launch(config, c.m, c.k, c.r, c.stride_x, c.stride_a, c.p, c.precision, c.dtype, pdl)
+        launch = shrink_launch(config, c.m, c.k, c.r, c.stride_x, c.stride_a, c.precision, c.dtype, pdl)
         shape = (c.m, c.r) if config.splits == 1 else (config.splits, c.m, c.r)
         return _Shrink(launch, shape, (c.m, c.r), c.device, c.keep_scale, config.splits)
 
-    def __call__(self, stream: int | None, x: Tensor, lora_a: Tensor, state: Tensor | None) -> tuple[Tensor, Any]:
+    def __call__(self, stream: int | None, x: Tensor, lora_a: Tensor, words: Tensor | None) -> tuple[Tensor, Any]:
         """h, and where it comes in parts the memory that their sum is to be written to."""
         h = torch.empty(self.shape, dtype=torch.float32, device=self.device)
-        self.launch(stream, x, lora_a, h, state, self.scale)
+        self.launch(stream, x, lora_a, h, words, self.scale)
         if self.parts == 1:
             return h, None
         return h, torch.empty(self.sum_shape, dtype=torch.float32, device=self.device)
@@ -229,7 +228,7 @@ def _few_tokens(plan: FewTokens, c: Call) -> Run:
         )
     if c.dtype is torch.float16:  # x and A, high and low: a deeper tile leaves them no registers
         config = replace(config, block_k=min(config.block_k, 128))
-    static: tuple[Any, ...] = (c.m, c.n, c.k, c.r, c.keep_scale, dropout_threshold(c.p))
+    static: tuple[Any, ...] = (c.m, c.n, c.k, c.r, c.keep_scale)
     static += (*c.stride_x, *c.stride_w, *c.stride_a, *c.stride_b, c.stride_bias)
     static += (config.block_m, config.block_n, config.block_k, config.block_r, parts)
     static += (c.k % config.block_k == 0, c.split, c.precision, plan.pdl)
@@ -249,16 +248,16 @@ def _few_tokens(plan: FewTokens, c: Call) -> Run:
         lora_b: Tensor,
         bias: Tensor | None,
         scaling: float,
-        state: Tensor | None,
+        words: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         y = torch.empty(shape, dtype=c.dtype, device=c.device)
         h = torch.empty(h_shape, dtype=torch.float32, device=c.device)
         if parts == 1:
-            product(stream, x, weight, lora_a, lora_b, bias, state, h, y, scaling)
+            product(stream, x, weight, lora_a, lora_b, bias, words, h, y, scaling)
             return y, h
         y_parts = torch.empty((parts, *shape), dtype=torch.float32, device=c.device)
         h_parts = torch.empty((parts, *h_shape), dtype=torch.float32, device=c.device)
-        product(stream, x, weight, lora_a, lora_b, bias, state, h_parts, y_parts, scaling)
+        product(stream, x, weight, lora_a, lora_b, bias, words, h_parts, y_parts, scaling)
         total(stream, y_parts, h_parts, bias, y, h)
         return y, h
 

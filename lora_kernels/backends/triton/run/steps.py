@@ -13,12 +13,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ....kept import row_words
 from ....reference import dropout_threshold
 from ..choose.blocks import DhDbConfig, ExpandConfig, GemmConfig, OuterConfig, ShrinkConfig
 from ..choose.plans import BackwardPlan, DxBaseFirst, DxFused
 from ..kernels.backward import da_kernel, dh_db_kernel, reduce_kernel
 from ..kernels.forward import shrink_kernel
 from ..kernels.input_grad import dx_kernel, dx_low_rank_kernel, dx_persistent_kernel
+from ..kernels.packed import draw_kernel
 from .call import Call
 from .prepared import Launch, ScratchLaunch
 
@@ -29,10 +31,12 @@ __all__ = [
     "db_step",
     "dh_db_step",
     "dh_step",
+    "draw_step",
     "dx_step",
     "input_grad_step",
     "low_rank_launch",
     "reduce_launch",
+    "seeded",
     "shrink_launch",
     "shrink_step",
 ]
@@ -40,10 +44,39 @@ __all__ = [
 Step: TypeAlias = Callable[..., Any]
 
 _REDUCE_BLOCK = 512
+_DRAW_ROWS, _DRAW_WORDS = 8, 64  # of one program, 4 words a thread
 
 
 def cdiv(size: int, block: int) -> int:
     return -(-size // block)
+
+
+def draw_step(m: int, k: int, p: float, members: int | None = None) -> Step:
+    """``step(stream, seed)`` -> the words of ``packed_mask``, int32 (M, 4 ceil(K / 128)), for a seed int64 (2,).
+
+    With ``members``: (members, M, 4 ceil(K / 128)), for seeds (members, 2).
+    """
+    shape = (m, row_words(k)) if members is None else (members, m, row_words(k))
+    grid = (cdiv(m, _DRAW_ROWS), cdiv(row_words(k), _DRAW_WORDS), members or 1)
+    static = (m, k, 65536 - dropout_threshold(p), _DRAW_ROWS, _DRAW_WORDS)
+    launch = Launch(draw_kernel, grid, static, num_warps=4)
+
+    def step(stream: int | None, seed: Tensor) -> Tensor:
+        words = torch.empty(shape, dtype=torch.int32, device=seed.device)
+        if all(shape):
+            launch(stream, seed, words)
+        return words
+
+    return step
+
+
+def seeded(run: Step, state: Tensor | None, m: int, k: int, p: float) -> Step:
+    """``run``, whose last argument is the packed mask, for such a ``state``: None, the words, or what they are drawn
+    from before: a seed (2,), or one of each member (members, 2)."""
+    if state is None or state.dtype is torch.int32:
+        return run
+    draw = draw_step(m, k, p, None if state.dim() == 1 else state.shape[0])
+    return lambda stream, *arguments: run(stream, *arguments[:-1], draw(stream, arguments[-1]))
 
 
 def shrink_launch(
@@ -53,19 +86,18 @@ def shrink_launch(
     r: int,
     stride_x: tuple[int, ...],
     stride_a: tuple[int, ...],
-    p: float,
     precision: str,
     dtype: torch.dtype,
     pdl: bool = False,
 ) -> Launch:
-    """``launch(stream, x, a, h, state, scale)``."""
+    """``launch(stream, x, a, h, words, scale)``."""
     if dtype is torch.float16:
         config = _as_high_and_low(config)
     tile = (config.block_m, config.block_k, config.block_r, config.splits, k % config.block_k == 0)
     return Launch(
         shrink_kernel,
         (cdiv(m, config.block_m), cdiv(r, config.block_r), config.splits),
-        (m, k, r, dropout_threshold(p), *stride_x, *stride_a, *tile, precision, pdl),
+        (m, k, r, *stride_x, *stride_a, *tile, precision, pdl),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -90,20 +122,19 @@ def shrink_step(
     m: int,
     k: int,
     strides: tuple[tuple[int, ...], tuple[int, ...]],
-    p: float = 0.0,
 ) -> Step:
-    """``step(stream, x, a, state, scale)`` -> scale (x * keep) aᵀ, (M, R) fp32, for x (M, K) and a (R, K)."""
-    launch = shrink_launch(config, m, k, c.r, *strides, p, c.precision, c.dtype)
+    """``step(stream, x, a, scale, words)`` -> scale (x * keep) aᵀ, (M, R) fp32, for x (M, K) and a (R, K)."""
+    launch = shrink_launch(config, m, k, c.r, *strides, c.precision, c.dtype)
     parts, shape, device = config.splits, (m, c.r), c.device
     total = reduce_launch(m * c.r, 0, 0, parts, 0)
 
-    def step(stream: int | None, x: Tensor, a: Tensor, state: Tensor | None, scale: float) -> Tensor:
+    def step(stream: int | None, x: Tensor, a: Tensor, scale: float, words: Tensor | None) -> Tensor:
         out = torch.empty(shape, dtype=torch.float32, device=device)
         if parts == 1:
-            launch(stream, x, a, out, state, scale)
+            launch(stream, x, a, out, words, scale)
             return out
         own = torch.empty((parts, *shape), dtype=torch.float32, device=device)
-        launch(stream, x, a, own, state, scale)
+        launch(stream, x, a, own, words, scale)
         total(stream, own, None, None, out, None, None, 1.0)
         return out
 
@@ -113,7 +144,7 @@ def shrink_step(
 def dh_step(config: ShrinkConfig, c: Call) -> Step:
     """``step(stream, dy, lora_b, scaling)`` -> dh."""
     shrink = shrink_step(config, c, c.m, c.n, (c.stride_dy, (c.stride_b[1], c.stride_b[0])))
-    return lambda stream, dy, lora_b, scaling: shrink(stream, dy, lora_b, None, scaling)
+    return lambda stream, dy, lora_b, scaling: shrink(stream, dy, lora_b, scaling, None)
 
 
 def dh_db_step(config: DhDbConfig, c: Call) -> Step:
@@ -154,15 +185,15 @@ def dh_db_step(config: DhDbConfig, c: Call) -> Step:
 
 def db_step(config: OuterConfig, c: Call) -> Step:
     """``step(stream, dy, h, scaling)`` -> db alone."""
-    outer = _outer_step(config, c, c.n, c.stride_h, c.stride_dy, 0.0, (c.n, c.r), (1, c.r), c.b_dtype)
+    outer = _outer_step(config, c, c.n, c.stride_h, c.stride_dy, (c.n, c.r), (1, c.r), c.b_dtype)
     return lambda stream, dy, h, scaling: outer(stream, h, dy, None, scaling)
 
 
 def da_step(config: OuterConfig, c: Call) -> Step:
-    """``step(stream, dh, x, state)`` -> da in ``c.a_dtype``."""
-    outer = _outer_step(config, c, c.k, c.stride_dh, c.stride_x, c.p, (c.r, c.k), (c.k, 1), c.a_dtype)
+    """``step(stream, dh, x, words)`` -> da in ``c.a_dtype``."""
+    outer = _outer_step(config, c, c.k, c.stride_dh, c.stride_x, (c.r, c.k), (c.k, 1), c.a_dtype)
     scale = c.keep_scale
-    return lambda stream, dh, x, state: outer(stream, dh, x, state, scale)
+    return lambda stream, dh, x, words: outer(stream, dh, x, words, scale)
 
 
 def _outer_step(
@@ -171,18 +202,17 @@ def _outer_step(
     columns: int,
     stride_left: int,
     stride_x: tuple[int, ...],
-    p: float,
     shape: tuple[int, int],
     strides: tuple[int, int],
     dtype: torch.dtype,
 ) -> Step:
-    """``step(stream, left, x, state, scale)`` -> scale leftᵀ (x * keep); ``strides`` are of rank and column."""
+    """``step(stream, left, x, words, scale)`` -> scale leftᵀ (x * keep); ``strides`` are of rank and column."""
     if c.dtype is torch.float16:  # x, high and low: taller blocks leave it no registers
         config = replace(config, block_m=min(config.block_m, 32))
     chunk_m = config.block_m * cdiv(cdiv(c.m, config.splits), config.block_m)
     count, device, size = cdiv(c.m, chunk_m), c.device, c.r * columns
     tile = (config.block_m, config.block_k, config.block_r)
-    sizes = (c.m, columns, c.r, chunk_m, dropout_threshold(p))
+    sizes = (c.m, columns, c.r, chunk_m)
     launch = Launch(
         da_kernel,
         (cdiv(columns, config.block_k), cdiv(c.r, config.block_r), count),
@@ -192,13 +222,13 @@ def _outer_step(
     )
     total = reduce_launch(0, size, 0, 0, count)
 
-    def step(stream: int | None, left: Tensor, x: Tensor, state: Tensor | None, scale: float) -> Tensor:
+    def step(stream: int | None, left: Tensor, x: Tensor, words: Tensor | None, scale: float) -> Tensor:
         out = torch.empty(shape, dtype=dtype, device=device)
         if count == 1:
-            launch(stream, left, x, state, out, scale)
+            launch(stream, left, x, words, out, scale)
             return out
         parts = torch.empty((count, *shape), dtype=torch.float32, device=device)
-        launch(stream, left, x, state, parts, scale)
+        launch(stream, left, x, words, parts, scale)
         total(stream, None, parts, None, None, out, None, 1.0)
         return out
 
@@ -206,16 +236,16 @@ def _outer_step(
 
 
 def dx_step(plan: BackwardPlan, c: Call) -> Step:
-    """``step(stream, dy, weight, dh, lora_a, state)`` -> dx, by the plan's way."""
+    """``step(stream, dy, weight, dh, lora_a, words)`` -> dx, by the plan's way."""
     if isinstance(plan, DxFused):
         return _dx_fused(plan.gemm, plan.variant, c)
     several = input_grad_step(plan.expand, c, (0, c.r), base_first=isinstance(plan, DxBaseFirst))
-    return lambda stream, dy, weight, dh, lora_a, state: several(stream, [dy], [weight], dh, lora_a, state)
+    return lambda stream, dy, weight, dh, lora_a, words: several(stream, [dy], [weight], dh, lora_a, words)
 
 
 def _dx_fused(g: GemmConfig, variant: str, c: Call) -> Step:
     shape = (c.m, c.k)
-    sizes = (c.m, c.n, c.k, c.r, c.keep_scale, dropout_threshold(c.p))
+    sizes = (c.m, c.n, c.k, c.r, c.keep_scale)
     tiles = cdiv(c.m, g.block_rows) * cdiv(c.k, g.block_columns)
     tile = (g.block_rows, g.block_sum, g.block_columns, g.block_r, g.group_m)
     options: dict[str, Any] = {"num_warps": g.num_warps, "num_stages": g.num_stages}
@@ -229,20 +259,20 @@ def _dx_fused(g: GemmConfig, variant: str, c: Call) -> Step:
         launch = Launch(dx_kernel, (tiles, 1, 1), static, **options)
 
     def step(
-        stream: int | None, dy: Tensor, weight: Tensor, dh: Tensor, lora_a: Tensor, state: Tensor | None
+        stream: int | None, dy: Tensor, weight: Tensor, dh: Tensor, lora_a: Tensor, words: Tensor | None
     ) -> Tensor:
         dx = torch.empty(shape, dtype=c.dtype, device=c.device)
-        launch(stream, dy, weight, dh, lora_a, state, dx)
+        launch(stream, dy, weight, dh, lora_a, words, dx)
         return dx
 
     return step
 
 
 def input_grad_step(config: ExpandConfig, c: Call, starts: tuple[int, ...], base_first: bool = False) -> Step:
-    """``step(stream, dys, weights, dh, lora_a, states)`` -> Σ_i dy_i W_i + D_i * (dh_i A_i).
+    """``step(stream, dys, weights, dh, lora_a, words)`` -> Σ_i dy_i W_i + D_i * (dh_i A_i).
 
-    Member i has the columns of dh and the rows of lora_a from ``starts[i]`` on, and row i of ``states``. The low-rank
-    terms of all members are one launch; each base is the library's product.
+    Member i has the columns of dh and the rows of lora_a from ``starts[i]`` on, and ``words[i]`` of several. The
+    low-rank terms of all members are one launch; each base is the library's product.
     """
     shape, low_rank = (c.m, c.k), low_rank_launch(config, c, starts, base_first)
 
@@ -252,14 +282,14 @@ def input_grad_step(config: ExpandConfig, c: Call, starts: tuple[int, ...], base
         weights: list[Tensor],
         dh: Tensor,
         lora_a: Tensor,
-        states: Tensor | None,
+        words: Tensor | None,
     ) -> Tensor:
         if base_first:
             dx = torch.mm(dys[0], weights[0])
-            low_rank(stream, dh, lora_a, states, dx)
+            low_rank(stream, dh, lora_a, words, dx)
             return dx
         dx = torch.empty(shape, dtype=c.dtype, device=c.device)
-        low_rank(stream, dh, lora_a, states, dx)
+        low_rank(stream, dh, lora_a, words, dx)
         for dy, weight in zip(dys, weights, strict=True):
             dx.addmm_(dy, weight)
         return dx
@@ -268,14 +298,14 @@ def input_grad_step(config: ExpandConfig, c: Call, starts: tuple[int, ...], base
 
 
 def low_rank_launch(config: ExpandConfig, c: Call, starts: tuple[int, ...], add: bool) -> Launch:
-    """``launch(stream, dh, lora_a, states, dx)``: the low-rank terms are written to dx, or added to it."""
+    """``launch(stream, dh, lora_a, words, dx)``: the low-rank terms are written to dx, or added to it."""
     if c.dtype is torch.float16 and c.machine.capability < 90:  # A, high and low: the mask leaves them no registers
         config = replace(config, block_r=min(config.block_r, 16))
     tile = (config.block_m, config.block_n, config.block_r, add, c.split, c.precision)
     return Launch(
         dx_low_rank_kernel,
         (cdiv(c.m, config.block_m) * cdiv(c.k, config.block_n), 1, 1),
-        (c.m, c.k, starts, c.keep_scale, dropout_threshold(c.p), c.stride_dh, *c.stride_a, *tile),
+        (c.m, c.k, starts, c.keep_scale, c.stride_dh, *c.stride_a, *tile),
         num_warps=config.num_warps,
         num_stages=1,
     )
