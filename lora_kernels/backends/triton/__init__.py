@@ -144,6 +144,20 @@ class _Kept(Kept):
     def hidden_dtype(self, compute: torch.dtype) -> torch.dtype:
         return torch.float32
 
+    def h(self, x: Tensor, n: int, r: int) -> tuple[int, torch.dtype]:
+        from .choose import blocks
+        from .choose.hidden_operand import operand_on
+
+        operand = operand_on(blocks.machine_of(x.device).capability, x.dtype, x.shape[1], n, r)
+        return (r, torch.float32) if operand is None else (operand.columns, torch.bfloat16)
+
+    def scaled_h(self, h: Tensor, r: int, scaling: float) -> Tensor:
+        if h.dtype is not torch.bfloat16:
+            return scaling * h
+        from .choose.hidden_operand import HiddenOperand
+
+        return HiddenOperand(h.shape[1] // 2).unpack(h, r)
+
     def prefers_words(self, n: int) -> bool:
         return n < _WIDE if self._keeps is None else self._keeps == "mask"
 

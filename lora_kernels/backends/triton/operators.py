@@ -125,7 +125,11 @@ def _first_forward(
             words = no_words(x.device)
             if state is not None:
                 words = draw_step(m, x.shape[1], p)(current_stream(key[0]), state)
-            h = x.new_empty((0, r), dtype=torch.float32) if m == 0 else part_operators.shrink(x, lora_a, p, state)
+            operand = Call.forward(x, weight, lora_a, lora_b, bias, p, state).operand  # None where n is 0
+            if operand is not None:
+                h = x.new_empty((0, operand.columns), dtype=torch.bfloat16)
+            else:
+                h = x.new_empty((0, r), dtype=torch.float32) if m == 0 else part_operators.shrink(x, lora_a, p, state)
             return x.new_empty((m, n)), h, words
         call = Call.forward(x, weight, lora_a, lora_b, bias, p, state)
         plans = ranking.plans_for(x.device, call.machine, call.cell("forward"), call.by_descriptor)

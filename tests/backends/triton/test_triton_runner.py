@@ -52,8 +52,9 @@ def test_ready_made_launches_are_triton_s(results: list[dict[str, Any]]) -> None
 def test_only_a_second_kernel_starts_early(results: list[dict[str, Any]]) -> None:
     """The first kernel of a call waits for all before it, for nothing in it waits for anything but its predecessor."""
     for result in results:
-        first, *others = result["third"]
-        assert not first["pdl"]
+        drawn = [call for call in result["third"] if call["kernel"] == "draw_kernel"]
+        first, *others = [call for call in result["third"] if call not in drawn]
+        assert not any(call["pdl"] for call in (first, *drawn))
         assert all(call["pdl"] == ("pdl" in result["plan"]) for call in others)
 
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from . import gluon
 
@@ -60,6 +61,17 @@ class HiddenOperand:
     @property
     def bytes_per_token(self) -> int:
         return 2 * self.columns
+
+    def pack(self, scaled: Tensor) -> Tensor:
+        """The operand, bf16 (M, 2 R), of s h (M, r)."""
+        wide = torch.nn.functional.pad(scaled.float(), (0, self.rank - scaled.shape[1]))
+        high = wide.to(torch.bfloat16)
+        low = wide - high.float()
+        return torch.cat((high, low.where(low.isfinite(), 0.0).to(torch.bfloat16)), 1)
+
+    def unpack(self, operand: Tensor, r: int) -> Tensor:
+        """s h, fp32 (M, r), of that operand; exact."""
+        return operand[:, :r].float() + operand[:, self.rank : self.rank + r].float()
 
     @property
     def step(self) -> int:

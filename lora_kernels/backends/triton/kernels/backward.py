@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import as_adapter, dot_adapter, dot_hidden, rounded
+from .common import as_adapter, dot_adapter, dot_hidden, load_operand, rounded
 from .packed import keep_tile
 
 __all__ = ["da_kernel", "dh_db_kernel", "reduce_kernel"]
@@ -29,6 +29,7 @@ def dh_db_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    OPERAND: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -40,7 +41,7 @@ def dh_db_kernel(
     ============ ================================== ================================
     dy           (M, N)                             any strides, 0 too
     lora_b       (N, R)                             any strides, any float dtype
-    h            (M, R) fp32                        rows in one piece, stride_hm apart
+    h            (M, R) fp32                        rows in one piece, stride_hm apart; with OPERAND bf16 parts
     dh_parts     (ceil(N / BLOCK_N), M, R) fp32     contiguous
     db_parts     (ceil(M / chunk_m), N, R) fp32     contiguous
     dbias_parts  (ceil(M / chunk_m), N) fp32, None  contiguous; None: it is not due
@@ -69,7 +70,7 @@ def dh_db_kernel(
         dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
         h_ptrs = h_ptr + offs_m[None, :] * stride_hm + offs_r[:, None]
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)  # (BLOCK_M, BLOCK_N)
-        h = tl.load(h_ptrs, mask=mask_m[None, :] & mask_r[:, None], other=0.0)  # (BLOCK_R, BLOCK_M)
+        h = load_operand(h_ptrs, mask_m[None, :] & mask_r[:, None], OPERAND)  # (BLOCK_R, BLOCK_M)
         dh = dot_adapter(dy, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION)
         dh_ptrs = dh_parts_ptr + (block_n * M + offs_m)[:, None] * R + offs_r[None, :]
         tl.store(dh_ptrs, dh, mask=mask_m[:, None] & mask_r[None, :])
@@ -112,8 +113,11 @@ def reduce_kernel(
     first_count,
     count,
     BLOCK: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """Second stage: first = scaling Σ_j first_parts[j], second = scaling Σ_i second_parts[i], sums = Σ_i sums_parts[i].
+
+    Without SCALED ``second`` is the sum as it is: s is in it.
 
     ============= ============================== ===========================
     first_parts   (first_count, first_size) fp32 contiguous; None with first
@@ -132,7 +136,7 @@ def reduce_kernel(
         _sum_of_parts(first_parts_ptr, first_ptr, scaling, pid, first_size, first_count, BLOCK)
         pid -= tl.cdiv(first_size, BLOCK)
     if second_ptr is not None:
-        _sum_of_parts(second_parts_ptr, second_ptr, scaling, pid, second_size, count, BLOCK)
+        _sum_of_parts(second_parts_ptr, second_ptr, scaling if SCALED else 1.0, pid, second_size, count, BLOCK)
         pid -= tl.cdiv(second_size, BLOCK)
     if sums_ptr is not None:
         _sum_of_parts(sums_parts_ptr, sums_ptr, 1.0, pid, sums_size, count, BLOCK)
@@ -157,13 +161,14 @@ def da_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    OPERAND: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """da = scale dhᵀ (x * keep), with scale = 1 / (1 - p). As dbᵀ = scale hᵀ dy: dh = h, x = dy, scale = s, no words.
 
     ===== ============================ =================================================
-    dh    (M, R) fp32                  rows in one piece, stride_dhm apart
+    dh    (M, R) fp32                  rows in one piece, stride_dhm apart; with OPERAND bf16 parts
     x     (M, K)                       any strides, 0 too
     words (M, 4 ceil(K / 128)) int32   ``packed_mask``; None: nothing is dropped
     da    (R, K) any float, by strides one for each chunk of rows; their sum is meant
@@ -188,7 +193,7 @@ def da_kernel(
         x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
         dh_ptrs = dh_ptr + offs_m[None, :] * stride_dhm + offs_r[:, None]
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
-        dh = tl.load(dh_ptrs, mask=mask_m[None, :] & mask_r[:, None], other=0.0)  # (BLOCK_R, BLOCK_M)
+        dh = load_operand(dh_ptrs, mask_m[None, :] & mask_r[:, None], OPERAND)  # (BLOCK_R, BLOCK_M)
         if words_ptr is not None:
             x = x * keep_tile(words_ptr, offs_m, first_column, mask_m, K, BLOCK_K).to(x.dtype)
         acc = dot_hidden(dh, x, acc, x.dtype, SPLIT, PRECISION)

@@ -13,8 +13,11 @@ __all__ = [
     "dot_hidden",
     "launch_dependents",
     "load_hidden",
+    "load_operand",
     "rounded",
+    "store_hidden",
     "store_output",
+    "store_parts",
     "tile_at",
     "tile_of_program",
     "wait_for_previous",
@@ -120,10 +123,41 @@ def dot_hidden(hidden, b, acc, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISI
 
 
 @triton.jit
-def load_hidden(h_ptr, offs_m, offs_r, mask, M, stride_hm: tl.constexpr, PARTS: tl.constexpr):
-    """Σ_i h[i, m, r] of h (PARTS, M, R) fp32, rows stride_hm apart, in the order of i: (BLOCK_M, BLOCK_R)."""
+def load_operand(ptrs, mask, OPERAND: tl.constexpr):
+    """h or dh at ``ptrs``, fp32. With OPERAND, the padded rank, the sum of its bf16 parts (``choose.hidden_operand``):
+    the low one stands OPERAND columns beside the high one, and the sum is exact."""
+    value = tl.load(ptrs, mask=mask, other=0.0)
+    if OPERAND > 0:
+        value = value.to(tl.float32) + tl.load(ptrs + OPERAND, mask=mask, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def store_parts(ptrs, value, mask, OPERAND: tl.constexpr):
+    """fp32 ``value`` as bf16 high and low part, OPERAND columns apart."""
+    high, low, _ = _parts(value)
+    tl.store(ptrs, high, mask=mask)
+    tl.store(ptrs + OPERAND, low, mask=mask)
+
+
+@triton.jit
+def store_hidden(ptrs, value, mask_m, offs_r, R: tl.constexpr, OPERAND: tl.constexpr):
+    """``value`` (BLOCK_M, BLOCK_R) fp32 to ``ptrs``; with OPERAND as its bf16 parts, zeros from rank R to OPERAND."""
+    if OPERAND > 0:
+        value = tl.where((offs_r < R)[None, :], value, 0.0)
+        store_parts(ptrs, value, mask_m[:, None] & (offs_r < OPERAND)[None, :], OPERAND)
+    else:
+        tl.store(ptrs, value, mask=mask_m[:, None] & (offs_r < R)[None, :])
+
+
+@triton.jit
+def load_hidden(h_ptr, offs_m, offs_r, mask, M, stride_hm: tl.constexpr, PARTS: tl.constexpr, OPERAND: tl.constexpr):
+    """Σ_i h[i, m, r] of h (PARTS, M, R) fp32, rows stride_hm apart, in the order of i: (BLOCK_M, BLOCK_R).
+
+    With OPERAND one part is its bf16 parts; several are fp32, and only their sum is stored so.
+    """
     h_ptrs = h_ptr + offs_m[:, None] * stride_hm + offs_r[None, :]
-    h = tl.load(h_ptrs, mask=mask, other=0.0)  # (BLOCK_M, BLOCK_R)
+    h = load_operand(h_ptrs, mask, OPERAND if PARTS == 1 else 0)  # (BLOCK_M, BLOCK_R)
     part = tl.full((), stride_hm, tl.int64) * M
     for i in tl.static_range(1, PARTS):
         h += tl.load(h_ptrs + i * part, mask=mask, other=0.0)  # (BLOCK_M, BLOCK_R)
@@ -134,18 +168,19 @@ def load_hidden(h_ptr, offs_m, offs_r, mask, M, stride_hm: tl.constexpr, PARTS: 
 def _low_rank_step(
     acc, r, h_ptr, h_sum_ptr, lora_b_ptr, scaling, tile_n, offs_m, offs_n, mask_m, mask_n,
     M, R: tl.constexpr, stride_bn: tl.constexpr, stride_br: tl.constexpr, stride_hm: tl.constexpr, dtype: tl.constexpr,
-    BLOCK_R: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, PARTS: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``add_low_rank`` for ranks ``r`` to ``r + BLOCK_R``."""
     offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
     mask_r = offs_r < R
     mask_h = mask_m[:, None] & mask_r[None, :]
-    h = load_hidden(h_ptr, offs_m, offs_r, mask_h, M, stride_hm, PARTS)
+    h = load_hidden(h_ptr, offs_m, offs_r, mask_h, M, stride_hm, PARTS, OPERAND)
     b_ptrs = lora_b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
     b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
     if PARTS > 1:
         if tile_n == 0:
-            tl.store(h_sum_ptr + offs_m[:, None] * R + offs_r[None, :], h, mask=mask_h)
+            h_sum_ptrs = h_sum_ptr + offs_m[:, None] * (2 * OPERAND if OPERAND > 0 else R) + offs_r[None, :]
+            store_hidden(h_sum_ptrs, h, mask_m, offs_r, R, OPERAND)
     acc = dot_hidden(h * scaling, b, acc, dtype, SPLIT, PRECISION)
     return acc
 
@@ -170,25 +205,28 @@ def add_low_rank(
     dtype: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     """``acc + scaling h Bᵀ`` for a tile of y. Where h comes in PARTS, the first tile column writes their sum.
 
-    With UNROLL there is no loop over R, so that the loops around can become one.
+    With OPERAND that sum is stored as bf16 parts, with zeros beyond R. With UNROLL there is no loop over R, so that the
+    loops around can become one.
     """
+    LAST: tl.constexpr = OPERAND if PARTS > 1 and OPERAND > 0 else R
     if UNROLL:
-        for r in tl.static_range(0, R, BLOCK_R):
+        for r in tl.static_range(0, LAST, BLOCK_R):
             acc = _low_rank_step(
                 acc, r, h_ptr, h_sum_ptr, lora_b_ptr, scaling, tile_n, offs_m, offs_n, mask_m, mask_n,
-                M, R, stride_bn, stride_br, stride_hm, dtype, BLOCK_R, PARTS, SPLIT, PRECISION,
+                M, R, stride_bn, stride_br, stride_hm, dtype, BLOCK_R, PARTS, OPERAND, SPLIT, PRECISION,
             )  # fmt: skip
     else:
-        for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        for r in tl.range(0, LAST, BLOCK_R, num_stages=1):
             acc = _low_rank_step(
                 acc, r, h_ptr, h_sum_ptr, lora_b_ptr, scaling, tile_n, offs_m, offs_n, mask_m, mask_n,
-                M, R, stride_bn, stride_br, stride_hm, dtype, BLOCK_R, PARTS, SPLIT, PRECISION,
+                M, R, stride_bn, stride_br, stride_hm, dtype, BLOCK_R, PARTS, OPERAND, SPLIT, PRECISION,
             )  # fmt: skip
     return acc
 

@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from .common import dot, dot_adapter, dot_hidden, launch_dependents, rounded, wait_for_previous
+from .common import (
+    dot,
+    dot_adapter,
+    dot_hidden,
+    launch_dependents,
+    rounded,
+    store_hidden,
+    store_parts,
+    wait_for_previous,
+)
 from .packed import keep_tile
 
 __all__ = ["few_tokens_kernel", "sum_parts_kernel"]
@@ -39,6 +48,7 @@ def few_tokens_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -56,7 +66,8 @@ def few_tokens_kernel(
     lora_b   (N, R)                  any strides, any float dtype
     bias     (N,) or None            any stride, any float dtype
     words    (M, 4 ceil(K / 128))    int32 (``packed_mask``); None: nothing is dropped
-    h        (PARTS, M, R) fp32      contiguous; written by the first strip
+    h        (PARTS, M, R) fp32      contiguous; written by the first strip; with OPERAND scaling h, of one part
+                                     (M, 2 OPERAND) bf16
     y        (M, N)                  contiguous; (PARTS, M, N) fp32 with parts
     ======== ======================= ==========================================
 
@@ -104,12 +115,15 @@ def few_tokens_kernel(
         a_ptrs += step * stride_ak
     h = tl.where(mask_r[None, :], h * keep_scale, 0.0)  # beyond R an infinite x has left inf * 0
     offs_part = tl.program_id(1).to(tl.int64) * M + offs_m
+    if OPERAND > 0:
+        h = tl.where(mask_r[None, :], h * scaling, 0.0)
     if tl.program_id(0) == 0:
-        h_ptrs = h_ptr + offs_part[:, None] * R + offs_r[None, :]
-        tl.store(h_ptrs, h, mask=mask_m[:, None] & mask_r[None, :])
+        ROW: tl.constexpr = 2 * OPERAND if PARTS == 1 and OPERAND > 0 else R
+        h_ptrs = h_ptr + offs_part[:, None] * ROW + offs_r[None, :]
+        store_hidden(h_ptrs, h, mask_m, offs_r, R, OPERAND if PARTS == 1 else 0)
     b_ptrs = lora_b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
     b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
-    acc = dot_hidden(h * scaling, b, acc, x_ptr.dtype.element_ty, SPLIT, PRECISION)
+    acc = dot_hidden(h if OPERAND > 0 else h * scaling, b, acc, x_ptr.dtype.element_ty, SPLIT, PRECISION)
     if PARTS == 1 and bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)  # (BLOCK_N,)
         acc += rounded(bias, y_ptr.dtype.element_ty).to(tl.float32)[None, :]
@@ -130,6 +144,7 @@ def sum_parts_kernel(
     stride_bias,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y = Σ_i y_parts[i] + bias, rounded once, and h = Σ_i h_parts[i], each in the order of i.
@@ -139,11 +154,11 @@ def sum_parts_kernel(
     h_parts  (PARTS, M, R) fp32  contiguous
     bias     (N,) or None        any stride, any float dtype
     y        (M, N)              contiguous
-    h        (M, R) fp32         contiguous
+    h        (M, R) fp32         contiguous; with OPERAND (M, 2 OPERAND) bf16, s h
     ======== =================== ==============================
 
-    Grid (ceil(M N / BLOCK) + ceil(M R / BLOCK)): the first programs sum y, the others h. fp32 accumulation; reads the
-    parts, writes y and h.
+    Grid (ceil(M N / BLOCK) + ceil(M R / BLOCK), with OPERAND in R's place): the first programs sum y, the others h.
+    fp32 accumulation; reads the parts, writes y and h.
     """
     pid = tl.program_id(0).to(tl.int64)
     size = tl.full((), N, tl.int64) * M
@@ -162,7 +177,15 @@ def sum_parts_kernel(
     else:
         size_h = tl.full((), R, tl.int64) * M
         offs = (pid - y_programs) * BLOCK + tl.arange(0, BLOCK)
-        mask = offs < size_h
-        for i in tl.static_range(PARTS):
-            acc += tl.load(h_parts_ptr + i * size_h + offs, mask=mask, other=0.0)  # (BLOCK,)
-        tl.store(h_ptr + offs, acc, mask=mask)
+        if OPERAND > 0:
+            row = offs // OPERAND
+            offs_r = offs % OPERAND
+            for i in tl.static_range(PARTS):
+                h_ptrs = h_parts_ptr + i * size_h + row * R + offs_r
+                acc += tl.load(h_ptrs, mask=(row < M) & (offs_r < R), other=0.0)  # (BLOCK,)
+            store_parts(h_ptr + row * 2 * OPERAND + offs_r, acc, row < M, OPERAND)
+        else:
+            mask = offs < size_h
+            for i in tl.static_range(PARTS):
+                acc += tl.load(h_parts_ptr + i * size_h + offs, mask=mask, other=0.0)  # (BLOCK,)
+            tl.store(h_ptr + offs, acc, mask=mask)

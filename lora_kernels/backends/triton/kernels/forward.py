@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from .common import add_low_rank, dot, dot_adapter, launch_dependents, store_output, tile_of_program, wait_for_previous
+from .common import (
+    add_low_rank,
+    dot,
+    dot_adapter,
+    launch_dependents,
+    store_hidden,
+    store_output,
+    tile_of_program,
+    wait_for_previous,
+)
 from .packed import keep_tile
 
 __all__ = ["expand_kernel", "forward_kernel", "shrink_kernel"]
@@ -27,6 +36,7 @@ def shrink_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
@@ -39,6 +49,8 @@ def shrink_kernel(
     h     (PARTS, M, R) fp32    contiguous; the sum over the parts is meant
     words (M, 4 ceil(K / 128))  int32 (``packed_mask``); None: nothing is dropped
     ===== ===================== =============================================
+
+    With OPERAND one part of h is (M, 2 OPERAND) bf16 (``choose.hidden_operand``), and scale has s in it.
 
     Grid (ceil(M / BLOCK_M), ceil(R / BLOCK_R), PARTS); each part sums its share of K. fp32 accumulation, 2 M K R flops;
     reads x once for each BLOCK_R ranks (once for R <= 128), A once a row of programs (from L2), writes 4 M R PARTS
@@ -74,10 +86,11 @@ def shrink_kernel(
         acc = dot_adapter(x, a, acc, PRECISION)
         x_ptrs += step * stride_xk
         a_ptrs += step * stride_ak
-    h_ptrs = h_ptr + offs_m[:, None] * R + offs_r[None, :]
+    ROW: tl.constexpr = 2 * OPERAND if PARTS == 1 and OPERAND > 0 else R
+    h_ptrs = h_ptr + offs_m[:, None] * ROW + offs_r[None, :]
     if PARTS > 1:
         h_ptrs += tl.program_id(2).to(tl.int64) * M * R
-    tl.store(h_ptrs, acc * scale, mask=mask_m[:, None] & mask_r[None, :])
+    store_hidden(h_ptrs, acc * scale, mask_m, offs_r, R, OPERAND if PARTS == 1 else 0)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -111,6 +124,7 @@ def forward_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -124,8 +138,8 @@ def forward_kernel(
     lora_b   (N, R)                    any strides, any float dtype
     bias     (N,) or None              any stride, any float dtype
     gain     (N,) fp32 or None         any stride
-    h        (PARTS, M, R) fp32        rows in one piece, stride_hm apart
-    h_sum    (M, R) fp32 or None       contiguous; Σ h, where PARTS > 1
+    h        (PARTS, M, R) fp32        rows in one piece, stride_hm apart; with OPERAND and one part (M, 2 OPERAND) bf16
+    h_sum    (M, R) fp32 or None       contiguous; Σ h, where PARTS > 1; with OPERAND (M, 2 OPERAND) bf16
     y        (M, N)                    contiguous
     linear   (M, N) or None            contiguous; l
     ======== ========================= ==========================================
@@ -176,6 +190,7 @@ def forward_kernel(
         y_ptr.dtype.element_ty,
         BLOCK_R,
         PARTS,
+        OPERAND,
         SPLIT,
         PRECISION,
         False,
@@ -207,6 +222,7 @@ def expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,
     ADD: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -218,8 +234,8 @@ def expand_kernel(
     lora_b   (N, R)                    any strides, any float dtype
     bias     (N,) or None              any stride, any float dtype
     gain     (N,) fp32 or None         any stride
-    h        (PARTS, M, R) fp32        rows in one piece, stride_hm apart
-    h_sum    (M, R) fp32 or None       contiguous; Σ h, where PARTS > 1
+    h        (PARTS, M, R) fp32        rows in one piece, stride_hm apart; with OPERAND and one part (M, 2 OPERAND) bf16
+    h_sum    (M, R) fp32 or None       contiguous; Σ h, where PARTS > 1; with OPERAND (M, 2 OPERAND) bf16
     y        (M, N)                    contiguous
     linear   (M, N) or None            contiguous; l
     ======== ========================= ==========================================
@@ -253,6 +269,7 @@ def expand_kernel(
         y_ptr.dtype.element_ty,
         BLOCK_R,
         PARTS,
+        OPERAND,
         SPLIT,
         PRECISION,
         False,

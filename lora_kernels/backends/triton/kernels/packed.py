@@ -22,6 +22,10 @@ def keep_tile(words_ptr, rows, first_column, mask_m, K, BLOCK_K: tl.constexpr):
     first_column   int                             a multiple of BLOCK_K, a power of two
     mask_m         (BLOCK_M,) bool                 which rows are there
     ============== =============================== ====================================
+
+    Each word is loaded once (in a K loop by the pipeline) and broadcast to its 32 columns: the compiler then converts
+    the layout of the words, not of the elements. A load for each element would take 4 bytes of shared memory for each.
+    Two axes of 8 and 4 columns need two shifts a word in a thread; the rest are constant bits.
     """
     width = row_words(K)
     BLOCK_M: tl.constexpr = rows.shape[0]
@@ -34,8 +38,9 @@ def keep_tile(words_ptr, rows, first_column, mask_m, K, BLOCK_K: tl.constexpr):
         offs_w = first_column // 32 + tl.arange(0, BLOCK_K // 32)
         word_ptrs = words_ptr + rows[:, None] * width + offs_w[None, :]
         words = tl.load(word_ptrs, mask=mask_m[:, None] & (offs_w < width)[None, :], other=0)  # (BLOCK_M, BLOCK_K / 32)
-        bits = words[:, :, None] >> tl.arange(0, 32)[None, None, :]
-        return tl.reshape(bits & 1, (BLOCK_M, BLOCK_K)) != 0
+        bits = words[:, :, None, None] >> tl.arange(0, 8)[None, None, None, :]
+        bits &= (1 << 8 * tl.arange(0, 4))[None, None, :, None]
+        return tl.reshape(bits != 0, (BLOCK_M, BLOCK_K))
 
 
 @triton.jit

@@ -37,6 +37,7 @@ def persistent_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     FLATTEN: tl.constexpr,
@@ -50,8 +51,8 @@ def persistent_kernel(
     lora_b   (N, R)                    any strides, any float dtype
     bias     (N,) or None              any stride, any float dtype
     gain     (N,) fp32 or None         any stride
-    h        (PARTS, M, R) fp32        rows in one piece, stride_hm apart
-    h_sum    (M, R) fp32 or None       contiguous; Σ h, where PARTS > 1
+    h        (PARTS, M, R) fp32        rows in one piece, stride_hm apart; with OPERAND and one part (M, 2 OPERAND) bf16
+    h_sum    (M, R) fp32 or None       contiguous; Σ h, where PARTS > 1; with OPERAND (M, 2 OPERAND) bf16
     y        (M, N)                    contiguous
     linear   (M, N) or None            contiguous; l
     ======== ========================= ===========================================================
@@ -94,6 +95,7 @@ def persistent_kernel(
             y_ptr.dtype.element_ty,
             BLOCK_R,
             PARTS,
+            OPERAND,
             SPLIT,
             PRECISION,
             FLATTEN,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..choose import blocks
 from ..choose.blocks import Machine, next_power_of_2
+from ..choose.hidden_operand import HiddenOperand, operand_on
 from ..choose.plans import Cell
 from .descriptors import operand_fault
 from .prepared import alignment, matrix, precision_of
@@ -29,6 +30,7 @@ class Call:
         gain: whether a gain acts on the sum.
         by_descriptor: whether TMA can read what the large product multiplies, x or dy and weight.
         by_tma: whether it can read every matrix of a whole layer's pass that is there, as the Gluon kernels do.
+        operand: how a whole layer's h is laid out, s and D's scale in it; None: fp32 (M, R), without s.
     """
 
     machine: Machine
@@ -56,6 +58,7 @@ class Call:
     gain: bool = False
     by_descriptor: bool = False
     by_tma: bool = False
+    operand: HiddenOperand | None = None
 
     @staticmethod
     def over(left: Tensor, weight: Tensor | None = None, **fields: Any) -> Call:
@@ -84,18 +87,21 @@ class Call:
         gain: Tensor | None = None,
     ) -> Call:
         """Of a whole forward pass; or, with ``h``, of the product alone."""
+        k, n, r = x.shape[1], *lora_b.shape
+        operand = None if lora_a is None else _operand_of(x, k, n, r)
         return Call.over(
             x,
             weight,
-            k=x.shape[1],
-            n=weight.shape[0],
-            r=lora_b.shape[1],
+            k=k,
+            n=n,
+            r=r,
             stride_x=x.stride(),
             stride_a=() if lora_a is None else lora_a.stride(),
             stride_b=lora_b.stride(),
             stride_bias=0 if bias is None else bias.stride(0),
             stride_gain=0 if gain is None else gain.stride(0),
-            stride_h=lora_b.shape[1] if h is None else h.stride(0),
+            stride_h=_row_of(operand, r) if h is None else h.stride(0),
+            operand=operand,
             p=p,
             dropout=state is not None,
             gain=gain is not None,
@@ -115,18 +121,20 @@ class Call:
         state: Tensor | None,
     ) -> Call:
         """Of a whole backward pass; h, where it is due, and dh are contiguous."""
-        r, k = lora_a.shape
+        (r, k), n = lora_a.shape, dy.shape[1]
+        operand = _operand_of(dy, k, n, r)
         return Call.over(
             dy,
             weight,
             k=k,
-            n=dy.shape[1],
+            n=n,
             r=r,
             stride_dy=dy.stride(),
             stride_x=(0, 0) if x is None else x.stride(),
             stride_a=lora_a.stride(),
             stride_b=lora_b.stride(),
-            stride_h=r,
+            stride_h=_row_of(operand, r),
+            operand=operand,
             stride_dh=r,
             a_dtype=lora_a.dtype,
             b_dtype=lora_b.dtype,
@@ -142,6 +150,11 @@ class Call:
         return Cell(direction, next_power_of_2(self.m), self.k, self.n, self.r, dtype, self.dropout)
 
     @property
+    def padded_rank(self) -> int:
+        """Columns of each part of h's operand; 0: there is none."""
+        return 0 if self.operand is None else self.operand.rank
+
+    @property
     def split(self) -> bool:
         """Whether h and dh enter their products as two 16-bit numbers, a high and a low one."""
         return self.dtype.itemsize == 2
@@ -150,6 +163,14 @@ class Call:
     def keep_scale(self) -> float:
         """What an element that is kept is multiplied by."""
         return 1.0 / (1.0 - self.p)
+
+
+def _operand_of(left: Tensor, k: int, n: int, r: int) -> HiddenOperand | None:
+    return operand_on(blocks.machine_of(left.device).capability, left.dtype, k, n, r)
+
+
+def _row_of(operand: HiddenOperand | None, r: int) -> int:
+    return r if operand is None else operand.columns
 
 
 def _tma_reads(left: Tensor, weight: Tensor) -> bool:

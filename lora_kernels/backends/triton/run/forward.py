@@ -46,7 +46,7 @@ def ready(plan: ForwardPlan, call: Call) -> Run:
     shrink = _Shrink.of(plan.shrink, call, getattr(plan, "pdl", False))
     if isinstance(plan, BaseFirst):
         return _base_and_h(plan, shrink, call)
-    product = ready_product(plan, call)
+    product, in_product = ready_product(plan, call), call.operand is None
 
     def run(
         stream: int | None,
@@ -58,8 +58,8 @@ def ready(plan: ForwardPlan, call: Call) -> Run:
         scaling: float,
         words: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        h, h_sum = shrink(stream, x, lora_a, words)
-        y = product(stream, x, weight, lora_b, bias, None, h, h_sum, None, scaling)
+        h, h_sum = shrink(stream, x, lora_a, scaling, words)
+        y = product(stream, x, weight, lora_b, bias, None, h, h_sum, None, scaling if in_product else 1.0)
         return y, h if h_sum is None else h_sum
 
     return run
@@ -68,6 +68,7 @@ def ready(plan: ForwardPlan, call: Call) -> Run:
 def _base_and_h(plan: BaseFirst, shrink: _Shrink, c: Call) -> Run:
     """Neither waits for the other."""
     together, add = together_on(c.device, plan.beside), _expand(plan.expand, c, plan.shrink.splits, True, False)
+    in_product = c.operand is None
 
     def run(
         stream: int | None,
@@ -79,8 +80,10 @@ def _base_and_h(plan: BaseFirst, shrink: _Shrink, c: Call) -> Run:
         scaling: float,
         words: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        y, (h, h_sum) = together(stream, lambda own: torch.mm(x, weight.t()), lambda own: shrink(own, x, lora_a, words))
-        add(stream, lora_b, bias, None, h, h_sum, y, None, scaling)
+        y, (h, h_sum) = together(
+            stream, lambda own: torch.mm(x, weight.t()), lambda own: shrink(own, x, lora_a, scaling, words)
+        )
+        add(stream, lora_b, bias, None, h, h_sum, y, None, scaling if in_product else 1.0)
         return y, h if h_sum is None else h_sum
 
     return run
@@ -97,40 +100,62 @@ def ready_product(plan: Fused | LoraFirst | BaseFirst, call: Call) -> Product:
 
 @dataclass(frozen=True, slots=True)
 class _Shrink:
-    """The shrink of a forward plan and the memory of h: as it is, or in parts and their sum."""
+    """The shrink of a forward plan and the memory of h: as it is, or in parts and their sum.
+
+    Where h is kept as an operand, s is in it from here on.
+    """
 
     launch: Launch
-    shape: tuple[int, ...]
-    sum_shape: tuple[int, int]
+    parts_shape: tuple[int, ...]
+    shape: tuple[int, int]
+    dtype: torch.dtype
     device: torch.device
     scale: float
     parts: int
+    scaled: bool
 
     @staticmethod
     def of(config: ShrinkConfig, c: Call, pdl: bool = False) -> _Shrink:
-        launch = shrink_launch(config, c.m, c.k, c.r, c.stride_x, c.stride_a, c.precision, c.dtype, pdl)
-        shape = (c.m, c.r) if config.splits == 1 else (config.splits, c.m, c.r)
-        return _Shrink(launch, shape, (c.m, c.r), c.device, c.keep_scale, config.splits)
+        strides, options = (c.stride_x, c.stride_a), (c.precision, c.dtype, pdl, c.padded_rank)
+        launch = shrink_launch(config, c.m, c.k, c.r, *strides, *options)
+        parts_shape, (shape, dtype) = (config.splits, c.m, c.r), _kept_hidden(c)
+        own = (parts_shape, shape, dtype, c.device, c.keep_scale, config.splits, c.operand is not None)
+        return _Shrink(launch, *own)
 
-    def __call__(self, stream: int | None, x: Tensor, lora_a: Tensor, words: Tensor | None) -> tuple[Tensor, Any]:
+    def __call__(
+        self, stream: int | None, x: Tensor, lora_a: Tensor, scaling: float, words: Tensor | None
+    ) -> tuple[Tensor, Any]:
         """h, and where it comes in parts the memory that their sum is to be written to."""
-        h = torch.empty(self.shape, dtype=torch.float32, device=self.device)
-        self.launch(stream, x, lora_a, h, words, self.scale)
+        kept = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        scale = self.scale * scaling if self.scaled else self.scale
         if self.parts == 1:
-            return h, None
-        return h, torch.empty(self.sum_shape, dtype=torch.float32, device=self.device)
+            self.launch(stream, x, lora_a, kept, words, scale)
+            return kept, None
+        h = torch.empty(self.parts_shape, dtype=torch.float32, device=self.device)
+        self.launch(stream, x, lora_a, h, words, scale)
+        return h, kept
+
+
+def _kept_hidden(c: Call) -> tuple[tuple[int, int], torch.dtype]:
+    """Shape and dtype of the h that is kept."""
+    return ((c.m, c.r), torch.float32) if c.operand is None else ((c.m, c.operand.columns), torch.bfloat16)
+
+
+def _stride_h(c: Call, parts: int) -> int:
+    """Of the h that the product reads: parts are fp32 rows of R."""
+    return c.stride_h if parts == 1 else c.r
 
 
 def _fused(plan: Fused, c: Call) -> Product:
     g, shape = plan.gemm, (c.m, c.n)
     tiles = cdiv(c.m, g.block_rows) * cdiv(c.n, g.block_columns)
-    tile = (g.block_rows, g.block_columns, g.block_sum, g.block_r, g.group_m, plan.shrink.splits)
+    tile = (g.block_rows, g.block_columns, g.block_sum, g.block_r, g.group_m, plan.shrink.splits, c.padded_rank)
     options: dict[str, Any] = {"num_warps": g.num_warps, "num_stages": g.num_stages}
     if c.dtype is torch.float16 and plan.variant == "flattened":  # a stage of the one loop holds high and low h and B
         options["num_stages"] = min(g.num_stages, 3)
     if plan.pdl and not c.machine.interpreter:
         options["launch_pdl"] = True
-    strides = (*c.stride_b, c.stride_bias, c.stride_gain, c.stride_h)
+    strides = (*c.stride_b, c.stride_bias, c.stride_gain, _stride_h(c, plan.shrink.splits))
     static: tuple[Any, ...] = (c.m, c.n, c.k, c.r)
     if plan.variant != "pointer" and c.by_descriptor:
         static += (c.stride_x[0], c.stride_w[0], *strides, *tile)
@@ -164,8 +189,8 @@ def _fused(plan: Fused, c: Call) -> Product:
 def _expand(config: ExpandConfig, c: Call, parts: int, add: bool, pdl: bool) -> Launch:
     """``launch(stream, lora_b, bias, gain, h, h_sum, y, linear, scaling)``."""
     options = {"launch_pdl": True} if pdl and not c.machine.interpreter else {}
-    tile = (config.block_m, config.block_n, config.block_r, parts, add)
-    strides = (*c.stride_b, c.stride_bias, c.stride_gain, c.stride_h)
+    tile = (config.block_m, config.block_n, config.block_r, parts, c.padded_rank, add)
+    strides = (*c.stride_b, c.stride_bias, c.stride_gain, _stride_h(c, parts))
     return Launch(
         expand_kernel,
         (cdiv(c.m, config.block_m) * cdiv(c.n, config.block_n), 1, 1),
@@ -226,19 +251,19 @@ def _few_tokens(plan: FewTokens, c: Call) -> Run:
         raise InvalidArgumentError(
             f"the plan {plan} is for at most {config.block_m} tokens of rank {config.block_r}; got {c.m} of rank {c.r}."
         )
-    if c.dtype is torch.float16:  # x and A, high and low: a deeper tile leaves them no registers
+    if c.dtype is torch.float16 or c.dropout:  # x and A, high and low, or x twice: a deeper tile leaves no registers
         config = replace(config, block_k=min(config.block_k, 128))
     static: tuple[Any, ...] = (c.m, c.n, c.k, c.r, c.keep_scale)
     static += (*c.stride_x, *c.stride_w, *c.stride_a, *c.stride_b, c.stride_bias)
-    static += (config.block_m, config.block_n, config.block_k, config.block_r, parts)
+    static += (config.block_m, config.block_n, config.block_k, config.block_r, parts, c.padded_rank)
     static += (c.k % config.block_k == 0, c.split, c.precision, plan.pdl)
     grid = (cdiv(c.n, config.block_n), parts, 1)
     product = Launch(few_tokens_kernel, grid, static, num_warps=config.num_warps, num_stages=config.num_stages)
-    grid = (cdiv(c.m * c.n, _SUM_BLOCK) + cdiv(c.m * c.r, _SUM_BLOCK), 1, 1)
-    static = (c.m, c.n, c.r, c.stride_bias, _SUM_BLOCK, parts, plan.pdl)
+    grid = (cdiv(c.m * c.n, _SUM_BLOCK) + cdiv(c.m * max(c.r, c.padded_rank), _SUM_BLOCK), 1, 1)
+    static = (c.m, c.n, c.r, c.stride_bias, _SUM_BLOCK, parts, c.padded_rank, plan.pdl)
     options = {"launch_pdl": True} if plan.pdl and not c.machine.interpreter else {}
     total = Launch(sum_parts_kernel, grid, static, num_warps=4, num_stages=1, **options)
-    shape, h_shape = (c.m, c.n), (c.m, c.r)
+    shape, (h_shape, h_dtype) = (c.m, c.n), _kept_hidden(c)
 
     def run(
         stream: int | None,
@@ -251,12 +276,12 @@ def _few_tokens(plan: FewTokens, c: Call) -> Run:
         words: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         y = torch.empty(shape, dtype=c.dtype, device=c.device)
-        h = torch.empty(h_shape, dtype=torch.float32, device=c.device)
+        h = torch.empty(h_shape, dtype=h_dtype, device=c.device)
         if parts == 1:
             product(stream, x, weight, lora_a, lora_b, bias, words, h, y, scaling)
             return y, h
         y_parts = torch.empty((parts, *shape), dtype=torch.float32, device=c.device)
-        h_parts = torch.empty((parts, *h_shape), dtype=torch.float32, device=c.device)
+        h_parts = torch.empty((parts, c.m, c.r), dtype=torch.float32, device=c.device)
         product(stream, x, weight, lora_a, lora_b, bias, words, h_parts, y_parts, scaling)
         total(stream, y_parts, h_parts, bias, y, h)
         return y, h

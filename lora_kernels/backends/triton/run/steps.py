@@ -89,14 +89,15 @@ def shrink_launch(
     precision: str,
     dtype: torch.dtype,
     pdl: bool = False,
+    padded_rank: int = 0,
 ) -> Launch:
-    """``launch(stream, x, a, h, words, scale)``."""
+    """``launch(stream, x, a, h, words, scale)``; with a padded rank h is its operand, if it comes in one part."""
     if dtype is torch.float16:
         config = _as_high_and_low(config)
-    tile = (config.block_m, config.block_k, config.block_r, config.splits, k % config.block_k == 0)
+    tile = (config.block_m, config.block_k, config.block_r, config.splits, padded_rank, k % config.block_k == 0)
     return Launch(
         shrink_kernel,
-        (cdiv(m, config.block_m), cdiv(r, config.block_r), config.splits),
+        (cdiv(m, config.block_m), cdiv(max(r, padded_rank), config.block_r), config.splits),
         (m, k, r, *stride_x, *stride_a, *tile, precision, pdl),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -110,10 +111,13 @@ def _as_high_and_low(config: ShrinkConfig) -> ShrinkConfig:
     return replace(config, block_m=block_m, block_k=min(config.block_k, deepest))
 
 
-def reduce_launch(first: int, second: int, sums: int, first_count: int, count: int) -> Launch:
-    """``launch(stream, first_parts, second_parts, sums_parts, first, second, sums, scaling)``: sizes, and counts."""
+def reduce_launch(first: int, second: int, sums: int, first_count: int, count: int, scaled: bool = True) -> Launch:
+    """``launch(stream, first_parts, second_parts, sums_parts, first, second, sums, scaling)``: sizes, and counts.
+
+    ``scaled``: whether scaling acts on ``second`` too.
+    """
     grid = (sum(cdiv(size, _REDUCE_BLOCK) for size in (first, second, sums)), 1, 1)
-    return Launch(reduce_kernel, grid, (first, second, sums, first_count, count, _REDUCE_BLOCK), num_warps=4)
+    return Launch(reduce_kernel, grid, (first, second, sums, first_count, count, _REDUCE_BLOCK, scaled), num_warps=4)
 
 
 def shrink_step(
@@ -159,11 +163,12 @@ def dh_db_step(config: DhDbConfig, c: Call) -> Step:
     first = Launch(
         dh_db_kernel,
         (dh_count, count, cdiv(r, config.block_r)),
-        (m, n, r, config.chunk_m, *c.stride_dy, *c.stride_b, c.stride_h, *tile, c.split, c.precision),
+        (m, n, r, config.chunk_m, *c.stride_dy, *c.stride_b, c.stride_h, *tile, c.padded_rank, c.split, c.precision),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    second = reduce_launch(m * r, n * r, 0 if c.bias_dtype is None else n, dh_count, count)
+    sums = 0 if c.bias_dtype is None else n
+    second = reduce_launch(m * r, n * r, sums, dh_count, count, scaled=c.operand is None)
 
     def step(
         stream: int | None, dy: Tensor, lora_b: Tensor, h: Tensor, scaling: float
@@ -185,7 +190,9 @@ def dh_db_step(config: DhDbConfig, c: Call) -> Step:
 
 def db_step(config: OuterConfig, c: Call) -> Step:
     """``step(stream, dy, h, scaling)`` -> db alone."""
-    outer = _outer_step(config, c, c.n, c.stride_h, c.stride_dy, (c.n, c.r), (1, c.r), c.b_dtype)
+    outer = _outer_step(config, c, c.n, c.stride_h, c.stride_dy, (c.n, c.r), (1, c.r), c.b_dtype, c.padded_rank)
+    if c.operand is not None:  # s is in h
+        return lambda stream, dy, h, scaling: outer(stream, h, dy, None, 1.0)
     return lambda stream, dy, h, scaling: outer(stream, h, dy, None, scaling)
 
 
@@ -205,13 +212,14 @@ def _outer_step(
     shape: tuple[int, int],
     strides: tuple[int, int],
     dtype: torch.dtype,
+    padded_rank: int = 0,
 ) -> Step:
     """``step(stream, left, x, words, scale)`` -> scale leftᵀ (x * keep); ``strides`` are of rank and column."""
     if c.dtype is torch.float16:  # x, high and low: taller blocks leave it no registers
         config = replace(config, block_m=min(config.block_m, 32))
     chunk_m = config.block_m * cdiv(cdiv(c.m, config.splits), config.block_m)
     count, device, size = cdiv(c.m, chunk_m), c.device, c.r * columns
-    tile = (config.block_m, config.block_k, config.block_r)
+    tile = (config.block_m, config.block_k, config.block_r, padded_rank)
     sizes = (c.m, columns, c.r, chunk_m)
     launch = Launch(
         da_kernel,
