@@ -88,7 +88,7 @@ def _backward(case: Case) -> Iterator[dict[str, Any]]:
     tensors = [t.detach() for t in (i.dy, i.x, i.weight, i.lora_a, i.lora_b, i.bias)]
     cell = Cell("backward", case.m, case.k, case.n, case.r, "bfloat16", True)
     for plan in backward_plans_of(ARCHITECTURES[90], cell):
-        given = (*tensors, torch.ones(case.m, case.r), case.scaling, case.p, STATE)
+        given = (*tensors, torch.ones(case.m, 2 * case.r, dtype=torch.bfloat16), case.scaling, case.p, STATE)
         yield _three_times(plan, lambda plan=plan, given=given: operators.run_backward(plan, *given))
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import accuracy, reference
+from ..backends.triton.choose.blocks import machine_of
+from ..backends.triton.choose.hidden_operand import operand_on
 from ..backends.triton.choose.plans import Cell, Plan
 from ..benchmark.providers import Setup
 from ..benchmark.workloads import Workload
@@ -74,6 +76,8 @@ class _Common:
         from ..backends.triton.operators import mask
 
         x = sets[0].x
+        capability = machine_of(x.device).capability
+        self._operand = operand_on(capability, x.dtype, cell.k, cell.n, cell.r)
         self._cell, self._sets, self._scaling = cell, sets, scaling
         self._p = DROPOUT if cell.dropout else 0.0
         self._state = torch.tensor(_SEED, device=x.device) if cell.dropout else None
@@ -84,6 +88,10 @@ class _Common:
         dtype = self._sets[0].x.dtype
         verdict = accuracy.judge(name, found, exact, yardstick, dtype, self._cell.tf32, expected=error)
         return None if verdict.passed else str(verdict)
+
+    def _unscaled(self, h: Tensor) -> Tensor:
+        """h, fp32 (M, R), of what forward keeps."""
+        return h if self._operand is None else self._operand.unpack(h, self._cell.r) / self._scaling
 
     def _three_ways(self, run: Callable[[Callable[[Tensor], Any]], tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         """``run`` in float64, in the compute dtype, and the errors to expect of few tokens: of more, none is lucky."""
@@ -114,6 +122,7 @@ class ForwardPass(_Common):
 
     def wrong(self, results: Results) -> str | None:
         y, h = results
+        h = self._unscaled(h)
         of_y, of_h = zip(*self._expected, strict=True)
         dtype, tf32 = self._sets[0].x.dtype, self._cell.tf32
         hidden = accuracy.judge("h", h[self._rows], of_h[0], of_h[1], dtype, tf32)
@@ -147,7 +156,8 @@ class BackwardPass(_Common):
 
         super().__init__(cell, sets, scaling)
         self._run_backward = run_backward
-        self._hs = [self._hidden(s, s.x.dtype).float() for s in sets]
+        hs = [self._hidden(s, s.x.dtype).float() for s in sets]
+        self._hs = hs if self._operand is None else [self._operand.pack(scaling * h) for h in hs]
 
     def floor(self, i: int) -> Tensor:
         return torch.mm(self._sets[i].dy, self._sets[i].weight)
@@ -179,7 +189,7 @@ class BackwardPass(_Common):
         kept = None if self._mask is None else self._mask[rows]
 
         def run(number: Callable[[Tensor], Any]) -> tuple[Any, ...]:
-            dy, x, weight, a, b, h = map(number, (s.dy, s.x, s.weight, s.lora_a, s.lora_b, self._hs[0]))
+            dy, x, weight, a, b, h = map(number, (s.dy, s.x, s.weight, s.lora_a, s.lora_b, self._unscaled(self._hs[0])))
             dh = self._scaling * (dy @ b)
             dx = dy[rows] @ weight + reference.drop(dh[rows] @ a, kept, self._p)
             return dx, dh.t() @ reference.drop(x, self._mask, self._p), self._scaling * (dy.t() @ h)

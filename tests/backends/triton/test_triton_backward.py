@@ -17,7 +17,7 @@ from lora_kernels.backends.triton.choose.candidates import candidates
 from lora_kernels.backends.triton.choose.plans import BackwardPlan
 from lora_kernels.backends.triton.offline.compile_jobs import backward_plans_of
 from numerics import check_all, same_bits
-from test_triton_plans import SEED, Fault, _less, _without, cell_of, keep_mask, seed_on
+from test_triton_plans import SEED, Fault, _less, _without, cell_of, keep_mask, operand_of, seed_on
 from test_triton_plans import by_plan as forward_by_plan
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -48,7 +48,9 @@ def by_plan(plan: BackwardPlan, case: Case, i: Inputs, h: Tensor | None = None) 
 
     x, weight, lora_a, lora_b = (t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b))
     state = seed_on(x.device) if case.p else None
-    h = hidden_of(case, i, mask_of(case, i)) if h is None else h
+    if h is None:
+        h, operand = hidden_of(case, i, mask_of(case, i)), operand_of(case, x.device)
+        h = h if operand is None else operand.pack(case.scaling * h)
     given = (i.dy, x, weight, lora_a, lora_b, i.bias, h, case.scaling, case.p, state)
     return dict(zip(("dx", "da", "db", "dbias"), operators.run_backward(plan, *given), strict=True))
 

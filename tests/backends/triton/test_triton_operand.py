@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import test_triton_backward
+import test_triton_plans
 from cases import Case, Inputs, make
-from lora_kernels import dispatch, lora_linear, ops, reference
+from lora_kernels import dispatch, lora_linear, ops
 from lora_kernels.backends.triton import operators
 from lora_kernels.backends.triton.choose import blocks
 from lora_kernels.backends.triton.choose.blocks import INTERPRETER
@@ -19,7 +21,7 @@ from lora_kernels.backends.triton.choose.hidden_operand import HiddenOperand, op
 from lora_kernels.backends.triton.choose.plans import Cell, Plan
 from lora_kernels.backends.triton.offline.compile_jobs import backward_plans_of, plans_of
 from numerics import check_all, same_bits
-from test_triton_plans import SEED, keep_mask
+from test_triton_plans import SEED
 
 HOPPER = replace(INTERPRETER, capability=90)
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -37,7 +39,7 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Any:
 CASES = [
     Case(m=37, k=72, n=48, r=1, dtype=BF16),
     Case(m=20, k=136, n=48, r=8, dtype=BF16, p=0.3),
-    Case(m=5, k=520, n=40, r=8, dtype=FP16, p=0.3, adapter_dtype=torch.float32),
+    Case(m=5, k=520, n=40, r=8, dtype=FP16, p=0.3),
     Case(m=33, k=264, n=56, r=16, dtype=FP16),
     Case(m=33, k=264, n=56, r=40, dtype=BF16, p=0.3, adapter_dtype=torch.float32),
     Case(m=9, k=520, n=40, r=40, dtype=FP16),
@@ -68,49 +70,37 @@ def tensors(i: Inputs) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_forward_plan_writes_it(case: Case) -> None:
-    """Zeros fill the ranks up, and the parts sum to s h; y is what it is without the operand."""
+    """Zeros fill the ranks up, and the parts sum to s h; y is as good as without the operand."""
     i, operand = make(case), operand_of(case)
     state = torch.tensor(SEED) if case.p else None
-    mask = keep_mask(state, case.m, case.k, case.p) if case.p else None
     plans = plans_for(case, "forward")
     assert len({plan.kind for plan in plans}) >= (2 if case.m > 32 else 3)
     for plan in plans:
-        y, h = operators.run_plan(plan, *tensors(i), case.scaling, case.p, state)
+        _, h = operators.run_plan(plan, *tensors(i), case.scaling, case.p, state)
         assert (h.dtype, h.shape) == (BF16, (case.m, operand.columns)), plan
         for part in h.split(operand.rank, 1):
             assert not part[:, case.r :].any(), plan
-        check(case, i, mask, {"y": y, "h": operand.unpack(h, case.r)})
-
-
-def check(case: Case, i: Inputs, mask: Tensor | None, found: dict[str, Tensor]) -> None:
-    def run(number: Any) -> tuple[Tensor, ...]:
-        x, weight, a, b, bias = map(number, tensors(i))
-        y, h = reference.forward(x, weight, a, b, bias, case.scaling, mask, case.p)
-        return y, case.scaling * h
-
-    wide = reference.adapter_dtype(case.dtype)
-    exact = dict(zip(("y", "h"), run(lambda t: t.to(case.dtype if t is i.x else t.dtype).double()), strict=True))
-    plain = dict(zip(("y", "h"), run(lambda t: t.to(wide)), strict=True))
-    check_all(found, {name: exact[name] for name in found}, {name: plain[name] for name in found}, case.dtype)
+        test_triton_plans.judge(plan, case, i)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("s", [0.5, 0.0])
-def test_every_backward_plan_reads_it(case: Case, s: float) -> None:
-    """The same gradients, but for db's last bits, as from an fp32 h that holds the same numbers."""
-    i, operand = make(case), operand_of(case)
-    state = torch.tensor(SEED) if case.p else None
-    h = torch.randn(case.m, case.r)
-    kept = operand.pack(s * h)
-    unpacked = operand.unpack(kept, case.r)
-    x, weight, a, b, bias = tensors(i)
-    exact = i.dy.double().t() @ unpacked.double()
+def test_every_backward_plan_reads_it(case: Case) -> None:
+    i = make(case)
     for plan in plans_for(case, "backward"):
-        _, da, db, dbias = operators.run_backward(plan, i.dy, x, weight, a, b, bias, kept, s, case.p, state)
-        wide = reference.adapter_dtype(case.dtype)
-        check_all({"db": db}, {"db": exact}, {"db": i.dy.to(wide).t() @ unpacked.to(wide)}, case.dtype)
-        assert s or not bool(db.any() or da.any()), plan
-        assert dbias is not None
+        test_triton_backward.judge(plan, case, i)
+
+
+def test_an_adapter_that_is_off_has_no_gradients() -> None:
+    case = CASES[1]
+    i, operand, state = make(case), operand_of(case), torch.tensor(SEED)
+    x, weight, a, b, bias = tensors(i)
+    for plan in plans_for(case, "backward"):
+        kept = operand.pack(torch.zeros(case.m, case.r))
+        dx, da, db, _ = operators.run_backward(plan, i.dy, x, weight, a, b, bias, kept, 0.0, case.p, state)
+        assert not bool(db.any() or da.any()), plan
+        assert dx.any()
+    _, h, _ = ops.operators("triton").forward(x, weight, a, b, bias, 0.0, case.p, state)
+    assert not h.any()
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[3]], ids=str)

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from cases import Case, Inputs, make, measures
 from lora_kernels import reference
+from lora_kernels.backends.triton.choose import blocks
 from lora_kernels.backends.triton.choose.blocks import INTERPRETER, machine_of
 from lora_kernels.backends.triton.choose.candidates import candidates
+from lora_kernels.backends.triton.choose.hidden_operand import HiddenOperand, operand_on
 from lora_kernels.backends.triton.choose.plans import Cell, FewTokens, Plan
 from lora_kernels.packed_mask import packed_keep_words, unpack
 from numerics import check_all, same_bits, three_ways
@@ -62,7 +64,13 @@ def by_plan(plan: Plan, case: Case, i: Inputs) -> dict[str, Tensor]:
     bias = None if i.bias is None else i.bias.detach()
     state = seed_on(x.device) if case.p else None
     y, h = operators.run_plan(plan, x, weight, lora_a, lora_b, bias, case.scaling, case.p, state)
-    return {"y": y, "h": h}
+    operand = operand_of(case, x.device)
+    return {"y": y, "h": h if operand is None else operand.unpack(h, case.r) / case.scaling}
+
+
+def operand_of(case: Case, device: torch.device) -> HiddenOperand | None:
+    """How forward leaves h there; None: fp32, without s."""
+    return operand_on(blocks.machine_of(device).capability, case.dtype, case.k, case.n, case.r)
 
 
 def judge(plan: Plan, case: Case, i: Inputs) -> None:
@@ -79,6 +87,8 @@ def judge(plan: Plan, case: Case, i: Inputs) -> None:
     if x.is_cuda and case.dtype.itemsize == 2:
         kept = x if mask is None else x * mask
         hidden[1]["h"] = torch.mm(kept, a.t(), out_dtype=torch.float32) / (1.0 - case.p)
+    if (operand := operand_of(case, x.device)) is not None:  # a plain h in these two parts
+        hidden[1]["h"] = operand.unpack(operand.pack(hidden[1]["h"]), case.r)
     result = by_plan(plan, case, i)
     check_all({"y": result["y"]}, exact, yardstick, case.dtype, expected=errors)
     check_all({"h": result["h"]}, *hidden[:2], torch.float32, expected=hidden[2])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..choose.blocks import FEW_TOKENS, Machine
 from ..choose.candidates import candidates
+from ..choose.hidden_operand import operand_on
 from ..choose.plans import BackwardPlan, BaseFirst, Cell, DxBaseFirst, FewTokens, ForwardPlan, Fused
 
 __all__ = ["ARCHITECTURES", "CASES", "QUICK", "Case", "Job", "backward_plans_of", "jobs_of", "plans_of", "recording"]
@@ -144,12 +145,14 @@ def jobs_of(case: Case, arch: int) -> Iterator[Job]:
     dtype = "tf32" if case.tf32 else str(case.dtype).removeprefix("torch.")
     cell, machine = Cell("forward", m, k, n, r, dtype, state is not None), ARCHITECTURES[arch]
     back = replace(cell, direction="backward")
+    operand = operand_on(arch, case.dtype, k, n, r)
+    kept = h if operand is None else meta(m, operand.columns, dtype=torch.bfloat16)
     calls: list[Job] = []
     with recording(operators, case, arch, calls):
         for plan in plans_of(machine, cell):
             operators.run_plan(plan, x, weight, lora_a, lora_b, bias, 2.5, p, state)
         for backward in backward_plans_of(machine, back):
-            operators.run_backward(backward, dy, x, weight, lora_a, lora_b, None, h, 2.5, p, state)
+            operators.run_backward(backward, dy, x, weight, lora_a, lora_b, None, kept, 2.5, p, state)
             operators.run_backward(backward, dy, x, weight, lora_a, lora_b, None, None, 2.5, p, state)
         if case.part_operators or r > 128:
             part_operators.row_norms(weight, lora_a, lora_b, 2.5)
