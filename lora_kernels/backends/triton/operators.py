@@ -135,6 +135,7 @@ def _first_forward(
         plans = ranking.plans_for(x.device, call.machine, call.cell("forward"), call.by_descriptor)
         runs = [_whole(plan, call) for plan in plans]
         arguments = (x, weight, lora_a, lora_b, bias, scaling, state)
+        result: tuple[Tensor, Tensor, Tensor]
         run, result = first_that_runs(runs, lambda run: run(current_stream(key[0]), *arguments))
         _runs.keep(key, run)
         return result

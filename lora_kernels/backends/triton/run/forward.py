@@ -116,8 +116,8 @@ class _Shrink:
 
     @staticmethod
     def of(config: ShrinkConfig, c: Call, pdl: bool = False) -> _Shrink:
-        strides, options = (c.stride_x, c.stride_a), (c.precision, c.dtype, pdl, c.padded_rank)
-        launch = shrink_launch(config, c.m, c.k, c.r, *strides, *options)
+        strides = c.stride_x, c.stride_a
+        launch = shrink_launch(config, c.m, c.k, c.r, *strides, c.precision, c.dtype, pdl, c.padded_rank)
         parts_shape, (shape, dtype) = (config.splits, c.m, c.r), _kept_hidden(c)
         own = (parts_shape, shape, dtype, c.device, c.keep_scale, config.splits, c.operand is not None)
         return _Shrink(launch, *own)
