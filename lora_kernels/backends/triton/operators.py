@@ -8,6 +8,7 @@ and alignments alone is made ready once for each of them and kept (``prepared``)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,11 +17,14 @@ from torch import Tensor
 from ...kept import no_words
 from . import part_operators
 from .choose import ranking
-from .choose.plans import BackwardPlan, ForwardPlan
+from .choose.plans import BackwardPlan, DxHopper, DxInside, ForwardPlan, Hopper, HopperInside
 from .kernels.packed import mask_kernel
 from .run.backward import BackwardRun, ready_backward
 from .run.call import Call, backward_key, forward_key
 from .run.forward import ready
+from .run.hopper_backward import ready_hopper_backward
+from .run.hopper_call import is_hopper, plan_fault
+from .run.hopper_forward import ready_hopper
 from .run.prepared import Cache, Launch, current_stream, first_that_runs, on_device
 from .run.steps import Step, cdiv, draw_step, seeded
 
@@ -65,8 +69,15 @@ def forward(
         return given
 
 
-def _whole(plan: ForwardPlan, c: Call) -> Step:
+def _taken(plans: Sequence[Any], call: Call) -> list[Any]:
+    """Without the Gluon plans that do not take the call: TMA reads no matrix of any strides and address."""
+    return [plan for plan in plans if not is_hopper(plan) or plan_fault(plan, call) is None]
+
+
+def _whole(plan: ForwardPlan | Hopper | HopperInside, c: Call) -> Step:
     """``whole(stream, x, weight, lora_a, lora_b, bias, scaling, state)`` -> y, h, words."""
+    if isinstance(plan, (Hopper, HopperInside)):
+        return _whole_hopper(plan, c)
     run = ready(plan, c)
     if not c.dropout:
         return lambda stream, *arguments: (*run(stream, *arguments), no_words(arguments[0].device))
@@ -79,8 +90,21 @@ def _whole(plan: ForwardPlan, c: Call) -> Step:
     return whole
 
 
+def _whole_hopper(plan: Hopper | HopperInside, c: Call) -> Step:
+    """The same by a Gluon plan, which draws the mask itself where it reads one."""
+    run, draw = ready_hopper(plan, c), draw_step(c.m, c.k, c.p) if c.dropout else None
+
+    def whole(stream: int | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        y, h, words = run(stream, *arguments)
+        if words is None:
+            words = no_words(y.device) if draw is None else draw(stream, arguments[-1])
+        return y, h, words
+
+    return whole
+
+
 def run_plan(
-    plan: ForwardPlan,
+    plan: ForwardPlan | Hopper | HopperInside,
     x: Tensor,
     weight: Tensor,
     lora_a: Tensor,
@@ -93,7 +117,8 @@ def run_plan(
     """``forward`` by ``plan``. Where x or weight is no operand for TMA, the variant that loads by pointers runs.
 
     Raises:
-        InvalidArgumentError: the plan does not cover so many tokens or so large a rank.
+        InvalidArgumentError: the plan does not cover so many tokens or so large a rank, or is Gluon's and does not take
+            the call.
     """
     if x.shape[0] == 0 or weight.shape[0] == 0:
         y, h, _ = forward(x, weight, lora_a, lora_b, bias, scaling, p, state)
@@ -133,7 +158,7 @@ def _first_forward(
             return x.new_empty((m, n)), h, words
         call = Call.forward(x, weight, lora_a, lora_b, bias, p, state)
         plans = ranking.plans_for(x.device, call.machine, call.cell("forward"), call.by_descriptor)
-        runs = [_whole(plan, call) for plan in plans]
+        runs = [_whole(plan, call) for plan in _taken(plans, call)]
         arguments = (x, weight, lora_a, lora_b, bias, scaling, state)
         result: tuple[Tensor, Tensor, Tensor]
         run, result = first_that_runs(runs, lambda run: run(current_stream(key[0]), *arguments))
@@ -164,9 +189,10 @@ def backward(
         stream, found = current_stream(key[0]), _backward_runs.get(key)
         if found is None:
             call = Call.backward(dy, x, weight, lora_a, lora_b, bias, h, p, state)
-            plans = ranking.plans_for(dy.device, call.machine, call.cell("backward"), call.by_descriptor)
+            descriptors = call.by_tma if weight is None else call.by_descriptor
+            plans = ranking.plans_for(dy.device, call.machine, call.cell("backward"), descriptors)
             due = (weight is not None, x is not None, h is not None)
-            runs = [_whole_backward(plan, call, due, state) for plan in plans]
+            runs = [_whole_backward(plan, call, due, state) for plan in _taken(plans, call)]
             run, results = first_that_runs(runs, lambda run: run(stream, *arguments))
             _backward_runs.keep(key, run)
         else:
@@ -178,13 +204,16 @@ def backward(
     return dx, da, db, dbias
 
 
-def _whole_backward(plan: BackwardPlan, c: Call, due: tuple[bool, bool, bool], state: Tensor | None) -> BackwardRun:
+def _whole_backward(
+    plan: BackwardPlan | DxHopper | DxInside, c: Call, due: tuple[bool, bool, bool], state: Tensor | None
+) -> BackwardRun:
     """The run of ``plan`` with the state in the place of the words; ``due``: dx, da, db."""
-    return seeded(ready_backward(plan, c, *due), state if due[0] or due[1] else None, c.m, c.k, c.p)
+    make = ready_hopper_backward if isinstance(plan, (DxHopper, DxInside)) else ready_backward
+    return seeded(make(plan, c, *due), state if due[0] or due[1] else None, c.m, c.k, c.p)
 
 
 def run_backward(
-    plan: BackwardPlan,
+    plan: BackwardPlan | DxHopper | DxInside,
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,

@@ -29,6 +29,7 @@ from .choose.ways import dh_db_for, outer_for, shrink_for
 from .kernels.gain import gain_grad_kernel, row_norms_kernel
 from .run.call import Call
 from .run.forward import Product, ready_product
+from .run.hopper_call import is_hopper
 from .run.prepared import Cache, Launch, alignment, current_stream, first_that_runs, matrix, on_device, precision_of
 from .run.steps import (
     Step,
@@ -116,12 +117,13 @@ def product(
 def product_plans(device: torch.device, call: Call) -> list[Any]:
     """The plan for the whole forward pass, and then the others, where h is there and in one part.
 
-    The one pass for few tokens forms h itself, so it is left out. A gain's epilogue, which may store l as well, leaves
+    The one pass for few tokens forms h itself, so it is left out, and so are the Gluon plans, whose h is an operand. A
+    gain's epilogue, which may store l as well, leaves
     the widest tiles and the flattened loop no registers: the next ones are taken.
     """
     found: dict[Any, None] = {}
     for plan in plans_for(device, call.machine, call.cell("forward"), call.by_descriptor):
-        if isinstance(plan, FewTokens):
+        if isinstance(plan, FewTokens) or is_hopper(plan):
             continue
         if call.gain and isinstance(plan, Fused) and (plan.variant == "flattened" or _is_wide(plan)):
             continue
@@ -226,7 +228,8 @@ def _joined(
 
 def _input_grad_steps(c: Call, ranks: Sequence[int], members: int) -> list[Step]:
     if members == 1 and c.n:
-        return [dx_step(plan, c) for plan in plans_for(c.device, c.machine, c.cell("backward"))]
+        plans = plans_for(c.device, c.machine, c.cell("backward"))
+        return [dx_step(plan, c) for plan in plans if not is_hopper(plan)]
     starts = [0]
     for rank in ranks if c.dropout else (c.r,):  # without masks all terms are one product
         starts.append(starts[-1] + rank)
