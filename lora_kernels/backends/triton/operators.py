@@ -208,8 +208,11 @@ def _whole_backward(
     plan: BackwardPlan | DxHopper | DxInside, c: Call, due: tuple[bool, bool, bool], state: Tensor | None
 ) -> BackwardRun:
     """The run of ``plan`` with the state in the place of the words; ``due``: dx, da, db."""
-    make = ready_hopper_backward if isinstance(plan, (DxHopper, DxInside)) else ready_backward
-    return seeded(make(plan, c, *due), state if due[0] or due[1] else None, c.m, c.k, c.p)
+    if isinstance(plan, (DxHopper, DxInside)):
+        run = ready_hopper_backward(plan, c, *due)
+    else:
+        run = ready_backward(plan, c, *due)
+    return seeded(run, state if due[0] or due[1] else None, c.m, c.k, c.p)
 
 
 def run_backward(

@@ -118,8 +118,8 @@ def product_plans(device: torch.device, call: Call) -> list[Any]:
     """The plan for the whole forward pass, and then the others, where h is there and in one part.
 
     The one pass for few tokens forms h itself, so it is left out, and so are the Gluon plans, whose h is an operand. A
-    gain's epilogue, which may store l as well, leaves
-    the widest tiles and the flattened loop no registers: the next ones are taken.
+    gain's epilogue, which may store l as well, leaves the widest tiles and the flattened loop no registers: the next
+    ones are taken.
     """
     found: dict[Any, None] = {}
     for plan in plans_for(device, call.machine, call.cell("forward"), call.by_descriptor):

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import Case, Inputs, keep_mask, make, measures, run
+from cases import Case, keep_mask, make, measures, run
+from cases import Inputs as CaseInputs
 from emulated_hopper import EMULATED, run_launch
 from lora_kernels import FusedLoRALinear, lora_linear, use_backend
 from lora_kernels.backends.triton.choose import blocks as all_blocks
@@ -25,6 +26,7 @@ from lora_kernels.backends.triton.choose.candidates import candidates
 from lora_kernels.backends.triton.choose.hidden_operand import hidden_operand
 from lora_kernels.backends.triton.choose.plans import Cell, DxHopper, DxInside, Hopper, HopperInside
 from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.tuning.passes import Inputs, pass_of
 from numerics import check_all, same_bits, three_ways
 
 if sys.platform != "linux":
@@ -54,6 +56,7 @@ CASES = [
     replace(LAYER, p=1e-6),
     replace(LAYER, p=0.99),
 ]
+GLUON = {name.removeprefix("hopper_").removesuffix("_kernel") for name in EMULATED}
 FORWARD = ("hopper", "hopper_small", "hopper_plain", "hopper_inside")
 BACKWARD = ("dx_hopper", "dx_inside")
 
@@ -147,7 +150,7 @@ def plan_by(monkeypatch: pytest.MonkeyPatch, *plans: Any) -> None:
     operators.forget()
 
 
-def judge(found: dict[str, Any], case: Case, i: Inputs) -> None:
+def judge(found: dict[str, Any], case: Case, i: CaseInputs) -> None:
     """By the policy, what is there; and something is."""
     exact, yardstick, errors = measures(case, i, keep_mask(case, i, "triton"))
     there = {name: value for name, value in found.items() if value is not None}
@@ -166,7 +169,7 @@ def test_against_float64(case: Case, launches: Launches, monkeypatch: pytest.Mon
         plan_by(monkeypatch, plans[0], plans[1] or backward_plan(BACKWARD[0], case))
         launches.names.clear()
         judge(run(case, i, "triton"), case, i)
-        assert set(launches.names) <= {*(name.removeprefix("hopper_").removesuffix("_kernel") for name in EMULATED), "draw", "mask"}  # fmt: skip
+        assert set(launches.names) <= GLUON | {"draw", "mask"}
 
 
 DUE = [due for due in itertools.product((True, False), repeat=4) if any(due)]
@@ -203,7 +206,7 @@ ORDERS: list[tuple[Case, str, bool, list[str]]] = [
 ]
 
 
-def given(case: Case, i: Inputs, need_x: bool = True, need_a: bool = True, need_b: bool = True) -> tuple[Any, ...]:
+def given(case: Case, i: CaseInputs, need_x: bool = True, need_a: bool = True, need_b: bool = True) -> tuple[Any, ...]:
     """``run_backward``'s arguments after the plan, with h as the Gluon forward leaves it."""
     x, weight, a, b = (t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b))
     state = torch.tensor([5, 6]) if case.p else None
@@ -302,7 +305,7 @@ REFUSED: list[tuple[Case, Any, str]] = [
     (replace(LAYER, n=256), forward_plan("hopper_inside", LAYER), "out_features 256 is too small"),
     (replace(LAYER, k=256), backward_plan("dx_inside", LAYER), "in_features 256 or"),
     (LAYER, forward_plan("hopper_plain", replace(LAYER, k=512)), "in_features 264 is no multiple of 128"),
-    (replace(PACKED, n=64), replace(backward_plan("dx_hopper", PACKED), dx=blocks.dx_configs(True)[0]), "masked product"),  # type: ignore[type-var]
+    (replace(PACKED, n=64), backward_plan("dx_hopper", PACKED), "out_features 64 is too small for its masked product"),
     (LAYER, Hopper(blocks.shrink_configs(16)[0], blocks.dx_configs(True)[0]), "takes no mask"),
     (replace(LAYER, k=268), forward_plan("hopper", LAYER), "not both multiples of 8"),
     (replace(LAYER, dtype=FP32), forward_plan("hopper", LAYER), "for torch.bfloat16 and torch.float16"),
@@ -313,13 +316,15 @@ REFUSED: list[tuple[Case, Any, str]] = [
 @pytest.mark.parametrize(("case", "plan", "sentence"), REFUSED)
 def test_what_a_plan_does_not_take_is_told(case: Case, plan: Any, sentence: str) -> None:
     i, state = make(case), torch.tensor([5, 6]) if case.p else None
-    x, weight, a, b = (t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b))
+    tensors = [t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b)]
     with pytest.raises(InvalidArgumentError, match=sentence):
-        if isinstance(plan, (DxHopper, DxInside)):
-            h = torch.zeros(case.m, 32, dtype=BF16)
-            operators.run_backward(plan, i.dy, x, weight, a, b, None, h, case.scaling, case.p, state)
-        else:
-            operators.run_plan(plan, x, weight, a, b, None, case.scaling, case.p, state)
+        by_plan(plan, case, i.dy, tensors, state)
+
+
+def by_plan(plan: Any, case: Case, dy: Tensor, tensors: list[Tensor], state: Tensor | None) -> Any:
+    if isinstance(plan, (Hopper, HopperInside)):
+        return operators.run_plan(plan, *tensors, None, case.scaling, case.p, state)
+    return operators.run_backward(plan, dy, *tensors, None, None, case.scaling, case.p, state)
 
 
 def off_by_a_number(t: Tensor) -> Tensor:
@@ -411,10 +416,11 @@ def test_what_is_no_refusal_is_raised(error: Exception, launches: Launches, monk
 # ---- the layer
 
 
-def layer_of(case: Case, i: Inputs) -> FusedLoRALinear:
+def layer_of(case: Case, i: CaseInputs) -> FusedLoRALinear:
     layer = FusedLoRALinear(
-        case.k, case.n, r=case.r, lora_alpha=case.scaling * case.r, lora_dropout=case.p, dtype=case.dtype
-    )
+        case.k, case.n, r=case.r, lora_alpha=case.scaling * case.r, lora_dropout=case.p, dtype=case.dtype,
+        device=i.x.device,
+    )  # fmt: skip
     with torch.no_grad():
         for name, value in (("weight", i.weight), ("bias", i.bias), ("lora_A", i.lora_a), ("lora_B", i.lora_b)):
             layer.get_parameter(name).copy_(value)  # type: ignore[arg-type]
@@ -467,3 +473,18 @@ def test_double_backward(monkeypatch: pytest.MonkeyPatch) -> None:
         BF16, lambda number: {"by_dy": (LAYER.scaling * (number(x) @ number(a).t())) @ number(ones)}
     )
     check_all({"by_dy": by_dy[:, :1]}, exact, yardstick, BF16, expected=errors)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_tuner_judges_them(direction: str, p: float) -> None:
+    """h by what the operand stands for, whichever plan wrote it; and a wrong factor is seen."""
+    case = replace(LAYER, m=128, p=p)
+    i = make(replace(case, p=0.0))
+    inputs = Inputs(i.x.detach(), i.weight, i.lora_a.detach(), i.lora_b.detach(), i.dy)
+    cell = Cell(direction, case.m, case.k, case.n, case.r, "bfloat16", p > 0)
+    plan = backward_plan("dx_hopper", case) if direction == "backward" else forward_plan("hopper", case)
+    judged = pass_of(cell, [inputs], case.scaling)
+    results = judged.run(plan, 0)  # type: ignore[arg-type]
+    assert judged.wrong(results) is None
+    assert judged.wrong((results[0], 1.1 * results[1], *results[2:])) is not None
