@@ -26,6 +26,7 @@ from lora_kernels.backends.triton.choose.candidates import candidates
 from lora_kernels.backends.triton.choose.hidden_operand import hidden_operand
 from lora_kernels.backends.triton.choose.plans import Cell, DxHopper, DxInside, Hopper, HopperInside
 from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.tuning import passes
 from lora_kernels.tuning.passes import Inputs, pass_of
 from numerics import check_all, same_bits, three_ways
 
@@ -477,8 +478,9 @@ def test_double_backward(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_the_tuner_judges_them(direction: str, p: float) -> None:
+def test_the_tuner_judges_them(direction: str, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """h by what the operand stands for, whichever plan wrote it; and a wrong factor is seen."""
+    monkeypatch.setattr(passes, "machine_of", lambda device: MACHINE)
     case = replace(LAYER, m=128, p=p)
     i = make(replace(case, p=0.0))
     inputs = Inputs(i.x.detach(), i.weight, i.lora_a.detach(), i.lora_b.detach(), i.dy)
