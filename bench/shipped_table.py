@@ -24,28 +24,35 @@ from lora_kernels.backends.triton.choose import tuned  # noqa: E402  (after the 
 from lora_kernels.backends.triton.choose.plans import Cell, Plan, plan_from_json  # noqa: E402
 from lora_kernels.backends.triton.choose.table import DeviceName, Row, Table, slug  # noqa: E402
 from lora_kernels.benchmark.timing import Timing  # noqa: E402
+from lora_kernels.errors import InvalidArgumentError  # noqa: E402
 from lora_kernels.tuning.search import beats  # noqa: E402
 
 MEASURED = ROOT / "bench" / "results" / "nvidia-h100" / "tune.json"
 # At commit ed63ecf the tuner's digest was of the whole backend's sources; that of its kernels was dd932ed0fde2, by git.
 # Since then kernels/ changed once, in 1eff6ec, and over fp16 alone: for bf16, fp32 and tf32 all 455 calls of
-# compile_jobs.py lower to the same TTIR under Triton 3.6.0. Every row is bf16's, so it counts for today's kernels too.
-# Since the digest leaves out ``kernels/__init__.py``, which has no code, the same kernels have the one below.
-_KERNELS_OF = {"3722368b1059": "923b1d928ceb"}
+# compile_jobs.py lower to the same TTIR under Triton 3.6.0. Every row is bf16's, so it counts for those kernels too:
+# their digests, by ``choose.kernel_files``, are these. A kind whose files have changed since is passed over.
+_KERNELS_OF = {
+    "few_tokens": "d0ca35726eaf",
+    "fused": "50bab0b62ed5",
+    "lora_first": "e1dfa9de38ea",
+    "base_first": "e1dfa9de38ea",
+    "dx_fused": "4281472518e5",
+    "dx_lora_first": "4281472518e5",
+}
 
 
 def table_of(document: dict[str, Any]) -> Table:
     """The table that ships, of what ``tune --json`` wrote."""
     named = document["device"]
     device = DeviceName(named["name"], named["capability"], named["sms"])
-    kernels = document["versions"]["kernels"]
-    versions = {**document["versions"], "kernels": _KERNELS_OF.get(kernels, kernels)}
+    versions = document["versions"]
     rows = [_row(cell, versions) for cell in document["cells"] if cell["row"] is not None]
     return Table(device, ()).merged(rows)
 
 
 def _row(measured: dict[str, Any], versions: dict[str, str]) -> Row:
-    every = {plan_from_json(entry["plan"]): entry for entry in measured["measured"]}
+    every = {plan: entry for entry in measured["measured"] if (plan := _plan(entry["plan"])) is not None}
     entries = {plan: entry for plan, entry in every.items() if not getattr(plan, "beside", False)}
     chosen = _chosen({plan: _timing(entry) for plan, entry in entries.items()})
     kinds = {plan.kind: min(e["ratio"] for p, e in entries.items() if p.kind == plan.kind) for plan in entries}
@@ -57,9 +64,17 @@ def _row(measured: dict[str, Any], versions: dict[str, str]) -> Row:
         ratio=entries[chosen]["ratio"],
         kinds=kinds,
         predicted_us=entries[chosen]["predicted_us"],
-        versions=versions,
+        versions={**versions, "kernels": _KERNELS_OF.get(chosen.kind, versions["kernels"])},
         date=measured["row"]["date"],
     )
+
+
+def _plan(document: dict[str, Any]) -> Plan | None:
+    """None for a plan that is no more: it won nowhere."""
+    try:
+        return plan_from_json(document)
+    except InvalidArgumentError:
+        return None
 
 
 def _chosen(timings: dict[Plan, Timing]) -> Plan:

@@ -14,7 +14,7 @@ from lora_kernels import __version__
 from lora_kernels.backends.triton.choose.blocks import Machine
 from lora_kernels.backends.triton.choose.candidates import candidates
 from lora_kernels.backends.triton.choose.plans import Cell, Plan
-from lora_kernels.backends.triton.choose.table import DeviceName, Row, merge_into
+from lora_kernels.backends.triton.choose.table import DeviceName, Row, merge_into, versions_of
 from lora_kernels.benchmark.timing import Timing
 from lora_kernels.tuning import session
 from lora_kernels.tuning.search import Refusal
@@ -22,7 +22,7 @@ from lora_kernels.tuning.session import Options, Outcome
 
 H200 = Machine(capability=90, sm_count=132, shared_memory=232448, clock=1.98e9, bandwidth=4.8e12)
 DEVICE = DeviceName("NVIDIA H200", 90, 132)
-VERSIONS = {"torch": "2.11.0+cu130", "triton": "3.6.0", "lora_kernels": __version__, "kernels": "0123456789ab"}
+VERSIONS = {"torch": "2.11.0+cu130", "triton": "3.6.0", "lora_kernels": __version__}
 CELL = Cell("forward", 8192, 4096, 4096, 16, "bfloat16", False)
 FEW = replace(CELL, tokens=16)
 CELLS = [replace(CELL, r=r) for r in (8, 16, 64, 128)]
@@ -43,7 +43,7 @@ def row(cell: Cell = CELL, kind: str = "fused", triton: str = "3.6.0", place: in
         ratio=1.0296,
         kinds={kind: 1.0296, "base_first": 1.11},
         predicted_us=400.0,
-        versions=VERSIONS | {"triton": triton},
+        versions=versions_of(plan(kind, cell, place), VERSIONS | {"triton": triton}),
         date="2026-11-24T00:00:00Z",
     )
     return replace(made, **changes)

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from .. import traffic
-from ..backends.triton.choose import candidates
+from ..backends.triton.choose import candidates, hardware
 from ..backends.triton.choose.blocks import Machine as Gpu
 from ..backends.triton.choose.blocks import gemm_configs, machine_of, persistent_configs, shrink_config
-from ..backends.triton.choose.cost import ASSUMED, BackwardModel, Model
-from ..backends.triton.choose.plans import Cell, DxFused, Fused
+from ..backends.triton.choose.cost import BackwardModel, Model
+from ..backends.triton.choose.hopper_cost import HopperModel
+from ..backends.triton.choose.plans import GLUON_PLANS, Cell, DxFused, Fused
 from .workloads import Workload
 
 __all__ = ["MACHINES", "Cost", "Kernel", "Machine", "cost", "gpu_machine", "kernels", "measure_machine"]
@@ -85,7 +86,7 @@ def gpu_machine(name: str, gpu: Gpu) -> Machine:
     """``gpu`` under the assumptions of the Triton backend's model."""
     dtypes = ("bfloat16", "float16", "float32")
     rates = {d: Model(gpu, Cell("forward", 1, 1, 1, 1, d, False)).rate for d in dtypes}
-    return Machine(name, ASSUMED.memory * gpu.bandwidth, rates, ASSUMED.launch, gpu)
+    return Machine(name, hardware.ASSUMED.memory * gpu.bandwidth, rates, hardware.ASSUMED.launch, gpu)
 
 
 def _hopper(bandwidth: float) -> Gpu:
@@ -131,6 +132,8 @@ def _our_backward(machine: Machine, workload: Workload) -> tuple[int, float]:
     cell = replace(_cell(workload, dropout=workload.p > 0), direction="backward")
     plan = candidates.candidates(machine.gpu, cell)[0]
     if workload.direction == "dx":
+        if isinstance(plan, GLUON_PLANS):
+            return HopperModel(machine.gpu, cell).dx_alone(plan)
         model = BackwardModel(machine.gpu, cell)
         seconds = model.of_dy.summed(plan.hidden.shrink) + model.dx(plan)
         return plan.hidden.dh_launches + plan.dx_launches, seconds

@@ -131,7 +131,7 @@ def shortlist(machine: Machine, cell: Cell, limit: int = CANDIDATES) -> list[Pla
 
 def _tile(plan: Plan) -> tuple[object, ...]:
     """What makes the large product of ``plan``, apart from how h is computed and when it starts."""
-    return plan.kind, getattr(plan, "variant", None), getattr(plan, "gemm", None), getattr(plan, "config", None)
+    return plan.kind, *(getattr(plan, name, None) for name in ("variant", "gemm", "config", "product", "dx"))
 
 
 def search(machine: Machine, cell: Cell, trial: Trial, limit: int = CANDIDATES) -> Found:

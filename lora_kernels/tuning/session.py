@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ..backends.triton.choose.blocks import Machine
 from ..backends.triton.choose.plans import Cell
-from ..backends.triton.choose.table import DeviceName, Row, TableError, merge_into, read
+from ..backends.triton.choose.table import DeviceName, Row, TableError, merge_into, read, versions_of
 from ..console import Progress
 from .search import CANDIDATES, Found, NothingToStoreError, Trial, search
 
@@ -106,9 +106,9 @@ def run(
 
 
 def stored_rows(path: Path, versions: dict[str, str]) -> dict[Cell, Row]:
-    """The rows in ``path`` that were measured with just these versions."""
+    """The rows in ``path`` that were measured with just these versions, and their plan's kernels as they are."""
     try:
-        return {row.cell: row for row in read(path).rows if row.versions == versions}
+        return {row.cell: row for row in read(path).rows if row.versions == versions_of(row.plan, versions)}
     except TableError:
         return {}
 
@@ -133,6 +133,6 @@ def _row(found: Found, versions: dict[str, str]) -> Row:
         ratio=timing.ratio,
         kinds=found.kinds,
         predicted_us=found.predicted[found.plan] * _MICRO,
-        versions=versions,
+        versions=versions_of(found.plan, versions),
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     )

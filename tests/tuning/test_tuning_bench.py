@@ -18,7 +18,7 @@ from lora_kernels.backends.triton import operators
 from lora_kernels.backends.triton.choose.blocks import INTERPRETER
 from lora_kernels.backends.triton.choose.candidates import candidates
 from lora_kernels.backends.triton.choose.plans import Cell, Plan
-from lora_kernels.backends.triton.choose.table import digest_of_kernels, read
+from lora_kernels.backends.triton.choose.table import read, running_versions
 from lora_kernels.benchmark.timing import Candidate, Timing
 from lora_kernels.tuning import bench as device_bench
 from lora_kernels.tuning.bench import DeviceBench, DeviceLostError, DeviceTrial
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_rows_name_the_kernels_that_they_were_measured_with() -> None:
-    assert DeviceBench(CPU).versions["kernels"] == digest_of_kernels()
+    assert DeviceBench(CPU).versions == running_versions()
 
 
 def clock(runs: Sequence[Candidate], floor: str, budget: float, rounds: int, *rest: Any) -> dict[str, Timing]:

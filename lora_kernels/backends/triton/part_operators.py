@@ -23,7 +23,7 @@ from torch import Tensor
 from ...reference import adapter_dtype
 from .choose import blocks
 from .choose.blocks import expand_config, gain_grad_config, row_norms_config
-from .choose.plans import FewTokens, Fused
+from .choose.plans import BaseFirst, Fused, LoraFirst
 from .choose.ranking import plans_for
 from .choose.ways import dh_db_for, outer_for, shrink_for
 from .kernels.gain import gain_grad_kernel, row_norms_kernel
@@ -117,15 +117,14 @@ def product(
 def product_plans(device: torch.device, call: Call) -> list[Any]:
     """The plan for the whole forward pass, and then the others, where h is there and in one part.
 
-    The one pass for few tokens forms h itself, so it is left out, and so are the Gluon plans, whose h is an operand. A
-    gain's epilogue, which may store l as well, leaves the widest tiles and the flattened loop no registers: the next
-    ones are taken.
+    What forms h itself, or by Gluon, is left out. A gain's epilogue, which may store l as well, leaves the widest tiles
+    no registers: the next ones are taken.
     """
     found: dict[Any, None] = {}
     for plan in plans_for(device, call.machine, call.cell("forward"), call.by_descriptor):
-        if isinstance(plan, FewTokens) or is_hopper(plan):
+        if not isinstance(plan, (Fused, LoraFirst, BaseFirst)):
             continue
-        if call.gain and isinstance(plan, Fused) and (plan.variant == "flattened" or _is_wide(plan)):
+        if call.gain and isinstance(plan, Fused) and _is_wide(plan):
             continue
         whole = replace(plan, shrink=replace(plan.shrink, splits=1))
         if call.gain and not isinstance(plan, Fused) and call.dtype.itemsize == 4:

@@ -11,14 +11,17 @@ import torch
 
 from bench import shipped_table
 from lora_kernels.backends.triton.choose import candidates, tuned
-from lora_kernels.backends.triton.choose.plans import Cell, plan_from_json
+from lora_kernels.backends.triton.choose.plans import Cell
 from lora_kernels.backends.triton.choose.table import DeviceName
 from lora_kernels.benchmark.roofline import MACHINES
 
 H100 = DeviceName("NVIDIA H100 80GB HBM3", 90, 132)
 DOCUMENT: dict[str, Any] = json.loads(shipped_table.MEASURED.read_text(encoding="utf-8"))
 MEASURED = [
-    (Cell(**cell["cell"]), {plan_from_json(entry["plan"]): entry["ratio"] for entry in cell["measured"]})
+    (
+        Cell(**cell["cell"]),
+        {p: entry["ratio"] for entry in cell["measured"] if (p := shipped_table._plan(entry["plan"])) is not None},
+    )
     for cell in DOCUMENT["cells"]
 ]
 
@@ -35,7 +38,9 @@ def shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[Cell, Any]:
     """What an H100 would take of it, with the kernels and Triton that it was measured with."""
     table = shipped_table.table_of(DOCUMENT)
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
-    monkeypatch.setattr(tuned, "running_versions", lambda: table.rows[0].versions)
+    monkeypatch.setattr(tuned, "running_versions", lambda: {**table.rows[0].versions})
+    kernels = {row.plan.kind: row.versions["kernels"] for row in table.rows}
+    monkeypatch.setattr(tuned, "versions_of", lambda plan, running: {**running, "kernels": kernels[plan.kind]})
     loaded = tuned.load(H100)
     assert [(source.origin, source.used) for source in loaded.sources] == [("shipped", len(DOCUMENT["cells"]))]
     return {cell: loaded.plan(cell) for cell, _ in MEASURED}

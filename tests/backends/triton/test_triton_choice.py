@@ -12,6 +12,7 @@ import torch
 from lora_kernels.backends.triton.choose import candidates, ranking, tuned, ways
 from lora_kernels.backends.triton.choose.blocks import INTERPRETER, ExpandConfig, Machine, ShrinkConfig
 from lora_kernels.backends.triton.choose.plans import (
+    GLUON_PLANS,
     BaseFirst,
     Cell,
     FewTokens,
@@ -43,7 +44,7 @@ def test_candidates(machine: Machine) -> None:
         found = candidates.candidates(machine, cell)
         assert {LoraFirst, BaseFirst, Fused} <= {type(plan) for plan in found}
         assert len(set(found)) == len(found)
-        seconds = [candidates.predicted_seconds(machine, cell, plan) for plan in found]
+        seconds = [candidates.order(machine, cell, plan) for plan in found]
         assert machine.interpreter or seconds == sorted(seconds)
         for plan in found:
             assert candidates.fits(machine, cell, plan)
@@ -52,14 +53,14 @@ def test_candidates(machine: Machine) -> None:
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: f"sm{machine.capability}")
 def test_backward_candidates(machine: Machine) -> None:
-    """The same of backward; ``beside`` is nowhere the first: nobody has measured it."""
+    """The same of backward; a second stream comes first only by Gluon, where it was measured to help."""
     for cell in (replace(cell, direction="backward") for cell in CELLS):
         found = candidates.candidates(machine, cell)
-        assert {plan.kind for plan in found} == {"dx_fused", "dx_lora_first", "dx_base_first"}
+        assert {plan.kind for plan in found} - {"dx_hopper", "dx_inside"} == {"dx_fused", "dx_lora_first"}
         assert len(set(found)) == len(found)
-        assert not found[0].beside
+        assert not found[0].beside or (isinstance(found[0], GLUON_PLANS) and cell.tokens >= 2048)
         assert any(plan.beside for plan in found) != machine.interpreter
-        seconds = [candidates.predicted_seconds(machine, cell, plan) for plan in found]
+        seconds = [candidates.order(machine, cell, plan) for plan in found]
         assert machine.interpreter or seconds == sorted(seconds)
         for plan in found:
             assert candidates.fits(machine, cell, plan)
@@ -102,9 +103,9 @@ def test_dy_is_read_once_unless_partial_sums_outweigh_it() -> None:
     ("machine", "changes", "kind"),
     [
         (H200, {"tokens": 1}, "few_tokens"),
-        (A100, {"tokens": 16}, "few_tokens"),
+        (A100, {"tokens": 16}, "base_first"),
         (H200, {"tokens": 1, "r": 300}, "lora_first"),
-        (H200, {}, "lora_first"),
+        (H200, {}, "hopper_inside"),
         (A100, {}, "lora_first"),
         (H200, {"dtype": "float32"}, "lora_first"),
         (H200, {"tokens": 64}, "lora_first"),
@@ -118,12 +119,12 @@ def test_what_an_untuned_machine_takes(machine: Machine, changes: dict[str, Any]
 
 
 def test_a_narrow_strip_is_split() -> None:
-    """N / BLOCK_N programs do not fill the machine: K is split, more at a smaller N."""
+    """N / BLOCK_N programs hide no latency: K is split, more at a smaller N."""
     few = [candidates.candidates(H200, replace(SQUARE, tokens=1, n=n))[0] for n in (256, 1024, 14336)]
     assert all(isinstance(plan, FewTokens) for plan in few)
     programs = [-(-n // plan.config.block_n) * plan.splits for n, plan in zip((256, 1024, 14336), few, strict=True)]
     assert few[0].splits > 1
-    assert few[2].splits == 1
+    assert few[2].splits < few[1].splits  # without any split it lost wherever it was measured
     assert min(programs) > H200.sm_count // 4
 
 
@@ -136,10 +137,11 @@ def test_few_rows_of_h_are_split() -> None:
 
 def test_a_faster_product_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice follows the assumptions: with a product as quick as the library's, the fused plan wins."""
-    from lora_kernels.backends.triton.choose import cost
+    from lora_kernels.backends.triton.choose import hardware
 
-    monkeypatch.setattr(cost, "ASSUMED", replace(cost.ASSUMED, persistent=1.0, low_rank_step=0.2e-6))
-    assert isinstance(candidates.candidates.__wrapped__(H200, SQUARE)[0], Fused)
+    tiles = tuple(replace(tile, pointer=1.0) for tile in hardware.ASSUMED.tiles)
+    monkeypatch.setattr(hardware, "ASSUMED", replace(hardware.ASSUMED, tiles=tiles, low_rank_step=0.2e-6))
+    assert isinstance(candidates.candidates.__wrapped__(A100, SQUARE)[0], Fused)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_a_faster_product_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (replace(candidates.candidates(H200, SQUARE)[-1]), None),
         (
-            next(p for p in candidates.candidates(H200, SQUARE) if isinstance(p, Fused) and p.variant == "flattened"),
+            next(p for p in candidates.candidates(H200, SQUARE) if isinstance(p, Fused) and p.variant == "persistent"),
             A100,
         ),
         (next(p for p in candidates.candidates(H200, replace(SQUARE, tokens=1))), replace(SQUARE, tokens=32)),

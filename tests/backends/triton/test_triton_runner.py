@@ -40,7 +40,7 @@ def test_what_is_kept_is_what_would_be_made_anew() -> None:
 
 def test_ready_made_launches_are_triton_s(results: list[dict[str, Any]]) -> None:
     """Grid, stream, function, and each argument in its place."""
-    kinds = {"few_tokens", "fused", "lora_first", "dx_fused", "dx_lora_first", "dx_base_first"}
+    kinds = {"few_tokens", "fused", "lora_first", "dx_fused", "dx_lora_first"}
     assert {result["plan"].split()[0] for result in results} == kinds | {
         "product", "input_grad", "gain_grad", "row_norms"
     }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import multiprocessing
+import shutil
 import threading
 import warnings
 from collections.abc import Callable
@@ -15,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels.backends.triton.choose import candidates, ranking, table, tuned
+from lora_kernels.backends.triton.choose import candidates, kernel_files, ranking, table, tuned
 from lora_kernels.backends.triton.choose.blocks import INTERPRETER
-from lora_kernels.backends.triton.choose.plans import Cell
+from lora_kernels.backends.triton.choose.plans import KINDS, Cell
 from lora_kernels.backends.triton.choose.table import DeviceName, Row, TableError, merge_into, read
 from made_tables import CELL, DEVICE, FEW, H200, VERSIONS, plan, row, write
 
@@ -198,30 +199,43 @@ def test_rows_of_other_kernels_are_passed_over_and_told(folders: Folders, monkey
     assert tuned.lookup(GPU, FEW) is None
     (source,) = tuned.load(DEVICE).sources
     assert (source.rows, source.used) == (2, 1)
-    sentence = "1 row is passed over, for the kernels have changed since they were measured: `lora-kernels tune`"
+    sentence = "1 row is passed over, for the kernels that their plans run have changed since: `lora-kernels tune`"
     assert source.passed_over[0].startswith(sentence)
 
 
-def test_the_digest_is_of_the_device_code_alone(tmp_path: Path) -> None:
-    """Not of ``__init__.py``, where sentences are and no code, nor of subfolders, whose kernels no plan uses."""
-    names = ("a.py", "b.py")
-    (tmp_path / "newer").mkdir()
-    for name in names:
-        (tmp_path / name).write_text("x = 1\n")
-    before = table.digest_of_kernels.__wrapped__(tmp_path)
-    for name in ("notes.txt", "__init__.py", "newer/b.py"):
-        (tmp_path / name).write_text("no code")
-        assert table.digest_of_kernels.__wrapped__(tmp_path) == before
-    for name in names:
-        (tmp_path / name).write_text("x = 2\n")
-        changed = table.digest_of_kernels.__wrapped__(tmp_path)
-        assert changed != before, name
-        before = changed
-    (tmp_path / "b.py").rename(tmp_path / "c.py")
-    assert table.digest_of_kernels.__wrapped__(tmp_path) != before
-    heads = [ast.parse(path.read_text()).body for path in table.KERNELS.rglob("__init__.py")]
+def test_a_changed_kernel_file_passes_over_the_rows_that_use_it_and_no_others(tmp_path: Path) -> None:
+    """Shared helpers count for all that import them; sentences in ``__init__.py`` for none."""
+    folder = tmp_path / "kernels"
+    shutil.copytree(kernel_files.KERNELS, folder)
+    before = {kind: kernel_files.digest_of(kind, folder) for kind in KINDS}
+    assert before == kernel_files.digests()
+    used = {kind: set(kernel_files.files_of(kind, folder)) for kind in KINDS}
+    for path in sorted(folder.rglob("*.py")):
+        kept = path.read_bytes()
+        path.write_bytes(kept + b"# another\n")
+        changed = {kind for kind in KINDS if kernel_files.digest_of(kind, folder) != before[kind]}
+        path.write_bytes(kept)
+        assert changed == {kind for kind in KINDS if path in used[kind]}, path
+        assert path.name != "__init__.py" or not changed
+    assert all(folder / "common.py" in used[kind] for kind in KINDS if "hopper" not in kind and "inside" not in kind)
+    assert folder / "hopper" / "packed_draw.py" in used["hopper"]
+    assert folder / "hopper" / "product.py" not in used["lora_first"]
+    heads = [ast.parse(path.read_text()).body for path in folder.rglob("__init__.py")]
     assert all(isinstance(line, ast.Expr) for head in heads for line in head), "an __init__.py has code"
-    assert all(path.suffix == ".py" for path in table.KERNELS.iterdir() if path.is_file())
+
+
+def test_a_row_is_passed_over_where_its_own_kernels_changed(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(folders.user, row(), row(FEW, "few_tokens"))
+    monkeypatch.setattr(table, "digests", lambda: kernel_files.digests() | {"few_tokens": "ba9876543210"})
+    assert tuned.lookup(GPU, CELL) == plan("fused")
+    assert tuned.lookup(GPU, FEW) is None
+
+
+def test_a_table_of_one_digest_for_all_kernels_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, row())
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(TableError, match="format 1, whose rows name one digest of all kernels"):
+        read(path)
 
 
 def test_the_tables_that_ship_are_sound() -> None:

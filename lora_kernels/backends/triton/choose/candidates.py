@@ -1,6 +1,8 @@
 """Which plans there are for a cell, and in which order: the measured one of a tuned device, then as the model has it.
 
-The plain compositions are always among the candidates, so what is chosen is never predicted to lose to them.
+The plain compositions are always among the candidates, so what is chosen is never predicted to lose to them. A plan
+that forks streams takes the host 75 to 105 µs more a call (measured outside of CUDA graphs): where the device takes less
+than that, plans on one stream come first.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+from . import hardware
 from .blocks import (
     FEW_TOKENS,
     ExpandConfig,
@@ -22,12 +25,13 @@ from .blocks import (
     persistent_configs,
 )
 from .cost import backward_seconds, forward_seconds
+from .gluon_candidates import gluon_fits, gluon_plans
 from .plans import (
+    GLUON_PLANS,
     VARIANTS,
     BackwardPlan,
     BaseFirst,
     Cell,
-    DxBaseFirst,
     DxFused,
     DxLoraFirst,
     FewTokens,
@@ -39,9 +43,8 @@ from .plans import (
 )
 from .ways import SPLITS, shrink_ways, small_ways, ways_to_dh_db, worth_dividing
 
-__all__ = ["FLATTENED_RANK", "candidates", "fits", "in_order", "predicted_seconds"]
+__all__ = ["candidates", "fits", "host_bound", "in_order", "order", "predicted_seconds"]
 
-FLATTENED_RANK = 64
 _SHRINKS = 2  # of the ways to compute h, so many of the best predicted enter the plans
 
 
@@ -49,6 +52,17 @@ def predicted_seconds(machine: Machine, cell: Cell, plan: Any) -> float:
     """What the model holds ``plan``, one of the cell's direction, to take."""
     seconds = backward_seconds if cell.direction == "backward" else forward_seconds
     return seconds(machine, cell, plan)
+
+
+def host_bound(seconds: float, plan: Any) -> bool:
+    """Whether a second stream costs the host more than the ``seconds`` that the device takes."""
+    return getattr(plan, "beside", False) and seconds < hardware.ASSUMED.second_stream
+
+
+def order(machine: Machine, cell: Cell, plan: Any) -> float:
+    """By what plans are ranked: the predicted seconds, or what the host takes where a second stream binds it."""
+    seconds = predicted_seconds(machine, cell, plan)
+    return hardware.ASSUMED.second_stream + seconds if host_bound(seconds, plan) else seconds
 
 
 def in_order(machine: Machine, cell: Cell, measured: Plan | None, descriptors: bool = True) -> tuple[Any, ...]:
@@ -59,7 +73,11 @@ def in_order(machine: Machine, cell: Cell, measured: Plan | None, descriptors: b
     plans = candidates(machine, cell)
     if measured is not None and fits(machine, cell, measured):
         plans = tuple(dict.fromkeys([measured, *plans]))
-    return tuple(plan for plan in plans if descriptors or getattr(plan, "variant", "pointer") == "pointer")
+    return tuple(plan for plan in plans if descriptors or not _by_descriptor(plan))
+
+
+def _by_descriptor(plan: Plan) -> bool:
+    return isinstance(plan, GLUON_PLANS) or getattr(plan, "variant", "pointer") != "pointer"
 
 
 @lru_cache(maxsize=1024)
@@ -70,8 +88,9 @@ def candidates(machine: Machine, cell: Cell) -> tuple[Any, ...]:
     """
     every = _backward(machine, cell) if cell.direction == "backward" else _forward(machine, cell)
     plans: list[Any] = [plan for plan in every if fits(machine, cell, plan)]
+    plans += gluon_plans(machine, cell)
     if not machine.interpreter:
-        plans.sort(key=lambda plan: predicted_seconds(machine, cell, plan))
+        plans.sort(key=lambda plan: order(machine, cell, plan))
     return tuple(plans)
 
 
@@ -79,26 +98,15 @@ def fits(machine: Machine, cell: Cell, plan: Plan) -> bool:
     """Whether the machine has what ``plan`` needs, and the plan covers the cell."""
     if not is_of(plan, cell.direction) or (getattr(plan, "pdl", False) and machine.capability < 90):
         return False  # programmatic dependent launch came with compute capability 9.0
+    if isinstance(plan, GLUON_PLANS):
+        return gluon_fits(machine, cell, plan)
     if isinstance(plan, FewTokens):
         covers = cell.tokens <= plan.config.block_m and cell.r <= plan.config.block_r
         return covers and fits_shared_memory(machine, plan.config, cell.itemsize)
     if isinstance(plan, (Fused, DxFused)):
-        runs = _variant_runs(machine, cell, plan.variant)
+        runs = plan.variant == "pointer" or _persistent_runs(machine, cell)
         return runs and fits_shared_memory(machine, plan.gemm, cell.itemsize)
     return True
-
-
-def _variant_runs(machine: Machine, cell: Cell, variant: str) -> bool:
-    """Whether ``variant`` of the fused product runs. The flattened one is forward's alone.
-
-    For 10.0 Triton 3.7 fails on the flattened loop: it cannot place the accumulator; and it takes the low-rank step
-    without a loop. The interpreter knows no flattening.
-    """
-    if variant == "flattened":
-        forward = cell.direction == "forward" and not machine.interpreter
-        runs = forward and machine.capability < 100 and cell.r <= FLATTENED_RANK
-        return runs and _persistent_runs(machine, cell)
-    return variant == "pointer" or _persistent_runs(machine, cell)
 
 
 def _persistent_runs(machine: Machine, cell: Cell) -> bool:
@@ -120,7 +128,7 @@ def _forward(machine: Machine, cell: Cell) -> Iterator[ForwardPlan]:
         for config, splits in _few_tokens(machine, cell):
             yield from (FewTokens(config, splits, pdl) for pdl in (early if splits > 1 else (False,)))
     shrinks = _shrinks(machine, cell)
-    for variant, gemms in zip(VARIANTS, (gemm_configs, persistent_configs, persistent_configs), strict=True):
+    for variant, gemms in zip(VARIANTS, (gemm_configs, persistent_configs), strict=True):
         for gemm in gemms(machine, cell.tokens, *sizes):
             for shrink in shrinks:
                 yield from (Fused(shrink, gemm, variant, pdl) for pdl in early)
@@ -133,15 +141,22 @@ def _forward(machine: Machine, cell: Cell) -> Iterator[ForwardPlan]:
 
 
 def _few_tokens(machine: Machine, cell: Cell) -> Iterator[tuple[FewTokensConfig, int]]:
-    """Strips of y, and splits of K; about as many programs as the machine holds."""
+    """Strips of y, and splits of K; about as many programs as the machine holds.
+
+    Without a split it lost wherever it was measured (tune.json), so only where K is too short for one, or W too wide.
+    """
     sizes = (cell.n, cell.r, cell.itemsize, cell.tf32)
     configs = dict.fromkeys(few_tokens_config(machine, *sizes, block_n) for block_n in (16, 32, 64))
-    for config in filter(None, configs):
-        for splits in (1, 3) if machine.interpreter else SPLITS:
-            programs = -(-cell.n // config.block_n) * splits
-            busy = worth_dividing(machine, programs) and cell.k >= 2 * splits * config.block_k
-            if splits == 1 or machine.interpreter or busy:
-                yield config, splits
+    if machine.interpreter:
+        yield from ((config, splits) for config in filter(None, configs) for splits in (1, 3))
+        return
+    split = [
+        (config, splits)
+        for config in filter(None, configs)
+        for splits in SPLITS[1:]
+        if worth_dividing(machine, -(-cell.n // config.block_n) * splits) and cell.k >= 2 * splits * config.block_k
+    ]
+    yield from split or ((config, 1) for config in filter(None, configs))
 
 
 def _shrinks(machine: Machine, cell: Cell) -> list[ShrinkConfig]:
@@ -164,15 +179,14 @@ def _backward(machine: Machine, cell: Cell) -> Iterator[BackwardPlan]:
     if machine.interpreter:
         (joint, apart), (gemm,) = small, gemms["pointer"]
         yield from (DxFused(*joint, gemm), DxFused(*apart, gemm, "persistent"))
-        yield from (DxLoraFirst(*apart, expand), DxBaseFirst(*joint, expand))
+        yield from (DxLoraFirst(*apart, expand), DxLoraFirst(*joint, expand))
         return
     for dh_db, da in small:
         for variant, configs in gemms.items():
             yield from (DxFused(dh_db, da, gemm, variant) for gemm in configs)
-        yield from (DxLoraFirst(dh_db, da, expand), DxBaseFirst(dh_db, da, expand))
+        yield DxLoraFirst(dh_db, da, expand)
     da = small[0][1]
     for dh_db in ways_to_dh_db(machine, cell.of_dy):  # dx waits for dh alone, or for the one read that makes db as well
         for variant, configs in gemms.items():
             yield from (DxFused(dh_db, da, gemm, variant, beside=True) for gemm in configs)
         yield DxLoraFirst(dh_db, da, expand, beside=True)
-    yield DxBaseFirst(*small[0], expand, beside=True)

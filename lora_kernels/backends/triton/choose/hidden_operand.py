@@ -31,11 +31,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ....kept import row_words
 from . import gluon
 
-__all__ = ["RANKS", "HiddenOperand", "hidden_operand", "operand_on", "tma_takes"]
+__all__ = ["RANKS", "HiddenOperand", "hidden_operand", "operand_fault", "operand_on", "tma_takes"]
 
 RANKS = (16, 32, 64, 128)
+_INDEX_LIMIT = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +101,18 @@ def operand_on(capability: int, dtype: torch.dtype, k: int, n: int, r: int) -> H
     if gluon.why_not(capability) is not None or not tma_takes(k, n):
         return None
     return hidden_operand(dtype, r)
+
+
+def operand_fault(dtype: torch.dtype, m: int, k: int, n: int, r: int) -> str | None:
+    """The end of a sentence "the Gluon kernels do not run: ..." where they do not take the sizes; tensors aside."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"x is {dtype} and they are for torch.bfloat16 and torch.float16"
+    operand = hidden_operand(dtype, r)
+    if operand is None:
+        return f"rank {r} is not from 1 to {RANKS[-1]}"
+    if not tma_takes(k, n):
+        return f"in_features {k} and out_features {n} are not both multiples of 8"
+    tokens = m * max(operand.columns, row_words(k), operand.rank * -(-n // 128))  # the last: dh's parts
+    if max(tokens, operand.adapter_columns * max(k, n)) >= _INDEX_LIMIT:
+        return f"{m} tokens of rank {r} are more than their 32-bit offsets reach"
+    return None

@@ -22,7 +22,6 @@ backward    dx                                                                  
 =========== ======================================================================================= =================
 DxFused     one product whose accumulator begins with D * (dh A)                                    4 to 6
 DxLoraFirst D * (dh A), then the library's product accumulates onto it (beta = 1)                   5 to 7
-DxBaseFirst the library's product, then D * (dh A) is added onto it in place                        5 to 7
 DxHopper    dh and db in one read of dy, then one product in Gluon that takes D * (dh A)            6
 DxInside    the same, dh formed in the product and db in a read of dy of its own; no dropout        5
 =========== ======================================================================================= =================
@@ -31,7 +30,7 @@ Every plan has a ``kind`` (its name in tables), its ``launches``, and ``is_compo
 the library's.
 
 With ``beside`` small kernels, which read memory, run on a second stream beside the large one, which counts: in backward
-whatever dx does not wait for; and beside a base that comes first all of them, in forward too.
+whatever dx does not wait for, in forward the h of ``BaseFirst``.
 """
 
 from __future__ import annotations
@@ -54,12 +53,13 @@ from .hopper_blocks import (
 __all__ = [
     "DIRECTIONS",
     "DTYPES",
+    "GLUON_PLANS",
+    "KINDS",
     "VARIANTS",
     "BackwardPlan",
     "BaseFirst",
     "Cell",
     "DhDb",
-    "DxBaseFirst",
     "DxFused",
     "DxHopper",
     "DxInside",
@@ -67,6 +67,7 @@ __all__ = [
     "FewTokens",
     "ForwardPlan",
     "Fused",
+    "GluonPlan",
     "Hopper",
     "HopperInside",
     "LoraFirst",
@@ -79,9 +80,8 @@ __all__ = [
 
 DIRECTIONS = ("forward", "backward")
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
-# How the fused product loads its operands: tiles of pointers; by TMA, in programs that walk the tiles; the same with
-# the loops over tiles and K made one, so that a tile's first loads start early.
-VARIANTS = ("pointer", "persistent", "flattened")
+# How the fused product loads its operands: tiles of pointers; or by TMA, in programs that walk the tiles.
+VARIANTS = ("pointer", "persistent")
 MODES = ("split", "coop")  # of the Gluon product: two consumers with half a tile's rows each, or one of all warps
 
 
@@ -281,7 +281,7 @@ class DhDb:
 
 @dataclass(frozen=True, slots=True)
 class DxFused:
-    """``variant``: "pointer" or "persistent"."""
+    """``variant``: one of ``VARIANTS``."""
 
     kind: ClassVar[str] = "dx_fused"
     is_composition: ClassVar[bool] = False
@@ -321,24 +321,6 @@ class DxLoraFirst:
 
 
 @dataclass(frozen=True, slots=True)
-class DxBaseFirst:
-    kind: ClassVar[str] = "dx_base_first"
-    is_composition: ClassVar[bool] = True
-    dx_launches: ClassVar[int] = 2
-    hidden: DhDb
-    da: OuterConfig
-    expand: ExpandConfig
-    beside: bool = False
-
-    @property
-    def launches(self) -> int:
-        return _launches(self)
-
-    def __str__(self) -> str:
-        return f"dx_base_first {_expand(self.expand)} {_rest(self)}"
-
-
-@dataclass(frozen=True, slots=True)
 class DxHopper:
     """In Gluon: dh and db by ``dh_db``; then dx, and da with the sums of da and db, with ``beside`` on two streams."""
 
@@ -372,14 +354,16 @@ class DxInside:
 
 
 ForwardPlan: TypeAlias = FewTokens | Fused | LoraFirst | BaseFirst
-BackwardPlan: TypeAlias = DxFused | DxLoraFirst | DxBaseFirst
-Plan: TypeAlias = ForwardPlan | BackwardPlan
+BackwardPlan: TypeAlias = DxFused | DxLoraFirst
+GluonPlan: TypeAlias = Hopper | HopperInside | DxHopper | DxInside
+Plan: TypeAlias = ForwardPlan | BackwardPlan | GluonPlan
+GLUON_PLANS = (Hopper, HopperInside, DxHopper, DxInside)
 
 _BY_DIRECTION: dict[str, tuple[type[Any], ...]] = {
     "forward": (FewTokens, Fused, LoraFirst, BaseFirst, Hopper, HopperInside),
-    "backward": (DxFused, DxLoraFirst, DxBaseFirst, DxHopper, DxInside),
+    "backward": (DxFused, DxLoraFirst, DxHopper, DxInside),
 }
-_KINDS: dict[str, type[Any]] = {kind.kind: kind for kinds in _BY_DIRECTION.values() for kind in kinds}
+KINDS: dict[str, type[Any]] = {kind.kind: kind for kinds in _BY_DIRECTION.values() for kind in kinds}
 _CONFIGS: tuple[type[Any], ...] = (
     FewTokensConfig,
     ShrinkConfig,
@@ -447,9 +431,9 @@ def plan_from_json(document: Mapping[str, Any]) -> Plan:
         InvalidArgumentError: ``document`` is no such object: an unknown kind, a field too many or too few, or a value
             that no configuration has.
     """
-    if not isinstance(document, Mapping) or document.get("kind") not in _KINDS:
-        raise InvalidArgumentError(f"a plan is an object whose 'kind' is one of {', '.join(_KINDS)}; got {document!r}.")
-    plan: Plan = _parsed(_KINDS[document["kind"]], {name: document[name] for name in document if name != "kind"})
+    if not isinstance(document, Mapping) or document.get("kind") not in KINDS:
+        raise InvalidArgumentError(f"a plan is an object whose 'kind' is one of {', '.join(KINDS)}; got {document!r}.")
+    plan: Plan = _parsed(KINDS[document["kind"]], {name: document[name] for name in document if name != "kind"})
     return plan
 
 

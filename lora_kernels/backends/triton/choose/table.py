@@ -5,7 +5,7 @@ format  the number of this layout
 device  name, capability (90 is 9.0), multiprocessors: a table serves no other device
 rows    cell, plan, us and floor_us (the frozen linear's), ratio (of the same rounds, to the floor), kinds
         (each kind's best ratio), predicted_us, versions (torch, triton, lora_kernels; kernels, the digest of the
-        device code), date
+        device code that plans of this kind run, see ``kernel_files``), date
 ======= ==================================================================================================
 
 A file is replaced whole, and merged under a lock, so that processes that tune at once keep each other's rows. Rows that
@@ -14,20 +14,19 @@ this version does not know, as another version of this package may write them, s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .... import __version__, env
 from ....errors import InvalidArgumentError, LoRAKernelsError
+from .kernel_files import digests
 from .plans import DIRECTIONS, DTYPES, Cell, Plan, is_of, plan_from_json, plan_to_json
 
 __all__ = [
@@ -35,17 +34,16 @@ __all__ = [
     "Row",
     "Table",
     "TableError",
-    "digest_of_kernels",
     "merge_into",
     "minor",
     "read",
     "running_versions",
     "slug",
     "user_folder",
+    "versions_of",
 ]
 
-FORMAT = 1
-KERNELS = Path(__file__).parents[1] / "kernels"
+FORMAT = 2  # 1 had one digest of all kernels
 _DIGITS = 5  # significant, more than any timer gives
 
 
@@ -75,7 +73,7 @@ class Row:
         ratio: the plan's time over the floor's of the same round, median.
         kinds: for each kind of plan, the best ratio that one of it reached.
         predicted_us: what the model held of the plan.
-        versions: of torch, triton and lora_kernels, as they ran, and the digest of the kernels.
+        versions: of torch, triton and lora_kernels, as they ran, and the digest of the plan's kernels.
         date: UTC, ISO 8601.
     """
 
@@ -151,29 +149,20 @@ def minor(version: str) -> str:
     return ".".join(re.findall(r"\d+", version.partition("+")[0])[:2])
 
 
-@lru_cache(maxsize=1)
-def digest_of_kernels(folder: Path = KERNELS) -> str:
-    """Of the device code: what was measured of other kernels says nothing of these.
-
-    An ``__init__.py`` does not count, for it has no code, and a sentence of it would orphan every table. Nor do
-    subfolders: no plan uses their kernels.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
-        if path.name != "__init__.py":
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
 def running_versions() -> dict[str, str]:
-    """Of torch, triton, this package and its kernels, without importing them."""
-    found = {"lora_kernels": __version__, "kernels": digest_of_kernels()}
+    """Of torch, triton and this package, without importing them."""
+    found = {"lora_kernels": __version__}
     for package in ("torch", "triton"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:  # a build of one's own, on sys.path
             found[package] = str(getattr(__import__(package), "__version__", "unknown"))
     return found
+
+
+def versions_of(plan: Plan, running: Mapping[str, str]) -> dict[str, str]:
+    """``running``, and the digest of the kernels that ``plan`` runs: the versions of its row."""
+    return {**running, "kernels": digests()[plan.kind]}
 
 
 def user_folder() -> Path | None:
@@ -190,6 +179,11 @@ def read(path: Path) -> Table:
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
+        if document["format"] == 1:
+            raise TableError(
+                f"{path} has format 1, whose rows name one digest of all kernels, and not of those that each plan "
+                "runs: remove the file; `lora-kernels tune` measures again."
+            )
         if document["format"] != FORMAT:
             raise TableError(
                 f"{path} has format {document['format']!r}, and this version of lora_kernels reads {FORMAT}: remove "

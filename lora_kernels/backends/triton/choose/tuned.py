@@ -1,7 +1,7 @@
 """Which plan was measured quickest on this device: the tables that ship with the package, merged with the user's own.
 
 For a device ``slug(name).json`` is read from the folder ``tuned`` next to this file, then from the user's cache, whose
-rows win. Rows that were measured under another minor version of Triton, or of other kernels than these, do not count:
+rows win. Rows measured under another minor version of Triton, or whose plan ran other kernels than now, do not count:
 they are passed over, and ``lora-kernels info`` tells how many and why. Nothing is read before the first
 ``lookup`` of a device, and a device's tables are read once in a process.
 
@@ -33,7 +33,7 @@ import torch
 
 from .blocks import FEW_TOKENS
 from .plans import DIRECTIONS, Cell, Plan
-from .table import DeviceName, Row, TableError, minor, read, running_versions, slug, user_folder
+from .table import DeviceName, Row, TableError, minor, read, running_versions, slug, user_folder, versions_of
 
 __all__ = ["Loaded", "Source", "forget", "identify", "load", "lookup", "of", "shipped_for", "status"]
 
@@ -195,8 +195,9 @@ def _read(path: Path, origin: str, device: DeviceName, running: dict[str, str]) 
 
 
 def _same(row: Row, running: dict[str, str]) -> bool:
-    """Whether ``row`` was measured with what runs here: a minor version of Triton, and these kernels."""
-    return minor(row.versions["triton"]) == minor(running["triton"]) and row.versions["kernels"] == running["kernels"]
+    """Whether ``row`` was measured with what runs here: a minor version of Triton, and its plan's kernels."""
+    kernels = versions_of(row.plan, running)["kernels"]
+    return minor(row.versions["triton"]) == minor(running["triton"]) and row.versions["kernels"] == kernels
 
 
 def _sentences(rows: Iterable[Row], reasons: tuple[str, ...], running: dict[str, str]) -> list[str]:
@@ -211,7 +212,7 @@ def _sentences(rows: Iterable[Row], reasons: tuple[str, ...], running: dict[str,
     ]
     if changed:
         told.append(
-            f"{_rows(changed)} passed over, for the kernels have changed since they were measured: `lora-kernels tune` "
+            f"{_rows(changed)} passed over, for the kernels that their plans run have changed since: `lora-kernels tune` "
             "measures anew."
         )
     if reasons:

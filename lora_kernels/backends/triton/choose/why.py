@@ -11,18 +11,24 @@ from dataclasses import replace
 
 from ....explaining.report import Launch, Other, PassPlan, by_how_much
 from .blocks import FEW_TOKENS, FEW_TOKENS_RANK, Machine, next_power_of_2
-from .candidates import FLATTENED_RANK, fits, in_order, predicted_seconds
+from .candidates import fits, host_bound, in_order, predicted_seconds
 from .cost import BackwardModel, Model, SkinnyModel, bytes_of_h
+from .gluon_candidates import gluon_fault
+from .hopper_cost import HopperModel
 from .plans import (
+    GLUON_PLANS,
     VARIANTS,
     BackwardPlan,
     BaseFirst,
     Cell,
-    DxBaseFirst,
     DxFused,
+    DxHopper,
     FewTokens,
     ForwardPlan,
     Fused,
+    GluonPlan,
+    Hopper,
+    HopperInside,
     LoraFirst,
     Plan,
 )
@@ -31,12 +37,14 @@ from .tuned import Loaded
 
 __all__ = ["WAYS", "cells", "launches", "pass_plan", "plans", "reads_by_descriptor", "way_of"]
 
+_GLUON = {"forward": ("hopper", "hopper_inside"), "backward": ("dx_hopper", "dx_inside")}
 WAYS = {
-    "forward": ("few_tokens", *(f"fused {variant}" for variant in VARIANTS), "lora_first", "base_first"),
-    "backward": ("dx_fused pointer", "dx_fused persistent", "dx_lora_first", "dx_base_first"),
+    "forward": ("few_tokens", *_GLUON["forward"], *(f"fused {v}" for v in VARIANTS), "lora_first", "base_first"),
+    "backward": (*_GLUON["backward"], *(f"dx_fused {v}" for v in VARIANTS), "dx_lora_first"),
 }
 _MICRO = 1e6
 _LINE = 16  # bytes, on whose multiples a row starts that TMA reads
+_TRANSPOSED = "it loads by TMA, which reads rows in one piece, and W is stored (K, N)."
 
 
 def plans(
@@ -120,7 +128,9 @@ def pass_plan(
 
 def launches(cell: Cell, plan: Plan) -> tuple[Launch, ...]:
     """What ``plan`` launches for the cell, all of backward being due; bytes by the model's formulas, fp32 adapters."""
-    if isinstance(plan, (FewTokens, Fused, LoraFirst, BaseFirst)):
+    if isinstance(plan, GLUON_PLANS):
+        found = _gluon_launches(cell, plan)
+    elif isinstance(plan, (FewTokens, Fused, LoraFirst, BaseFirst)):
         found = _forward_launches(cell, plan)
     else:
         found = _backward_launches(cell, plan)
@@ -158,10 +168,10 @@ def _backward_launches(cell: Cell, plan: BackwardPlan) -> list[tuple[str, float]
     if isinstance(plan, DxFused):
         found.append(("dx = D * (dh A), and dy W onto it in one product", turned.base_bytes()))
     else:
-        first = not isinstance(plan, DxBaseFirst)
-        base = ("dy W, by the library" if not first else "dy W onto it, by the library", turned.library_bytes(first))
-        low_rank = ("D * (dh A)" if first else "D * (dh A) onto it", turned.expand_bytes(1, 1 if first else 2))
-        found += [low_rank, base] if first else [base, low_rank]
+        found += [
+            ("D * (dh A)", turned.expand_bytes(1, 1)),
+            ("dy W onto it, by the library", turned.library_bytes(True)),
+        ]
     outers = [("dA = dhᵀ (D * x)", plan.da, of_x)]
     if not way.joint:
         outers.append(("dB = s dyᵀ h", way.db, of_dy))
@@ -170,6 +180,25 @@ def _backward_launches(cell: Cell, plan: BackwardPlan) -> list[tuple[str, float]
         if min(config.splits, -(-cell.tokens // config.block_m)) > 1:
             found.append((f"the sum of {what[:2]}'s parts", skinny.outer_parts(config)))
     return found
+
+
+def _gluon_launches(cell: Cell, plan: GluonPlan) -> list[tuple[str, float]]:
+    model = HopperModel(_H100, cell)
+    found = [("A and B as operands", model.pack_bytes())]
+    if isinstance(plan, Hopper):
+        drawn = ", and the mask's words" if cell.dropout else ""
+        found.append((f"h = s x Aᵀ{drawn}", model.shrink_bytes()))
+        return [*found, ("y = x Wᵀ, and h Bᵀ as more steps of K", model.product_bytes(plan.product))]
+    if isinstance(plan, HopperInside):
+        return [*found, ("y = x Wᵀ and h in one pass, and h Bᵀ as more steps of K", model.product_bytes(plan.product))]
+    dx = ("dx = dy W, and D * (dh A) as more steps of its sum", model.product_bytes(plan.dx))
+    if isinstance(plan, DxHopper):
+        found.append(("dh and dB in parts, in one read of dy", model.dh_db_bytes(plan.dh_db)))
+        found += [("the sum of dh's parts", model.dh_parts(plan.dh_db)), dx]
+    else:
+        found += [dx, ("dB = dyᵀ h, in parts", model.outer_bytes(plan.db, cell.n))]
+    found.append(("dA = dhᵀ (D * x), in parts", model.outer_bytes(plan.da, cell.k)))
+    return [*found, ("the sums of dA's and dB's parts", model.sum_of_grads_bytes(plan))]
 
 
 def _measured(
@@ -230,6 +259,8 @@ def _predicted(machine: Machine, cell: Cell, way: str, plan: Plan, chosen: Plan,
     own, best = (predicted_seconds(machine, cell, p) for p in (plan, chosen))
     slower = own / best - 1.0
     told = f"{_us(own)} predicted, {by_how_much(slower)}."
+    if host_bound(own, plan):
+        told = f"{told} It forks streams, which takes the host longer than that."
     return Other(way, f"not measured by itself; {told}" if unmeasured else told, slower)
 
 
@@ -240,15 +271,31 @@ def obstacle(machine: Machine, cell: Cell, way: str, descriptors: bool = True, t
             return f"it serves up to {FEW_TOKENS} tokens."
         if cell.r > FEW_TOKENS_RANK:
             return f"it serves ranks up to {FEW_TOKENS_RANK}: every program would read all of A."
+    elif way in _GLUON[cell.direction]:
+        return _gluon_obstacle(machine, cell, way, transposed)
     elif not way.endswith("pointer"):
-        return _variant_obstacle(machine, cell, way.endswith("flattened"), descriptors, transposed)
+        return _variant_obstacle(machine, cell, descriptors, transposed)
     return _no_room(machine)
 
 
-def _variant_obstacle(machine: Machine, cell: Cell, flattened: bool, descriptors: bool, transposed: bool) -> str:
+def _gluon_obstacle(machine: Machine, cell: Cell, way: str, transposed: bool) -> str:
+    if fault := gluon_fault(machine, cell):
+        return fault
+    if transposed:
+        return _TRANSPOSED
+    if way.endswith("inside"):
+        if cell.dropout:
+            return "it draws no mask, and there is dropout."
+        if cell.dtype == "float16":
+            return "it is for bfloat16, and this is float16."
+        return "it needs two tiles of columns of the result, and 256 terms of the sum."
+    if cell.dropout and cell.direction == "backward":
+        return "its mask needs a longer sum than N."
+    return f"it loads by TMA, whose rows are multiples of {_LINE} bytes: x or W is not aligned so."
+
+
+def _variant_obstacle(machine: Machine, cell: Cell, descriptors: bool, transposed: bool) -> str:
     capability = f"{machine.capability // 10}.{machine.capability % 10}"
-    if machine.interpreter and flattened:
-        return "the interpreter does not know it."
     if not machine.interpreter:
         if machine.capability < 90:
             return f"it loads by TMA, which came with compute capability 9.0; this is {capability}."
@@ -256,12 +303,8 @@ def _variant_obstacle(machine: Machine, cell: Cell, flattened: bool, descriptors
             return f"it is for 16-bit dtypes, and this is {cell.dtype}."
         if machine.capability >= 100 and cell.dtype == "float16":
             return f"over float16 it overflows the tensor memory of capability {capability}."
-        if machine.capability >= 100 and flattened:
-            return f"Triton does not compile it for capability {capability}."
-        if flattened and cell.r > FLATTENED_RANK:
-            return f"it serves ranks up to {FLATTENED_RANK}."
     if transposed:
-        return "it loads by TMA, which reads rows in one piece, and W is stored (K, N)."
+        return _TRANSPOSED
     if not descriptors:
         sizes = f"K = {cell.k}" if cell.direction == "forward" else f"K = {cell.k} or N = {cell.n}"
         return f"it loads by TMA, whose rows are multiples of {_LINE} bytes: {sizes} of {cell.itemsize} bytes is not."
@@ -289,5 +332,6 @@ def _us(seconds: float) -> str:
     return f"{seconds * _MICRO:.4g} µs"
 
 
-# Bytes do not depend on the machine.
+# Bytes do not depend on the machine, but those of the parts that the Gluon kernels make for its multiprocessors.
 _NO_MACHINE = Machine(capability=0, sm_count=1, shared_memory=0)
+_H100 = Machine(capability=90, sm_count=132, shared_memory=232448)

@@ -9,10 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..choose.blocks import ExpandConfig
-from ..choose.plans import BackwardPlan, DxBaseFirst
+from ..choose.plans import BackwardPlan
 from .call import Call
-from .steps import Step, da_step, db_step, dh_db_step, dh_step, dx_step, low_rank_launch
+from .steps import Step, da_step, db_step, dh_db_step, dh_step, dx_step
 from .streams import together_on
 
 __all__ = ["BackwardRun", "ready_backward"]
@@ -29,8 +28,6 @@ def ready_backward(plan: BackwardPlan, c: Call, need_x: bool, need_a: bool, need
             None,
             *small.rest(stream, dy, x, h, small.first(stream, dy, lora_b, h, scaling), scaling, words),
         )
-    if plan.beside and isinstance(plan, DxBaseFirst):
-        return _all_beside_base(plan.expand, small, c)
     dx, together = dx_step(plan, c), together_on(c.device, plan.beside and small.any_rest)
 
     def run(
@@ -51,32 +48,6 @@ def ready_backward(plan: BackwardPlan, c: Call, need_x: bool, need_a: bool, need
             lambda own: small.rest(own, dy, x, h, found, scaling, words),
         )
         return grad_x, *others
-
-    return run
-
-
-def _all_beside_base(expand: ExpandConfig, small: _Small, c: Call) -> BackwardRun:
-    """Nothing waits for dh but the low-rank term, so everything small has the library's product to run beside."""
-    together, low_rank = together_on(c.device, True), low_rank_launch(expand, c, (0, c.r), add=True)
-
-    def run(
-        stream: int | None,
-        dy: Tensor,
-        x: Any,
-        weight: Tensor,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        h: Any,
-        scaling: float,
-        words: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        def every(own: int | None) -> tuple[Tensor | None, ...]:
-            found = small.first(own, dy, lora_b, h, scaling)
-            return found[0], *small.rest(own, dy, x, h, found, scaling, words)
-
-        dx, (dh, da, db, dbias) = together(stream, lambda own: torch.mm(dy, weight), every)
-        low_rank(stream, dh, lora_a, words, dx)
-        return dx, da, db, dbias
 
     return run
 

@@ -151,15 +151,13 @@ def _fused(plan: Fused, c: Call) -> Product:
     tiles = cdiv(c.m, g.block_rows) * cdiv(c.n, g.block_columns)
     tile = (g.block_rows, g.block_columns, g.block_sum, g.block_r, g.group_m, plan.shrink.splits, c.padded_rank)
     options: dict[str, Any] = {"num_warps": g.num_warps, "num_stages": g.num_stages}
-    if c.dtype is torch.float16 and plan.variant == "flattened":  # a stage of the one loop holds high and low h and B
-        options["num_stages"] = min(g.num_stages, 3)
     if plan.pdl and not c.machine.interpreter:
         options["launch_pdl"] = True
     strides = (*c.stride_b, c.stride_bias, c.stride_gain, _stride_h(c, plan.shrink.splits))
     static: tuple[Any, ...] = (c.m, c.n, c.k, c.r)
     if plan.variant != "pointer" and c.by_descriptor:
         static += (c.stride_x[0], c.stride_w[0], *strides, *tile)
-        static += (c.split, c.precision, plan.variant == "flattened", plan.pdl)
+        static += (c.split, c.precision, False, plan.pdl)
         grid = (min(tiles, c.machine.sm_count), 1, 1)
         launch: Launch = ScratchLaunch(persistent_kernel, grid, static, **options)
     else:

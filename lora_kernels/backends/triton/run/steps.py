@@ -16,7 +16,7 @@ from torch import Tensor
 from ....kept import row_words
 from ....reference import dropout_threshold
 from ..choose.blocks import DhDbConfig, ExpandConfig, GemmConfig, OuterConfig, ShrinkConfig
-from ..choose.plans import BackwardPlan, DxBaseFirst, DxFused
+from ..choose.plans import BackwardPlan, DxFused
 from ..kernels.backward import da_kernel, dh_db_kernel, reduce_kernel
 from ..kernels.forward import shrink_kernel
 from ..kernels.input_grad import dx_kernel, dx_low_rank_kernel, dx_persistent_kernel
@@ -247,7 +247,7 @@ def dx_step(plan: BackwardPlan, c: Call) -> Step:
     """``step(stream, dy, weight, dh, lora_a, words)`` -> dx, by the plan's way."""
     if isinstance(plan, DxFused):
         return _dx_fused(plan.gemm, plan.variant, c)
-    several = input_grad_step(plan.expand, c, (0, c.r), base_first=isinstance(plan, DxBaseFirst))
+    several = input_grad_step(plan.expand, c, (0, c.r))
     return lambda stream, dy, weight, dh, lora_a, words: several(stream, [dy], [weight], dh, lora_a, words)
 
 
@@ -276,13 +276,13 @@ def _dx_fused(g: GemmConfig, variant: str, c: Call) -> Step:
     return step
 
 
-def input_grad_step(config: ExpandConfig, c: Call, starts: tuple[int, ...], base_first: bool = False) -> Step:
+def input_grad_step(config: ExpandConfig, c: Call, starts: tuple[int, ...]) -> Step:
     """``step(stream, dys, weights, dh, lora_a, words)`` -> Σ_i dy_i W_i + D_i * (dh_i A_i).
 
     Member i has the columns of dh and the rows of lora_a from ``starts[i]`` on, and ``words[i]`` of several. The
     low-rank terms of all members are one launch; each base is the library's product.
     """
-    shape, low_rank = (c.m, c.k), low_rank_launch(config, c, starts, base_first)
+    shape, low_rank = (c.m, c.k), low_rank_launch(config, c, starts)
 
     def step(
         stream: int | None,
@@ -292,10 +292,6 @@ def input_grad_step(config: ExpandConfig, c: Call, starts: tuple[int, ...], base
         lora_a: Tensor,
         words: Tensor | None,
     ) -> Tensor:
-        if base_first:
-            dx = torch.mm(dys[0], weights[0])
-            low_rank(stream, dh, lora_a, words, dx)
-            return dx
         dx = torch.empty(shape, dtype=c.dtype, device=c.device)
         low_rank(stream, dh, lora_a, words, dx)
         for dy, weight in zip(dys, weights, strict=True):
@@ -305,11 +301,11 @@ def input_grad_step(config: ExpandConfig, c: Call, starts: tuple[int, ...], base
     return step
 
 
-def low_rank_launch(config: ExpandConfig, c: Call, starts: tuple[int, ...], add: bool) -> Launch:
-    """``launch(stream, dh, lora_a, words, dx)``: the low-rank terms are written to dx, or added to it."""
+def low_rank_launch(config: ExpandConfig, c: Call, starts: tuple[int, ...]) -> Launch:
+    """``launch(stream, dh, lora_a, words, dx)``: the low-rank terms are written to dx."""
     if c.dtype is torch.float16 and c.machine.capability < 90:  # A, high and low: the mask leaves them no registers
         config = replace(config, block_r=min(config.block_r, 16))
-    tile = (config.block_m, config.block_n, config.block_r, add, c.split, c.precision)
+    tile = (config.block_m, config.block_n, config.block_r, False, c.split, c.precision)
     return Launch(
         dx_low_rank_kernel,
         (cdiv(c.m, config.block_m) * cdiv(c.k, config.block_n), 1, 1),
