@@ -112,7 +112,6 @@ FAULTS: dict[str, tuple[str, str, Fault]] = {  # part of the plan's text, kernel
     "the last step of N is skipped": ("dx_fused pointer", "dx_kernel", _less(1, 32)),
     "dh of another row": ("dx_fused persistent", "dx_persistent_kernel", _stale_dh(2)),
     "the persistent product draws no mask": ("dx_fused persistent", "dx_persistent_kernel", _without(4)),
-    "the low-rank term overwrites the base": ("dx_base_first", "dx_low_rank_kernel", _less(10, True)),
     "the low-rank term is not masked": ("dx_lora_first", "dx_low_rank_kernel", _without(2)),
     "the sum of da leaves out a part": ("da 32x64/1 splits=3", "reduce_kernel", _less(4, 1)),
     "the sum of dh leaves out a part": ("dh shrink", "reduce_kernel", _less(3, 1)),

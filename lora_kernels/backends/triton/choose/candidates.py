@@ -1,8 +1,8 @@
 """Which plans there are for a cell, and in which order: the measured one of a tuned device, then as the model has it.
 
 The plain compositions are always among the candidates, so what is chosen is never predicted to lose to them. A plan
-that forks streams takes the host 75 to 105 µs more a call (measured outside of CUDA graphs): where the device takes less
-than that, plans on one stream come first.
+that forks streams takes the host 75 to 105 µs more a call (measured outside of CUDA graphs): where the device takes
+less than that, plans on one stream come first.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A kernel takes the longest of its products, its bytes from memory, its bytes from the L2 cache and its chain of loads,
 and a launch. The large product is computed in whole tiles by whole waves of multiprocessors. It is a model that ranks,
-for devices that nobody has tuned on: its terms are counted, its constants (``hardware.ASSUMED``) were fitted on an H100,
-and a GPU of the same generation inherits them.
+for devices that nobody has tuned on: its terms are counted, its constants (``hardware.ASSUMED``) were fitted on an
+H100, and a GPU of the same generation inherits them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the Gluon plans should take: the same terms as ``cost``'s, for kernels that walk the tiles with warps of their own."""
+"""What the Gluon plans should take: the same terms as ``cost``'s, for kernels that walk the tiles."""
 
 from __future__ import annotations
 
@@ -95,7 +95,10 @@ class HopperModel:
         return self._tiles(config, forward, 1.0, masked)
 
     def inside(self, config: HopperProductH, forward: bool) -> float:
-        """The same with h or dh; only the tiles of the first two columns form it. ``exact``: its halves meet in fp32."""
+        """The same with h or dh, formed by the tiles of the first two columns alone.
+
+        What was measured rounds each half of h; ``exact``, whose halves meet in fp32, is that and its bytes.
+        """
         columns = self.cell.n if forward else self.cell.k
         share = min(1.0, 2 / -(-columns // config.block_n))
         halves = 16.0 * self.cell.tokens * config.rank if config.exact else 0.0

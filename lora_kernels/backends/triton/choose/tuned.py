@@ -212,8 +212,8 @@ def _sentences(rows: Iterable[Row], reasons: tuple[str, ...], running: dict[str,
     ]
     if changed:
         told.append(
-            f"{_rows(changed)} passed over, for the kernels that their plans run have changed since: `lora-kernels tune` "
-            "measures anew."
+            f"{_rows(changed)} passed over, for the kernels that their plans run have changed since: `lora-kernels "
+            "tune` measures anew."
         )
     if reasons:
         told.append(
