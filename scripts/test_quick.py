@@ -95,9 +95,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "lora_kernels/backends/triton/kernels/hopper/": (
         "tests/backends/triton/test_hopper.py",
+        "tests/backends/triton/test_hopper_groups.py",
         "tests/backends/triton/test_packed_draw.py",
     ),
     "lora_kernels/backends/triton/run/hopper.py": ("tests/backends/triton/test_hopper.py",),
+    "lora_kernels/backends/triton/run/hopper_groups.py": ("tests/backends/triton/test_hopper_groups.py",),
     "lora_kernels/packed_mask.py": ("tests/core/test_packed_mask.py", "tests/backends/triton/test_packed_draw.py"),
     "lora_kernels/backends/triton/offline/": (f"{_TRITON}_compile.py",),
     "lora_kernels/benchmark/": ("tests/benchmark",),

@@ -14,8 +14,10 @@ from triton.runtime import driver
 
 import recorded_launches
 from lora_kernels.backends.triton.choose import hopper_blocks as blocks
+from lora_kernels.backends.triton.choose import hopper_group_blocks as group_blocks
 from lora_kernels.backends.triton.offline.compile_jobs import ARCHITECTURES
 from lora_kernels.backends.triton.run import hopper
+from lora_kernels.backends.triton.run import hopper_groups as groups
 from lora_kernels.backends.triton.run.hopper_call import HopperCall
 
 M, K, N, R = 200, 320, 264, 16
@@ -50,7 +52,45 @@ def main() -> None:
         dx_step(77, dy, weight, dh, a, words)
         reduce(77, da_step(77, x, dh, words), db_parts)
         calls.append(list(recorded_launches.launched))
-    print(json.dumps({"first": calls[0], "third": calls[2]}))
+    grouped = group_calls()
+    print(json.dumps({"first": calls[0], "third": calls[2], "group first": grouped[0], "group third": grouped[2]}))
+
+
+def group_calls() -> list[list[dict[str, Any]]]:
+    """Both passes of a group of three, three times; with and without biases and masks."""
+    device, sizes = torch.device("cpu"), ((N, R), (136, 5), (72, 32))
+    group, plain = (
+        tuple(HopperCall(ARCHITECTURES[90], device, torch.bfloat16, M, n, K, r, *p) for n, r in sizes)
+        for p in ((0.1, True), ())
+    )
+    ranks = tuple(one.operand.rank for one in group)
+    x, dys = torch.randn(M, K, dtype=torch.bfloat16), [torch.randn(M, n, dtype=torch.bfloat16) for n, _ in sizes]
+    weights, biases = [torch.randn(n, K, dtype=torch.bfloat16) for n, _ in sizes], [torch.randn(N), None, None]
+    lora_as, lora_bs = [torch.randn(r, K) for _, r in sizes], [torch.randn(n, r) for n, r in sizes]
+    states, scales = [torch.tensor([1, number]) for number in range(3)], [0.5, 1.0, 2.0]
+    shrink = group_blocks.group_shrink_configs(ranks, True)[0]
+    pack = groups.group_pack_step(group, groups.group_shrink_counters(shrink, group))
+    h_step = groups.group_shrink_step(shrink, group)
+    y_step = groups.group_product_step(group_blocks.group_forward_configs()[0], group)
+    dh_step = groups.group_dh_db_step(group_blocks.group_dh_db_configs(ranks)[0], group)
+    dx_steps = [
+        groups.group_dx_step(group_blocks.group_dx_configs(3, masked)[0], of)
+        for masked, of in ((True, group), (False, plain))
+    ]
+    da_step = groups.group_da_step(group_blocks.group_da_configs(ranks, True)[0], group)
+    reduce = groups.group_reduce_grads_step(group, torch.float32, torch.bfloat16)
+    calls: list[list[dict[str, Any]]] = []
+    for _ in range(3):
+        recorded_launches.launched.clear()
+        a, b, counters = pack(77, lora_as, lora_bs)
+        h, words = h_step(77, x, a, counters, states, scales)
+        y_step(77, x, weights, h, b, biases)
+        dh, db_parts = dh_step(77, dys, b, h, scales)
+        dx_steps[0](77, dys, weights, dh, a, words)
+        dx_steps[1](77, dys, weights, dh, a)
+        reduce(77, da_step(77, x, dh, words), db_parts)
+        calls.append(list(recorded_launches.launched))
+    return calls
 
 
 def told(value: Any) -> Any:

@@ -35,6 +35,14 @@ def test_ready_made_launches_are_triton_s(calls: dict[str, list[dict[str, Any]]]
     ]  # fmt: skip
 
 
+def test_a_group_s_launches_are_triton_s(calls: dict[str, list[dict[str, Any]]]) -> None:
+    """One launch for all members of each; members that are not there, ranks of their own and no bias among them."""
+    assert calls["group first"] == calls["group third"]
+    names = [call["kernel"].removeprefix("hopper_group_").removesuffix("_kernel") for call in calls["group first"]]
+    assert names == ["pack", "shrink", "product", "dh_db", "reduce_dh", "dx", "dx", "da", "reduce_grads"]
+    assert not any(call["scratch"] for call in calls["group first"])
+
+
 def test_only_what_waits_for_others_is_launched_together(calls: dict[str, list[dict[str, Any]]]) -> None:
     """Its programs must all be resident; and no launch asks for memory of its own."""
     assert {call["kernel"] for call in calls["first"] if call.get("cooperative")} == {"hopper_product_h_kernel"}

@@ -17,6 +17,7 @@ from lora_kernels.backends.triton.offline.compile_report import Record
 
 ROOT = Path(__file__).parents[3]
 HOPPER = ["product", "product_h", "shrink", "plain_shrink", "dh_db", "outer", "pack", "reduce_dh", "reduce_grads"]
+HOPPER += [f"group_{name}" for name in ("product", "dx", "shrink", "dh_db", "da", "pack", "reduce_dh", "reduce_grads")]
 MACHINES = [
     *ARCHITECTURES.values(),
     blocks.Machine(capability=86, sm_count=84, shared_memory=101376),

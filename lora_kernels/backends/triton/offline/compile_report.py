@@ -57,8 +57,16 @@ _NO_PRODUCT = (
     "hopper_pack_kernel",
     "hopper_reduce_dh_kernel",
     "hopper_reduce_grads_kernel",
+    "hopper_group_pack_kernel",
+    "hopper_group_reduce_dh_kernel",
+    "hopper_group_reduce_grads_kernel",
 )
-_BY_TMA_STORED = ("hopper_product_kernel", "hopper_product_h_kernel")
+_BY_TMA_STORED = (
+    "hopper_product_kernel",
+    "hopper_product_h_kernel",
+    "hopper_group_product_kernel",
+    "hopper_group_dx_kernel",
+)
 
 
 @dataclass(frozen=True)
@@ -170,9 +178,21 @@ def _kernel(name: str) -> Any:
 
     modules: tuple[Any, ...] = (backward, few_tokens, forward, gain, input_grad, persistent, packed)
     if name.startswith("hopper_"):
-        from ..kernels.hopper import outer, product, product_h, shrink, small
+        from ..kernels.hopper import (
+            group_dx,
+            group_outer,
+            group_product,
+            group_shrink,
+            group_small,
+            outer,
+            product,
+            product_h,
+            shrink,
+            small,
+        )
 
         modules = (outer, product, product_h, shrink, small)
+        modules += (group_dx, group_outer, group_product, group_shrink, group_small)
     return next(getattr(module, name) for module in modules if name in module.__all__)
 
 

@@ -1,4 +1,4 @@
-"""The Gluon kernels' calls that ``compile_report`` compiles for sm_90: every configuration of ``choose.hopper_blocks``.
+"""The Gluon kernels' calls that ``compile_report`` compiles for sm_90: every configuration, of layers and of groups.
 
 As in ``compile_jobs`` the launch code itself runs, on meta tensors.
 """
@@ -6,12 +6,14 @@ As in ``compile_jobs`` the launch code itself runs, on meta tensors.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ....kept import row_words
 from ..choose import hopper_blocks
+from ..choose import hopper_group_blocks as group_blocks
 from ..choose.gluon import why_not
 from ..choose.hidden_operand import RANKS
 from .compile_jobs import ARCHITECTURES, Case, Job, recording
@@ -27,6 +29,11 @@ GLUON_KERNELS = (
     "hopper_shrink_kernel",
     "hopper_dh_db_kernel",
     "hopper_outer_kernel",
+    "hopper_group_product_kernel",
+    "hopper_group_dx_kernel",
+    "hopper_group_shrink_kernel",
+    "hopper_group_dh_db_kernel",
+    "hopper_group_da_kernel",
 )
 
 
@@ -34,13 +41,22 @@ def hopper_jobs(architectures: tuple[int, ...], extent: str = "some") -> Iterato
     """The calls of one extent.
 
     "all": every configuration of rank 8 and of each padded rank, over bf16 and fp16. "some": those of rank 16 over
-    bf16, and the first of each other rank and of fp16. "quick": the first of one rank.
+    bf16, and the first of each other rank and of fp16. "quick": the first of one rank. Of groups likewise.
     """
     if _ARCH not in architectures or why_not(_ARCH) is not None:
         return
     if extent == "quick":
         yield from _jobs_of(_QUICK_RANK, 1, torch.bfloat16)
+        yield from _group_jobs_of((16, 16, 16), 1, torch.bfloat16)
         return
+    most = None if extent == "all" else 1
+    yield from _group_jobs_of((16, 16, 16), None, torch.bfloat16)
+    yield from _group_jobs_of((64, 16), most, torch.bfloat16)
+    yield from _group_jobs_of((16, 16, 16), most, torch.float16)
+    if extent == "all":
+        for ranks in ((8, 8), (16, 16, 16, 16), (32, 32, 32), (64, 64, 64), (128, 128), (128, 16, 17)):
+            yield from _group_jobs_of(ranks, None, torch.bfloat16)
+            yield from _group_jobs_of(ranks, None, torch.float16)
     for r in (8, *RANKS):
         yield from _jobs_of(r, None if extent == "all" or r == 16 else 1, torch.bfloat16)
         if extent == "all" or r == _QUICK_RANK:
@@ -93,4 +109,50 @@ def _jobs_of(r: int, most: int | None, dtype: torch.dtype) -> list[Job]:
         parts = meta(3, k, rank), meta(4, n, rank)
         hopper.reduce_grads_step(c, torch.float32, torch.float32)(None, *parts)
         hopper.reduce_grads_step(c, torch.bfloat16, None)(None, parts[0], None)
+    return calls
+
+
+def _group_jobs_of(rs: tuple[int, ...], most: int | None, dtype: torch.dtype) -> list[Job]:
+    """Those of a group of one layer a rank, of the first ``most`` configurations of each kernel."""
+    from .. import operators
+    from ..run import hopper_groups as groups
+    from ..run.hopper_call import HopperCall
+
+    m, k, n = _SIZES
+    calls: list[Job] = []
+    device = torch.device("meta")
+    machine = ARCHITECTURES[_ARCH]
+    ns = [n, *[n // 4] * (len(rs) - 1)]
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def group_of(*dropout: Any) -> groups.Group:
+        return tuple(HopperCall(machine, device, dtype, m, n, k, r, *dropout) for n, r in zip(ns, rs, strict=True))
+
+    c, plain = group_of(0.1, True), group_of()
+    ranks, wide = tuple(one.operand.rank for one in c), c[0].wide
+    x, dys = meta(m, k, dtype=dtype), [meta(m, n, dtype=dtype) for n in ns]
+    weights, biases = [meta(n, k, dtype=dtype) for n in ns], [meta(n, dtype=dtype) for n in ns]
+    words, zeros = [meta(m, row_words(k), dtype=torch.int32) for _ in rs], meta(1, dtype=torch.int32)
+    hs, scales = [meta(m, 2 * rank, dtype=torch.bfloat16) for rank in ranks], [2.0 for _ in rs]
+    states = [meta(2, dtype=torch.int64) for _ in rs]
+    with recording(operators, Case(dtype, r=rs[0], p=0.1), _ARCH, calls):
+        a, b, _ = groups.group_pack_step(c, 300)(
+            None, [meta(r, k) for r in rs], [meta(n, r) for n, r in zip(ns, rs, strict=True)]
+        )
+        for masked, group in ((True, c), (False, plain)):
+            for shrink in group_blocks.group_shrink_configs(ranks, masked, wide)[:most]:
+                groups.group_shrink_step(shrink, group)(None, x, a, zeros, states if masked else None, scales)
+            for dx in group_blocks.group_dx_configs(len(rs), masked)[:most]:
+                groups.group_dx_step(dx, group)(None, dys, weights, hs, a, words if masked else None)
+            for da in group_blocks.group_da_configs(ranks, masked, wide)[:most]:
+                groups.group_da_step(da, group)(None, x, hs, words if masked else None)
+        for product in group_blocks.group_forward_configs()[:most]:
+            groups.group_product_step(product, c)(None, x, weights, hs, b, [None] * len(rs))
+            groups.group_product_step(product, c)(None, x, weights, hs, b, [biases[0], None, *biases[2:]])
+        for joint in group_blocks.group_dh_db_configs(ranks, wide)[:most]:
+            groups.group_dh_db_step(joint, c)(None, dys, b, hs, scales)
+        parts = [meta(3, k, rank) for rank in ranks], [meta(4, n, rank) for n, rank in zip(ns, ranks, strict=True)]
+        groups.group_reduce_grads_step(c, torch.float32, torch.float32)(None, *parts)
     return calls

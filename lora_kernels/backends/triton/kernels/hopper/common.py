@@ -7,15 +7,45 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 __all__ = [
     "barrier",
     "mask_columns",
+    "members_of",
     "next_buffer",
     "operand_b",
     "replace_tile",
     "split_fp16",
     "store_hi_lo",
     "tile_of",
+    "zero_sums",
 ]
 
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # Triton 3.6 has the first, 3.7 the second
+
+
+@gluon.jit
+def members_of(first, second, third, fourth, MEMBERS: gl.constexpr):
+    """The arguments of a group's 2 to 4 members; none of theirs may be None, which Triton 3.6 cannot return."""
+    if MEMBERS == 2:
+        return (first, second)
+    elif MEMBERS == 3:
+        return (first, second, third)
+    else:
+        return (first, second, third, fourth)
+
+
+@gluon.jit
+def _zero_sum(ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, COLUMNS, 16]
+    )
+    return gl.zeros([ROWS, COLUMNS], gl.float32, layout)
+
+
+@gluon.jit
+def zero_sums(ROWS: gl.constexpr, RANKS: gl.constexpr, MEMBERS: gl.constexpr):
+    """A group's sums (ROWS, RANKS[i])."""
+    sums = ()
+    for i in gl.static_range(MEMBERS):
+        sums = sums + (_zero_sum(ROWS, RANKS[i]),)
+    return sums
 
 
 @gluon.jit
