@@ -144,7 +144,7 @@ def test_what_an_earlier_build_has_left_is_in_no_wheel(platform_wheel: Path, che
 @pytest.mark.parametrize(
     ("what", "value", "words"),
     [
-        ("wheel", "gpu", "LORA_KERNELS_BUILD=gpu was given: it must be cpu, cuda, all or off"),
+        ("wheel", "gpu", "LORA_KERNELS_BUILD=gpu was given: it must be cpu, cuda, launch, all or off"),
         ("editable", "cpu", "with an editable install, whose sources change: unset it, and run `lora-kernels build`"),
     ],
 )

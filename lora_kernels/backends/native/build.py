@@ -1,18 +1,20 @@
-"""The one compile recipe of the native library: for ``setup.py``, for ``lora-kernels build`` and for the first use.
+"""The one compile recipe of the native libraries: for ``setup.py``, for ``lora-kernels build`` and for the first use.
 
 ``setup.py`` loads this file by its path, where nothing of the package can be imported and torch may be absent: it and
 ``toolchain.py`` stand on the standard library alone.
 
-======== ================================================================ =============================================
-library  sources                                                          links
-======== ================================================================ =============================================
-``cpu``  ``csrc/cpu/*.cpp`` by a C++ compiler; ``kernels_*.cpp`` once for ``libtorch_cpu``
-         each of the compiler's CPU capabilities
-``cuda`` ``csrc/cuda/*.cu`` and ``*.cpp`` by nvcc, for each architecture  ``libtorch_cpu``, ``libtorch_cuda``, and the
-         that it knows, and PTX of the last                               CUDA runtime statically
-======== ================================================================ =============================================
+========== ============================================================== =============================================
+library    sources                                                        links
+========== ============================================================== =============================================
+``cpu``    ``csrc/cpu/*.cpp`` by a C++ compiler; ``kernels_*.cpp`` once   ``libtorch_cpu``
+           for each of the compiler's CPU capabilities
+``cuda``   ``csrc/cuda/*.cu`` and ``*.cpp`` by nvcc, for each             ``libtorch_cpu``, ``libtorch_cuda``, and the
+           architecture that it knows, and PTX of the last                CUDA runtime statically
+``launch`` ``csrc/launch/*.cpp`` by a C++ compiler                        ``libtorch_cpu``; the CUDA driver is opened at
+                                                                          run time
+========== ============================================================== =============================================
 
-Both use LibTorch's stable ABI for torch 2.11: one file serves every Python 3 and every torch from 2.11 on.
+All use LibTorch's stable ABI for torch 2.11: one file serves every Python 3 and every torch from 2.11 on.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from .toolchain import BuildError, Compiler, Torch, c_library, find_compiler, fi
 
 __all__ = ["KINDS", "BuildError", "Recipe", "Unit", "compile_library", "recipe", "requested_kinds"]
 
-KINDS = ("cpu", "cuda")
+KINDS = ("cpu", "cuda", "launch")
 BUILD_VARIABLE = "LORA_KERNELS_BUILD"  # described in env.py
 INFO_NAME, LOG_NAME = "build_info.json", "build.log"
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
@@ -53,9 +55,10 @@ _AMX = ("-mamx-tile", "-mamx-bf16", *_AVX512_BF16)
 _CAPABILITIES = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": _AVX512_BF16, "amx": _AMX}
 _PROBES = {"amx": 'void f() { asm("tdpbf16ps %tmm2, %tmm1, %tmm0"); }'}  # an old assembler knows less than GCC
 _ARCHITECTURES = ("80", "90", "100")
-_SUFFIXES = {"cpu": (".cpp",), "cuda": (".cu", ".cpp")}
+_SUFFIXES = {"cpu": (".cpp",), "cuda": (".cu", ".cpp"), "launch": (".cpp",)}
 _MAIN = "operators"  # the file that registers them: sources without it are not whole
 _HEADERS = (".h", ".cuh", ".inc")
+_DLOPEN = ["-ldl"] if sys.platform == "linux" else []  # a library of its own before glibc 2.34
 _VECTORS = "typedef float v __attribute__((vector_size(32))); v f(v a, v b) { return a < b ? a : a + b; }\n"
 
 Progress = Callable[[str, int, int], None]
@@ -88,7 +91,7 @@ class Recipe:
     @property
     def flags(self) -> tuple[str, ...]:
         """The flags of every unit, without folders."""
-        if self.kind == "cpu":
+        if self.kind != "cuda":
             return (*_COMMON, *_CPU, *self.extra)
         host = ("-ccbin", os.environ["CXX"]) if os.environ.get("CXX") else ()
         return (*_COMMON, *_CUDA, *host, *self.extra)
@@ -114,7 +117,7 @@ class Recipe:
         """For the CPU: the instruction sets that kernels are compiled for; for CUDA: the architectures."""
         if self.kind == "cuda":
             return cuda_architectures(self.compiler)
-        if platform.machine().lower() not in ("x86_64", "amd64"):
+        if self.kind == "launch" or platform.machine().lower() not in ("x86_64", "amd64"):
             return ("portable",)
         accepted = (name for name in _CAPABILITIES if self.compiler.accepts(_CAPABILITIES[name], _PROBES.get(name, "")))
         return ("portable", *accepted)
@@ -152,7 +155,7 @@ class Recipe:
     def link_command(self, objects: Sequence[Path], target: Path, stub: Path | None = None) -> list[str]:
         """The command that links ``objects``; ``stub`` is the folder of an empty ``libtorch_cuda.so``."""
         folders = [f"-L{stub}"] if stub else []
-        libraries = ["-ltorch_cpu"] if self.kind == "cpu" else ["-ltorch_cpu", "-ltorch_cuda"]
+        libraries = ["-ltorch_cpu", *{"cuda": ["-ltorch_cuda"], "launch": _DLOPEN}.get(self.kind, [])]
         flags = [flag for flag in _link_flags(self) if stub is None or not flag.endswith("-z,defs")]
         return [
             *(self.compiler.path, "-shared", *flags, "-o", str(target), *map(str, objects)),
@@ -185,7 +188,7 @@ def recipe(kind: str, sources: Path | None = None, extra: Sequence[str] = ()) ->
     """The recipe of the library ``kind`` on this machine: nothing is compiled, the compiler is asked its version.
 
     Args:
-        kind: "cpu" or "cuda".
+        kind: "cpu", "cuda" or "launch".
         sources: the folder that holds ``cpu/`` and ``cuda/``; None takes the package's own.
         extra: further flags for compiling and linking, as a sanitizer needs.
 
@@ -202,16 +205,16 @@ def recipe(kind: str, sources: Path | None = None, extra: Sequence[str] = ()) ->
 
 
 def requested_kinds(default: str) -> tuple[str, ...]:
-    """The libraries that ``LORA_KERNELS_BUILD`` names: cpu, cuda, all, or off; ``default`` where it is unset or empty.
+    """The libraries that ``LORA_KERNELS_BUILD`` names: cpu, cuda, launch, all, or off; ``default`` where it is unset or empty.
 
     Raises:
         BuildError: it has another value.
     """
     value = (os.environ.get(BUILD_VARIABLE) or default).lower()
-    choices = {"cpu": ("cpu",), "cuda": ("cuda",), "all": KINDS, "off": (), "0": ()}
+    choices = {**{kind: (kind,) for kind in KINDS}, "all": KINDS, "off": (), "0": ()}
     if value not in choices:
         raise BuildError(
-            f"{BUILD_VARIABLE}={value} was given: it must be cpu, cuda, all or off (0). Set one of them, or unset it."
+            f"{BUILD_VARIABLE}={value} was given: it must be cpu, cuda, launch, all or off (0). Set one of them, or unset it."
         )
     return choices[value]
 
@@ -274,7 +277,7 @@ def gencode_flags(architectures: Sequence[str]) -> list[str]:
 def _link_flags(of: Recipe) -> tuple[str, ...]:
     """Every symbol must be found when linking, where the linker can say so and a sanitizer does not forbid it."""
     strict = sys.platform == "linux" and not any(flag.startswith("-fsanitize") for flag in of.extra)
-    if of.kind == "cpu":
+    if of.kind != "cuda":
         lookup = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-pthread",)
         return (*lookup, *(("-Wl,-z,defs",) if strict else ()), *of.extra)
     return ("-cudart", "static", "-Xlinker", "--no-as-needed", *(("-Xlinker=-z,defs",) if strict else ()), *of.extra)

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "library",
         nargs="?",
         choices=[*KINDS, "all"],
-        help="which one; by default cpu, and cuda where PyTorch is a CUDA build and nvcc is there",
+        help="which one; by default cpu, and where PyTorch is a CUDA build launch, and cuda where nvcc is there",
     )
     parser.add_argument("--force", action="store_true", help="compile even if the cache has it")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -61,7 +61,7 @@ def _default_kinds() -> tuple[str, ...]:
         find_compiler("cuda")
     except BuildError as error:
         print(f"build: cuda is left out: {error}", file=sys.stderr)
-        return ("cpu",)
+        return ("cpu", "launch")
     return KINDS
 
 

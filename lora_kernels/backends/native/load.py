@@ -71,7 +71,7 @@ def loaded(kind: str) -> Library | None:
 
 
 def load(kind: str) -> Library:
-    """Loads the library ``kind`` ("cpu" or "cuda") once, compiling it first where there is none.
+    """Loads the library ``kind`` ("cpu", "cuda" or "launch") once, compiling it first where there is none.
 
     Raises:
         BackendUnavailableError: there is none and none can be compiled here, or it cannot be loaded. The reason is
@@ -286,6 +286,8 @@ def _blocked(kind: str) -> str | None:
             "torch.version.cuda is None: this is a CPU build of torch, and the native CUDA library needs libtorch_cuda "
             "to load. Install a CUDA build of torch, or move the tensors to the CPU."
         )
+    if kind == "launch" and torch.version.cuda is None:
+        return "this build of torch is not for CUDA: there are no launches on an NVIDIA GPU to be made."
     return unknown_choice() if kind == "cpu" else None
 
 

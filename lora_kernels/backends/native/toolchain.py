@@ -109,7 +109,7 @@ def find_compiler(kind: str) -> Compiler:
         raise BuildError(
             "The native library is not built on Windows yet: run within use_backend('triton') or use_backend('eager')."
         )
-    variable = "CXX" if kind == "cpu" else "CUDACXX"
+    variable = "CUDACXX" if kind == "cuda" else "CXX"
     named = os.environ.get(variable)
     path = _first_program([named] if named else _candidates(kind))
     if path is None and named:
@@ -117,7 +117,7 @@ def find_compiler(kind: str) -> Compiler:
             f"{variable}={named} was given, and there is no such program: it must be one compiler, without arguments, "
             "on PATH or with its folder. Set it so, or unset it."
         )
-    if path is None and kind == "cpu":
+    if path is None and kind != "cuda":
         raise BuildError(
             "no C++ compiler was found (CXX is not set, and no c++, g++ or clang++ is on PATH): install GCC or Clang "
             "(Debian, Ubuntu: apt install g++), or name one by CXX."
@@ -131,7 +131,7 @@ def find_compiler(kind: str) -> Compiler:
 
 
 def _candidates(kind: str) -> list[str]:
-    if kind == "cpu":
+    if kind != "cuda":
         return ["c++", "g++", "clang++"]
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     spec = find_spec("nvidia")

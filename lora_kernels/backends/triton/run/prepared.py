@@ -18,6 +18,7 @@ from triton import set_allocator
 from triton.runtime import driver
 
 from ....accuracy import tf32_allowed
+from . import recording
 
 __all__ = [
     "Cache",
@@ -46,14 +47,18 @@ class Launch:
         self._runner: Callable[..., None] | None = None
 
     def __call__(self, stream: int | None, *arguments: Any) -> None:
-        if self._runner is None:
+        if self._runner is None or recording.watching:
             with _current(stream):
-                self._first(*arguments)
+                self._first(stream, *arguments)
         else:
             self._runner(*arguments, *self.static, stream=stream)
 
-    def _first(self, *arguments: Any) -> None:
-        compiled = self.kernel[self.grid](*arguments, *self.static, enable_fp_fusion=True, **self.options)
+    def _first(self, stream: int | None, *arguments: Any) -> None:
+        recorder = recording.current()
+        given = arguments if recorder is None else recording.plain(arguments)
+        compiled = self.kernel[self.grid](*given, *self.static, enable_fp_fusion=True, **self.options)
+        if recorder is not None:
+            recorder.note_kernel(compiled, self.grid, stream, (*arguments, *self.static))
         # Triton's interpreter returns None, and so could a release that works differently: both stay with this way.
         if hasattr(compiled, "packed_metadata") and hasattr(type(compiled), "__getitem__"):
             self._runner = compiled[self.grid]

@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from .recording import current
+
 __all__ = ["PriorityStream", "SideStream", "Together", "ahead_on", "in_turn", "together_on"]
 
 Large: TypeAlias = Callable[[int | None], Any]  # large(raw stream) -> its result
@@ -43,6 +45,9 @@ class SideStream:
     def __call__(self, stream: int | None, large: Large, small: Small) -> tuple[Any, Any]:
         main = torch.cuda.current_stream(self._index)
         side = _stream_beside(self._index, main, 0)
+        recorder = current()
+        if recorder is not None:
+            recorder.note_fork()
         side.wait_stream(main)
         try:
             with torch.cuda.stream(side):  # launched first: they take their places before the large one takes all
@@ -50,6 +55,8 @@ class SideStream:
             left = large(stream)
         finally:  # what has been launched still reads memory of the current stream
             main.wait_stream(side)
+        if recorder is not None:
+            recorder.note_join()
         for result in right:
             if result is not None:
                 result.record_stream(main)  # it was allocated on the side stream, and lives on
@@ -70,6 +77,8 @@ class PriorityStream:
     def __call__(self, stream: int | None, large: Large, small: Small) -> tuple[Any, Any]:
         main = torch.cuda.current_stream(self._index)
         high = _stream_beside(self._index, main, _HIGH)
+        if (recorder := current()) is not None:
+            recorder.note_fault("it launches on a stream of high priority")
         high.wait_stream(main)
         try:
             left = large(high.cuda_stream)

@@ -1,0 +1,264 @@
+"""Runs whose calls are one call into C++: the ``launch`` library, and what stands in where it is not there.
+
+``PassRun`` takes a run's place: the first call runs it, watched by a ``Recorder``; the next ones run its prepared pass.
+Python goes on running it where there is no library, where a Triton launch hook is set (a profiler wants to see the
+launches), in Triton's interpreter, and for a run that a pass cannot say.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from ....errors import BackendUnavailableError
+from ...native import load
+from .pass_words import Pass
+from .recording import Recorder
+
+__all__ = ["Library", "PassRun", "PreparedPass", "library", "obstacle"]
+
+_MESSAGE = 1024
+_FIXED = 8  # tensors that the operator ``launch`` takes; ``launch_many`` takes any number
+_ATTEMPTS = 3  # of recording a run: two of its tensors may be one memory in one call and not in the next
+_DRIVER, _TORCH_CUDA = "libcuda.so.1", "libtorch_cuda.so"
+
+
+class Library:
+    """The opened launcher.
+
+    Args:
+        path: the library ``launch``, which torch has loaded.
+        driver, torch_cuda: where the CUDA driver and PyTorch's C shim for CUDA are.
+
+    Raises:
+        BackendUnavailableError: one of them is not there, or lacks an entry point.
+    """
+
+    def __init__(self, path: str, driver: str = _DRIVER, torch_cuda: str = _TORCH_CUDA) -> None:
+        self._library = ctypes.CDLL(path)
+        self._library.lora_launch_prepare.restype = ctypes.c_int64
+        self._library.lora_launch_open.restype = ctypes.c_int64
+        self._checked(self._library.lora_launch_open, driver.encode(), torch_cuda.encode())
+        self.launch = _bare(torch.ops.lora_kernels.launch.default)
+        self.launch_many = _bare(torch.ops.lora_kernels.launch_many.default)
+
+    def prepare(self, described: Pass) -> int:
+        """The pass's handle, until ``release``.
+
+        Raises:
+            BackendUnavailableError: the device or the driver cannot run it.
+        """
+        words = described.words()
+        array = (ctypes.c_int64 * len(words))(*words)
+        return self._checked(self._library.lora_launch_prepare, array, ctypes.c_int64(len(words)))
+
+    def release(self, handle: int) -> None:
+        self._library.lora_launch_release(ctypes.c_int64(handle))
+
+    def _checked(self, function: Any, *arguments: Any) -> int:
+        message = ctypes.create_string_buffer(_MESSAGE)
+        found = int(function(*arguments, message, ctypes.c_int64(_MESSAGE)))
+        if found < 0:
+            raise BackendUnavailableError(f"the launcher cannot be used: {message.value.decode(errors='replace')}")
+        return found
+
+
+def _bare(operator: Any) -> Callable[..., list[Tensor]]:
+    """The operator without the half microsecond of its Python method, where this PyTorch shows it."""
+    found: Callable[..., list[Tensor]] = getattr(operator, "_op", operator)
+    return found
+
+
+class _Found(NamedTuple):
+    library: Library | None
+    obstacle: str | None
+
+
+_found: _Found | None = None
+_lock = threading.Lock()
+
+
+def library() -> Library | None:
+    """The launcher, found, compiled or loaded at the first question; None where it cannot be had: see ``obstacle``."""
+    return _search().library
+
+
+def obstacle() -> str | None:
+    """Why Python launches in this process: a sentence; None where it need not."""
+    return _search().obstacle
+
+
+def _search() -> _Found:
+    global _found
+    if _found is None:
+        with _lock:
+            if _found is None:
+                try:
+                    _found = _Found(Library(str(load.load("launch").path)), None)
+                except (BackendUnavailableError, OSError, AttributeError) as error:
+                    _found = _Found(None, str(error))
+    return _found
+
+
+class PreparedPass:
+    """A pass that is ready: called with its tensors (and None, and lists of them) and numbers, in the run's order.
+
+    Args:
+        opened: the launcher.
+        described: the pass.
+        arguments: those of one call, by whose kinds and places the next calls' are taken.
+        kept: what has to live as long as the pass, as the compiled kernels.
+    """
+
+    __slots__ = ("__weakref__", "call", "kept")
+
+    def __init__(self, opened: Library, described: Pass, arguments: Sequence[Any], kept: Sequence[Any] = ()) -> None:
+        handle = opened.prepare(described)
+        weakref.finalize(self, opened.release, handle).atexit = False
+        self.kept = kept
+        self.call: Callable[..., list[Tensor]] = _bound(opened, handle, arguments)
+
+    def __call__(self, *arguments: Any) -> list[Tensor]:
+        """The results; none where memory could not be had, and then the pass has changed nothing that is seen.
+
+        Raises:
+            BackendUnavailableError: a tensor is not what the pass was prepared for, or the driver refused a launch.
+        """
+        try:
+            return self.call(*arguments)
+        except RuntimeError as error:
+            raise _refused(error) from error
+
+
+def _bound(opened: Library, handle: int, arguments: Sequence[Any]) -> Callable[..., list[Tensor]]:
+    """``call(*arguments)`` by the operator with fixed arguments where they fit it."""
+    launch, launch_many = opened.launch, opened.launch_many
+    numbers = [i for i, argument in enumerate(arguments) if isinstance(argument, (int, float))]
+    lists = any(isinstance(argument, (list, tuple)) for argument in arguments)
+    if len(numbers) > 1 or lists or len(arguments) - len(numbers) > _FIXED:
+        return lambda *given: launch_many(handle, *_split(given))
+    if not numbers:
+        return lambda *given: launch(handle, 0.0, *given)
+    (at,) = numbers
+    after = at + 1
+    return lambda *given: launch(handle, given[at], *given[:at], *given[after:])
+
+
+def _split(arguments: Sequence[Any]) -> tuple[list[float], list[Tensor | None]]:
+    numbers: list[float] = []
+    tensors: list[Tensor | None] = []
+    for argument in arguments:
+        if isinstance(argument, (int, float)):
+            numbers.append(argument)
+        elif isinstance(argument, (list, tuple)):
+            inner = _split(argument)
+            numbers += inner[0]
+            tensors += inner[1]
+        else:
+            tensors.append(argument)
+    return numbers, tensors
+
+
+def _refused(error: RuntimeError) -> BackendUnavailableError:
+    return BackendUnavailableError(
+        f"{str(error).splitlines()[0]} Where the device was reset, or a kernel failed before, start the process anew."
+    )
+
+
+class PassRun:
+    """``run`` in one call into C++ from its second call on: same arguments, same results.
+
+    Args:
+        run: ``run(stream, *arguments)`` -> a tensor, or a tuple of tensors and None. It may depend on its arguments'
+            sizes, strides, dtypes and alignments alone, which whoever keeps it has in its key.
+        device: where its tensors are.
+    """
+
+    __slots__ = ("_attempts", "_device", "_lock", "_pass", "_run", "_template", "fault")
+
+    def __init__(self, run: Callable[..., Any], device: torch.device) -> None:
+        self._run, self._device, self._lock = run, device, threading.Lock()
+        self._pass: PreparedPass | None = None
+        self._attempts = _ATTEMPTS if device.type == "cuda" else 0
+        self._template: tuple[bool, ...] | None = ()
+        self.fault: str | None = None
+
+    def __call__(self, stream: int | None, *arguments: Any) -> Any:
+        ready = self._pass
+        if ready is None or _hooked():
+            return self._by_python(stream, arguments)
+        results = ready(*arguments)
+        if not results:  # PyTorch's own error, or other memory: the run frees some of it on its way
+            return self._run(stream, *arguments)
+        return self._shaped(results)
+
+    def _shaped(self, results: list[Tensor]) -> Any:
+        if self._template is None:
+            return results[0]
+        if len(self._template) == len(results):
+            return tuple(results)
+        left = iter(results)
+        return tuple(next(left) if present else None for present in self._template)
+
+    def _by_python(self, stream: int | None, arguments: tuple[Any, ...]) -> Any:
+        capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self._attempts and not capturing and not _hooked() and self._lock.acquire(blocking=False):
+            try:
+                return self._recorded(stream, arguments)
+            finally:
+                self._lock.release()
+        try:
+            return self._run(stream, *arguments)
+        except RuntimeError as error:
+            if capturing and "captur" in str(error):
+                raise BackendUnavailableError(
+                    "a kernel of this call must still be compiled or loaded, and the stream is being captured: make "
+                    f"one call with such tensors before the capture. The driver says: {str(error).rstrip('.')}."
+                ) from error
+            raise
+
+    def _recorded(self, stream: int | None, arguments: tuple[Any, ...]) -> Any:
+        self._attempts -= 1
+        opened = library()
+        if opened is None:
+            self._attempts = 0
+            self.fault = obstacle()
+            return self._run(stream, *arguments)
+        recorder = Recorder(_device_words(self._device), stream, arguments)
+        with recorder:
+            results = self._run(stream, *recorder.arguments)
+        several = results if isinstance(results, tuple) else (results,)
+        described = recorder.described(several)
+        self.fault = recorder.fault
+        if described is None:
+            return results
+        try:
+            made = PreparedPass(opened, described, arguments, recorder.kept)
+        except BackendUnavailableError as error:
+            self._attempts, self.fault = 0, str(error)
+            return results
+        self._template = tuple(each is not None for each in several) if isinstance(results, tuple) else None
+        self._pass = made
+        return results
+
+
+def _device_words(device: torch.device) -> tuple[str, int, int]:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return device.type, index, index
+
+
+def _hooked() -> bool:
+    runtime = knobs.runtime
+    return _is_set(runtime.launch_enter_hook) or _is_set(runtime.launch_exit_hook)
+
+
+def _is_set(hook: Any) -> bool:
+    """Triton's chains of hooks are there when empty; a program may also put a function, or None, in their place."""
+    return hook is not None and bool(getattr(hook, "calls", True))

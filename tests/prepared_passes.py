@@ -1,0 +1,207 @@
+"""Runs plans and Gluon steps for a described GPU by Triton's own launcher and as prepared passes, and compares.
+
+Run as a program, without ``TRITON_INTERPRET``, with the launcher's library and the folder of the driver's stand-in as
+arguments and that folder in LD_LIBRARY_PATH; prints JSON. Triton compiles, binds and launches as on a GPU, by its own
+C code: so each byte that a kernel is given, each grid and each attribute can be compared.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver
+from triton.runtime import driver
+
+from cases import Case, make
+from driver_stand_in import NAME, DriverStandIn
+from lora_kernels.backends.triton.choose import blocks, hopper_blocks
+from lora_kernels.backends.triton.offline.compile_jobs import ARCHITECTURES, backward_plans_of, plans_of
+from lora_kernels.backends.triton.choose.plans import Cell
+from lora_kernels.backends.triton.run import hopper, launcher, prepared
+from lora_kernels.backends.triton.run.backward import ready_backward
+from lora_kernels.backends.triton.run.call import Call
+from lora_kernels.backends.triton.run.forward import ready
+from lora_kernels.backends.triton.run.recording import Recorder
+
+STREAM, DEVICE = 0x77, ("cpu", -1, 0)
+SIZES = {"i1": 1, "u1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "fp32": 4, "fp64": 8}
+
+
+class Driver(CudaDriver):
+    """Triton's driver for CUDA, but for what it asks torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: STREAM
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def parameter_sizes(compiled: Any) -> list[int]:
+    """What Triton's launcher makes of a signature, written a second time."""
+    sizes: list[int] = []
+
+    def add(kind: Any) -> None:
+        if isinstance(kind, tuple):
+            for each in kind:
+                add(each)
+        elif kind.startswith("tensordesc"):
+            rank = re.search(r"\[([^\]]*)\]", kind)[1].count(",") + 1  # type: ignore[index]
+            sizes.extend([128, *[4] * rank, *[8] * rank])
+        elif kind != "constexpr":
+            sizes.append(8 if kind.startswith("*") else SIZES[kind])
+
+    for kind in compiled.src.signature.values():
+        add(kind)
+    return [*sizes, 8, 8]
+
+
+def compare(stand_in: DriverStandIn, name: str, run: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """The launches of Triton's third call and of the pass's second one, with other numbers than it was recorded with."""
+    run(STREAM, *arguments)
+    recorder = Recorder(DEVICE, STREAM, arguments)
+    with recorder:
+        results = run(STREAM, *recorder.arguments)
+    described = recorder.described(results if isinstance(results, tuple) else (results,))
+    if described is None:
+        return {"name": name, "fault": recorder.fault}
+    for compiled in recorder.kept:
+        stand_in.parameters(compiled.function, parameter_sizes(compiled))
+    other = tuple(0.375 if isinstance(each, float) else each for each in arguments)
+    ready_pass = launcher.PreparedPass(launcher.library(), described, arguments, recorder.kept)
+    ready_pass(*other)
+    stand_in.forget()
+    stand_in.stream(0, STREAM)
+    expected_results = run(STREAM, *other)
+    by_triton = stand_in.take("cuLaunchKernelEx")
+    found_results = ready_pass(*other)
+    by_pass = stand_in.take("cuLaunchKernelEx")
+    known = {int(t.data_ptr()) for t in recorder.tensors if t is not None}
+    same_shapes = [
+        (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        for a, b in zip((t for t in as_tuple(expected_results) if t is not None), found_results, strict=True)
+    ]
+    return {
+        "name": name,
+        "fault": None,
+        "launches": [len(by_triton), len(by_pass)],
+        "differences": differences(by_triton, by_pass, known),
+        "shapes": all(same_shapes),
+        "dependent": sum("@6=" in " ".join(line) for line in by_pass),
+        "descriptors": len(described.descriptors),
+        "products": sum(type(step).__name__ == "Product" for step in described.steps),
+        "own": sum(type(buffer).__name__ == "Own" for buffer in described.buffers),
+        "scratch": described.scratch()[1],
+        "host": host(stand_in, run, ready_pass, other),
+    }
+
+
+def as_tuple(results: Any) -> tuple[Any, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def differences(expected: list[list[str]], found: list[list[str]], known: set[int]) -> list[str]:
+    """Words that differ: a call's own memory may lie elsewhere, but then the same for all launches."""
+    wrong, moved = [], dict[str, str]()
+
+    def one(a: str, b: str) -> bool:
+        if a == b:
+            return True
+        if len(a) != len(b) or int.from_bytes(bytes.fromhex(a[:16]), "little") in known:
+            return False
+        if len(a) == 256:  # a descriptor: its address in front
+            return a[16:] == b[16:] and one(a[:16], b[:16])
+        return len(a) == 16 and moved.setdefault(a, b) == b
+
+    for i, (line, other) in enumerate(zip(expected, found, strict=False)):
+        if len(line) != len(other):
+            wrong.append(f"launch {i}: {line} and {other}")
+            continue
+        wrong += [f"launch {i}: {a} and {b}" for a, b in zip(line, other, strict=True) if not one(a, b)]
+    return wrong
+
+
+def host(stand_in: DriverStandIn, run: Callable[..., Any], ready_pass: Any, arguments: tuple[Any, ...]) -> list[float]:
+    """Microseconds of a call by Python and by the pass, in turn, the least of many."""
+    stand_in.quiet()
+    best = [float("inf")] * 2
+    calls = (lambda: run(STREAM, *arguments)), (lambda: ready_pass(*arguments))
+    for _ in range(30):
+        for i, call in enumerate(calls):
+            start = time.perf_counter_ns()
+            for _ in range(100):
+                call()
+            best[i] = min(best[i], (time.perf_counter_ns() - start) / 1e5)
+    stand_in.forget()
+    stand_in.stream(0, STREAM)
+    return [round(each, 2) for each in best]
+
+
+def of_plans() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+    machine, seen = ARCHITECTURES[90], set[str]()
+    for m in (8, 128):
+        case = Case(m=m, k=256, n=128, r=16, dtype=torch.bfloat16, p=0.1)
+        i, state = make(case), torch.tensor([1, 2])
+        x, weight, a, b, bias, dy = (t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.bias, i.dy))
+        call = Call.forward(x, weight, a, b, bias, case.p, state)
+        for plan in plans_of(machine, Cell("forward", m, case.k, case.n, case.r, "bfloat16", True)):
+            name = f"{plan.kind} {getattr(plan, 'variant', '')}{' pdl' if getattr(plan, 'pdl', False) else ''}"
+            name += f" {getattr(plan, 'splits', '')}"
+            if name not in seen and (plan.kind == "few_tokens") == (m == 8):
+                seen.add(name)
+                yield name, ready(plan, call), (x, weight, a, b, bias, 0.5, state)
+        if m == 8:
+            continue
+        call = Call.backward(dy, x, weight, a, b, bias, case.p, state)
+        for plan in backward_plans_of(machine, Cell("backward", m, case.k, case.n, case.r, "bfloat16", True)):
+            if plan.kind not in seen:
+                seen.add(plan.kind)
+                h = torch.ones(case.m, case.r)
+                yield plan.kind, ready_backward(plan, call, True, True, True), (dy, x, weight, a, b, h, 0.5, state)
+
+
+def of_hopper() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+    m, k, n, r = 200, 320, 264, 16
+    c = hopper.HopperCall(ARCHITECTURES[90], torch.device("cpu"), torch.bfloat16, m, n, k, r, 0.1, True)
+    x, weight = torch.randn(m, k, dtype=torch.bfloat16), torch.randn(n, k, dtype=torch.bfloat16)
+    lora_a, lora_b, state = torch.randn(r, k), torch.randn(n, r), torch.tensor([1, 2])
+    shrink = hopper_blocks.shrink_configs(r)[0]
+    count = hopper.shrink_counters(shrink, c, k)
+    pack, h_step = hopper.pack_step(c, None, count), hopper.shrink_step(shrink, c)
+    y_step = hopper.product_step(hopper_blocks.forward_configs()[1], c)
+
+    def run(stream: int | None, *arguments: Any) -> Any:
+        x, weight, lora_a, lora_b, scaling, state = arguments
+        a, b, counters = pack(stream, lora_a, lora_b)
+        h, words = h_step(stream, x, a, counters, state, scaling)
+        return y_step(stream, x, weight, h, b), h, words
+
+    yield "hopper forward", run, (x, weight, lora_a, lora_b, 0.5, state)
+
+
+def main(path: str, folder: str) -> None:
+    stand_in = DriverStandIn(Path(folder) / NAME)
+    stand_in.stream(0, STREAM)
+    torch.ops.load_library(path)
+    launcher._found = launcher._Found(launcher.Library(path, stand_in.path, stand_in.path), None)
+    ctypes.CDLL(stand_in.path).cuCtxSetCurrent(ctypes.c_void_p(0xC000))
+    driver.set_active(Driver())
+    blocks.machine_of = lambda device: ARCHITECTURES[90]
+    prepared._allocate = lambda size, alignment, stream: torch.empty(size, dtype=torch.int8)
+    found = [compare(stand_in, *each) for each in (*of_plans(), *of_hopper())]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
