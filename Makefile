@@ -64,8 +64,8 @@ compile-gate: $(STAMP) ## compile the kernels for GPUs that are not here; fail o
 	env -u TRITON_INTERPRET $(BIN)/python -m lora_kernels.backends.triton.offline.compile_report --check
 	$(BIN)/python -m lora_kernels.backends.native.cuda_report --check || [ $$? -eq 3 ]  # 3: no nvcc here, and it says so
 
-sanitize: $(STAMP) ## the native library's tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(BIN)/python scripts/native_variants.py sanitize -q $(NATIVE_TESTS)
+sanitize: $(STAMP) ## the native libraries' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python scripts/native_variants.py sanitize -q $(NATIVE_TESTS) tests/backends/triton/test_launcher.py
 
 native-variants: $(STAMP) ## the native library's tests in the ways that this machine does not take by itself
 	set -e; for variant in library portable wide amx amx-library; do \

@@ -40,16 +40,19 @@ class Variant:
     flags: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     runtimes: tuple[str, ...] = ()  # the compiler's runtime libraries that Python must start with
+    kinds: tuple[str, ...] = ("cpu",)  # the libraries that are compiled so
 
 
 _SANITIZE = Variant(
     flags=("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"),
     environment={
-        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:abort_on_error=0",  # Python itself leaks at exit
+        # Python itself leaks at exit; memory that cannot be had is an error for the program to handle
+        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:abort_on_error=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         PRODUCT: "own",
     },
     runtimes=("libasan.so", "libubsan.so"),
+    kinds=("cpu", "launch"),
 )
 _TILES = "-DLORA_EMULATE_TILES"
 
@@ -58,7 +61,7 @@ VARIANTS = {
     "wide": Variant(flags=("-DLORA_VECTOR_BYTES=64", "-DLORA_PAIRS=1", "-O1"), environment={PRODUCT: "own"}),
     "amx": Variant(flags=(_TILES, "-O2"), environment={PRODUCT: "own"}),
     "amx-library": Variant(flags=(_TILES, "-O2"), environment={PRODUCT: "library"}),
-    "amx-sanitize": replace(_SANITIZE, flags=(*_SANITIZE.flags, _TILES)),
+    "amx-sanitize": replace(_SANITIZE, flags=(*_SANITIZE.flags, _TILES), kinds=("cpu",)),
     "portable": Variant(environment={CAPABILITY: "portable", PRODUCT: "own"}),
     "own": Variant(environment={PRODUCT: "own"}),
     "library": Variant(environment={PRODUCT: "library"}),
@@ -74,33 +77,33 @@ def main(arguments: list[str]) -> int:
     variant = VARIANTS[name]
     environment = {**os.environ, **variant.environment}
     with tempfile.TemporaryDirectory() as folder:
-        library = _compile(variant, Path(folder)) if variant.flags else None
+        libraries = {kind: _compile(kind, variant, Path(folder)) for kind in variant.kinds if variant.flags}
         if variant.runtimes:
             environment["LD_PRELOAD"] = " ".join(_runtime(runtime) for runtime in variant.runtimes)
         code = f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); import native_variants as v; "
-        code += f"sys.exit(v.run_tests({None if library is None else str(library)!r}, sys.argv[1:]))"
+        code += f"sys.exit(v.run_tests({libraries!r}, sys.argv[1:]))"
         command = [sys.executable, "-c", code, "-p", "no:cacheprovider", *(arguments[1:] or TESTS)]
         return subprocess.run(command, env=environment, cwd=ROOT).returncode
 
 
-def run_tests(library: str | None, arguments: list[str]) -> int:
-    """Runs pytest with ``library`` in the place of the one that the package would find."""
+def run_tests(libraries: dict[str, str], arguments: list[str]) -> int:
+    """Runs pytest with ``libraries``, by kind, in the place of those that the package would find."""
     import pytest
     import torch
 
     from lora_kernels.backends.native import load
 
-    if library is not None:
+    for kind, library in libraries.items():
         torch.ops.load_library(library)
-        load._loaded["cpu"] = load.Library(Path(library), "a variant for tests", {})
+        load._loaded[kind] = load.Library(Path(library), "a variant for tests", {})
     return int(pytest.main(arguments))
 
 
-def _compile(variant: Variant, folder: Path) -> Path:
+def _compile(kind: str, variant: Variant, folder: Path) -> str:
     sys.path.insert(0, str(ROOT))
     from lora_kernels.backends.native.build import compile_library, recipe
 
-    return compile_library(recipe("cpu", extra=variant.flags), folder / "library")
+    return str(compile_library(recipe(kind, extra=variant.flags), folder / kind))
 
 
 def _runtime(name: str) -> str:

@@ -2,7 +2,8 @@
 
 Run as a program, without ``TRITON_INTERPRET``, with the launcher's library and the folder of the driver's stand-in as
 arguments and that folder in LD_LIBRARY_PATH; prints JSON. Triton compiles, binds and launches as on a GPU, by its own
-C code: so each byte that a kernel is given, each grid and each attribute can be compared.
+C code: so each byte that a kernel is given, each grid and each attribute can be compared. With ``--time`` it times both
+ways too: host time alone, for the stand-in's launches do nothing.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from triton.runtime import driver
 from cases import Case, make
 from driver_stand_in import NAME, DriverStandIn
 from lora_kernels.backends.triton.choose import blocks, hopper_blocks
+from lora_kernels.backends.triton.choose.plans import BaseFirst, Cell
 from lora_kernels.backends.triton.offline.compile_jobs import ARCHITECTURES, backward_plans_of, plans_of
-from lora_kernels.backends.triton.choose.plans import Cell
 from lora_kernels.backends.triton.run import hopper, launcher, prepared
 from lora_kernels.backends.triton.run.backward import ready_backward
 from lora_kernels.backends.triton.run.call import Call
@@ -33,6 +34,7 @@ from lora_kernels.backends.triton.run.forward import ready
 from lora_kernels.backends.triton.run.recording import Recorder
 
 STREAM, DEVICE = 0x77, ("cpu", -1, 0)
+TIMED = "--time" in sys.argv
 SIZES = {"i1": 1, "u1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "fp32": 4, "fp64": 8}
 
 
@@ -68,7 +70,7 @@ def parameter_sizes(compiled: Any) -> list[int]:
 
 
 def compare(stand_in: DriverStandIn, name: str, run: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """The launches of Triton's third call and of the pass's second one, with other numbers than it was recorded with."""
+    """The launches of Triton's third call and of the pass's second one, by another number than the recorded one."""
     run(STREAM, *arguments)
     recorder = Recorder(DEVICE, STREAM, arguments)
     with recorder:
@@ -103,7 +105,7 @@ def compare(stand_in: DriverStandIn, name: str, run: Callable[..., Any], argumen
         "products": sum(type(step).__name__ == "Product" for step in described.steps),
         "own": sum(type(buffer).__name__ == "Own" for buffer in described.buffers),
         "scratch": described.scratch()[1],
-        "host": host(stand_in, run, ready_pass, other),
+        "host": host(stand_in, run, ready_pass, other) if TIMED else None,
     }
 
 
@@ -148,6 +150,10 @@ def host(stand_in: DriverStandIn, run: Callable[..., Any], ready_pass: Any, argu
     return [round(each, 2) for each in best]
 
 
+def h_of(case: Case) -> torch.Tensor:
+    return torch.ones(case.m, case.r)
+
+
 def of_plans() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
     machine, seen = ARCHITECTURES[90], set[str]()
     for m in (8, 128):
@@ -161,14 +167,21 @@ def of_plans() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
             if name not in seen and (plan.kind == "few_tokens") == (m == 8):
                 seen.add(name)
                 yield name, ready(plan, call), (x, weight, a, b, bias, 0.5, state)
+            if plan.kind == "lora_first" and "base_first" not in seen:
+                seen.add("base_first")
+                base_first = BaseFirst(plan.shrink, plan.expand)
+                yield "base_first", ready(base_first, call), (x, weight, a, b, bias, 0.5, state)
         if m == 8:
             continue
         call = Call.backward(dy, x, weight, a, b, bias, case.p, state)
+        plan = backward_plans_of(machine, Cell("backward", m, case.k, case.n, case.r, "bfloat16", True))[0]
+        yield "with dbias", ready_backward(plan, call, True, True, True), (dy, x, weight, a, b, h_of(case), 0.5, state)
+        call = Call.backward(dy, x, weight, a, b, None, case.p, state)
         for plan in backward_plans_of(machine, Cell("backward", m, case.k, case.n, case.r, "bfloat16", True)):
             if plan.kind not in seen:
                 seen.add(plan.kind)
-                h = torch.ones(case.m, case.r)
-                yield plan.kind, ready_backward(plan, call, True, True, True), (dy, x, weight, a, b, h, 0.5, state)
+                run = ready_backward(plan, call, True, True, True)
+                yield plan.kind, run, (dy, x, weight, a, b, h_of(case), 0.5, state)
 
 
 def of_hopper() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
@@ -204,4 +217,4 @@ def main(path: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:3])

@@ -20,6 +20,8 @@ FILES = {
     "common.h": "#pragma once\n#define LORA_STAND_IN 1\n",
     "cpu/operators.cpp": '#include "common.h"\n'
     'extern "C" __attribute__((visibility("default"))) int lora_stand_in() { return LORA_STAND_IN; }\n',
+    "launch/operators.cpp": '#include "common.h"\n'
+    'extern "C" __attribute__((visibility("default"))) int lora_stand_in() { return LORA_STAND_IN; }\n',
     "cuda/operators.cu": '#include "common.h"\n__global__ void stand_in(float* x) { *x = LORA_STAND_IN; }\n',
 }
 COMPILER = """#!/bin/sh
@@ -99,7 +101,10 @@ class StandIn:
     @property
     def home(self) -> Path:
         """The folder in the cache where the library is, or will be."""
-        return self.cache / "native" / recipes.recipe("cpu").key
+        return self.home_of("cpu")
+
+    def home_of(self, kind: str) -> Path:
+        return self.cache / "native" / recipes.recipe(kind).key
 
 
 class OtherProcess:

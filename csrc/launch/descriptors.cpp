@@ -9,7 +9,7 @@ namespace launch {
 
 namespace {
 
-constexpr size_t MAX_ADDRESSES = 1024;         // of one descriptor; a pass that meets more makes some anew
+constexpr size_t MAX_ADDRESSES = 1024;  // of one descriptor; a pass that meets more makes some anew
 constexpr uint64_t SHORT_TENSOR_BYTES = 131072;
 constexpr uint64_t SHORT_TENSOR_BIT = 1ull << 21;
 

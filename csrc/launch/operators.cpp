@@ -32,7 +32,8 @@ std::shared_ptr<const Pass> pass_of(int64_t handle) {
 
 using Given = std::optional<Tensor>;
 
-// The usual call: one number, which a pass without numbers leaves, and at most eight tensors. Fixed arguments cost a microsecond less than lists.
+// The usual call: one number, which a pass without numbers leaves, and at most eight tensors. Fixed arguments cost a
+// microsecond less than lists.
 std::vector<Tensor> launch(int64_t handle, double number, const Given& a, const Given& b, const Given& c,
                            const Given& d, const Given& e, const Given& f, const Given& g, const Given& h) {
     const std::shared_ptr<const Pass> pass = pass_of(handle);

@@ -212,8 +212,7 @@ Pass::Pass(std::shared_ptr<const Driver> of, const int64_t* begin, int64_t count
     device_index = static_cast<int32_t>(words.within(-1, MAX_COUNT, "the device is out of range"));
     ordinal = static_cast<int32_t>(words.within(0, MAX_COUNT, "the device is out of range"));
     driver->check(driver->device(&device, ordinal), "device " + std::to_string(ordinal) + " is not there");
-    driver->check(driver->retain_context(&context, device),
-                  "device " + std::to_string(ordinal) + " has no context");
+    driver->check(driver->retain_context(&context, device), "device " + std::to_string(ordinal) + " has no context");
     scratch_bytes = words.within(0, int64_t{1} << 48, "the scratch memory is out of range");
     number_count = words.count();
     for (int64_t left = words.count(); left > 0; --left) tensors.push_back(read_tensor(words));

@@ -58,8 +58,8 @@ struct Kernel {
     Function function;
     unsigned int grid[3], threads, shared_bytes, cluster;
     bool dependent, cooperative, beside;
-    std::vector<unsigned char> bytes;    // the parameters, constants in place
-    std::vector<uint32_t> parameters;    // where each begins
+    std::vector<unsigned char> bytes;  // the parameters, constants in place
+    std::vector<uint32_t> parameters;  // where each begins
     std::vector<Slot> slots;
 };
 

@@ -34,7 +34,8 @@ class OnDevice {
 struct NoMemory {};
 
 [[noreturn]] void refuse_tensor(size_t index, const char* what) {
-    throw Refusal("tensor " + std::to_string(index) + " of the call " + what + ", and its pass was prepared otherwise.");
+    throw Refusal("tensor " + std::to_string(index) + " of the call " + what +
+                  ", and its pass was prepared otherwise.");
 }
 
 class Call {
@@ -224,9 +225,9 @@ class Call {
         const size_t kind = pass_.device_type == aoti_torch_device_type_cuda() ? 1 : 0;
         const Tensor left = operand(product.left), right = operand(product.right);
         const AtenTensorHandle out = own_[static_cast<size_t>(product.out)]->get();
-        const AOTITorchError failed =
-            product.add ? driver_.multiply_add[kind](out, out, left.get(), right.get(), 1.0, 1.0)
-                        : driver_.multiply[kind](out, left.get(), right.get());
+        const AOTITorchError failed = product.add
+                                          ? driver_.multiply_add[kind](out, out, left.get(), right.get(), 1.0, 1.0)
+                                          : driver_.multiply[kind](out, left.get(), right.get());
         if (failed != AOTI_TORCH_SUCCESS) throw NoMemory();
     }
 

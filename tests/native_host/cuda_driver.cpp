@@ -104,7 +104,8 @@ EXPORT Result cuLaunchKernelEx(const LaunchConfig* c, Function function, void** 
     for (unsigned int i = 0; i < c->attribute_count; ++i) {
         const Attribute& a = c->attributes[i];
         const bool cluster = a.id == ATTRIBUTE_CLUSTER_DIMENSION;
-        rest += " @" + std::to_string(a.id) + "=" + hex(&a.value, cluster ? sizeof a.value.cluster : sizeof a.value.flag);
+        rest +=
+            " @" + std::to_string(a.id) + "=" + hex(&a.value, cluster ? sizeof a.value.cluster : sizeof a.value.flag);
     }
     std::vector<int> sizes;
     {
@@ -171,7 +172,9 @@ EXPORT Result cuEventCreate(Event* event, unsigned int flags) {
     *event = reinterpret_cast<Event>(all().events++);
     return note("cuEventCreate", words(flags));
 }
-EXPORT Result cuEventRecord(Event event, Stream stream) { return note("cuEventRecord", words(number(event), number(stream))); }
+EXPORT Result cuEventRecord(Event event, Stream stream) {
+    return note("cuEventRecord", words(number(event), number(stream)));
+}
 EXPORT Result cuStreamWaitEvent(Stream stream, Event event, unsigned int) {
     return note("cuStreamWaitEvent", words(number(stream), number(event)));
 }

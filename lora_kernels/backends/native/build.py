@@ -205,7 +205,7 @@ def recipe(kind: str, sources: Path | None = None, extra: Sequence[str] = ()) ->
 
 
 def requested_kinds(default: str) -> tuple[str, ...]:
-    """The libraries that ``LORA_KERNELS_BUILD`` names: cpu, cuda, launch, all, or off; ``default`` where it is unset or empty.
+    """The libraries that ``LORA_KERNELS_BUILD`` names: one, all, or off (none); ``default`` where it is unset or empty.
 
     Raises:
         BuildError: it has another value.
@@ -214,7 +214,8 @@ def requested_kinds(default: str) -> tuple[str, ...]:
     choices = {**{kind: (kind,) for kind in KINDS}, "all": KINDS, "off": (), "0": ()}
     if value not in choices:
         raise BuildError(
-            f"{BUILD_VARIABLE}={value} was given: it must be cpu, cuda, launch, all or off (0). Set one of them, or unset it."
+            f"{BUILD_VARIABLE}={value} was given: it must be {', '.join(KINDS)}, all or off (0). Set one of them, or "
+            "unset it."
         )
     return choices[value]
 

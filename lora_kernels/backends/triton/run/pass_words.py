@@ -51,7 +51,8 @@ _NUMBERS = {"fp32": 0, "f32": 0, "fp64": 1, "i32": 2, "i64": 3}
 FORK, JOIN = "fork", "join"  # steps between which kernels with ``beside`` run on the side stream
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """An address: ``offset`` bytes into tensor ``index`` of the call, or into buffer ``index`` of the pass."""
 
     memory: str  # "tensor" or "buffer"
@@ -62,7 +63,8 @@ class Place(NamedTuple):
         return [("tensor", "buffer").index(self.memory), self.index, self.offset]
 
 
-class Number(NamedTuple):
+@dataclass(frozen=True)
+class Number:
     """Number ``index`` of the call, as a parameter of Triton's ``type``: fp32, fp64, i32 or i64."""
 
     index: int
@@ -75,7 +77,8 @@ class Constant(NamedTuple):
     content: bytes
 
 
-class DescriptorMap(NamedTuple):
+@dataclass(frozen=True)
+class DescriptorMap:
     """Descriptor ``index`` of the pass: a TMA descriptor, by value."""
 
     index: int
@@ -108,7 +111,7 @@ class Scratch(NamedTuple):
 
 
 class Descriptor(NamedTuple):
-    """A TMA descriptor of the memory at ``place``; sizes, strides (in elements) and box from the outermost dimension."""
+    """A TMA descriptor of memory; its sizes, strides (in elements) and box from the outermost dimension."""
 
     place: Place
     element_type: int

@@ -201,9 +201,8 @@ class Recorder(TorchDispatchMode):
     def _own_index(self, tensor: Any) -> int:
         """The buffer that ``tensor`` is, whole."""
         for i, memory in enumerate(self.memory):
-            if memory is not None and isinstance(tensor, Tensor) and memory.data_ptr() == tensor.data_ptr():
-                if (memory.shape, memory.stride(), memory.dtype) == (tensor.shape, tensor.stride(), tensor.dtype):
-                    return i
+            if memory is not None and isinstance(tensor, Tensor) and _identity(memory) == _identity(tensor):
+                return i
         raise _Unsayable("a tensor that is returned or added to is not one that it allocated")
 
     def _multiplied(self, buffer: int) -> bool:
@@ -330,6 +329,10 @@ class Recorder(TorchDispatchMode):
         given = [tensor for tensor in self.tensors if tensor is not None]
         if any(tensor.layout != torch.strided or tensor.numel() == 0 for tensor in given):
             raise _Unsayable("a tensor is empty or not strided")
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _span(tensor: Tensor) -> int:

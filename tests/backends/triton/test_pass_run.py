@@ -1,0 +1,431 @@
+"""Runs that become prepared passes: what is recorded, what cannot be, and when Python goes on launching."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+from triton import knobs
+
+from driver_stand_in import DriverStandIn, compile_driver
+from lora_kernels.backends.native import load
+from lora_kernels.backends.triton.run import launcher, pass_words, recording, streams
+from lora_kernels.backends.triton.run.launcher import PassRun
+from lora_kernels.backends.triton.run.pass_words import FORK, JOIN, Kernel, Own, Product, Scratch
+from lora_kernels.backends.triton.run.prepared import Launch
+from lora_kernels.backends.triton.run.recording import Recorder
+from lora_kernels.errors import BackendUnavailableError
+from numerics import same_bits
+from stand_in import needs_a_compiler
+
+pytestmark = pytest.mark.xdist_group("recorded launches")
+
+FOLDER = Path(__file__).resolve().parents[2]
+CUDA, CPU = torch.device("cuda", 0), ("cpu", -1, 0)
+STREAM = 0x77
+
+
+class FakeKernel:
+    """Stands in for a Triton kernel of this signature, and counts what Python launches."""
+
+    def __init__(self, *signature: Any, scratch: int = 0, **metadata: Any) -> None:
+        self.launched: list[tuple[Any, ...]] = []
+        fixed = {"global_scratch_size": scratch, "launch_pdl": False, "launch_cooperative_grid": False, **metadata}
+        self.compiled = SimpleNamespace(
+            function=0x700,
+            packed_metadata=(4, 1, 0),
+            metadata=SimpleNamespace(**fixed),
+            src=SimpleNamespace(signature=dict(enumerate(signature))),
+        )
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **options: Any) -> Any:
+            assert all(type(each) is not recording.Given for each in arguments)
+            self.launched.append(arguments)
+            return self.compiled
+
+        return launch
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[DriverStandIn, str]:
+    needs_a_compiler()
+    folder = tmp_path_factory.mktemp("driver")
+    compile_driver(folder)
+    (folder / "libcuda.so").symlink_to("libcuda.so.1")
+    library = load._loaded.get("launch") or load.compile_into_cache("launch")
+    torch.ops.load_library(str(library.path))
+    return DriverStandIn(folder / "libcuda.so.1"), str(library.path)
+
+
+@pytest.fixture
+def driver(parts: tuple[DriverStandIn, str], monkeypatch: pytest.MonkeyPatch) -> DriverStandIn:
+    """The launcher in use, on the CPU's memory."""
+    stand_in, path = parts
+    stand_in.forget()
+    stand_in.library.cuCtxSetCurrent(0xC000)
+    stand_in.stream(0, STREAM)
+    found = launcher._Found(launcher.Library(path, stand_in.path, stand_in.path), None)
+    monkeypatch.setattr(launcher, "_found", found)
+    monkeypatch.setattr(launcher, "_device_words", lambda device: CPU)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return stand_in
+
+
+def one_launch(kernel: FakeKernel) -> Callable[..., Any]:
+    """run(stream, x, scaling) -> y, and None."""
+    launch = Launch(kernel, (2, 1, 1), (8, None))
+
+    def run(stream: int | None, x: Tensor, scaling: float) -> tuple[Tensor, None]:
+        y = torch.empty(4, 8)
+        launch(stream, x, y, scaling)
+        return y, None
+
+    return run
+
+
+def kernel_of_one() -> FakeKernel:
+    return FakeKernel("*fp32", "*fp32", "fp32", "i32", "constexpr")
+
+
+def launches(driver: DriverStandIn) -> int:
+    return len(driver.take("cuLaunchKernelEx"))
+
+
+def recorded(run: Callable[..., Any], *arguments: Any) -> tuple[Any, Recorder]:
+    recorder = Recorder(CPU, STREAM, arguments)
+    with recorder:
+        results = run(STREAM, *recorder.arguments)
+    return recorder.described(results if isinstance(results, tuple) else (results,)), recorder
+
+
+# Against Triton's own launcher
+
+
+@pytest.fixture(scope="module")
+def compared(parts: tuple[DriverStandIn, str]) -> dict[str, dict[str, Any]]:
+    folder = str(Path(parts[0].path).parent)
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "LD_PRELOAD")}
+    paths = [str(FOLDER), str(FOLDER.parent), environment.get("PYTHONPATH", "")]
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "TRITON_LIBCUDA_PATH": folder}
+    environment["LD_LIBRARY_PATH"] = os.pathsep.join([folder, environment.get("LD_LIBRARY_PATH", "")])
+    command = [sys.executable, str(FOLDER / "prepared_passes.py"), parts[1], folder]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return {found["name"]: found for found in json.loads(done.stdout)}
+
+
+def test_a_pass_launches_what_triton_launches(compared: dict[str, dict[str, Any]]) -> None:
+    """Each byte of each parameter, descriptors too; grid, block, shared memory, stream and attributes."""
+    said = {name: found for name, found in compared.items() if found["fault"] is None}
+    assert len(said) >= 9, compared
+    for name, found in said.items():
+        assert found["differences"] == [], name
+        assert found["launches"][0] == found["launches"][1] > 0, name
+        assert found["shapes"], name
+    assert any(found["dependent"] for found in said.values())
+    assert said["hopper forward"]["descriptors"] >= 5
+    assert said["hopper forward"]["scratch"] > 0
+    assert said["base_first"]["products"] == 1
+
+
+def test_what_a_pass_cannot_say_is_said(compared: dict[str, dict[str, Any]]) -> None:
+    assert compared["with dbias"]["fault"] == "it calls aten.sum.dim_IntList"
+
+
+# The first call, the next ones, and the way back to Python
+
+
+def test_the_second_call_is_the_pass(driver: DriverStandIn) -> None:
+    kernel = kernel_of_one()
+    run = PassRun(one_launch(kernel), CUDA)
+    x = torch.zeros(4, 8)
+    first = run(STREAM, x, 0.5)
+    assert (len(kernel.launched), launches(driver)) == (1, 0)
+    assert kernel.launched[0][2] == 0.5
+    y, nothing = run(STREAM, x, 0.25)
+    assert (len(kernel.launched), launches(driver)) == (1, 1)
+    assert nothing is None
+    assert (y.shape, y.dtype) == (first[0].shape, first[0].dtype)
+    assert run.fault is None
+    assert recording.watching == 0
+
+
+def test_one_tensor_is_returned_as_one(driver: DriverStandIn) -> None:
+    weight = torch.randn(6, 8)
+    run = PassRun(lambda stream, x, weight: torch.mm(x, weight.t()), CUDA)
+    x = torch.randn(4, 8)
+    for _ in range(3):
+        assert same_bits(run(STREAM, x, weight), torch.mm(x, weight.t()))
+    assert run._pass is not None
+
+
+def test_a_hook_of_triton_s_sees_all_launches(driver: DriverStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, x = kernel_of_one(), torch.zeros(4, 8)
+    run = PassRun(one_launch(kernel), CUDA)
+    run(STREAM, x, 0.5)
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        chain = getattr(knobs.runtime, name)
+        hook = lambda metadata: None  # noqa: E731 (it is added and removed)
+        before = len(kernel.launched)
+        chain.add(hook)
+        try:
+            run(STREAM, x, 0.5)
+        finally:
+            chain.remove(hook)
+        assert (len(kernel.launched), launches(driver)) == (before + 1, 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(knobs.runtime, name, hook)
+            run(STREAM, x, 0.5)
+            assert (len(kernel.launched), launches(driver)) == (before + 2, 0)
+            patch.setattr(knobs.runtime, name, None)
+            run(STREAM, x, 0.5)
+            assert (len(kernel.launched), launches(driver)) == (before + 2, 1)
+
+
+def test_without_a_library_python_launches(driver: DriverStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "_found", launcher._Found(None, "there is none."))
+    kernel, x = kernel_of_one(), torch.zeros(4, 8)
+    run = PassRun(one_launch(kernel), CUDA)
+    for _ in range(3):
+        run(STREAM, x, 0.5)
+    assert (len(kernel.launched), run.fault) == (3, "there is none.")
+
+
+def test_on_the_cpu_nothing_is_recorded(driver: DriverStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "library", lambda: pytest.fail("it was asked for"))
+    run = PassRun(lambda stream, x: torch.mm(x, x), torch.device("cpu"))
+    for _ in range(2):
+        run(None, torch.ones(2, 2))
+
+
+def test_where_the_device_refuses_the_pass_python_launches(driver: DriverStandIn) -> None:
+    kernel, x = kernel_of_one(), torch.zeros(4, 8)
+    driver.fail("cuDevicePrimaryCtxRetain", 700)
+    run = PassRun(one_launch(kernel), CUDA)
+    for _ in range(3):
+        run(STREAM, x, 0.5)
+    assert len(kernel.launched) == 3
+    assert "device 0 has no context: CUDA_ERROR_ILLEGAL_ADDRESS" in str(run.fault)
+
+
+def test_where_memory_is_short_python_tries_and_raises_torch_s_own_error(driver: DriverStandIn) -> None:
+    large = [torch.empty(1)]
+
+    def run(stream: int | None, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.mm(x, x), torch.empty(2**52) if large[0] is None else torch.empty(3)
+
+    wrapped, x = PassRun(run, CUDA), torch.ones(2, 2)
+    wrapped(STREAM, x)
+    ready = wrapped._pass
+    assert ready is not None
+    ready.call = lambda *arguments: []
+    assert len(wrapped(STREAM, x)) == 2
+    large[0] = None  # type: ignore[call-overload]
+    with pytest.raises(RuntimeError, match=r"memory|storage"):
+        wrapped(STREAM, x)
+
+
+def test_a_capture_is_not_recorded_and_names_what_must_be_compiled(
+    driver: DriverStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    kernel, x = kernel_of_one(), torch.zeros(4, 8)
+    run = PassRun(one_launch(kernel), CUDA)
+    run(STREAM, x, 0.5)
+    assert run._pass is None
+
+    def compiles(stream: int | None, x: Tensor) -> None:
+        raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
+
+    with pytest.raises(BackendUnavailableError, match="compiled or loaded, and the stream is being captured"):
+        PassRun(compiles, CUDA)(STREAM, x)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with pytest.raises(RuntimeError, match=r"^Triton Error"):
+        PassRun(compiles, CUDA)(STREAM, x)
+    run(STREAM, x, 0.5)  # the launch was ready, and is recorded all the same
+    assert run._pass is not None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    before = len(kernel.launched)
+    run(STREAM, x, 0.5)
+    assert (len(kernel.launched), launches(driver)) == (before, 1)
+
+
+def test_threads_record_once_and_do_not_see_each_other(driver: DriverStandIn) -> None:
+    """While one thread records, the others launch by Python, and their launches are not its."""
+    kernel, x = kernel_of_one(), torch.zeros(4, 8)
+    inside, go = threading.Event(), threading.Event()
+    plain = one_launch(kernel)
+
+    def run(stream: int | None, x: Tensor, scaling: float) -> Any:
+        if not go.is_set() and recording.current() is not None:
+            inside.set()
+            assert go.wait(30)
+        return plain(stream, x, scaling)
+
+    wrapped = PassRun(run, CUDA)
+    thread = threading.Thread(target=wrapped, args=(STREAM, x, 0.5))
+    thread.start()
+    assert inside.wait(30)
+    wrapped(STREAM, x.clone(), 0.25)
+    go.set()
+    thread.join()
+    assert wrapped._pass is not None
+    driver.take()
+    wrapped(STREAM, x, 0.5)
+    assert launches(driver) == 1
+
+
+# What is recorded
+
+
+def test_temporaries_become_scratch_and_results_stay(driver: DriverStandIn) -> None:
+    first, second = (
+        Launch(FakeKernel("*fp32", "*fp32"), (1, 1, 1), ()),
+        Launch(FakeKernel("*fp32", "*fp32", scratch=64), (3, 2, 1), ()),
+    )
+
+    def run(stream: int | None, x: Tensor) -> tuple[Tensor, None]:
+        parts = torch.empty(2, 4, 8)
+        first(stream, x, parts)
+        y = torch.empty(4, 8)
+        second(stream, parts[1], y)
+        return y, None
+
+    described, recorder = recorded(run, torch.zeros(4, 8))
+    assert recorder.fault is None
+    sizes = [buffer.size if isinstance(buffer, Scratch) else buffer.sizes for buffer in described.buffers]
+    assert sizes == [2 * 4 * 8 * 4, (4, 8), 64 * 6]
+    of_second = described.steps[1].arguments
+    assert (of_second[0], of_second[2]) == (pass_words.Place("buffer", 0, 128), pass_words.Place("buffer", 2))
+
+
+def test_what_runs_beside_is_told_from_the_rest(driver: DriverStandIn) -> None:
+    launch = Launch(FakeKernel("*fp32"), (1, 1, 1), ())
+
+    def run(stream: int | None, x: Tensor) -> Tensor:
+        recorder = recording.current()
+        assert recorder is not None
+        recorder.note_fork()
+        launch(0x99, x)
+        y = torch.mm(x, x)
+        recorder.note_join()
+        launch(stream, y)
+        return y
+
+    described, _ = recorded(run, torch.zeros(4, 4))
+    kinds = [step if isinstance(step, str) else type(step).__name__ for step in described.steps]
+    assert kinds == [FORK, "Kernel", "Product", JOIN, "Kernel"]
+    assert [step.beside for step in described.steps if isinstance(step, Kernel)] == [True, False]
+
+
+def test_the_side_stream_tells_the_recorder(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        cuda_stream = 5
+
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: Stream())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda index: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: torch.no_grad())
+    monkeypatch.setattr(streams, "_streams", {})
+    recorder = Recorder(CPU, STREAM, ())
+    with recorder:
+        streams.SideStream(CUDA)(STREAM, lambda stream: torch.empty(1), lambda stream: (None,))
+    assert recorder.steps == [FORK, JOIN]
+
+
+def test_a_sum_in_place_is_a_product_that_adds(driver: DriverStandIn) -> None:
+    def run(stream: int | None, x: Tensor, weight: Tensor) -> Tensor:
+        y = torch.mm(x, weight.t())
+        return y.addmm_(x, weight.t())
+
+    described, _ = recorded(run, torch.zeros(4, 8), torch.zeros(6, 8))
+    assert [(step.out, step.add) for step in described.steps if isinstance(step, Product)] == [(0, False), (0, True)]
+    assert described.buffers == [Own(torch.float32, (4, 6), (6, 1))]
+
+
+def _launch(kernel: FakeKernel, *static: Any) -> Callable[..., Any]:
+    ready = Launch(kernel, (1, 1, 1), static)
+
+    def run(stream: int | None, *arguments: Any) -> Tensor:
+        y = torch.empty(4)
+        ready(stream, *arguments, y)
+        return y
+
+    return run
+
+
+X, STRANGER = torch.zeros(4, 4), torch.zeros(4)
+ALIKE = FakeKernel("*fp32", "*fp32", "*fp32")
+FAULTS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
+    "another operator": (lambda stream, x: torch.empty(4).fill_(1), (X,), "it calls aten.fill_"),
+    "a copy": (lambda stream, x: x.clone(), (X,), "it calls aten.clone"),
+    "a scaled product": (lambda stream, x: torch.mm(x, x).addmm_(x, x, beta=0.5), (X,), "it calls aten.addmm_"),
+    "arithmetic with a number": (lambda stream, s: torch.empty(int(s * 2)), (2.0,), "a number of the call is used"),
+    "a branch by a number": (lambda stream, s: torch.empty(4) if s else None, (2.0,), "a number of the call is used"),
+    "a number in a constant": (_launch(FakeKernel("constexpr", "*fp32")), (2.0,), "compiled into a kernel"),
+    "a number as an int": (_launch(FakeKernel("i32", "*fp32")), (2.0,), "a parameter of type i32"),
+    "its own argument returned": (lambda stream, x: x, (X,), "not one that it allocated"),
+    "a part of it returned": (lambda stream, x: torch.mm(x, x)[1:], (X,), "not one that it allocated"),
+    "returned twice": (lambda stream, x: (torch.mm(x, x),) * 2, (X,), "a tensor twice"),
+    "one tensor for two": (_launch(ALIKE), (X, X), "or to several"),
+    "a stranger": (lambda stream, x: _launch(ALIKE)(stream, x, torch.zeros(4)), (X,), "it calls aten.zeros"),
+    "an unknown stranger": (lambda stream, x: _launch(ALIKE)(stream, x, STRANGER), (X,), "none of its"),
+    "an unknown type": (_launch(FakeKernel("fp8", "*fp32")), (2.0,), "a parameter of type fp8"),
+    "Triton's interpreter": (lambda stream, x: None, (X,), "interpreter"),
+    "a profile": (_launch(FakeKernel("*fp32", "*fp32", profile_scratch_size=8)), (X,), "instrumented"),
+    "missing arguments": (_launch(FakeKernel("*fp32")), (X,), "arguments that are not given"),
+    "an empty tensor": (lambda stream, x, e: torch.mm(x, x), (X, torch.zeros(0)), "empty"),
+}
+
+
+class Interpreted:
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **options: None
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_what_cannot_be_said_stays_in_python(driver: DriverStandIn, case: str) -> None:
+    run, arguments, words = FAULTS[case]
+    if case == "Triton's interpreter":
+        run = _launch(Interpreted())  # type: ignore[arg-type]
+    described, recorder = recorded(run, *arguments)
+    assert described is None
+    assert words in str(recorder.fault)
+    wrapped = PassRun(run, CUDA)
+    for _ in range(launcher._ATTEMPTS + 1):
+        wrapped(STREAM, *arguments)
+    assert (wrapped._pass, wrapped._attempts) == (None, 0)
+    assert words in str(wrapped.fault)
+
+
+def test_one_memory_in_one_call_is_none_in_the_next(driver: DriverStandIn) -> None:
+    run = PassRun(_launch(FakeKernel("*fp32", "*fp32", "*fp32")), CUDA)
+    run(STREAM, X, X)
+    assert run._pass is None
+    run(STREAM, X, torch.zeros(4, 4))
+    assert run._pass is not None
+    run(STREAM, X, X)
+    assert launches(driver) == 1
+
+
+def test_parts_of_one_tensor_are_told_apart(driver: DriverStandIn) -> None:
+    """As the columns of one h that several layers share: they start apart, and span each other."""
+    whole = torch.zeros(4, 32)
+    described, _ = recorded(_launch(FakeKernel("*fp32", "*fp32", "*fp32")), whole[:, :16], whole[:, 16:])
+    places = described.steps[0].arguments[:2]
+    assert places == (pass_words.Place("tensor", 0), pass_words.Place("tensor", 1))
