@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from triton import knobs
 
 from driver_stand_in import DriverStandIn, compile_driver
 from lora_kernels.backends.native import load
-from lora_kernels.backends.triton.run import launcher, pass_words, recording, streams
+from lora_kernels.backends.triton.run import launcher, pass_words, prepared, recording, streams
 from lora_kernels.backends.triton.run.launcher import PassRun
 from lora_kernels.backends.triton.run.pass_words import FORK, JOIN, Kernel, Own, Product, Scratch
 from lora_kernels.backends.triton.run.prepared import Launch
@@ -81,6 +82,7 @@ def driver(parts: tuple[DriverStandIn, str], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(launcher, "_found", found)
     monkeypatch.setattr(launcher, "_device_words", lambda device: CPU)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(prepared, "_current", lambda stream: nullcontext())
     return stand_in
 
 
@@ -334,18 +336,22 @@ def test_what_runs_beside_is_told_from_the_rest(driver: DriverStandIn) -> None:
 def test_the_side_stream_tells_the_recorder(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stream:
         cuda_stream = 5
+        priority = 0
 
         def wait_stream(self, other: Any) -> None:
             pass
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: Stream())
-    monkeypatch.setattr(torch.cuda, "Stream", lambda index: Stream())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda index, priority=0: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: torch.no_grad())
     monkeypatch.setattr(streams, "_streams", {})
     recorder = Recorder(CPU, STREAM, ())
     with recorder:
         streams.SideStream(CUDA)(STREAM, lambda stream: torch.empty(1), lambda stream: (None,))
-    assert recorder.steps == [FORK, JOIN]
+    assert (recorder.steps, recorder.fault) == ([FORK, JOIN], None)
+    with recorder:
+        streams.PriorityStream(CUDA)(STREAM, lambda stream: torch.empty(1), lambda stream: (None,))
+    assert recorder.fault == "it launches on a stream of high priority"
 
 
 def test_a_sum_in_place_is_a_product_that_adds(driver: DriverStandIn) -> None:
