@@ -1,4 +1,5 @@
 // What Python calls: open, prepare and release once through C, launch on every call through two operators.
+#include <algorithm>
 #include <cstring>
 #include <shared_mutex>
 

@@ -2,6 +2,7 @@
 // stream is joined before anything is let go of, also where a launch fails: no kernel outlives what it reads.
 #include "run.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -179,7 +180,7 @@ class Call {
     void launch(const Kernel& kernel) const {
         alignas(128) unsigned char bytes[MAX_PARAMETER_BYTES];
         void* parameters[MAX_PARAMETERS];
-        std::memcpy(bytes, kernel.bytes.data(), kernel.bytes.size());
+        std::copy(kernel.bytes.begin(), kernel.bytes.end(), bytes);
         for (size_t i = 0; i < kernel.parameters.size(); ++i) parameters[i] = bytes + kernel.parameters[i];
         for (const Slot& slot : kernel.slots) fill(slot, bytes);
         Attribute attributes[4];
