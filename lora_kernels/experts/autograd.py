@@ -1,0 +1,134 @@
+r"""``autograd.Function`` of one projection of all experts: what is saved, and which gradients are due.
+
+For the rows of expert e, with ``D = mask / (1 - p)`` (or 1), s the scaling::
+
+    h_e  = (x_e * D) A_eᵀ                   (M_e, R)
+    y_e  = x_e W_eᵀ + s h_e B_eᵀ            (M_e, N)
+    dh_e = s dy_e B_e                       (M_e, R)
+    dx_e = dy_e W_e + D * (dh_e A_e)        (M_e, K)
+    da_e = dh_eᵀ (x_e * D)                  (R, K)
+    db_e = s dy_eᵀ h_e                      (N, R)
+
+W is frozen. Saved: x before it is spread over its experts, the parameters, h, and with dropout the seed.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import backend, select
+from ..errors import InvalidTypeError, UnsupportedTransformError
+from ..ops import operators
+from . import grouped, loop
+from .problem import Adapter, Drop
+from .routing import Routing
+
+__all__ = ["project"]
+
+_BACKEND = "eager"  # whose operators draw the mask
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    adapter: Adapter | None,
+    routing: Routing,
+    p: float = 0.0,
+    spread: bool = False,
+    way: ModuleType | None = None,
+) -> Tensor:
+    """y (M, N) in x's dtype, rows sorted by expert; those of sentinels are zero.
+
+    Args:
+        x: (M, K) in sorted order, or with ``spread`` the tokens themselves, (T, K).
+        weight: (E, N, K), a view where it is stored transposed; frozen.
+        adapter: its A (E, R, K), B (E, N, R) and s; None where there is none.
+        p: dropout's probability, 0 where it does not act. A mask is drawn for each slot, from one seed.
+        way: :mod:`.loop` or :mod:`.grouped`; None is what suits the device.
+
+    Raises:
+        InvalidTypeError: ``weight`` requires a gradient.
+        UnsupportedTransformError: within ``torch.func`` or ``vmap``, or a double backward.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise UnsupportedTransformError(
+            "LoRA on stacked experts was called under torch.func or vmap, which are not supported. Call the model on "
+            "the whole batch, and differentiate backward."
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise InvalidTypeError(
+            f"a stacked expert weight {tuple(weight.shape)} requires a gradient, and beside an adapter it is frozen: a "
+            "gradient of its size is never made. Call requires_grad_(False) on it, or train it without an adapter."
+        )
+    if way is None:
+        way = grouped if grouped.runs(x, weight) else loop
+    state = None
+    if p != 0.0 and adapter is not None:
+        select("cpu" if x.is_cpu else x.device.type, x.dtype, _BACKEND)
+        rows = routing.slots.shape[0]
+        state = backend(_BACKEND).dropout_state(x.new_empty(()).expand(rows, weight.shape[2]), p)
+    a, b, scaling = (None, None, 0.0) if adapter is None else adapter
+    y: Tensor = _Project.apply(x, weight, a, b, scaling, p, state, routing, spread, way)
+    return y
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        scaling: float,
+        p: float,
+        state: Tensor | None,
+        routing: Routing,
+        spread: bool,
+        way: ModuleType,
+    ) -> Tensor:
+        adapter = None if a is None or b is None else Adapter(a, b, scaling)
+        rows = _rows(x, routing, spread)
+        y, h = way.forward(rows, weight, adapter, _drop(state, rows.shape, p), routing)
+        need_x, _, need_a, need_b = ctx.needs_input_grad[:4]
+        ctx.save_for_backward(
+            x if need_a else None,
+            weight if need_x else None,
+            a,
+            b,
+            h if need_b else None,
+            state if need_x or need_a else None,
+        )
+        ctx.settings = scaling, p, routing, spread, way, weight.shape[2]
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise UnsupportedTransformError(
+                "a double backward (create_graph=True) was asked for through LoRA on stacked experts, which has first "
+                "derivatives alone. Differentiate once, or merge the adapter into the weights first."
+            )
+        (dy,) = grad_outputs
+        dy = dy.contiguous()
+        x, weight, a, b, h, state = ctx.saved_tensors
+        scaling, p, routing, spread, way, k = ctx.settings
+        adapter = None if a is None else Adapter(a, b, scaling)
+        drop = _drop(state, torch.Size((dy.shape[0], k)), p)
+        rows = None if x is None else _rows(x, routing, spread)
+        dx, da, db = way.backward(dy, rows, weight, adapter, h, drop, routing)
+        if dx is not None and spread:
+            dx = routing.sum_of_slots(dx)
+        return dx, None, da, db, None, None, None, None, None, None
+
+
+def _rows(x: Tensor, routing: Routing, spread: bool) -> Tensor:
+    return x.index_select(0, routing.tokens) if spread else x.contiguous()
+
+
+def _drop(state: Tensor | None, shape: torch.Size, p: float) -> Drop | None:
+    return None if state is None else Drop(operators(_BACKEND).mask(state, *shape, p), 1.0 / (1.0 - p))

@@ -1,0 +1,268 @@
+"""``FusedLoRAExperts`` by itself, against W + s B A made for each expert in float64."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mixtures
+from lora_kernels.accuracy import judge
+from lora_kernels.config import AdapterOptions
+from lora_kernels.errors import InvalidArgumentError, LoRAStateError
+from lora_kernels.experts.layer import FusedLoRAExperts, around_experts
+from lora_kernels.models.disabling import adapters_disabled
+from lora_kernels.reference import adapter_dtype
+from numerics import same_bits
+
+pytest.importorskip("transformers")
+
+OPTIONS = AdapterOptions(3, 6.0)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def names_of(module: Any) -> tuple[str, str]:
+    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+
+
+def adapted(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> FusedLoRAExperts:
+    module = mixtures.experts(kind, dtype)
+    of = AdapterOptions(3, 6.0, **options)
+    layer = around_experts(module, dict.fromkeys(names_of(module), of))
+    mixtures.move(p for p in layer.parameters() if p.requires_grad)
+    return layer
+
+
+def inputs(
+    layer: Any, dtype: torch.dtype, k: int = 2, seed: int = 2, tokens: int = 40
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    x = torch.randn(tokens, 16).to(dtype).requires_grad_()
+    index = torch.stack([torch.randperm(layer.num_experts)[:k] for _ in range(tokens)])
+    weights = torch.rand(tokens, k).to(dtype).requires_grad_()
+    return x, index, weights, torch.randn(tokens, 16).to(dtype)
+
+
+def results(layer: FusedLoRAExperts, x: Tensor, index: Tensor, weights: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """What the layer gives, and each gradient, those of the adapters with a row for each expert's."""
+    y = layer(x, index, weights)
+    y.backward(dy)
+    found = {"y": y.detach(), "dx": x.grad, "dweights": weights.grad}
+    found |= {f"{n} a": a.grad.flatten(0, 1) for n, a in layer.lora_A.items()}
+    return found | {f"{n} b": b.grad.flatten(0, 1) for n, b in layer.lora_B.items()}
+
+
+def made_whole(
+    layer: FusedLoRAExperts, x: Tensor, index: Tensor, weights: Tensor, dy: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The same in ``dtype``, expert by expert, written out: in float64 by the weight W + s B A, which is made.
+
+    In another dtype, as a yardstick, by the plain composition x Wᵀ + s (x Aᵀ) Bᵀ.
+    """
+    own: Any = copy.deepcopy(layer.to_plain()).to(dtype)
+    x, weights = (tensor.detach().to(dtype).requires_grad_() for tensor in (x, weights))
+    factors = {
+        name: [_leaf(layer, factor[name], dtype) for factor in (layer.lora_A, layer.lora_B)] for name in layer.options
+    }
+
+    def project(rows: Tensor, name: str, e: int) -> Tensor:
+        a, b = (factor[e] for factor in factors[name])
+        stored, s = getattr(own, name)[e], layer.scaling(name)
+        weight = stored.t() if own.is_transposed else stored
+        exact = dtype is torch.float64
+        y = rows @ (weight + s * (b @ a)).t() if exact else rows @ weight.t() + s * ((rows @ a.t()) @ b.t())
+        return y + getattr(own, f"{name}_bias")[e] if own.has_bias else y
+
+    up, down = names_of(own)
+    y = torch.zeros_like(x, dtype=torch.promote_types(dtype, torch.float32))
+    for e in range(own.num_experts):
+        token, slot = torch.where(index == e)
+        rows = project(x[token], up, e)
+        rows = project(own._apply_gate(rows) if own.has_gate else own.act_fn(rows), down, e)
+        rows = own.post_expert_norm(rows) if own.has_post_expert_norm else rows
+        y = y.index_add(0, token, (rows * weights[token, slot, None]).to(y.dtype))
+    y = y.to(dtype)
+    y.backward(dy.to(dtype))
+    found = {"y": y.detach(), "dx": x.grad, "dweights": weights.grad}
+    found |= {f"{name} a": a.grad.flatten(0, 1) for name, (a, _) in factors.items()}
+    return found | {f"{name} b": b.grad.flatten(0, 1) for name, (_, b) in factors.items()}
+
+
+def _leaf(layer: FusedLoRAExperts, factor: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    """A or B in ``dtype``, first rounded as it is at the product."""
+    return nn.Parameter(factor.detach().to(adapter_dtype(layer.get_parameter("down_proj").dtype)).to(dtype))
+
+
+def compare(layer: FusedLoRAExperts, given: Any, dtype: torch.dtype) -> None:
+    found = results(layer, *given)
+    exact = made_whole(layer, *given, torch.float64)
+    yardstick = made_whole(layer, *given, dtype)
+    verdicts = [judge(n, found[n], exact[n], yardstick[n], dtype, depth=2) for n in found]
+    failed = [str(verdict) for verdict in verdicts if not verdict.passed]
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", mixtures.KINDS)
+def test_as_if_each_experts_weight_were_made(kind: str, dtype: torch.dtype) -> None:
+    layer = adapted(kind, dtype)
+    compare(layer, inputs(layer, dtype), dtype)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_one_projection_alone(kind: str) -> None:
+    for name in ("gate_up_proj", "down_proj"):
+        layer = around_experts(mixtures.experts(kind), {name: OPTIONS})
+        mixtures.move(p for p in layer.parameters() if p.requires_grad)
+        given = inputs(layer, torch.float32)
+        y = layer(given[0], *given[1:3])
+        both = adapted(kind)
+        other = ({"gate_up_proj", "down_proj"} - {name}).pop()
+        with torch.no_grad():
+            both.lora_A[name].copy_(layer.lora_A[name])
+            both.lora_B[name].copy_(layer.lora_B[name])
+            both.lora_B[other].zero_()
+        assert torch.equal(y, both(given[0], *given[1:3]))
+
+
+@pytest.mark.parametrize("kind", mixtures.KINDS)
+def test_sentinels_add_nothing(kind: str) -> None:
+    layer = adapted(kind, torch.float64)
+    layer._is_expert_parallel = True
+    x, index, weights, dy = inputs(layer, torch.float64)
+    index[::2, 1] = layer.num_experts
+    index[3] = layer.num_experts + 2
+    compare(layer, (x, index, weights, dy), torch.float64)
+    assert not weights.grad[index >= layer.num_experts].any()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "without gate"])
+def test_off_it_is_the_module_that_it_was(kind: str) -> None:
+    layer, plain = adapted(kind), mixtures.experts(kind)
+    x, index, weights, _ = inputs(layer, torch.float32)
+    plain.config._experts_implementation = layer.config._experts_implementation = "eager"
+    with adapters_disabled(layer):
+        off = layer(x, index, weights)
+    assert same_bits(off, plain(x, index, weights))
+    assert not torch.allclose(layer(x, index, weights), off)
+    back = layer.to_plain()
+    assert type(back) is type(plain)
+    assert list(back.state_dict()) == list(plain.state_dict())
+    assert same_bits(back(x, index, weights), off)
+
+
+def test_dropout_acts_in_training_alone_and_is_drawn_again_by_checkpoints() -> None:
+    layer = adapted("qwen3_moe", lora_dropout=0.5)
+    given = inputs(layer, torch.float32)
+    torch.manual_seed(1)
+    kept = results(layer, *given)
+    layer.zero_grad()
+    x, _, weights, _ = inputs(layer, torch.float32)
+    torch.manual_seed(1)
+    y = torch.utils.checkpoint.checkpoint(layer, x, given[1], weights, use_reentrant=False)
+    y.backward(given[3])
+    assert same_bits(kept["y"], y.detach())
+    assert same_bits(kept["dx"], x.grad)
+    assert same_bits(kept["down_proj a"], layer.lora_A["down_proj"].grad.flatten(0, 1))
+    layer.eval()
+    assert same_bits(layer(x, given[1], weights), layer(x, given[1], weights))
+
+
+def test_autocast_runs_in_its_dtype() -> None:
+    layer = adapted("qwen3_moe")
+    x, index, weights, dy = inputs(layer, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x, index, weights)
+    low = adapted("qwen3_moe", torch.bfloat16)
+    with torch.no_grad():
+        for name in layer.options:
+            low.lora_A[name].copy_(layer.lora_A[name])
+            low.lora_B[name].copy_(layer.lora_B[name])
+    assert y.dtype is torch.float32
+    exact = made_whole(layer, x, index, weights, dy, torch.float64)["y"]
+    yardstick = made_whole(layer, x, index, weights, dy, torch.bfloat16)["y"]
+    verdict = judge("y", y.detach(), exact, yardstick.float(), torch.bfloat16, depth=2)
+    assert verdict.passed, str(verdict)
+    y.backward(dy)
+    assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in layer.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_compute_the_same(way: Any) -> None:
+    layer = adapted("mixtral")
+    x, index, weights, _ = inputs(layer, torch.float32)
+    other = way(layer)
+    assert type(other) is type(layer)
+    assert isinstance(other, type(mixtures.experts("mixtral")))
+    assert same_bits(other(x, index, weights), layer(x, index, weights))
+    assert {id(p) for p in other.parameters()}.isdisjoint(id(p) for p in layer.parameters())
+
+
+def test_the_same_bits_at_every_run() -> None:
+    layer = adapted("qwen3_moe")
+    first = results(layer, *inputs(layer, torch.float32))
+    layer.zero_grad()
+    second = results(layer, *inputs(layer, torch.float32))
+    assert all(same_bits(first[name], second[name]) for name in first)
+
+
+def test_a_new_adapter_adds_nothing_and_trains_alone() -> None:
+    module = mixtures.experts("mixtral").requires_grad_(True)
+    plain = copy.deepcopy(module)
+    layer = around_experts(module, dict.fromkeys(names_of(module), OPTIONS))
+    x, index, weights, _ = inputs(layer, torch.float32)
+    plain.config._experts_implementation = "grouped_mm"
+    assert torch.equal(layer(x, index, weights), plain(x, index, weights))
+    assert all(a.any(dim=-1).all() for a in layer.lora_A.values())
+    trained = [name for name, p in layer.named_parameters() if p.requires_grad]
+    assert trained == [f"{m}.{p}" for m in ("lora_A", "lora_B") for p in names_of(module)]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"activation": "relu"}, "activation='relu'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+    ],
+)
+def test_what_experts_cannot_have(options: dict[str, Any], words: str) -> None:
+    module = mixtures.experts("mixtral").requires_grad_(True)
+    with pytest.raises(InvalidArgumentError, match=words):
+        around_experts(module, {"down_proj": AdapterOptions(4, 6.0, **options)})
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_modules_that_cannot_be_adapted() -> None:
+    module = mixtures.experts("mixtral")
+    with pytest.raises(InvalidArgumentError, match=r"only .*gate_up_proj"):
+        around_experts(module, {"router": OPTIONS})
+    with pytest.raises(LoRAStateError, match="no experts module"):
+        around_experts(nn.Linear(2, 2), {"weight": OPTIONS})
+    with pytest.raises(LoRAStateError, match="has an adapter already"):
+        around_experts(adapted("mixtral"), {"down_proj": OPTIONS})
+    module.down_proj.data = module.down_proj.data.to(torch.float8_e4m3fn)
+    with pytest.raises(LoRAStateError, match="float8_e4m3fn"):
+        around_experts(module, {"gate_up_proj": OPTIONS})
+    other = mixtures.experts("mixtral")
+    other.forward = other.forward
+    with pytest.raises(LoRAStateError, match="forward of its own"):
+        around_experts(other, {"down_proj": OPTIONS})
+
+
+def test_merging_is_refused() -> None:
+    with pytest.raises(LoRAStateError, match="cannot be merged yet"):
+        adapted("mixtral").merge()
+
+
+def test_shapes_that_do_not_fit() -> None:
+    layer = adapted("mixtral")
+    x, index, weights, _ = inputs(layer, torch.float32)
+    with pytest.raises(InvalidArgumentError, match="top_k_weights"):
+        layer(x, index, weights[:, :1])
