@@ -62,6 +62,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "lora_kernels/info.py": _COMMANDS,
     "lora_kernels/__init__.py": (*_COMMANDS, "tests/house/test_doctests.py"),
     "lora_kernels/models/": ("tests/models",),
+    "lora_kernels/experts/": ("tests/experts",),
+    "lora_kernels/models/experts.py": ("tests/experts/test_models.py",),
     "lora_kernels/peft/": ("tests/peft",),
     "lora_kernels/checkpoint/": ("tests/checkpoint",),
     "lora_kernels/backends/": ("tests/core/test_dispatch.py", "tests/core/test_parts.py", "tests/core/test_ops.py"),
