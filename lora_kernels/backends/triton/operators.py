@@ -17,13 +17,13 @@ from torch import Tensor
 from ...kept import no_words
 from . import part_operators
 from .choose import ranking
-from .choose.plans import BackwardPlan, DxHopper, DxInside, ForwardPlan, Hopper, HopperInside
+from .choose.plans import GLUON_PLANS, BackwardPlan, DxHopper, DxInside, ForwardPlan, Hopper, HopperInside
 from .kernels.packed import mask_kernel
 from .run.backward import BackwardRun, ready_backward
 from .run.call import Call, backward_key, forward_key
 from .run.forward import ready
 from .run.hopper_backward import ready_hopper_backward
-from .run.hopper_call import is_hopper, plan_fault
+from .run.hopper_call import plan_fault
 from .run.hopper_forward import ready_hopper
 from .run.prepared import Cache, Launch, current_stream, first_that_runs, on_device
 from .run.steps import Step, cdiv, draw_step, seeded
@@ -71,7 +71,7 @@ def forward(
 
 def _taken(plans: Sequence[Any], call: Call) -> list[Any]:
     """Without the Gluon plans that do not take the call: TMA reads no matrix of any strides and address."""
-    return [plan for plan in plans if not is_hopper(plan) or plan_fault(plan, call) is None]
+    return [plan for plan in plans if not isinstance(plan, GLUON_PLANS) or plan_fault(plan, call) is None]
 
 
 def _whole(plan: ForwardPlan | Hopper | HopperInside, c: Call) -> Step:

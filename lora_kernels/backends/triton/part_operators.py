@@ -23,13 +23,12 @@ from torch import Tensor
 from ...reference import adapter_dtype
 from .choose import blocks
 from .choose.blocks import expand_config, gain_grad_config, row_norms_config
-from .choose.plans import BaseFirst, Fused, LoraFirst
+from .choose.plans import GLUON_PLANS, BaseFirst, Fused, LoraFirst
 from .choose.ranking import plans_for
 from .choose.ways import dh_db_for, outer_for, shrink_for
 from .kernels.gain import gain_grad_kernel, row_norms_kernel
 from .run.call import Call
 from .run.forward import Product, ready_product
-from .run.hopper_call import is_hopper
 from .run.prepared import Cache, Launch, alignment, current_stream, first_that_runs, matrix, on_device, precision_of
 from .run.steps import (
     Step,
@@ -126,7 +125,7 @@ def product_plans(device: torch.device, call: Call) -> list[Any]:
             continue
         if call.gain and isinstance(plan, Fused) and _is_wide(plan):
             continue
-        whole = replace(plan, shrink=replace(plan.shrink, splits=1))
+        whole: Any = replace(plan, shrink=replace(plan.shrink, splits=1))
         if call.gain and not isinstance(plan, Fused) and call.dtype.itemsize == 4:
             whole = replace(whole, expand=replace(whole.expand, block_m=min(whole.expand.block_m, 32)))
         found[replace(whole, pdl=False) if getattr(whole, "pdl", False) else whole] = None
@@ -228,7 +227,7 @@ def _joined(
 def _input_grad_steps(c: Call, ranks: Sequence[int], members: int) -> list[Step]:
     if members == 1 and c.n:
         plans = plans_for(c.device, c.machine, c.cell("backward"))
-        return [dx_step(plan, c) for plan in plans if not is_hopper(plan)]
+        return [dx_step(plan, c) for plan in plans if not isinstance(plan, GLUON_PLANS)]
     starts = [0]
     for rank in ranks if c.dropout else (c.r,):  # without masks all terms are one product
         starts.append(starts[-1] + rank)

@@ -91,6 +91,7 @@ def _jobs_of(r: int, most: int | None, dtype: torch.dtype) -> list[Job]:
             hopper.dh_step(shrink, c)(None, dy, b, zeros, 2.0)
         for product in hopper_blocks.forward_configs()[:most]:
             hopper.product_step(product, c)(None, x, weight, hidden, b)
+            hopper.product_step(product, c)(None, x, weight, hidden, b, None, vector)
             hopper.product_step(product, c)(None, x, weight, hidden, b, vector, vector)
         for masked in (False, True):
             for product in hopper_blocks.dx_configs(masked)[:most]:
@@ -104,6 +105,7 @@ def _jobs_of(r: int, most: int | None, dtype: torch.dtype) -> list[Job]:
             hopper.plain_shrink_step(p, plain, 2 * k)(None, x, a, 2.0)
         for fused in () if wide else hopper_blocks.product_h_configs(rank):
             hopper.product_h_step(fused, plain)(None, x, weight, a, b, zeros, 2.0)
+            hopper.product_h_step(fused, plain)(None, x, weight, a, b, zeros, 2.0, None, vector)
             hopper.product_h_step(fused, plain)(None, x, weight, a, b, zeros, 2.0, vector, vector)
             hopper.dx_h_step(fused, plain)(None, dy, weight, b, a, zeros, 2.0, hopper.halves(fused, plain))
         parts = meta(3, k, rank), meta(4, n, rank)

@@ -9,19 +9,16 @@ from typing import TypeAlias
 import torch
 
 from ....errors import InvalidArgumentError
-from ....kept import row_words
 from ....reference import dropout_threshold
 from ..choose.blocks import Machine
-from ..choose.hidden_operand import HiddenOperand, hidden_operand, tma_takes
+from ..choose.hidden_operand import HiddenOperand, hidden_operand, operand_fault
 from ..choose.hopper_blocks import HopperPlainShrink
 from ..choose.plans import DxHopper, DxInside, Hopper, HopperInside
 from .call import Call
 
-__all__ = ["HopperCall", "HopperPlan", "call_fault", "cdiv", "hopper_call", "is_hopper", "plan_fault"]
+__all__ = ["HopperCall", "HopperPlan", "call_fault", "cdiv", "hopper_call", "plan_fault"]
 
 HopperPlan: TypeAlias = Hopper | HopperInside | DxHopper | DxInside
-
-_INDEX_LIMIT = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +63,7 @@ class HopperCall:
 
 def call_fault(c: HopperCall) -> str | None:
     """The end of a sentence "the Gluon kernels do not run: ..." where they do not take the call; tensors aside."""
-    if c.dtype not in (torch.bfloat16, torch.float16):
-        return f"x is {c.dtype} and they are for torch.bfloat16 and torch.float16"
-    if hidden_operand(c.dtype, c.r) is None:
-        return f"rank {c.r} is not from 1 to 128"
-    if not tma_takes(c.k, c.n):
-        return f"in_features {c.k} and out_features {c.n} are not both multiples of 8"
-    rank = c.operand.rank
-    tokens = c.m * max(c.operand.columns, row_words(c.k), rank * cdiv(c.n, 128))  # the last: dh's parts
-    largest = max(tokens, c.operand.adapter_columns * max(c.k, c.n))
-    if largest >= _INDEX_LIMIT:
-        return f"{c.m} tokens of rank {c.r} are more than their 32-bit offsets reach"
-    return None
-
-
-def is_hopper(plan: object) -> bool:
-    """Whether the Gluon kernels run ``plan``."""
-    return isinstance(plan, (Hopper, HopperInside, DxHopper, DxInside))
+    return operand_fault(c.dtype, c.m, c.k, c.n, c.r)
 
 
 def plan_fault(plan: HopperPlan, call: Call) -> str | None:

@@ -18,16 +18,16 @@ __all__ = ["hopper_product_kernel", "store_columns"]
 
 @gluon.jit
 def _affine(acc, affine, n0, COLS: gl.constexpr):
-    """gain * acc + bias, by columns."""
-    gain_ptr, bias_ptr, N = affine
+    """gain * acc + bias, by columns; or acc + bias."""
     offs_n = n0 + gl.arange(0, COLS, layout=gl.SliceLayout(0, acc.type.layout))
-    if gain_ptr is not None:
+    if len(affine) == 3:
+        gain_ptr, bias_ptr, N = affine
         gain = gl.load(gain_ptr + offs_n, mask=offs_n < N, other=0.0)
         acc = acc * gl.expand_dims(gain.to(gl.float32), 0)
-    if bias_ptr is not None:
-        bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
-        acc = acc + gl.expand_dims(bias.to(gl.float32), 0)
-    return acc
+    else:
+        bias_ptr, N = affine
+    bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
+    return acc + gl.expand_dims(bias.to(gl.float32), 0)
 
 
 @gluon.jit
@@ -36,7 +36,8 @@ def store_columns(
 ):
     """Writes acc (rows, COLS) by TMA, EPI_N columns at a time through NBUF buffers from first_buf on.
 
-    affine is () or (gain_ptr, bias_ptr, N): then gain * acc + bias is written; either pointer may be None.
+    affine is (), (bias_ptr, N) or (gain_ptr, bias_ptr, N): acc + bias or gain * acc + bias is written. Under Triton 3.6
+    None may not stand in a tuple.
     """
     if COLS > EPI_N:
         rows: gl.constexpr = acc.shape[0]
@@ -345,7 +346,7 @@ def hopper_product_kernel(
     b      (N, C), dx: (C, N), bf16     contiguous; block (BLOCK_N, BLOCK_H) or turned; C = EXTRA * BLOCK_H
     m      (M, 4 ceil(N / 128)) int32   MASKED: bit j of word w keeps column 32 w + j; block (rows, BLOCK_N / 32)
     y      (M, N) as x                  rows on 16-byte boundaries; block (BLOCK_M / parts, EPI_N)
-    gain   (N,) or None                 in one piece, any float dtype
+    gain   (N,) or None                 in one piece, any float dtype; None without a bias
     bias   (N,) or None                 in one piece, any float dtype
     ====== ============================ ============================================================================
 
@@ -384,8 +385,10 @@ def hopper_product_kernel(
     smem = (xs, ws, mw)
     cdescs = (y_desc, h_desc, b_desc)
     pdescs = (x_desc, w_desc, h_desc, b_desc, m_desc)
-    if gain_ptr is None and bias_ptr is None:
+    if bias_ptr is None:
         affine = ()
+    elif gain_ptr is None:
+        affine = (bias_ptr, N)
     else:
         affine = (gain_ptr, bias_ptr, N)
     if XPARTS == 1:

@@ -425,7 +425,7 @@ def hopper_product_h_kernel(
     y      (M, N) as x                      rows on 16-byte boundaries; block (BLOCK_M / 2, EPI_N)
     half   (2, M, BLOCK_R) fp32 or None     the exact form's workspace
     flags  int32                            ceil(M / BLOCK_M) + 1, exact form three times the first; zero, and left zero
-    gain   (N,) or None; bias too           in one piece, any float dtype
+    gain   (N,) or None; bias too           in one piece, any float dtype; no gain without a bias
     ====== ================================ ========================================================================
 
     Grid (programs,), at most one a tile and a multiprocessor, all resident (cooperative). Tiles in the order of
@@ -457,8 +457,10 @@ def hopper_product_h_kernel(
     bars = (full, empty)
     smem = (xs, ws, a_s)
     cdescs = (y_desc, h_desc, b_desc)
-    if gain_ptr is None and bias_ptr is None:
+    if bias_ptr is None:
         affine = ()
+    elif gain_ptr is None:
+        affine = (bias_ptr, N)
     else:
         affine = (gain_ptr, bias_ptr, N)
     gl.warp_specialize(
