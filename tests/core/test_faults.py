@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cases import BACKENDS, Case, keep_mask, make, measures, run
 from lora_kernels import dispatch, ops
-from lora_kernels.kept import no_words
 from lora_kernels.ops import Operators
 from numerics import check_all
 
@@ -68,7 +67,7 @@ def _hidden_once_in_16_bits(true: Operators, given: Given) -> Any:
     x, lora_b, s = given["x"], given["lora_b"], given["scaling"]
     keep = true.mask(given["state"], *x.shape, given["p"]) / (1.0 - given["p"])
     h = _coarse((x * keep) @ given["lora_a"].t(), 11)
-    return x @ given["weight"].t() + s * h @ lora_b.t() + given["bias"], h, no_words(x.device)
+    return x @ given["weight"].t() + s * h @ lora_b.t() + given["bias"], h, true.forward(**given)[2]
 
 
 def _in_tf32(true: Operators, given: Given) -> Any:

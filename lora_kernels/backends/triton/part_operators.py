@@ -324,9 +324,9 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) ->
     return norms
 
 
-def told(state: Tensor | None) -> torch.dtype | None:
+def told(state: Tensor | None) -> torch.Size | None:
     """What a launch depends on of a state: None, a seed (int64) or the mask's words (int32)."""
-    return None if state is None else state.dtype
+    return None if state is None else state.shape
 
 
 def rows_in_one_piece(matrix: Tensor) -> Tensor:

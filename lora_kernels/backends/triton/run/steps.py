@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ....errors import InvalidArgumentError
 from ....kept import row_words
 from ....reference import dropout_threshold
 from ..choose.blocks import DhDbConfig, ExpandConfig, GemmConfig, OuterConfig, ShrinkConfig
@@ -72,8 +73,19 @@ def draw_step(m: int, k: int, p: float, members: int | None = None) -> Step:
 
 def seeded(run: Step, state: Tensor | None, m: int, k: int, p: float) -> Step:
     """``run``, whose last argument is the packed mask, for such a ``state``: None, the words, or what they are drawn
-    from before: a seed (2,), or one of each member (members, 2)."""
-    if state is None or state.dtype is torch.int32:
+    from before: a seed (2,), or one of each member (members, 2).
+
+    Raises:
+        InvalidArgumentError: words of another mask, which kernels would read past their end.
+    """
+    if state is None:
+        return run
+    if state.dtype is torch.int32:
+        if state.shape[-2:] != (m, row_words(k)):
+            raise InvalidArgumentError(
+                f"the mask's words have the shape {tuple(state.shape)} and must have {(m, row_words(k))} for {m} tokens "
+                f"of {k} columns: give the words that forward gave for this x."
+            )
         return run
     draw = draw_step(m, k, p, None if state.dim() == 1 else state.shape[0])
     return lambda stream, *arguments: run(stream, *arguments[:-1], draw(stream, arguments[-1]))
