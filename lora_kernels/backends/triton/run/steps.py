@@ -83,8 +83,8 @@ def seeded(run: Step, state: Tensor | None, m: int, k: int, p: float) -> Step:
     if state.dtype is torch.int32:
         if state.shape[-2:] != (m, row_words(k)):
             raise InvalidArgumentError(
-                f"the mask's words have the shape {tuple(state.shape)} and must have {(m, row_words(k))} for {m} tokens "
-                f"of {k} columns: give the words that forward gave for this x."
+                f"the mask's words have the shape {tuple(state.shape)} and must have {(m, row_words(k))} for {m} "
+                f"tokens of {k} columns: give the words that forward gave for this x."
             )
         return run
     draw = draw_step(m, k, p, None if state.dim() == 1 else state.shape[0])
