@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .env import BACKEND_VARIABLE, BUILD_VARIABLE, CACHE_VARIABLE, CPU_CHOICES, EXPLAIN_VARIABLE
+from .env import (
+    BACKEND_VARIABLE,
+    BUILD_VARIABLE,
+    CACHE_VARIABLE,
+    CPU_CHOICES,
+    DROPOUT_KEEPS_VARIABLE,
+    EXPLAIN_VARIABLE,
+)
 from .errors import InvalidArgumentError
 from .processor import processor_name
 
@@ -27,7 +34,7 @@ __all__ = ["add_arguments", "collect", "run_command", "versions"]
 
 PACKAGES = ("torch", "triton", "numpy", "peft", "safetensors", "rich", "matplotlib")
 VARIABLES = (
-    *(BACKEND_VARIABLE, BUILD_VARIABLE, CACHE_VARIABLE, EXPLAIN_VARIABLE, *CPU_CHOICES),
+    *(BACKEND_VARIABLE, BUILD_VARIABLE, CACHE_VARIABLE, DROPOUT_KEEPS_VARIABLE, EXPLAIN_VARIABLE, *CPU_CHOICES),
     *("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "CXX", "CUDACXX", "CUDA_HOME"),
 )
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}

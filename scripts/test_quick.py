@@ -116,6 +116,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "csrc/": (f"{_NATIVE}_cpu.py", "tests/backends/native/test_cuda_kernels.py"),
     "csrc/cpu/": (f"{_NATIVE}_cpu.py", f"{_NATIVE}_parts.py", f"{_NATIVE}_amx.py"),
+    "csrc/launch/": ("tests/backends/triton/test_launcher.py", "tests/backends/native/test_launch_library.py"),
     "csrc/cuda/": ("tests/backends/native/test_cuda_kernels.py", "tests/backends/native/test_cuda_report.py"),
     "bench/": (
         "tests/benchmark/test_benchmark_rebuilt.py",

@@ -32,6 +32,7 @@ from lora_kernels.backends.triton.run.backward import ready_backward
 from lora_kernels.backends.triton.run.call import Call
 from lora_kernels.backends.triton.run.forward import ready
 from lora_kernels.backends.triton.run.recording import Recorder
+from lora_kernels.packed_mask import packed_keep_words
 
 STREAM, DEVICE = 0x77, ("cpu", -1, 0)
 TIMED = "--time" in sys.argv
@@ -151,7 +152,8 @@ def host(stand_in: DriverStandIn, run: Callable[..., Any], ready_pass: Any, argu
 
 
 def h_of(case: Case) -> torch.Tensor:
-    return torch.ones(case.m, case.r)
+    """On such a device h is an operand: high and low parts."""
+    return torch.ones(case.m, 2 * case.r, dtype=torch.bfloat16)
 
 
 def of_plans() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
@@ -160,28 +162,29 @@ def of_plans() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
         case = Case(m=m, k=256, n=128, r=16, dtype=torch.bfloat16, p=0.1)
         i, state = make(case), torch.tensor([1, 2])
         x, weight, a, b, bias, dy = (t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.bias, i.dy))
+        words, h = packed_keep_words(state, m, case.k, case.p), h_of(case)
         call = Call.forward(x, weight, a, b, bias, case.p, state)
         for plan in plans_of(machine, Cell("forward", m, case.k, case.n, case.r, "bfloat16", True)):
             name = f"{plan.kind} {getattr(plan, 'variant', '')}{' pdl' if getattr(plan, 'pdl', False) else ''}"
             name += f" {getattr(plan, 'splits', '')}"
             if name not in seen and (plan.kind == "few_tokens") == (m == 8):
                 seen.add(name)
-                yield name, ready(plan, call), (x, weight, a, b, bias, 0.5, state)
+                yield name, ready(plan, call), (x, weight, a, b, bias, 0.5, words)
             if plan.kind == "lora_first" and "base_first" not in seen:
                 seen.add("base_first")
                 base_first = BaseFirst(plan.shrink, plan.expand)
-                yield "base_first", ready(base_first, call), (x, weight, a, b, bias, 0.5, state)
+                yield "base_first", ready(base_first, call), (x, weight, a, b, bias, 0.5, words)
         if m == 8:
             continue
-        call = Call.backward(dy, x, weight, a, b, bias, case.p, state)
+        call = Call.backward(dy, x, weight, a, b, bias, h, case.p, words)
         plan = backward_plans_of(machine, Cell("backward", m, case.k, case.n, case.r, "bfloat16", True))[0]
-        yield "with dbias", ready_backward(plan, call, True, True, True), (dy, x, weight, a, b, h_of(case), 0.5, state)
-        call = Call.backward(dy, x, weight, a, b, None, case.p, state)
+        yield "with dbias", ready_backward(plan, call, True, True, True), (dy, x, weight, a, b, h, 0.5, words)
+        call = Call.backward(dy, x, weight, a, b, None, h, case.p, words)
         for plan in backward_plans_of(machine, Cell("backward", m, case.k, case.n, case.r, "bfloat16", True)):
             if plan.kind not in seen:
                 seen.add(plan.kind)
                 run = ready_backward(plan, call, True, True, True)
-                yield plan.kind, run, (dy, x, weight, a, b, h_of(case), 0.5, state)
+                yield plan.kind, run, (dy, x, weight, a, b, h, 0.5, words)
 
 
 def of_hopper() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:

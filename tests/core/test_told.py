@@ -12,7 +12,7 @@ from lora_kernels.errors import InvalidArgumentError, LoRAKernelsWarning
 from stand_in import StandIn
 
 LOST = {
-    "an unknown word for what may be compiled": ("LORA_KERNELS_BUILD", "no", "cpu, cuda, all or off"),
+    "an unknown word for what may be compiled": ("LORA_KERNELS_BUILD", "no", "cpu, cuda, launch, all or off"),
     "an unknown instruction set": ("LORA_KERNELS_CPU_CAPABILITY", "avx1024", "must be one of portable"),
     "an unknown product": ("LORA_KERNELS_CPU_PRODUCT", "mine", "must be one of own"),
     "no compiler": ("CXX", "/no/such/compiler", "there is no such program"),

@@ -215,7 +215,7 @@ def test_build_that_fails_is_one_sentence_and_builds_the_others(
     monkeypatch.setenv("CUDACXX", "no-such-nvcc")
     assert main(["build", "all", "--json"]) == 2
     captured = capsys.readouterr()
-    assert list(json.loads(captured.out)) == ["cpu"]
+    assert list(json.loads(captured.out)) == ["cpu", "launch"]
     assert "CUDACXX=no-such-nvcc was given" in sentence(captured.err.splitlines()[-1] + "\n")
 
 
@@ -227,9 +227,9 @@ def test_build_takes_cuda_by_itself_where_torch_is_a_cuda_build(
 
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr(command, "find_compiler", lambda kind: None)
-    assert command._default_kinds() == ("cpu", "cuda")
+    assert command._default_kinds() == ("cpu", "cuda", "launch")
     monkeypatch.setattr(command, "find_compiler", no_nvcc)
-    assert command._default_kinds() == ("cpu",)
+    assert command._default_kinds() == ("cpu", "launch")
     assert capsys.readouterr().err == "build: cuda is left out: no nvcc was found.\n"
     monkeypatch.setattr("torch.version.cuda", None)
     assert command._default_kinds() == ("cpu",)

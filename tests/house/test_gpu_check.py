@@ -143,7 +143,7 @@ def test_stages_see_the_checkout_and_no_interpreter(monkeypatch: pytest.MonkeyPa
 
 def test_a_tuned_table_is_put_where_the_package_looks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "cache"))
-    text = '{"format": 1, "device": {"name": "NVIDIA H200", "capability": 90, "multiprocessors": 132}, "rows": []}'
+    text = '{"format": 2, "device": {"name": "NVIDIA H200", "capability": 90, "multiprocessors": 132}, "rows": []}'
     (tmp_path / gpu_stages.TUNED).write_text(text)
     gpu_check.restore_table(tmp_path)
     (found,) = (tmp_path / "cache" / "tuned").glob("*.json")

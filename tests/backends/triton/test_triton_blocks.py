@@ -100,7 +100,7 @@ LAUNCHES: dict[str, tuple[Make, dict[str, int], tuple[int, ...]]] = {
         (blocks.INTERPRETER.sm_count, 1, 1),
     ),
     "dx_low_rank_kernel": (
-        lambda: steps.low_rank_launch(EXPAND, a_call(), (0, R), True),
+        lambda: steps.low_rank_launch(EXPAND, a_call(), (0, R)),
         {"BLOCK_M": 16, "BLOCK_K": 32, "BLOCK_R": 64},
         (tiles(M, 16, K, 32), 1, 1),
     ),

@@ -15,7 +15,7 @@ from lora_kernels.backends.triton import operators
 from lora_kernels.backends.triton.choose import tuned
 from lora_kernels.backends.triton.choose.blocks import machine_of
 from lora_kernels.backends.triton.choose.candidates import candidates
-from lora_kernels.backends.triton.choose.plans import BackwardPlan, BaseFirst, Cell, FewTokens, Plan
+from lora_kernels.backends.triton.choose.plans import GLUON_PLANS, BackwardPlan, Cell, FewTokens, Plan
 from made_models import acting
 from numerics import same_bits
 from test_triton_backward import by_plan as backward_by_plan
@@ -37,14 +37,15 @@ def sample(case: Case) -> list[Plan]:
     """The best predicted plan of each kind, variant, launch, stream and split."""
     found: dict[Any, Plan] = {}
     for plan in plans_of(case, "cuda"):
-        splits = plan.splits if isinstance(plan, FewTokens) else plan.shrink.splits
+        config = plan if isinstance(plan, (FewTokens, *GLUON_PLANS)) else plan.shrink
+        splits = getattr(config, "splits", 1)
         flavour = (getattr(plan, name, None) for name in ("kind", "variant", "pdl", "beside"))
         found.setdefault((*flavour, splits > 1), plan)
     return list(found.values())
 
 
 PLANS = [(case, plan) for case in CASES for plan in (sample(case) if CUDA else ())]
-EARLY = [(case, plan) for case, plan in PLANS if not isinstance(plan, BaseFirst) and plan.pdl]
+EARLY = [(case, plan) for case, plan in PLANS if getattr(plan, "pdl", False)]
 
 
 @pytest.mark.parametrize(("case", "plan"), PLANS, ids=str)

@@ -213,7 +213,7 @@ def test_launches(triton_device: str, m: int, forward: int, p: float, monkeypatc
     i = make(Case(m=m), triton_device)
     launched = count_launches(monkeypatch)
     y = lora_linear(i.x, i.weight, i.lora_a, i.lora_b, i.bias, 0.5, p, training=True, backend="triton")
-    assert len(launched) == forward
+    assert len(launched) == forward + (p > 0)  # the mask is drawn first
     launched.clear()
     y.backward(i.dy)
     assert launched == ["dh_db_kernel", "reduce_kernel", "dx_kernel", "da_kernel"]

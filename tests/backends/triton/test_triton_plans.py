@@ -182,7 +182,7 @@ FAULTS: dict[str, tuple[str, str, Fault]] = {  # part of the plan's text, kernel
     "the persistent product forgets the bias": ("fused persistent", "persistent_kernel", _without(3)),
     "h of another row": ("fused persistent", "persistent_kernel", _stale_h),
     "the expansion forgets the bias": ("lora_first", "expand_kernel", _without(1)),
-    "the expansion overwrites the base": ("base_first", "expand_kernel", _less(12, True)),
+    "the expansion overwrites the base": ("base_first", "expand_kernel", _less(13, True)),
 }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ....explaining.report import Launch, Other, PassPlan, by_how_much
+from ....kept import row_words
 from .blocks import FEW_TOKENS, FEW_TOKENS_RANK, Machine, next_power_of_2
 from .candidates import fits, host_bound, in_order, predicted_seconds
 from .cost import BackwardModel, Model, SkinnyModel, bytes_of_h
@@ -127,11 +128,17 @@ def pass_plan(
 
 
 def launches(cell: Cell, plan: Plan) -> tuple[Launch, ...]:
-    """What ``plan`` launches for the cell, all of backward being due; bytes by the model's formulas, fp32 adapters."""
+    """What ``plan`` launches for the cell, all of backward being due; bytes by the model's formulas, fp32 adapters.
+
+    Dropout's mask comes first where forward draws it in a launch of its own. Backward reads the words; it draws them
+    once more where only the seed is kept, which is not told here.
+    """
     if isinstance(plan, GLUON_PLANS):
         found = _gluon_launches(cell, plan)
     elif isinstance(plan, (FewTokens, Fused, LoraFirst, BaseFirst)):
         found = _forward_launches(cell, plan)
+        if cell.dropout:
+            found.insert(0, ("dropout's mask, one bit an element", 4.0 * cell.tokens * row_words(cell.k)))
     else:
         found = _backward_launches(cell, plan)
     return tuple(Launch(what, round(moved)) for what, moved in found)
