@@ -54,7 +54,9 @@ GOOD = Record("persistent_kernel", 90, "bf16", False, 250, 0, 0, 100_000, 232_44
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"stack": 8}, "spills: 8 bytes of stack"),
+        ({"stack": 8, "registers": 255}, "spills: 8 bytes of stack"),
+        ({"stack": 8, "blocks": BLOCKS | {"maxnreg": 250}}, "spills: 8 bytes of stack"),
+        ({"stack": 40}, "spills: 40 bytes of stack"),
         ({"local": 16}, "16 of local memory"),
         ({"shared": 232_449}, "takes 232449 bytes of shared memory and the device has 232448"),
         ({"instruction": "mma.sync"}, "uses mma.sync where wgmma is meant"),
@@ -64,7 +66,7 @@ GOOD = Record("persistent_kernel", 90, "bf16", False, 250, 0, 0, 100_000, 232_44
         ({"tma_loads": 0}, "has no UTMALDG"),
         ({"waits": 0}, "has no ACQBULK"),
         ({"chained": True}, "adds all its products up in one chain"),
-        ({"spills": 3}, "3 loads and stores"),
+        ({"spills": 13}, "13 loads and stores"),
         ({"kernel": "hopper_product_kernel", "tma_loads": 0, "tma_stores": 1}, "has no UTMALDG"),
         ({"kernel": "hopper_product_kernel"}, "has no UTMASTG"),
         ({"kernel": "hopper_outer_kernel", "products": 0}, "has no HGMMA"),
@@ -74,6 +76,12 @@ def test_the_gate_can_fail(change: dict[str, object], sentence: str) -> None:
     assert compile_report.faults([GOOD]) == []
     (fault,) = compile_report.faults([Record(**({f: getattr(GOOD, f) for f in Record.__dataclass_fields__} | change))])
     assert sentence in fault
+
+
+def test_a_value_on_the_stack_for_one_more_block_is_no_fault() -> None:
+    given_up = {"registers": 128, "stack": 8, "spills": 5}
+    record = Record(**{f: getattr(GOOD, f) for f in Record.__dataclass_fields__} | given_up)
+    assert compile_report.faults([record]) == []
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: f"sm{machine.capability}x{machine.sm_count}")
