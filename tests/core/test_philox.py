@@ -14,7 +14,7 @@ SEEDS = [(0, 0), (1, 2), (-1, -1), (-(2**63), 2**63 - 1), (123456789012345, -987
 # drawn at once.
 SIZES = [(1, 1), (3, 7), (33, 8), (5, 31), (5, 32), (9, 33), (5, 131), (70, 40), (7, 257), (2, 4100)]
 # Digits that all count, that begin with zeros (a quarter, two, three of them), and the lowest and the highest alone.
-PROBABILITIES = [0.0, 2**-18, 2**-16, 0.1, 1 - 17 / 4096, 1 - 3 / 256, 0.75, 0.5, 0.9999999]
+PROBABILITIES = [0.0, 2**-18, 2**-16, 1 - 17 / 4096, 1 - 3 / 256, 0.75, 0.5, 0.9999999]
 
 every_philox = pytest.mark.parametrize(("backend", "device"), [pair for pair in BACKENDS if pair[0] != "eager"])
 
@@ -25,16 +25,16 @@ def operators(backend: str, device: str) -> Operators:
 
 
 @every_philox
-@pytest.mark.parametrize("seed", SEEDS, ids=str)
-@pytest.mark.parametrize(("rows", "columns"), SIZES)
-@pytest.mark.parametrize("p", PROBABILITIES)
-def test_mask_is_the_references(
-    backend: str, device: str, seed: tuple[int, int], rows: int, columns: int, p: float
-) -> None:
+@pytest.mark.parametrize(
+    ("seed", "p"), [*((seed, 0.1) for seed in SEEDS), *((SEEDS[-1], p) for p in PROBABILITIES)], ids=str
+)
+def test_mask_is_the_references(backend: str, device: str, seed: tuple[int, int], p: float) -> None:
+    """Words know nothing of each other: each seed with one probability, and each probability with one seed."""
     state = torch.tensor(seed, device=device)
-    actual = operators(backend, device).mask(state, rows, columns, p)
-    assert actual.dtype == torch.bool
-    assert torch.equal(actual, reference.philox_keep_mask(state, rows, columns, p))
+    for rows, columns in SIZES:
+        actual = operators(backend, device).mask(state, rows, columns, p)
+        assert actual.dtype == torch.bool
+        assert torch.equal(actual, reference.philox_keep_mask(state, rows, columns, p)), (rows, columns)
 
 
 @every_philox
