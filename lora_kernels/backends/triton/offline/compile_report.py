@@ -3,9 +3,10 @@
 ``python -m lora_kernels.backends.triton.offline.compile_report [--check] [--json FILE] [--quick | --all] [--arch 80]``
 
 Each distinct call of ``compile_jobs`` is compiled for its target. ``--check`` exits 1, a sentence each, where registers
-spill (but for the few that the compiler gives up for one more block, ``_given_up``), where shared memory exceeds the device's, where fp32 products are not summed block by block, or where an
-instruction that is meant does not appear: the tensor cores' (on Hopper in every K step), TMA's loads, the waits of
-dependent launch. All but the sums is read from the machine code.
+spill (but for the few that the compiler gives up for one more block, ``_given_up``), where shared memory exceeds the
+device's, where fp32 products are not summed block by block, or where an instruction that is meant does not appear: the
+tensor cores' (on Hopper in every K step), TMA's loads, the waits of dependent launch. All but the sums is read from the
+machine code.
 """
 
 from __future__ import annotations
