@@ -24,6 +24,7 @@ from triton.runtime import driver
 
 from cases import Case, make
 from driver_stand_in import NAME, DriverStandIn
+from lora_kernels.backends.triton import operators
 from lora_kernels.backends.triton.choose import blocks, hopper_blocks
 from lora_kernels.backends.triton.choose.plans import BaseFirst, Cell
 from lora_kernels.backends.triton.offline.compile_jobs import ARCHITECTURES, backward_plans_of, plans_of
@@ -174,6 +175,8 @@ def of_plans() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
                 seen.add("base_first")
                 base_first = BaseFirst(plan.shrink, plan.expand)
                 yield "base_first", ready(base_first, call), (x, weight, a, b, bias, 0.5, words)
+                whole = operators._whole(base_first, call)
+                yield "with the mask's draw", whole, (x, weight, a, b, bias, 0.5, state)
         if m == 8:
             continue
         call = Call.backward(dy, x, weight, a, b, bias, h, case.p, words)
@@ -185,6 +188,8 @@ def of_plans() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
                 seen.add(plan.kind)
                 run = ready_backward(plan, call, True, True, True)
                 yield plan.kind, run, (dy, x, weight, a, b, h, 0.5, words)
+                run = operators._whole_backward(plan, call, (True, True, True), state)
+                yield f"{plan.kind} of a seed", run, (dy, x, weight, a, b, h, 0.5, state)
 
 
 def of_hopper() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:

@@ -11,7 +11,7 @@ namespace launch {
 
 namespace {
 
-constexpr int64_t WORDS_VERSION = 1;  // pass_words.py has the same
+constexpr int64_t WORDS_VERSION = 2;  // pass_words.py has the same
 constexpr int64_t MAX_COUNT = 1 << 16;
 constexpr unsigned int PORTABLE_CLUSTER = 8;
 
@@ -35,6 +35,12 @@ class Words {
     }
     bool flag() { return within(0, 2, "a flag is neither 0 nor 1") == 1; }
     int64_t count() { return within(0, MAX_COUNT, "a count is out of range"); }
+    double real() {
+        const int64_t bits = next();
+        double found;
+        std::memcpy(&found, &bits, sizeof found);
+        return found;
+    }
     std::vector<int64_t> list(int64_t length) {
         std::vector<int64_t> found(static_cast<size_t>(length));
         for (int64_t& word : found) word = next();
@@ -117,6 +123,7 @@ void read_argument(Words& words, const Pass& pass, Kernel& kernel) {
         case Argument::number:
             slot.index = words.within(0, pass.number_count, "an argument is a number that is not there");
             slot.type = static_cast<Number>(words.within(0, 4, "a number is of an unknown type"));
+            slot.factor = words.real();
             slot.at = place_parameter(kernel, slot.type == Number::f32 || slot.type == Number::i32 ? 4 : 8);
             break;
         case Argument::constant: {

@@ -52,6 +52,7 @@ struct Slot {
     Place place{};
     int64_t index = 0;
     Number type = Number::f32;
+    double factor = 1.0;  // of a number
 };
 
 struct Kernel {

@@ -162,7 +162,7 @@ class Call {
             pass_.describe(static_cast<size_t>(slot.index), address(of.place),
                            *reinterpret_cast<TensorMap*>(bytes + slot.at));
         } else {
-            write_number(numbers_[slot.index], slot.type, bytes + slot.at);
+            write_number(numbers_[slot.index] * slot.factor, slot.type, bytes + slot.at);
         }
     }
 

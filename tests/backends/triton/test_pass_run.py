@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -132,7 +133,7 @@ def compared(parts: tuple[DriverStandIn, str]) -> dict[str, dict[str, Any]]:
 def test_a_pass_launches_what_triton_launches(compared: dict[str, dict[str, Any]]) -> None:
     """Each byte of each parameter, descriptors too; grid, block, shared memory, stream and attributes."""
     said = {name: found for name, found in compared.items() if found["fault"] is None}
-    assert len(said) >= 9, compared
+    assert len(said) >= 11, compared
     for name, found in said.items():
         assert found["differences"] == [], name
         assert found["launches"][0] == found["launches"][1] > 0, name
@@ -141,6 +142,8 @@ def test_a_pass_launches_what_triton_launches(compared: dict[str, dict[str, Any]
     assert said["hopper forward"]["descriptors"] >= 5
     assert said["hopper forward"]["scratch"] > 0
     assert said["base_first"]["products"] == 1
+    assert said["with the mask's draw"]["launches"][0] == said["base_first"]["launches"][0] + 1
+    assert said["dx_fused of a seed"]["launches"][0] == said["dx_fused"]["launches"][0] + 1
 
 
 def test_what_a_pass_cannot_say_is_said(compared: dict[str, dict[str, Any]]) -> None:
@@ -364,6 +367,28 @@ def test_a_sum_in_place_is_a_product_that_adds(driver: DriverStandIn) -> None:
     assert described.buffers == [Own(torch.float32, (4, 6), (6, 1))]
 
 
+def test_a_number_may_have_a_factor_that_the_key_fixes(driver: DriverStandIn) -> None:
+    """As s / (1 - p): multiplied in fp64, as Python does, and then rounded."""
+    driver.parameters(0x700, (8, 8, 4))
+    kernel, x = FakeKernel("*fp32", "*fp32", "fp32"), torch.zeros(4)
+    launch = Launch(kernel, (1, 1, 1), ())
+
+    def run(stream: int | None, x: Tensor, scaling: float) -> Tensor:
+        y = torch.empty(4)
+        launch(stream, x, y, (1 / 0.9) * scaling)
+        return y
+
+    wrapped = PassRun(run, CUDA)
+    wrapped(STREAM, x, 0.5)
+    assert kernel.launched[0][2] == (1 / 0.9) * 0.5
+    driver.take()
+    for scaling in (0.5, 0.3, -7.0):
+        wrapped(STREAM, x, scaling)
+        (line,) = driver.take("cuLaunchKernelEx")
+        assert line[-1] == struct.pack("<f", (1 / 0.9) * scaling).hex()
+    assert len(kernel.launched) == 1
+
+
 def _launch(kernel: FakeKernel, *static: Any) -> Callable[..., Any]:
     ready = Launch(kernel, (1, 1, 1), static)
 
@@ -382,6 +407,8 @@ FAULTS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
     "a copy": (lambda stream, x: x.clone(), (X,), "it calls aten.clone"),
     "a scaled product": (lambda stream, x: torch.mm(x, x).addmm_(x, x, beta=0.5), (X,), "it calls aten.addmm_"),
     "arithmetic with a number": (lambda stream, s: torch.empty(int(s * 2)), (2.0,), "a number of the call is used"),
+    "two factors of a number": (lambda stream, s: 0.5 * s * 3.0, (2.0,), "a number of the call is used"),
+    "a number times a number": (lambda stream, s: s * s, (2.0,), "a number of the call is used"),
     "a branch by a number": (lambda stream, s: torch.empty(4) if s else None, (2.0,), "a number of the call is used"),
     "a number in a constant": (_launch(FakeKernel("constexpr", "*fp32")), (2.0,), "compiled into a kernel"),
     "a number as an int": (_launch(FakeKernel("i32", "*fp32")), (2.0,), "a parameter of type i32"),

@@ -33,7 +33,7 @@ __all__ = [
     "buffers_of",
 ]
 
-_VERSION = 1  # pass.cpp has the same
+_VERSION = 2  # pass.cpp has the same
 _ALIGNMENT = 256  # of scratch buffers: more than any kernel asks for
 _DTYPES = {  # torch.headeronly.ScalarType
     torch.uint8: 0,
@@ -65,10 +65,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Number:
-    """Number ``index`` of the call, as a parameter of Triton's ``type``: fp32, fp64, i32 or i64."""
+    """Number ``index`` of the call times ``factor``, in fp64, as a parameter of Triton's ``type``: fp32, fp64, i32 or
+    i64."""
 
     index: int
     type: str
+    factor: float = 1.0
 
 
 class Constant(NamedTuple):
@@ -253,7 +255,7 @@ def _argument_words(argument: Argument) -> list[int]:
     if isinstance(argument, Place):
         return [0, *argument.words()]
     if isinstance(argument, Number):
-        return [1, argument.index, _NUMBERS[argument.type]]
+        return [1, argument.index, _NUMBERS[argument.type], *struct.unpack("<q", struct.pack("<d", argument.factor))]
     if isinstance(argument, Constant):
         (bits,) = struct.unpack("<q", argument.content.ljust(8, b"\0"))
         return [2, len(argument.content), bits]

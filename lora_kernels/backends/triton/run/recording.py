@@ -65,10 +65,21 @@ class _Unsayable(Exception):
 
 
 class Given(float):
-    """A number of the call. A kernel may take it as it is; any use in Python would be lost, and is a fault."""
+    """A number of the call, times ``factor``. A kernel may take it as it is, or times one number that the run's key
+    fixes, as 1 / (1 - p); any other use in Python would be lost, and is a fault."""
 
     recorder: Recorder
     index: int
+    factor: float | None = None
+
+    def _times(self, other: Any) -> float:
+        if self.factor is not None or type(other) is not float:
+            return float(_used("__mul__")(self, other))
+        found = Given(float.__mul__(self, other))
+        found.recorder, found.index, found.factor = self.recorder, self.index, other
+        return found
+
+    __mul__ = __rmul__ = _times  # type: ignore[assignment]
 
 
 def _used(name: str) -> Callable[..., Any]:
@@ -81,7 +92,7 @@ def _used(name: str) -> Callable[..., Any]:
     return use
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
+for _name in ("add", "sub", "truediv", "floordiv", "mod", "pow"):
     setattr(Given, f"__{_name}__", _used(f"__{_name}__"))
     setattr(Given, f"__r{_name}__", _used(f"__r{_name}__"))
 for _name in ("neg", "pos", "abs", "float", "int", "bool", "round", "trunc", "eq", "ne", "lt", "le", "gt", "ge"):
@@ -296,7 +307,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(value, Given):
             if kind not in ("fp32", "f32", "fp64"):
                 raise _Unsayable(f"a number of the call is a parameter of type {kind}")
-            return [Number(value.index, kind)]
+            return [Number(value.index, kind, 1.0 if value.factor is None else value.factor)]
         if kind in _INTEGERS:
             size = _INTEGERS[kind]
             return [Constant((int(value) & (1 << 8 * size) - 1).to_bytes(size, "little"))]
