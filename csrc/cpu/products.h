@@ -94,7 +94,7 @@ struct Product {
         if (m == 0 || n == 0) return;
         tile_rows = least(most_rows, round_up(m, row_unit));
         tile_columns = least(most_columns, round_up(n, column_unit));
-        while (tiles() < threads && tile_columns > least_columns)
+        while (tiles() < threads && tile_columns > least_columns && tile_columns > column_unit)
             tile_columns = round_up(tile_columns / 2, column_unit);
         while (tiles() < threads && tile_rows > 2 * row_unit) tile_rows = round_up(tile_rows / 2, row_unit);
         const int64_t row_tiles = ceil_div(m, tile_rows);
