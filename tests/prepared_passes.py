@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 
 from cases import Case, make
 from driver_stand_in import NAME, DriverStandIn
-from lora_kernels.backends.triton import operators
+from lora_kernels.backends.triton import operators, part_operators
 from lora_kernels.backends.triton.choose import blocks, hopper_blocks
 from lora_kernels.backends.triton.choose.plans import BaseFirst, Cell
 from lora_kernels.backends.triton.offline.compile_jobs import ARCHITECTURES, backward_plans_of, plans_of
@@ -36,6 +37,7 @@ from lora_kernels.backends.triton.run.recording import Recorder
 from lora_kernels.packed_mask import packed_keep_words
 
 STREAM, DEVICE = 0x77, ("cpu", -1, 0)
+CACHES = operators._runs, operators._backward_runs, part_operators._steps
 TIMED = "--time" in sys.argv
 SIZES = {"i1": 1, "u1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "fp32": 4, "fp64": 8}
 
@@ -211,6 +213,99 @@ def of_hopper() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
     yield "hopper forward", run, (x, weight, lora_a, lora_b, 0.5, state)
 
 
+def of_operators() -> Iterator[tuple[str, Callable[[float], Any], list[torch.Tensor]]]:
+    """Each operator as a layer calls it, with the tensors that it is given: nothing beside the operators is called."""
+    bf16, state, states = torch.bfloat16, torch.tensor([1, 2]), [torch.tensor([3, 4]), torch.tensor([5, 6])]
+    for m, p in ((8, 0.0), (8, 0.1), (256, 0.0), (256, 0.1)):
+        case = Case(m=m, k=256, n=128, r=16, dtype=bf16, p=p)
+        i = make(case)
+        x, weight, a, b, bias, dy = (t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.bias, i.dy))
+        of_x, h = (state if p else None), h_of(case)
+        z, gain, linear = torch.ones(m, 16), torch.ones(128), torch.ones(m, 128, dtype=bf16)
+        also, dz = torch.ones(128, 256, dtype=bf16), torch.ones(m, 16)
+        wide = torch.ones(m, 40)[:, 8:24]  # as of one h that several members share
+        given = [x, weight, a, b, bias, dy, h, z, gain, linear, also, dz, wide, state, *states]
+        words = packed_keep_words(state, m, case.k, p) if p else None
+        given += [] if words is None else [words]
+        calls: dict[str, Callable[[float], Any]] = {
+            "forward": lambda s: operators.forward(x, weight, a, b, bias, s, p, of_x),
+            "forward without a bias": lambda s: operators.forward(x, weight, a, b, None, s, p, of_x),
+            "backward": lambda s: operators.backward(dy, x, weight, a, b, None, h, s, p, of_x),
+            "backward of the words": lambda s: operators.backward(dy, x, weight, a, b, None, h, s, p, words),
+            "backward without dx": lambda s: operators.backward(dy, x, None, a, b, None, h, s, p, of_x),
+            "backward of dx alone": lambda s: operators.backward(dy, None, weight, a, b, None, None, s, p, of_x),
+            "shrink": lambda s: part_operators.shrink(x, a, p, of_x),
+            "product": lambda s: part_operators.product(x, weight, b, wide, bias, None, s, False),
+            "product with a gain": lambda s: part_operators.product(x, weight, b, z, bias, gain, s, True),
+            "output_grads": lambda s: part_operators.output_grads(dy, b, wide, None, s),
+            "output_grads of dh": lambda s: part_operators.output_grads(dy, b, None, None, s),
+            "input_grad": lambda s: part_operators.input_grad([dy], [weight], [dz], [a], p, states[:1] if p else []),
+            "input_grad of two": lambda s: part_operators.input_grad(
+                [dy, linear], [weight, also], [dz, z], [a, a], p, states if p else []
+            ),
+            "a_grad": lambda s: part_operators.a_grad(dz, x, p, of_x),
+            "gain_grad": lambda s: part_operators.gain_grad(dy, linear, gain, bias),
+            "gain_grad of dl": lambda s: part_operators.gain_grad(dy, None, gain, None),
+            "row_norms": lambda s: part_operators.row_norms(weight, a, b, s),
+        }
+        for name, call in calls.items():
+            yield f"{name}, {m} tokens, dropout {p}", call, given
+
+
+def compare_operator(
+    stand_in: DriverStandIn, name: str, call: Callable[[float], Any], given: list[torch.Tensor]
+) -> dict[str, Any]:
+    """A warm call, and the same by Python as where a profiler has set a hook."""
+    before = {id(run) for cache in CACHES for run in cache.values()}
+    call(0.5)
+    made = [run for cache in CACHES for run in cache.values() if id(run) not in before]
+    for compiled in (compiled for run in made if run._pass for compiled in run._pass.kept):
+        stand_in.parameters(compiled.function, parameter_sizes(compiled))
+    call(0.5)
+    stand_in.forget()
+    stand_in.stream(0, STREAM)
+    results = [result for result in as_tuple(call(0.375)) if result.numel()]
+    by_pass = stand_in.take("cuLaunchKernelEx")
+    with Holding():
+        expected = [result for result in as_tuple(by_python(call, 0.375)) if result.numel()]
+    by_triton = stand_in.take("cuLaunchKernelEx")
+    same = [
+        (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        for a, b in zip(expected, results, strict=True)
+    ]
+    known = {int(tensor.data_ptr()) for tensor in given}
+    return {
+        "name": name,
+        "passes": [run._pass is not None for run in made],
+        "faults": [run.fault for run in made],
+        "launches": [len(by_triton), len(by_pass)],
+        "differences": differences(by_triton, by_pass, known),
+        "shapes": all(same),
+        "host": host(stand_in, lambda stream, s: by_python(call, s), call, (0.375,)) if TIMED else None,
+    }
+
+
+class Holding(TorchDispatchMode):
+    """Holds all that is allocated, so that no address is given twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.held.append(func(*args, **(kwargs or {})))
+        return self.held[-1]
+
+
+def by_python(call: Callable[[float], Any], s: float) -> Any:
+    asked = launcher._hooked
+    launcher._hooked = lambda: True
+    try:
+        return call(s)
+    finally:
+        launcher._hooked = asked
+
+
 def main(path: str, folder: str) -> None:
     stand_in = DriverStandIn(Path(folder) / NAME)
     stand_in.stream(0, STREAM)
@@ -221,7 +316,12 @@ def main(path: str, folder: str) -> None:
     blocks.machine_of = lambda device: ARCHITECTURES[90]
     prepared._allocate = lambda size, alignment, stream: torch.empty(size, dtype=torch.int8)
     found = [compare(stand_in, *each) for each in (*of_plans(), *of_hopper())]
-    print(json.dumps(found))
+    # The operators take the CPU's tensors for a GPU's.
+    launcher.index_of, launcher._device_words = (lambda device: 0), (lambda index: DEVICE)
+    launcher.current_stream, torch.cuda.current_device = (lambda index: STREAM), (lambda: 0)
+    torch.cuda.is_current_stream_capturing = lambda: False
+    operators_found = [compare_operator(stand_in, *each) for each in of_operators()]
+    print(json.dumps({"runs": found, "operators": operators_found}))
 
 
 if __name__ == "__main__":

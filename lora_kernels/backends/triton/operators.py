@@ -25,15 +25,16 @@ from .run.forward import ready
 from .run.hopper_backward import ready_hopper_backward
 from .run.hopper_call import plan_fault
 from .run.hopper_forward import ready_hopper
-from .run.prepared import Cache, Launch, current_stream, first_that_runs, on_device
+from .run.launcher import PassRun, launched
+from .run.prepared import Cache, Launch, first_that_runs
 from .run.steps import Step, cdiv, draw_step, seeded
 
 __all__ = ["backward", "forget", "forward", "mask", "run_backward", "run_plan"]
 
 _MASK_BLOCK_M, _MASK_BLOCK_K = 32, 128
 
-_runs: Cache[Step] = Cache()
-_backward_runs: Cache[BackwardRun] = Cache()
+_runs: Cache[PassRun] = Cache()
+_backward_runs: Cache[PassRun] = Cache()
 
 
 def forget() -> None:
@@ -56,17 +57,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     key = forward_key(x, weight, lora_a, lora_b, bias, p, state)
     scaling = float(scaling)  # an int of 1 would be compiled in
-    run, index = _runs.get(key), key[0]
+    run = _runs.get(key)
     if run is None:
         return _first_forward(key, x, weight, lora_a, lora_b, bias, scaling, p, state)
-    if index < 0 or index == torch.cuda.current_device():
-        given: tuple[Tensor, Tensor, Tensor] = run(
-            current_stream(index), x, weight, lora_a, lora_b, bias, scaling, state
-        )
-        return given
-    with torch.cuda.device(index):
-        given = run(current_stream(index), x, weight, lora_a, lora_b, bias, scaling, state)
-        return given
+    given: tuple[Tensor, Tensor, Tensor] = run(x, weight, lora_a, lora_b, bias, scaling, state)
+    return given
 
 
 def _taken(plans: Sequence[Any], call: Call) -> list[Any]:
@@ -74,13 +69,18 @@ def _taken(plans: Sequence[Any], call: Call) -> list[Any]:
     return [plan for plan in plans if not isinstance(plan, GLUON_PLANS) or plan_fault(plan, call) is None]
 
 
+def _kept_run(plan: ForwardPlan | Hopper | HopperInside, c: Call) -> PassRun:
+    """``run(x, weight, lora_a, lora_b, bias, scaling, state)`` -> y, h, words."""
+    return PassRun(_whole(plan, c), c.device, (None, None, no_words(c.device)))
+
+
 def _whole(plan: ForwardPlan | Hopper | HopperInside, c: Call) -> Step:
-    """``whole(stream, x, weight, lora_a, lora_b, bias, scaling, state)`` -> y, h, words."""
+    """``whole(stream, x, weight, lora_a, lora_b, bias, scaling, state)`` -> y, h, words or None."""
     if isinstance(plan, (Hopper, HopperInside)):
         return _whole_hopper(plan, c)
     run = ready(plan, c)
     if not c.dropout:
-        return lambda stream, *arguments: (*run(stream, *arguments), no_words(arguments[0].device))
+        return lambda stream, *arguments: (*run(stream, *arguments), None)
     draw = draw_step(c.m, c.k, c.p)
 
     def whole(stream: int | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,10 +94,10 @@ def _whole_hopper(plan: Hopper | HopperInside, c: Call) -> Step:
     """The same by a Gluon plan, which draws the mask itself where it reads one."""
     run, draw = ready_hopper(plan, c), draw_step(c.m, c.k, c.p) if c.dropout else None
 
-    def whole(stream: int | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def whole(stream: int | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         y, h, words = run(stream, *arguments)
-        if words is None:
-            words = no_words(y.device) if draw is None else draw(stream, arguments[-1])
+        if words is None and draw is not None:
+            words = draw(stream, arguments[-1])
         return y, h, words
 
     return whole
@@ -124,12 +124,11 @@ def run_plan(
         y, h, _ = forward(x, weight, lora_a, lora_b, bias, scaling, p, state)
         return y, h
     key = (*forward_key(x, weight, lora_a, lora_b, bias, p, state), plan)
-    run, scaling = _runs.get(key), float(scaling)
-    with on_device(x.device):
-        if run is None:
-            run = _runs.keep(key, _whole(plan, Call.forward(x, weight, lora_a, lora_b, bias, p, state)))
-        y, h, _ = run(current_stream(key[0]), x, weight, lora_a, lora_b, bias, scaling, state)
-        return y, h
+    run = _runs.get(key)
+    if run is None:
+        run = _runs.keep(key, _kept_run(plan, Call.forward(x, weight, lora_a, lora_b, bias, p, state)))
+    y, h, _ = run(x, weight, lora_a, lora_b, bias, float(scaling), state)
+    return y, h
 
 
 def _first_forward(
@@ -145,25 +144,22 @@ def _first_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Chooses the plan, makes it ready and runs it; a plan that turns out not to fit the device is stepped over."""
     m, n, r = x.shape[0], weight.shape[0], lora_a.shape[0]
-    with on_device(x.device):
-        if m == 0 or n == 0:
-            words = no_words(x.device)
-            if state is not None:
-                words = draw_step(m, x.shape[1], p)(current_stream(key[0]), state)
-            operand = Call.forward(x, weight, lora_a, lora_b, bias, p, state).operand  # None where n is 0
-            if operand is not None:
-                h = x.new_empty((0, operand.columns), dtype=torch.bfloat16)
-            else:
-                h = x.new_empty((0, r), dtype=torch.float32) if m == 0 else part_operators.shrink(x, lora_a, p, state)
-            return x.new_empty((m, n)), h, words
-        call = Call.forward(x, weight, lora_a, lora_b, bias, p, state)
-        plans = ranking.plans_for(x.device, call.machine, call.cell("forward"), call.by_descriptor)
-        runs = [_whole(plan, call) for plan in _taken(plans, call)]
-        arguments = (x, weight, lora_a, lora_b, bias, scaling, state)
-        result: tuple[Tensor, Tensor, Tensor]
-        run, result = first_that_runs(runs, lambda run: run(current_stream(key[0]), *arguments))
-        _runs.keep(key, run)
-        return result
+    call = Call.forward(x, weight, lora_a, lora_b, bias, p, state)
+    if m == 0 or n == 0:
+        words = no_words(x.device)
+        if state is not None:
+            words = launched(draw_step(m, x.shape[1], p), key[0], state)
+        if call.operand is not None:  # None where n is 0
+            h = x.new_empty((0, call.operand.columns), dtype=torch.bfloat16)
+        else:
+            h = x.new_empty((0, r), dtype=torch.float32) if m == 0 else part_operators.shrink(x, lora_a, p, state)
+        return x.new_empty((m, n)), h, words
+    plans = ranking.plans_for(x.device, call.machine, call.cell("forward"), call.by_descriptor)
+    runs = [_kept_run(plan, call) for plan in _taken(plans, call)]
+    result: tuple[Tensor, Tensor, Tensor]
+    run, result = first_that_runs(runs, lambda run: run(x, weight, lora_a, lora_b, bias, scaling, state))
+    _runs.keep(key, run)
+    return result
 
 
 def backward(
@@ -185,23 +181,26 @@ def backward(
     h = None if h is None else h.contiguous()
     key = backward_key(dy, x, weight, lora_a, lora_b, bias, h, p, state)
     arguments = (dy, x, weight, lora_a, lora_b, h, float(scaling), state)
-    with on_device(dy.device):
-        stream, found = current_stream(key[0]), _backward_runs.get(key)
-        if found is None:
-            call = Call.backward(dy, x, weight, lora_a, lora_b, bias, h, p, state)
-            descriptors = call.by_tma if weight is None else call.by_descriptor
-            plans = ranking.plans_for(dy.device, call.machine, call.cell("backward"), descriptors)
-            due = (weight is not None, x is not None, h is not None)
-            runs = [_whole_backward(plan, call, due, state) for plan in _taken(plans, call)]
-            run, results = first_that_runs(runs, lambda run: run(stream, *arguments))
-            _backward_runs.keep(key, run)
-        else:
-            results = found(stream, *arguments)
-    empty = (dy, lora_a, lora_b, dy)
-    dx, da, db, dbias = (
-        like.new_empty(0) if found is None else found for like, found in zip(empty, results, strict=True)
-    )
-    return dx, da, db, dbias
+    results: tuple[Tensor, Tensor, Tensor, Tensor]
+    found = _backward_runs.get(key)
+    if found is not None:
+        results = found(*arguments)
+        return results
+    call = Call.backward(dy, x, weight, lora_a, lora_b, bias, h, p, state)
+    descriptors = call.by_tma if weight is None else call.by_descriptor
+    plans = ranking.plans_for(dy.device, call.machine, call.cell("backward"), descriptors)
+    due = (weight is not None, x is not None, h is not None)
+    absent = _not_due(call)
+    runs = [PassRun(_whole_backward(plan, call, due, state), call.device, absent) for plan in _taken(plans, call)]
+    run, results = first_that_runs(runs, lambda run: run(*arguments))
+    _backward_runs.keep(key, run)
+    return results
+
+
+def _not_due(c: Call) -> tuple[Tensor, ...]:
+    """What stands for dx, da, db and dbias: made once for all calls, for to make it takes host time."""
+    with torch.inference_mode(False):
+        return tuple(torch.empty(0, dtype=dtype, device=c.device) for dtype in (c.dtype, c.a_dtype, c.b_dtype, c.dtype))
 
 
 def _whole_backward(
@@ -231,13 +230,14 @@ def run_backward(
     """``backward`` by ``plan``, None for what is not due; sizes above 0. Where dy or weight is no operand for TMA, the
     variant that loads by pointers runs."""
     key = (*backward_key(dy, x, weight, lora_a, lora_b, bias, h, p, state), plan)
-    with on_device(dy.device):
-        run = _backward_runs.get(key)
-        if run is None:
-            call = Call.backward(dy, x, weight, lora_a, lora_b, bias, h, p, state)
-            run = _whole_backward(plan, call, (weight is not None, x is not None, h is not None), state)
-            _backward_runs.keep(key, run)
-        return run(current_stream(key[0]), dy, x, weight, lora_a, lora_b, h, float(scaling), state)
+    run = _backward_runs.get(key)
+    if run is None:
+        call = Call.backward(dy, x, weight, lora_a, lora_b, bias, h, p, state)
+        due = (weight is not None, x is not None, h is not None)
+        run = _backward_runs.keep(key, PassRun(_whole_backward(plan, call, due, state), call.device))
+    results: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+    results = run(dy, x, weight, lora_a, lora_b, h, float(scaling), state)
+    return results
 
 
 def _backward_of_nothing(
@@ -264,13 +264,12 @@ def mask(state: Tensor, rows: int, columns: int, p: float) -> Tensor:
     out = torch.empty((rows, columns), dtype=torch.bool, device=state.device)
     if out.numel() == 0:
         return out
-    with on_device(state.device):
-        unpack = Launch(
-            mask_kernel,
-            (cdiv(rows, _MASK_BLOCK_M), cdiv(columns, _MASK_BLOCK_K), 1),
-            (rows, columns, _MASK_BLOCK_M, _MASK_BLOCK_K),
-            num_warps=4,
-        )
-        write = seeded(lambda stream, words: unpack(stream, words, out), state, rows, columns, p)
-        write(current_stream(state.get_device()), state)
+    unpack = Launch(
+        mask_kernel,
+        (cdiv(rows, _MASK_BLOCK_M), cdiv(columns, _MASK_BLOCK_K), 1),
+        (rows, columns, _MASK_BLOCK_M, _MASK_BLOCK_K),
+        num_warps=4,
+    )
+    write = seeded(lambda stream, words: unpack(stream, words, out), state, rows, columns, p)
+    launched(write, state.get_device(), state)
     return out

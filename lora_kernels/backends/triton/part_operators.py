@@ -28,8 +28,9 @@ from .choose.ranking import plans_for
 from .choose.ways import dh_db_for, outer_for, shrink_for
 from .kernels.gain import gain_grad_kernel, row_norms_kernel
 from .run.call import Call
-from .run.forward import Product, ready_product
-from .run.prepared import Cache, Launch, alignment, current_stream, first_that_runs, matrix, on_device, precision_of
+from .run.forward import ready_product
+from .run.launcher import PassRun
+from .run.prepared import Cache, Launch, alignment, first_that_runs, matrix, precision_of
 from .run.steps import (
     Step,
     cdiv,
@@ -56,7 +57,7 @@ __all__ = [
     "shrink",
 ]
 
-_steps: Cache[Any] = Cache()
+_steps: Cache[PassRun] = Cache()
 
 
 def forget() -> None:
@@ -71,15 +72,14 @@ def shrink(x: Tensor, lora_a: Tensor, p: float, state: Tensor | None) -> Tensor:
         return torch.zeros((m, r), dtype=torch.float32, device=x.device)
     precision = precision_of(x.dtype)
     key = ("shrink", *matrix(x), *matrix(lora_a), p, told(state), alignment(x, lora_a, state), precision)
-    with on_device(x.device):
-        step = _steps.get(key)
-        if step is None:
-            call = Call.over(x, k=k, r=r, p=p, dropout=state is not None)
-            config = shrink_for(call.machine, call.cell("forward").of_x)
-            step = shrink_step(config, call, m, k, (x.stride(), lora_a.stride()))
-            step = _steps.keep(key, seeded(step, state, m, k, p))
-        z: Tensor = step(current_stream(key[1]), x, lora_a, 1.0 / (1.0 - p), state)
-        return z
+    run = _steps.get(key)
+    if run is None:
+        call = Call.over(x, k=k, r=r, p=p, dropout=state is not None)
+        config = shrink_for(call.machine, call.cell("forward").of_x)
+        step = shrink_step(config, call, m, k, (x.stride(), lora_a.stride()))
+        run = _steps.keep(key, PassRun(seeded(step, state, m, k, p), x.device))
+    z: Tensor = run(x, lora_a, 1.0 / (1.0 - p), state)
+    return z
 
 
 def product(
@@ -102,15 +102,14 @@ def product(
     aligned = alignment(*tensors, bias, gain)
     key = ("product", *(fact for t in tensors for fact in matrix(t)), *vectors, with_linear, aligned, precision)
     arguments = (x, weight, lora_b, bias, gain, h, None, linear, float(scaling))
-    with on_device(x.device):
-        stream, found = current_stream(key[1]), _steps.get(key)
-        if found is not None:
-            return found(stream, *arguments), left
-        call = Call.forward(x, weight, None, lora_b, bias, 0.0, None, h, gain)
-        runs: list[Product] = [ready_product(plan, call) for plan in product_plans(x.device, call)]
-        run, y = first_that_runs(runs, lambda run: run(stream, *arguments))
-        _steps.keep(key, run)
-        return y, left
+    run = _steps.get(key)
+    if run is not None:
+        return run(*arguments), left
+    call = Call.forward(x, weight, None, lora_b, bias, 0.0, None, h, gain)
+    runs = [PassRun(ready_product(plan, call), x.device) for plan in product_plans(x.device, call)]
+    chosen, y = first_that_runs(runs, lambda run: run(*arguments))
+    _steps.keep(key, chosen)
+    return y, left
 
 
 def product_plans(device: torch.device, call: Call) -> list[Any]:
@@ -150,13 +149,12 @@ def output_grads(
     given = None if h is None else h.stride(0)
     due = None if bias is None else bias.dtype
     key = ("output_grads", *matrix(dy), *matrix(lora_b), given, due, alignment(dy, lora_b, h), precision)
-    with on_device(device):
-        step = _steps.get(key)
-        if step is None:
-            strides: dict[str, Any] = {"stride_dy": dy.stride(), "stride_b": lora_b.stride(), "stride_h": given or 0}
-            call = Call.over(dy, n=n, r=r, **strides, b_dtype=lora_b.dtype, bias_dtype=due)
-            step = _steps.keep(key, _output_grads_step(call, h is not None))
-        dh, found, sums = step(current_stream(key[1]), dy, lora_b, h, float(scaling))
+    run = _steps.get(key)
+    if run is None:
+        strides: dict[str, Any] = {"stride_dy": dy.stride(), "stride_b": lora_b.stride(), "stride_h": given or 0}
+        call = Call.over(dy, n=n, r=r, **strides, b_dtype=lora_b.dtype, bias_dtype=due)
+        run = _steps.keep(key, PassRun(_output_grads_step(call, h is not None), device))
+    dh, found, sums = run(dy, lora_b, h, float(scaling))
     if bias is not None:
         dbias = dy.sum(0, dtype=due) if sums is None else sums
     return dh, db if found is None else found, dbias
@@ -192,26 +190,25 @@ def input_grad(
     dh, lora_a, state = _joined(dhs, lora_as, states, adapter_dtype(dtype))
     dh = rows_in_one_piece(dh)
     members = (*dys, *weights) if len(dys) == 1 else ()  # several go to the library, which takes any
-    tensors = (*members, dh, lora_a)
-    aligned = alignment(*tensors, state)
-    own = (fact for t in tensors for fact in matrix(t))  # over fp16, dh and A are fp32 as they are over fp32
+    aligned = alignment(*members, dh, lora_a, state)
+    own = (fact for t in (*dys, *weights, dh, lora_a) for fact in matrix(t))  # over fp16, dh and A are fp32, as of fp32
     key = ("input_grad", dtype, *own, ranks, p, told(state), aligned, precision)
-    with on_device(device):
-        stream, found = current_stream(dys[0].get_device()), _steps.get(key)
-        if len(dys) == 1:
-            arguments: tuple[Any, ...] = (dys[0], weights[0], dh, lora_a, state)
-        else:
-            arguments = (dys, weights, dh, lora_a, state)
-        if found is not None:
-            dx: Tensor = found(stream, *arguments)
-            return dx
-        strides = {"stride_dy": dys[0].stride(), "stride_a": lora_a.stride(), "stride_dh": dh.stride(0)}
-        sizes = {"n": dys[0].shape[1], "k": k, "r": sum(ranks)}
-        call = Call.over(dys[0], weights[0], **sizes, **strides, p=p, dropout=state is not None)
-        steps = [seeded(step, state, call.m, k, p) for step in _input_grad_steps(call, ranks, len(dys))]
-        step, dx = first_that_runs(steps, lambda step: step(stream, *arguments))
-        _steps.keep(key, step)
+    run = _steps.get(key)
+    if len(dys) == 1:
+        arguments: tuple[Any, ...] = (dys[0], weights[0], dh, lora_a, state)
+    else:
+        arguments = (dys, weights, dh, lora_a, state)
+    dx: Tensor
+    if run is not None:
+        dx = run(*arguments)
         return dx
+    strides = {"stride_dy": dys[0].stride(), "stride_a": lora_a.stride(), "stride_dh": dh.stride(0)}
+    sizes = {"n": dys[0].shape[1], "k": k, "r": sum(ranks)}
+    call = Call.over(dys[0], weights[0], **sizes, **strides, p=p, dropout=state is not None)
+    steps = [seeded(step, state, call.m, k, p) for step in _input_grad_steps(call, ranks, len(dys))]
+    chosen, dx = first_that_runs([PassRun(step, device) for step in steps], lambda run: run(*arguments))
+    _steps.keep(key, chosen)
+    return dx
 
 
 def _joined(
@@ -246,40 +243,49 @@ def a_grad(dh: Tensor, x: Tensor, p: float, state: Tensor | None) -> Tensor:
         return torch.zeros((r, k), dtype=torch.float32, device=x.device)
     precision, dh = precision_of(x.dtype), rows_in_one_piece(dh)
     key = ("a_grad", *matrix(x), *matrix(dh), p, told(state), alignment(x, dh, state), precision)
-    with on_device(x.device):
-        step = _steps.get(key)
-        if step is None:
-            strides: dict[str, Any] = {"stride_x": x.stride(), "stride_dh": dh.stride(0)}
-            call = Call.over(x, k=k, r=r, **strides, p=p, dropout=state is not None)
-            step = da_step(outer_for(call.machine, call.cell("backward").of_x), call)
-            step = _steps.keep(key, seeded(step, state, m, k, p))
-        da: Tensor = step(current_stream(key[1]), dh, x, state)
-        return da
+    run = _steps.get(key)
+    if run is None:
+        strides: dict[str, Any] = {"stride_x": x.stride(), "stride_dh": dh.stride(0)}
+        call = Call.over(x, k=k, r=r, **strides, p=p, dropout=state is not None)
+        step = da_step(outer_for(call.machine, call.cell("backward").of_x), call)
+        run = _steps.keep(key, PassRun(seeded(step, state, m, k, p), x.device))
+    da: Tensor = run(dh, x, state)
+    return da
 
 
 def gain_grad(dy: Tensor, linear: Tensor | None, gain: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    (m, n), device = dy.shape, dy.device
-    dlinear = torch.empty((m, n), dtype=dy.dtype, device=device)
-    dgain = gain.new_empty(0) if linear is None else torch.empty(n, dtype=torch.float32, device=device)
-    dbias = dy.new_empty(0) if bias is None else torch.empty(n, dtype=bias.dtype, device=device)
+    (m, n), due = dy.shape, None if bias is None else bias.dtype
     if m == 0 or n == 0:
-        return dlinear, dgain.zero_(), dbias.zero_()
+        dgain = gain.new_empty(0) if linear is None else gain.new_zeros(n, dtype=torch.float32)
+        return dy.new_empty((m, n)), dgain, dy.new_empty(0) if bias is None else dy.new_zeros(n, dtype=due)
     own = None if linear is None else matrix(linear)
-    due = None if bias is None else bias.dtype
     key = ("gain_grad", *matrix(dy), own, *matrix(gain), due, alignment(dy, linear, gain))
-    with on_device(device):
-        ready = _steps.get(key)
-        if ready is None:
-            ready = _steps.keep(key, _gain_grad_launches(dy, linear, gain, due is not None))
-        first, second, count = ready
-        stream = current_stream(key[1])
-        dgain_parts = None if linear is None else torch.empty((count, n), dtype=torch.float32, device=device)
-        dbias_parts = None if bias is None else torch.empty((count, n), dtype=torch.float32, device=device)
+    run = _steps.get(key)
+    if run is None:
+        run = _steps.keep(key, PassRun(_gain_grad_step(dy, linear, gain, due), dy.device))
+    dlinear, sums, dbias = run(dy, linear, gain)
+    return dlinear, gain.new_empty(0) if sums is None else sums, dy.new_empty(0) if dbias is None else dbias
+
+
+def _gain_grad_step(dy: Tensor, linear: Tensor | None, gain: Tensor, due: torch.dtype | None) -> Step:
+    """``step(stream, dy, linear, gain)`` -> dlinear, dgain or None, dbias of the dtype ``due`` or None."""
+    (m, n), device, with_linear = dy.shape, dy.device, linear is not None
+    dtype, (first, second, count) = dy.dtype, _gain_grad_launches(dy, linear, gain, due is not None)
+
+    def parts(wanted: bool) -> Tensor | None:
+        return torch.empty((count, n), dtype=torch.float32, device=device) if wanted else None
+
+    def step(stream: int | None, dy: Tensor, linear: Tensor | None, gain: Tensor) -> tuple[Tensor | None, ...]:
+        dlinear = torch.empty((m, n), dtype=dtype, device=device)
+        dgain = torch.empty(n, dtype=torch.float32, device=device) if with_linear else None
+        dbias = None if due is None else torch.empty(n, dtype=due, device=device)
+        dgain_parts, dbias_parts = parts(with_linear), parts(due is not None)
         first(stream, dy, linear, gain, dlinear, dgain_parts, dbias_parts)
         if second is not None:
-            sums = (None if linear is None else dgain, None if bias is None else dbias)
-            second(stream, None, dgain_parts, dbias_parts, None, *sums, 1.0)
-    return dlinear, dgain, dbias
+            second(stream, None, dgain_parts, dbias_parts, None, dgain, dbias, 1.0)
+        return dlinear, dgain, dbias
+
+    return step
 
 
 def _gain_grad_launches(
@@ -302,26 +308,35 @@ def _gain_grad_launches(
 
 def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     n, k = weight.shape
-    norms = torch.empty(n, dtype=torch.float32, device=weight.device)
     if n == 0 or k == 0:
-        return norms.zero_()
+        return torch.zeros(n, dtype=torch.float32, device=weight.device)
     key = ("row_norms", *matrix(weight), *matrix(lora_a), *matrix(lora_b), alignment(weight, lora_a, lora_b))
-    with on_device(weight.device):
-        launch = _steps.get(key)
-        if launch is None:
-            r = lora_a.shape[0]
-            config = row_norms_config(blocks.machine_of(weight.device), n, k, r, weight.itemsize)
-            tile = (config.block_n, config.block_k, config.block_r, k % config.block_k == 0)
-            launch = Launch(
-                row_norms_kernel,
-                (cdiv(n, config.block_n), 1, 1),
-                (n, k, r, *weight.stride(), *lora_a.stride(), *lora_b.stride(), *tile),
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
-            _steps.keep(key, launch)
-        launch(current_stream(key[1]), weight, lora_a, lora_b, norms, float(scaling))
+    run = _steps.get(key)
+    if run is None:
+        run = _steps.keep(key, PassRun(_row_norms_step(weight, lora_a, lora_b), weight.device))
+    norms: Tensor = run(weight, lora_a, lora_b, float(scaling))
     return norms
+
+
+def _row_norms_step(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Step:
+    """``step(stream, weight, lora_a, lora_b, scaling)`` -> the norms."""
+    (n, k), r, device = weight.shape, lora_a.shape[0], weight.device
+    config = row_norms_config(blocks.machine_of(device), n, k, r, weight.itemsize)
+    tile = (config.block_n, config.block_k, config.block_r, k % config.block_k == 0)
+    launch = Launch(
+        row_norms_kernel,
+        (cdiv(n, config.block_n), 1, 1),
+        (n, k, r, *weight.stride(), *lora_a.stride(), *lora_b.stride(), *tile),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+    def step(stream: int | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+        norms = torch.empty(n, dtype=torch.float32, device=device)
+        launch(stream, weight, lora_a, lora_b, norms, scaling)
+        return norms
+
+    return step
 
 
 def told(state: Tensor | None) -> torch.Size | None:

@@ -81,7 +81,9 @@ def driver(parts: tuple[DriverStandIn, str], monkeypatch: pytest.MonkeyPatch) ->
     stand_in.stream(0, STREAM)
     found = launcher._Found(launcher.Library(path, stand_in.path, stand_in.path), None)
     monkeypatch.setattr(launcher, "_found", found)
-    monkeypatch.setattr(launcher, "_device_words", lambda device: CPU)
+    monkeypatch.setattr(launcher, "_device_words", lambda index: CPU)
+    monkeypatch.setattr(launcher, "current_stream", lambda index: STREAM)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(prepared, "_current", lambda stream: nullcontext())
     return stand_in
@@ -118,7 +120,7 @@ def recorded(run: Callable[..., Any], *arguments: Any) -> tuple[Any, Recorder]:
 
 
 @pytest.fixture(scope="module")
-def compared(parts: tuple[DriverStandIn, str]) -> dict[str, dict[str, Any]]:
+def compared_all(parts: tuple[DriverStandIn, str]) -> dict[str, dict[str, dict[str, Any]]]:
     folder = str(Path(parts[0].path).parent)
     environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "LD_PRELOAD")}
     paths = [str(FOLDER), str(FOLDER.parent), environment.get("PYTHONPATH", "")]
@@ -127,7 +129,27 @@ def compared(parts: tuple[DriverStandIn, str]) -> dict[str, dict[str, Any]]:
     command = [sys.executable, str(FOLDER / "prepared_passes.py"), parts[1], folder]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    return {found["name"]: found for found in json.loads(done.stdout)}
+    told: dict[str, list[dict[str, Any]]] = json.loads(done.stdout)
+    return {kind: {found["name"]: found for found in of_kind} for kind, of_kind in told.items()}
+
+
+@pytest.fixture(scope="module")
+def compared(compared_all: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    return compared_all["runs"]
+
+
+def test_a_warm_call_of_each_operator_is_one_pass(compared_all: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """And launches what Python does where a profiler's hook is set: of one run each, forward and backward too."""
+    operators = compared_all["operators"]
+    assert len(operators) >= 60
+    for name, found in operators.items():
+        assert all(found["passes"]), (name, found["faults"])
+        assert len(found["passes"]) <= 1, name
+        assert found["differences"] == [], name
+        assert found["launches"][0] == found["launches"][1] > 0, name
+        assert found["shapes"], name
+    for name in ("forward", "backward", "input_grad of two", "a_grad"):
+        assert operators[f"{name}, 256 tokens, dropout 0.1"]["passes"] == [True]
 
 
 def test_a_pass_launches_what_triton_launches(compared: dict[str, dict[str, Any]]) -> None:
@@ -157,10 +179,10 @@ def test_the_second_call_is_the_pass(driver: DriverStandIn) -> None:
     kernel = kernel_of_one()
     run = PassRun(one_launch(kernel), CUDA)
     x = torch.zeros(4, 8)
-    first = run(STREAM, x, 0.5)
+    first = run(x, 0.5)
     assert (len(kernel.launched), launches(driver)) == (1, 0)
     assert kernel.launched[0][2] == 0.5
-    y, nothing = run(STREAM, x, 0.25)
+    y, nothing = run(x, 0.25)
     assert (len(kernel.launched), launches(driver)) == (1, 1)
     assert nothing is None
     assert (y.shape, y.dtype) == (first[0].shape, first[0].dtype)
@@ -173,30 +195,30 @@ def test_one_tensor_is_returned_as_one(driver: DriverStandIn) -> None:
     run = PassRun(lambda stream, x, weight: torch.mm(x, weight.t()), CUDA)
     x = torch.randn(4, 8)
     for _ in range(3):
-        assert same_bits(run(STREAM, x, weight), torch.mm(x, weight.t()))
+        assert same_bits(run(x, weight), torch.mm(x, weight.t()))
     assert run._pass is not None
 
 
 def test_a_hook_of_triton_s_sees_all_launches(driver: DriverStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, x = kernel_of_one(), torch.zeros(4, 8)
     run = PassRun(one_launch(kernel), CUDA)
-    run(STREAM, x, 0.5)
+    run(x, 0.5)
     for name in ("launch_enter_hook", "launch_exit_hook"):
         chain = getattr(knobs.runtime, name)
         hook = lambda metadata: None  # noqa: E731 (it is added and removed)
         before = len(kernel.launched)
         chain.add(hook)
         try:
-            run(STREAM, x, 0.5)
+            run(x, 0.5)
         finally:
             chain.remove(hook)
         assert (len(kernel.launched), launches(driver)) == (before + 1, 0)
         with monkeypatch.context() as patch:
             patch.setattr(knobs.runtime, name, hook)
-            run(STREAM, x, 0.5)
+            run(x, 0.5)
             assert (len(kernel.launched), launches(driver)) == (before + 2, 0)
             patch.setattr(knobs.runtime, name, None)
-            run(STREAM, x, 0.5)
+            run(x, 0.5)
             assert (len(kernel.launched), launches(driver)) == (before + 2, 1)
 
 
@@ -205,7 +227,7 @@ def test_without_a_library_python_launches(driver: DriverStandIn, monkeypatch: p
     kernel, x = kernel_of_one(), torch.zeros(4, 8)
     run = PassRun(one_launch(kernel), CUDA)
     for _ in range(3):
-        run(STREAM, x, 0.5)
+        run(x, 0.5)
     assert (len(kernel.launched), run.fault) == (3, "there is none.")
 
 
@@ -213,7 +235,7 @@ def test_on_the_cpu_nothing_is_recorded(driver: DriverStandIn, monkeypatch: pyte
     monkeypatch.setattr(launcher, "library", lambda: pytest.fail("it was asked for"))
     run = PassRun(lambda stream, x: torch.mm(x, x), torch.device("cpu"))
     for _ in range(2):
-        run(None, torch.ones(2, 2))
+        run(torch.ones(2, 2))
 
 
 def test_where_the_device_refuses_the_pass_python_launches(driver: DriverStandIn) -> None:
@@ -221,7 +243,7 @@ def test_where_the_device_refuses_the_pass_python_launches(driver: DriverStandIn
     driver.fail("cuDevicePrimaryCtxRetain", 700)
     run = PassRun(one_launch(kernel), CUDA)
     for _ in range(3):
-        run(STREAM, x, 0.5)
+        run(x, 0.5)
     assert len(kernel.launched) == 3
     assert "device 0 has no context: CUDA_ERROR_ILLEGAL_ADDRESS" in str(run.fault)
 
@@ -233,14 +255,14 @@ def test_where_memory_is_short_python_tries_and_raises_torch_s_own_error(driver:
         return torch.mm(x, x), torch.empty(2**52) if large[0] is None else torch.empty(3)
 
     wrapped, x = PassRun(run, CUDA), torch.ones(2, 2)
-    wrapped(STREAM, x)
+    wrapped(x)
     ready = wrapped._pass
     assert ready is not None
     ready.call = lambda *arguments: []
-    assert len(wrapped(STREAM, x)) == 2
+    assert len(wrapped(x)) == 2
     large[0] = None  # type: ignore[call-overload]
     with pytest.raises(RuntimeError, match=r"memory|storage"):
-        wrapped(STREAM, x)
+        wrapped(x)
 
 
 def test_a_capture_is_not_recorded_and_names_what_must_be_compiled(
@@ -249,22 +271,22 @@ def test_a_capture_is_not_recorded_and_names_what_must_be_compiled(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     kernel, x = kernel_of_one(), torch.zeros(4, 8)
     run = PassRun(one_launch(kernel), CUDA)
-    run(STREAM, x, 0.5)
+    run(x, 0.5)
     assert run._pass is None
 
     def compiles(stream: int | None, x: Tensor) -> None:
         raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
 
     with pytest.raises(BackendUnavailableError, match="compiled or loaded, and the stream is being captured"):
-        PassRun(compiles, CUDA)(STREAM, x)
+        PassRun(compiles, CUDA)(x)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with pytest.raises(RuntimeError, match=r"^Triton Error"):
-        PassRun(compiles, CUDA)(STREAM, x)
-    run(STREAM, x, 0.5)  # the launch was ready, and is recorded all the same
+        PassRun(compiles, CUDA)(x)
+    run(x, 0.5)  # the launch was ready, and is recorded all the same
     assert run._pass is not None
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     before = len(kernel.launched)
-    run(STREAM, x, 0.5)
+    run(x, 0.5)
     assert (len(kernel.launched), launches(driver)) == (before, 1)
 
 
@@ -281,15 +303,15 @@ def test_threads_record_once_and_do_not_see_each_other(driver: DriverStandIn) ->
         return plain(stream, x, scaling)
 
     wrapped = PassRun(run, CUDA)
-    thread = threading.Thread(target=wrapped, args=(STREAM, x, 0.5))
+    thread = threading.Thread(target=wrapped, args=(x, 0.5))
     thread.start()
     assert inside.wait(30)
-    wrapped(STREAM, x.clone(), 0.25)
+    wrapped(x.clone(), 0.25)
     go.set()
     thread.join()
     assert wrapped._pass is not None
     driver.take()
-    wrapped(STREAM, x, 0.5)
+    wrapped(x, 0.5)
     assert launches(driver) == 1
 
 
@@ -379,11 +401,11 @@ def test_a_number_may_have_a_factor_that_the_key_fixes(driver: DriverStandIn) ->
         return y
 
     wrapped = PassRun(run, CUDA)
-    wrapped(STREAM, x, 0.5)
+    wrapped(x, 0.5)
     assert kernel.launched[0][2] == (1 / 0.9) * 0.5
     driver.take()
     for scaling in (0.5, 0.3, -7.0):
-        wrapped(STREAM, x, scaling)
+        wrapped(x, scaling)
         (line,) = driver.take("cuLaunchKernelEx")
         assert line[-1] == struct.pack("<f", (1 / 0.9) * scaling).hex()
     assert len(kernel.launched) == 1
@@ -441,18 +463,18 @@ def test_what_cannot_be_said_stays_in_python(driver: DriverStandIn, case: str) -
     assert words in str(recorder.fault)
     wrapped = PassRun(run, CUDA)
     for _ in range(launcher._ATTEMPTS + 1):
-        wrapped(STREAM, *arguments)
+        wrapped(*arguments)
     assert (wrapped._pass, wrapped._attempts) == (None, 0)
     assert words in str(wrapped.fault)
 
 
 def test_one_memory_in_one_call_is_none_in_the_next(driver: DriverStandIn) -> None:
     run = PassRun(_launch(FakeKernel("*fp32", "*fp32", "*fp32")), CUDA)
-    run(STREAM, X, X)
+    run(X, X)
     assert run._pass is None
-    run(STREAM, X, torch.zeros(4, 4))
+    run(X, torch.zeros(4, 4))
     assert run._pass is not None
-    run(STREAM, X, X)
+    run(X, X)
     assert launches(driver) == 1
 
 

@@ -2,7 +2,7 @@
 
 ``PassRun`` takes a run's place: the first call runs it, watched by a ``Recorder``; the next ones run its prepared pass.
 Python goes on running it where there is no library, where a Triton launch hook is set (a profiler wants to see the
-launches), in Triton's interpreter, and for a run that a pass cannot say.
+launches), in Triton's interpreter, for a run that a pass cannot say, and once a kernel's module was unloaded.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +22,16 @@ from triton import knobs
 from ....errors import BackendUnavailableError
 from ...native import load
 from .pass_words import Pass
+from .prepared import current_stream
 from .recording import Recorder
 
-__all__ = ["Library", "PassRun", "PreparedPass", "library", "obstacle"]
+__all__ = ["Library", "PassRun", "PreparedPass", "index_of", "launched", "library", "obstacle"]
 
 _MESSAGE = 1024
 _FIXED = 8  # tensors that the operator ``launch`` takes; ``launch_many`` takes any number
 _ATTEMPTS = 3  # of recording a run: two of its tensors may be one memory in one call and not in the next
+# What a launch says of a kernel whose module was unloaded, or of a pass that another thread has let go of for that.
+_UNLOADED = ("CUDA_ERROR_INVALID_HANDLE", "CUDA_ERROR_NOT_FOUND", "there is no prepared pass")
 _DRIVER, _TORCH_CUDA = "libcuda.so.1", "libtorch_cuda.so"
 
 
@@ -173,65 +178,61 @@ def _refused(error: RuntimeError) -> BackendUnavailableError:
 
 
 class PassRun:
-    """``run`` in one call into C++ from its second call on: same arguments, same results.
+    """``run`` on the current stream, from its second call on in one call into C++: same arguments, same results.
 
     Args:
         run: ``run(stream, *arguments)`` -> a tensor, or a tuple of tensors and None. It may depend on its arguments'
             sizes, strides, dtypes and alignments alone, which whoever keeps it has in its key.
-        device: where its tensors are.
+        device: where its tensors are; it need not be the current one.
+        absent: what is returned in the place of each None of the tuple.
     """
 
-    __slots__ = ("_attempts", "_device", "_lock", "_pass", "_run", "_template", "fault")
+    __slots__ = ("_absent", "_attempts", "_index", "_lock", "_pass", "_run", "_shaped", "fault")
 
-    def __init__(self, run: Callable[..., Any], device: torch.device) -> None:
-        self._run, self._device, self._lock = run, device, threading.Lock()
+    def __init__(self, run: Callable[..., Any], device: torch.device, absent: tuple[Any, ...] | None = None) -> None:
+        self._run, self._index, self._absent, self._lock = run, index_of(device), absent, threading.Lock()
         self._pass: PreparedPass | None = None
-        self._attempts = _ATTEMPTS if device.type == "cuda" else 0
-        self._template: tuple[bool, ...] | None = ()
+        self._attempts = _ATTEMPTS if self._index >= 0 else 0
+        self._shaped: Callable[[list[Tensor]], Any] = tuple
         self.fault: str | None = None
 
-    def __call__(self, stream: int | None, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any) -> Any:
         ready = self._pass
         if ready is None or _hooked():
-            return self._by_python(stream, arguments)
-        results = ready(*arguments)
+            return self._by_python(arguments)
+        try:
+            results = ready.call(*arguments)
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _UNLOADED):
+                raise _refused(error) from error
+            self._pass, self.fault = None, str(error)
+            return self._by_python(arguments)
         if not results:  # PyTorch's own error, or other memory: the run frees some of it on its way
-            return self._run(stream, *arguments)
+            return self._filled(launched(self._run, self._index, *arguments))
         return self._shaped(results)
 
-    def _shaped(self, results: list[Tensor]) -> Any:
-        if self._template is None:
-            return results[0]
-        if len(self._template) == len(results):
-            return tuple(results)
-        left = iter(results)
-        return tuple(next(left) if present else None for present in self._template)
+    def _filled(self, results: Any) -> Any:
+        """With what stands for None."""
+        if self._absent is None:
+            return results
+        return tuple(absent if found is None else found for found, absent in zip(results, self._absent, strict=True))
 
-    def _by_python(self, stream: int | None, arguments: tuple[Any, ...]) -> Any:
-        capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self._attempts and not capturing and not _hooked() and self._lock.acquire(blocking=False):
-            try:
-                return self._recorded(stream, arguments)
-            finally:
-                self._lock.release()
+    def _by_python(self, arguments: tuple[Any, ...]) -> Any:
+        may_record = self._attempts and not _hooked() and not torch.cuda.is_current_stream_capturing()
+        if not may_record or not self._lock.acquire(blocking=False):
+            return self._filled(launched(self._run, self._index, *arguments))
         try:
-            return self._run(stream, *arguments)
-        except RuntimeError as error:
-            if capturing and "captur" in str(error):
-                raise BackendUnavailableError(
-                    "a kernel of this call must still be compiled or loaded, and the stream is being captured: make "
-                    f"one call with such tensors before the capture. The driver says: {str(error).rstrip('.')}."
-                ) from error
-            raise
+            return self._filled(launched(self._recorded, self._index, *arguments))
+        finally:
+            self._lock.release()
 
-    def _recorded(self, stream: int | None, arguments: tuple[Any, ...]) -> Any:
+    def _recorded(self, stream: int | None, *arguments: Any) -> Any:
         self._attempts -= 1
         opened = library()
         if opened is None:
-            self._attempts = 0
-            self.fault = obstacle()
+            self._attempts, self.fault = 0, obstacle()
             return self._run(stream, *arguments)
-        recorder = Recorder(_device_words(self._device), stream, arguments)
+        recorder = Recorder(_device_words(self._index), stream, arguments)
         with recorder:
             results = self._run(stream, *recorder.arguments)
         several = results if isinstance(results, tuple) else (results,)
@@ -244,14 +245,55 @@ class PassRun:
         except BackendUnavailableError as error:
             self._attempts, self.fault = 0, str(error)
             return results
-        self._template = tuple(each is not None for each in several) if isinstance(results, tuple) else None
+        self._shaped = _shaper(results, self._absent)
         self._pass = made
         return results
 
 
-def _device_words(device: torch.device) -> tuple[str, int, int]:
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return device.type, index, index
+def launched(run: Callable[..., Any], index: int, *arguments: Any) -> Any:
+    """``run(stream, *arguments)`` by Python, on the current stream of device ``index``, below 0 the CPU.
+
+    Raises:
+        BackendUnavailableError: a kernel must still be compiled or loaded, and the stream is being captured.
+    """
+    elsewhere = index >= 0 and index != torch.cuda.current_device()
+    with torch.cuda.device(index) if elsewhere else nullcontext():  # Triton launches on the current device
+        try:
+            return run(current_stream(index), *arguments)
+        except RuntimeError as error:
+            if index >= 0 and "captur" in str(error) and torch.cuda.is_current_stream_capturing():
+                raise BackendUnavailableError(
+                    "a kernel of this call must still be compiled or loaded, and the stream is being captured: make "
+                    f"one call with such tensors before the capture. The driver says: {str(error).rstrip('.')}."
+                ) from error
+            raise
+
+
+def _shaper(results: Any, absent: tuple[Any, ...] | None) -> Callable[[list[Tensor]], Any]:
+    """What makes of a pass's list of tensors what the run returned, with ``absent`` in the place of None."""
+    if not isinstance(results, tuple):
+        return itemgetter(0)
+    if all(found is not None for found in results):
+        return tuple
+    fill = absent or (None,) * len(results)
+    present = tuple(found is not None for found in results)
+
+    def shaped(tensors: list[Tensor]) -> tuple[Any, ...]:
+        left = iter(tensors)
+        return tuple(next(left) if there else other for there, other in zip(present, fill, strict=True))
+
+    return shaped
+
+
+def index_of(device: torch.device) -> int:
+    """The number of a CUDA device, the current one where it has none; below 0 for the CPU."""
+    if device.type != "cuda":
+        return -1
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _device_words(index: int) -> tuple[str, int, int]:
+    return "cuda", index, index
 
 
 def _hooked() -> bool:

@@ -30,7 +30,7 @@ __all__ = [
     "Scratch",
     "Step",
     "TensorSpec",
-    "buffers_of",
+    "places_of",
 ]
 
 _VERSION = 2  # pass.cpp has the same
@@ -213,7 +213,7 @@ class Pass:
         fork = 0
         for i, step in enumerate(self.steps):
             fork = i if step == FORK else fork
-            for number in buffers_of(step, self.descriptors):
+            for number in places_of(step, self.descriptors, "buffer"):
                 spans[number] = min(i, spans.get(number, (i, i))[0]), i
             if step == JOIN:
                 for number, (first, last) in spans.items():
@@ -222,11 +222,11 @@ class Pass:
         return spans
 
 
-def buffers_of(step: Step, descriptors: Sequence[Descriptor]) -> Iterator[int]:
-    """The buffers that a kernel's arguments point to."""
+def places_of(step: Step, descriptors: Sequence[Descriptor], memory: str) -> Iterator[int]:
+    """The tensors or buffers that a kernel's arguments point to, by number."""
     for argument in step.arguments if isinstance(step, Kernel) else ():
         place = descriptors[argument.index].place if isinstance(argument, DescriptorMap) else argument
-        if isinstance(place, Place) and place.memory == "buffer":
+        if isinstance(place, Place) and place.memory == memory:
             yield place.index
 
 

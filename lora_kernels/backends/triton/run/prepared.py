@@ -28,7 +28,6 @@ __all__ = [
     "current_stream",
     "first_that_runs",
     "matrix",
-    "on_device",
     "precision_of",
 ]
 
@@ -149,11 +148,6 @@ def first_that_runs(runs: Sequence[_Ready], attempt: Callable[[_Ready], _Result]
 def matrix(tensor: Tensor) -> tuple[Any, ...]:
     """What a launch depends on of a tensor, but for its alignment."""
     return tensor.get_device(), tensor.dtype, tensor.shape, tensor.stride()
-
-
-def on_device(device: torch.device) -> AbstractContextManager[None]:
-    """Triton launches on the current device: make it the tensors' one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def precision_of(dtype: torch.dtype) -> str:

@@ -34,7 +34,7 @@ from .pass_words import (
     Scratch,
     Step,
     TensorSpec,
-    buffers_of,
+    places_of,
 )
 
 __all__ = ["Recorder", "current", "plain"]
@@ -149,12 +149,13 @@ class Recorder(TorchDispatchMode):
         if self.fault is not None:
             return None
         indices = [self._own_index(result) for result in results if result is not None]
-        specs = [None if tensor is None else _spec(tensor) for tensor in self.tensors]
+        read = self._read_by_kernels()
+        specs = [None if tensor is None else _spec(tensor, i in read) for i, tensor in enumerate(self.tensors)]
         buffers = [
             buffer if isinstance(buffer, Scratch) or i in indices or self._multiplied(i) else Scratch(_bytes(buffer))
             for i, buffer in enumerate(self.buffers)
         ]  # what no step uses, as memory that Triton asked for, is none
-        used = {i for step in self.steps for i in buffers_of(step, self.descriptors)}
+        used = {i for step in self.steps for i in places_of(step, self.descriptors, "buffer")}
         buffers = [b if isinstance(b, Own) or i in used else Scratch(0) for i, b in enumerate(buffers)]
         return Pass(self.device, specs, len(self.numbers), buffers, self.steps, indices, self.descriptors)
 
@@ -215,6 +216,10 @@ class Recorder(TorchDispatchMode):
             if memory is not None and isinstance(tensor, Tensor) and _identity(memory) == _identity(tensor):
                 return i
         raise _Unsayable("a tensor that is returned or added to is not one that it allocated")
+
+    def _read_by_kernels(self) -> set[int]:
+        """The tensors of the call whose memory a kernel is given."""
+        return {index for step in self.steps for index in places_of(step, self.descriptors, "tensor")}
 
     def _multiplied(self, buffer: int) -> bool:
         """Whether PyTorch's products need the buffer as a tensor."""
@@ -359,6 +364,7 @@ def _bytes(own: Own) -> int:
     return (last + 1) * own.dtype.itemsize
 
 
-def _spec(tensor: Tensor) -> TensorSpec:
-    aligned = tensor.data_ptr() % 16 == 0
+def _spec(tensor: Tensor, in_kernel: bool) -> TensorSpec:
+    """PyTorch's products take any address."""
+    aligned = in_kernel and tensor.data_ptr() % 16 == 0
     return TensorSpec(tensor.dtype, tuple(tensor.shape), tensor.stride(), aligned)
