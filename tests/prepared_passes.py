@@ -213,43 +213,41 @@ def of_hopper() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
     yield "hopper forward", run, (x, weight, lora_a, lora_b, 0.5, state)
 
 
-def of_operators() -> Iterator[tuple[str, Callable[[float], Any], list[torch.Tensor]]]:
-    """Each operator as a layer calls it, with the tensors that it is given: nothing beside the operators is called."""
+def calls_of(m: int, p: float) -> tuple[dict[str, Callable[[float], Any]], list[torch.Tensor]]:
+    """Each operator as a layer calls it, and the tensors that they are given."""
     bf16, state, states = torch.bfloat16, torch.tensor([1, 2]), [torch.tensor([3, 4]), torch.tensor([5, 6])]
-    for m, p in ((8, 0.0), (8, 0.1), (256, 0.0), (256, 0.1)):
-        case = Case(m=m, k=256, n=128, r=16, dtype=bf16, p=p)
-        i = make(case)
-        x, weight, a, b, bias, dy = (t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.bias, i.dy))
-        of_x, h = (state if p else None), h_of(case)
-        z, gain, linear = torch.ones(m, 16), torch.ones(128), torch.ones(m, 128, dtype=bf16)
-        also, dz = torch.ones(128, 256, dtype=bf16), torch.ones(m, 16)
-        wide = torch.ones(m, 40)[:, 8:24]  # as of one h that several members share
-        given = [x, weight, a, b, bias, dy, h, z, gain, linear, also, dz, wide, state, *states]
-        words = packed_keep_words(state, m, case.k, p) if p else None
-        given += [] if words is None else [words]
-        calls: dict[str, Callable[[float], Any]] = {
-            "forward": lambda s: operators.forward(x, weight, a, b, bias, s, p, of_x),
-            "forward without a bias": lambda s: operators.forward(x, weight, a, b, None, s, p, of_x),
-            "backward": lambda s: operators.backward(dy, x, weight, a, b, None, h, s, p, of_x),
-            "backward of the words": lambda s: operators.backward(dy, x, weight, a, b, None, h, s, p, words),
-            "backward without dx": lambda s: operators.backward(dy, x, None, a, b, None, h, s, p, of_x),
-            "backward of dx alone": lambda s: operators.backward(dy, None, weight, a, b, None, None, s, p, of_x),
-            "shrink": lambda s: part_operators.shrink(x, a, p, of_x),
-            "product": lambda s: part_operators.product(x, weight, b, wide, bias, None, s, False),
-            "product with a gain": lambda s: part_operators.product(x, weight, b, z, bias, gain, s, True),
-            "output_grads": lambda s: part_operators.output_grads(dy, b, wide, None, s),
-            "output_grads of dh": lambda s: part_operators.output_grads(dy, b, None, None, s),
-            "input_grad": lambda s: part_operators.input_grad([dy], [weight], [dz], [a], p, states[:1] if p else []),
-            "input_grad of two": lambda s: part_operators.input_grad(
-                [dy, linear], [weight, also], [dz, z], [a, a], p, states if p else []
-            ),
-            "a_grad": lambda s: part_operators.a_grad(dz, x, p, of_x),
-            "gain_grad": lambda s: part_operators.gain_grad(dy, linear, gain, bias),
-            "gain_grad of dl": lambda s: part_operators.gain_grad(dy, None, gain, None),
-            "row_norms": lambda s: part_operators.row_norms(weight, a, b, s),
-        }
-        for name, call in calls.items():
-            yield f"{name}, {m} tokens, dropout {p}", call, given
+    case = Case(m=m, k=256, n=128, r=16, dtype=bf16, p=p)
+    i = make(case)
+    x, weight, a, b, bias, dy = (t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.bias, i.dy))
+    of_x, h = (state if p else None), h_of(case)
+    z, gain, linear = torch.ones(m, 16), torch.ones(128), torch.ones(m, 128, dtype=bf16)
+    also, dz = torch.ones(128, 256, dtype=bf16), torch.ones(m, 16)
+    wide = torch.ones(m, 40)[:, 8:24]  # as of one h that several members share
+    given = [x, weight, a, b, bias, dy, h, z, gain, linear, also, dz, wide, state, *states]
+    words = packed_keep_words(state, m, case.k, p) if p else None
+    given += [] if words is None else [words]
+    calls: dict[str, Callable[[float], Any]] = {
+        "forward": lambda s: operators.forward(x, weight, a, b, bias, s, p, of_x),
+        "forward without a bias": lambda s: operators.forward(x, weight, a, b, None, s, p, of_x),
+        "backward": lambda s: operators.backward(dy, x, weight, a, b, None, h, s, p, of_x),
+        "backward of the words": lambda s: operators.backward(dy, x, weight, a, b, None, h, s, p, words),
+        "backward without dx": lambda s: operators.backward(dy, x, None, a, b, None, h, s, p, of_x),
+        "backward of dx alone": lambda s: operators.backward(dy, None, weight, a, b, None, None, s, p, of_x),
+        "shrink": lambda s: part_operators.shrink(x, a, p, of_x),
+        "product": lambda s: part_operators.product(x, weight, b, wide, bias, None, s, False),
+        "product with a gain": lambda s: part_operators.product(x, weight, b, z, bias, gain, s, True),
+        "output_grads": lambda s: part_operators.output_grads(dy, b, wide, None, s),
+        "output_grads of dh": lambda s: part_operators.output_grads(dy, b, None, None, s),
+        "input_grad": lambda s: part_operators.input_grad([dy], [weight], [dz], [a], p, states[:1] if p else []),
+        "input_grad of two": lambda s: part_operators.input_grad(
+            [dy, linear], [weight, also], [dz, z], [a, a], p, states if p else []
+        ),
+        "a_grad": lambda s: part_operators.a_grad(dz, x, p, of_x),
+        "gain_grad": lambda s: part_operators.gain_grad(dy, linear, gain, bias),
+        "gain_grad of dl": lambda s: part_operators.gain_grad(dy, None, gain, None),
+        "row_norms": lambda s: part_operators.row_norms(weight, a, b, s),
+    }
+    return calls, given
 
 
 def compare_operator(
@@ -270,8 +268,7 @@ def compare_operator(
         expected = [result for result in as_tuple(by_python(call, 0.375)) if result.numel()]
     by_triton = stand_in.take("cuLaunchKernelEx")
     same = [
-        (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
-        for a, b in zip(expected, results, strict=True)
+        (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()) for a, b in zip(expected, results, strict=True)
     ]
     known = {int(tensor.data_ptr()) for tensor in given}
     return {
@@ -320,7 +317,11 @@ def main(path: str, folder: str) -> None:
     launcher.index_of, launcher._device_words = (lambda device: 0), (lambda index: DEVICE)
     launcher.current_stream, torch.cuda.current_device = (lambda index: STREAM), (lambda: 0)
     torch.cuda.is_current_stream_capturing = lambda: False
-    operators_found = [compare_operator(stand_in, *each) for each in of_operators()]
+    operators_found = []
+    for m, p in ((8, 0.0), (8, 0.1), (256, 0.0), (256, 0.1)):
+        calls, given = calls_of(m, p)
+        for name, call in calls.items():
+            operators_found.append(compare_operator(stand_in, f"{name}, {m} tokens, dropout {p}", call, given))
     print(json.dumps({"runs": found, "operators": operators_found}))
 
 

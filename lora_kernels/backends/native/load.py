@@ -33,7 +33,7 @@ from .build import (
 from .progress import say
 from .toolchain import BuildError, platform_tag
 
-__all__ = ["Library", "compile_into_cache", "instruction_set", "load", "loaded", "lost", "status", "why_not"]
+__all__ = ["Library", "compile_into_cache", "give_up", "instruction_set", "load", "loaded", "lost", "status", "why_not"]
 
 _INSTALLED = Path(__file__).resolve().parents[2] / "lib"
 
@@ -90,6 +90,13 @@ def load(kind: str) -> Library:
                 _failed[kind] = str(error)
                 raise
         return _loaded[kind]
+
+
+def give_up(kind: str, reason: str) -> None:
+    """Has this process do without the library ``kind``, which was loaded and does not work; ``reason``: a sentence."""
+    with _lock:
+        _loaded.pop(kind, None)
+        _failed[kind] = reason
 
 
 def why_not(kind: str) -> list[str]:

@@ -22,6 +22,7 @@ from ...explaining.report import PassPlan
 from ...kept import Kept
 from ...ops import OPERATOR_NAMES, register
 from .. import draw_seed, why_not_capability
+from ..native import load
 
 if TYPE_CHECKING:
     from .choose.blocks import Machine
@@ -79,7 +80,7 @@ class TritonBackend:
         dropped = f" {_kept().tells(problem)}" if problem.dropout_p else ""
         return (
             "Fused: x is read once for h. The plan for the size (measured, or predicted where nobody has tuned) adds "
-            f"the low-rank term within its own product, or before or after the library's.{dropped}"
+            f"the low-rank term within its own product, or before or after the library's.{dropped}{_launches()}"
         )
 
     def plan(self, problem: Problem, tokens: int) -> tuple[PassPlan, ...]:
@@ -114,6 +115,17 @@ def plans_on(machine: Machine, name: str, table: Loaded, problem: Problem, token
     dtype = "tf32" if p.dtype is torch.float32 and tf32_allowed() else str(p.dtype).removeprefix("torch.")
     sizes = tokens, p.in_features, p.out_features, p.r
     return why.plans(machine, name, table, sizes, dtype, p.dropout_p > 0, p.transposed)
+
+
+def _launches() -> str:
+    """A sentence: who launches the kernels of a warm call."""
+    found = load.status("launch")
+    if found["reasons"]:
+        return (
+            f" Python launches its kernels one by one, for the library launch is not used: {' '.join(found['reasons'])}"
+        )
+    where = f"is {found['path']}" if found["path"] else f"{found['state']} by {found['compiler']}"
+    return f" From the second call of a size on it is one call into C++; the library launch {where}."
 
 
 def interpreter_fault() -> str | None:

@@ -11,7 +11,9 @@ pytest.importorskip("triton")
 
 from lora_kernels import info
 from lora_kernels.backends.native import build, command, load
+from lora_kernels.backends.triton import BACKEND
 from lora_kernels.backends.triton.run import launcher, pass_words
+from lora_kernels.dispatch import Problem
 from stand_in import OtherProcess, StandIn
 
 SCRIPT = (
@@ -28,18 +30,26 @@ def for_cuda(native: StandIn, monkeypatch: pytest.MonkeyPatch) -> StandIn:
     return native
 
 
+def described() -> str:
+    """What ``explain`` and ``info`` tell of the Triton backend on a GPU."""
+    return BACKEND.describe(Problem("cuda", torch.bfloat16))
+
+
 def test_a_pytorch_for_cpus_needs_no_launcher(native: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(launcher, "_found", None)
     assert launcher.library() is None
     assert "this build of torch is not for CUDA" in str(launcher.obstacle())
+    assert "Python launches its kernels one by one" in described()
     assert native.compiler.calls == 0
 
 
 def test_info_says_whether_it_is_there(for_cuda: StandIn) -> None:
     told = info.collect()["native_library"]["launch"]
     assert (told["state"], told["path"], told["reasons"]) == ("would be compiled at first use", None, [])
+    assert "it is one call into C++; the library launch would be compiled at first use by" in described()
     library = load.load("launch")
+    assert f"one call into C++; the library launch is {library.path}." in described()
     for_cuda.forget()
     told = info.collect()["native_library"]["launch"]
     assert (told["state"], told["path"]) == ("found", str(library.path))
@@ -50,6 +60,11 @@ def test_another_library_in_its_place_is_no_launcher(for_cuda: StandIn) -> None:
     """Loaded, and without the entry points: Python launches, and the reason is kept."""
     assert launcher.library() is None
     assert "lora_launch_prepare" in str(launcher.obstacle())
+    told = info.collect()["native_library"]["launch"]
+    assert told["state"] == "found, but cannot be used here"
+    assert "lora_launch_prepare" in str(told["reasons"])
+    assert "Python launches its kernels one by one" in described()
+    assert "lora_launch_prepare" in described()
     assert for_cuda.compiler.calls == 1
     assert launcher.library() is None
     assert for_cuda.compiler.calls == 1

@@ -108,6 +108,7 @@ def _search() -> _Found:
                 try:
                     _found = _Found(Library(str(load.load("launch").path)), None)
                 except (BackendUnavailableError, OSError, AttributeError) as error:
+                    load.give_up("launch", str(error))
                     _found = _Found(None, str(error))
     return _found
 
