@@ -265,6 +265,23 @@ def test_where_memory_is_short_python_tries_and_raises_torch_s_own_error(driver:
         wrapped(x)
 
 
+def test_a_kernel_whose_module_was_unloaded_is_launched_by_python(driver: DriverStandIn) -> None:
+    """Which compiles it anew, and records it again; any other refusal of the driver is a sentence."""
+    kernel, x = kernel_of_one(), torch.zeros(4, 8)
+    run = PassRun(one_launch(kernel), CUDA)
+    run(x, 0.5)
+    driver.fail("cuLaunchKernelEx", 400)
+    run(x, 0.5)
+    assert len(kernel.launched) == 2
+    assert run._pass is not None
+    driver.take()
+    run(x, 0.5)
+    assert (len(kernel.launched), launches(driver)) == (2, 1)
+    driver.fail("cuLaunchKernelEx", 700)
+    with pytest.raises(BackendUnavailableError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+        run(x, 0.5)
+
+
 def test_a_capture_is_not_recorded_and_names_what_must_be_compiled(
     driver: DriverStandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
