@@ -1,6 +1,8 @@
 // What the operators make of their arguments before the kernels see them: checks, adapters of another dtype, results.
 #pragma once
 
+#include <vector>
+
 #include "../common.h"
 #include "tensors.h"
 
@@ -72,6 +74,25 @@ struct OptionalAdapter {
     }
 };
 
+// The results that are often not due.
+enum class Result { da, db, dbias, dgain };
+
+// What stands for one that is not: made once for each place and dtype, for making it takes a good part of a call's
+// time.
+inline const Tensor& not_due(Result result, Dtype dtype) {
+    static const std::vector<Tensor>& all = *[] {
+        auto* const made = new std::vector<Tensor>;
+        for (int place = 0; place < 4; ++place) {
+            for (const Dtype of : {Dtype::fp32, Dtype::bf16, Dtype::fp16, Dtype::fp64}) {
+                made->push_back(empty({0}, scalar_type_of(of)));
+            }
+        }
+        return made;
+    }();
+    const size_t of = dtype == Dtype::fp32 ? 0 : dtype == Dtype::bf16 ? 1 : dtype == Dtype::fp16 ? 2 : 3;
+    return all[4 * static_cast<size_t>(result) + of];
+}
+
 // The gradient of an adapter, bias or gain: T for the kernels, `own` dtype for the caller; one that is not due is
 // empty, and its data null.
 struct AdapterGradient {
@@ -81,10 +102,8 @@ struct AdapterGradient {
     int64_t count = 1;
     void* data = nullptr;
 
-    AdapterGradient(bool due, std::initializer_list<int64_t> sizes, Dtype own, Dtype compute)
-        : result(due ? empty(sizes, scalar_type_of(own)) : empty({0}, scalar_type_of(own))),
-          own(own),
-          hidden(hidden_of(compute)) {
+    AdapterGradient(Result which, bool due, std::initializer_list<int64_t> sizes, Dtype own, Dtype compute)
+        : result(due ? empty(sizes, scalar_type_of(own)) : not_due(which, own)), own(own), hidden(hidden_of(compute)) {
         if (!due) return;
         for (const int64_t size : sizes) count *= size;
         if (own == hidden) {

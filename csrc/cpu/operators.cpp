@@ -73,7 +73,7 @@ Tensor shrink_by(const Tensor& x, const Tensor& lora_a, double p, const Tensor* 
     ShrinkCall call = {
         m,      k, r, tokens.data, tokens.stride, a.data, dropout_of(state, p), h.mutable_data_ptr(), thread_count(),
         nullptr};
-    const Scratch scratch(kernels.shrink_scratch(call));
+    Scratch scratch(kernels.shrink_scratch(call));
     call.scratch = scratch.get();
     kernels.shrink(call);
     return h;
@@ -83,9 +83,10 @@ Tensor shrink(const Tensor& x, const Tensor& lora_a, double p, const std::option
     return shrink_by(x, lora_a, p, pointer(state));
 }
 
-std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& weight, const Tensor& lora_b, const Tensor& h,
-                                   const std::optional<Tensor>& bias, const std::optional<Tensor>& gain, double scaling,
-                                   bool with_linear) {
+// y; `linear`, where it is not null, is given what the gain acts on.
+Tensor product_with(const Tensor& x, const Tensor& weight, const Tensor& lora_b, const Tensor& h,
+                    const std::optional<Tensor>& bias, const std::optional<Tensor>& gain, double scaling,
+                    std::optional<Tensor>* linear) {
     const Dtype compute = dtype_of(x, "x"), wide = hidden_of(compute);
     const Matrix tokens(x, "x"), low(h, "h");
     const int64_t m = tokens.rows, k = tokens.columns, r = columns_of(lora_b, "lora_b"), n = lora_b.sizes()[0];
@@ -97,11 +98,11 @@ std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& weight, const 
     const Adapter b(lora_b, "lora_b", adapter_of(compute));
     const OptionalAdapter offset(bias, "bias", compute), factor(gain, "gain", wide);
     const bool own = multiplies(weight, compute, Pass::forward, m, n, k), gained = gain.has_value(),
-               kept = gained && with_linear;
+               kept = gained && linear != nullptr;
     std::optional<Matrix> base;
     if (own) base.emplace(weight, "weight");
-    Tensor y = empty({m, n}, x.scalar_type()),
-           linear = kept ? empty({m, n}, x.scalar_type()) : empty({0}, x.scalar_type());
+    Tensor y = empty({m, n}, x.scalar_type());
+    if (kept) linear->emplace(empty({m, n}, x.scalar_type()));
     const Term term = {
         k,        r,          tokens.data, tokens.stride,           own ? base->data : nullptr, own ? base->stride : 0,
         low.data, low.stride, b.data,      dropout_of(nullptr, 0.0)};
@@ -113,16 +114,16 @@ std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& weight, const 
                         scaling,
                         offset.data,
                         factor.data,
-                        kept ? linear.mutable_data_ptr() : nullptr,
+                        kept ? (*linear)->mutable_data_ptr() : nullptr,
                         y.mutable_data_ptr(),
                         thread_count(),
                         nullptr};
-    const Tensor& sums = kept ? linear : y;
+    const Tensor& sums = kept ? **linear : y;
     if (!own && gained) {  // both come after the library's product
         call.bias = call.gain = call.linear = nullptr;
         call.out = sums.mutable_data_ptr();
     }
-    const Scratch scratch(kernels.product_scratch(call));
+    Scratch scratch(kernels.product_scratch(call));
     call.scratch = scratch.get();
     kernels.product(call);
     if (!own) {
@@ -132,7 +133,15 @@ std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& weight, const 
                 {m, n, sums.const_data_ptr(), factor.data, offset.data, y.mutable_data_ptr(), thread_count()});
         }
     }
-    return {y, linear};
+    return y;
+}
+
+std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& weight, const Tensor& lora_b, const Tensor& h,
+                                   const std::optional<Tensor>& bias, const std::optional<Tensor>& gain, double scaling,
+                                   bool with_linear) {
+    std::optional<Tensor> linear;
+    Tensor y = product_with(x, weight, lora_b, h, bias, gain, scaling, with_linear ? &linear : nullptr);
+    return {y, linear.has_value() ? *linear : empty({0}, x.scalar_type())};
 }
 
 // dh where it is due, else empty; db where h is there; dbias where bias is.
@@ -152,8 +161,9 @@ std::tuple<Tensor, Tensor, Tensor> grads_of_output(const Tensor& dy, const Tenso
     const Kernels& kernels = kernels_for(compute);
     const Adapter b(lora_b, "lora_b", adapter_of(compute));
     Tensor dh = need_dh ? empty({m, r}, scalar_type_of(wide)) : empty({0}, scalar_type_of(wide));
-    const AdapterGradient db(h.has_value(), {n, r}, dtype_of(lora_b, "lora_b"), compute);
-    const AdapterGradient dbias(bias.has_value(), {n}, bias.has_value() ? dtype_of(*bias, "bias") : compute, compute);
+    const AdapterGradient db(Result::db, h.has_value(), {n, r}, dtype_of(lora_b, "lora_b"), compute);
+    const AdapterGradient dbias(Result::dbias, bias.has_value(), {n},
+                                bias.has_value() ? dtype_of(*bias, "bias") : compute, compute);
     OutputGradsCall call = {m,
                             n,
                             r,
@@ -168,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor> grads_of_output(const Tensor& dy, const Tenso
                             dbias.data,
                             thread_count(),
                             nullptr};
-    const Scratch scratch(kernels.output_grads_scratch(call));
+    Scratch scratch(kernels.output_grads_scratch(call));
     call.scratch = scratch.get();
     if (need_dh || h.has_value() || bias.has_value()) kernels.output_grads(call);
     db.finish(kernels);
@@ -211,7 +221,7 @@ Tensor sum_of_input_grads(int64_t count, const Tensor* dys, const Tensor* weight
     Tensor dx = empty({m, k}, dys[0].scalar_type());
     ProductCall call = {m,       k,       terms.data(),          count,          false,  1.0, nullptr,
                         nullptr, nullptr, dx.mutable_data_ptr(), thread_count(), nullptr};
-    const Scratch scratch(kernels.product_scratch(call));
+    Scratch scratch(kernels.product_scratch(call));
     call.scratch = scratch.get();
     kernels.product(call);
     for (int64_t i = 0; i < count; ++i) {
@@ -237,11 +247,11 @@ Tensor a_grad_in(Dtype own, const Tensor& dh, const Tensor& x, double p, const T
     const int64_t m = tokens.rows, k = tokens.columns, r = low.columns;
     expect(dh, "dh", {m, r}, hidden_of(compute));
     const Kernels& kernels = kernels_for(compute);
-    const AdapterGradient da(true, {r, k}, own, compute);
+    const AdapterGradient da(Result::da, true, {r, k}, own, compute);
     AGradCall call = {
         m,      k, r, tokens.data, tokens.stride, low.data, low.stride, dropout_of(state, p), da.data, thread_count(),
         nullptr};
-    const Scratch scratch(kernels.a_grad_scratch(call));
+    Scratch scratch(kernels.a_grad_scratch(call));
     call.scratch = scratch.get();
     kernels.a_grad(call);
     da.finish(kernels);
@@ -267,8 +277,9 @@ std::tuple<Tensor, Tensor, Tensor> gain_grad(const Tensor& dy, const std::option
     const Kernels& kernels = kernels_for(compute);
     const Adapter factor(gain, "gain", hidden_of(compute));
     Tensor dlinear = empty({m, n}, dy.scalar_type());
-    const AdapterGradient dgain(linear.has_value(), {n}, dtype_of(gain, "gain"), compute);
-    const AdapterGradient dbias(bias.has_value(), {n}, bias.has_value() ? dtype_of(*bias, "bias") : compute, compute);
+    const AdapterGradient dgain(Result::dgain, linear.has_value(), {n}, dtype_of(gain, "gain"), compute);
+    const AdapterGradient dbias(Result::dbias, bias.has_value(), {n},
+                                bias.has_value() ? dtype_of(*bias, "bias") : compute, compute);
     kernels.gain_grad({m, n, outer.data, outer.stride, beside ? beside->data : nullptr, beside ? beside->stride : 0,
                        factor.data, dlinear.mutable_data_ptr(), dgain.data, dbias.data, thread_count()});
     dgain.finish(kernels);
@@ -289,7 +300,7 @@ Tensor row_norms(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_
     RowNormsCall call = {
         n,      k, r, base.data, base.stride, across, a.data, b.data, scaling, norms.mutable_data_ptr(), thread_count(),
         nullptr};
-    const Scratch scratch(kernels.row_norms_scratch(call));
+    Scratch scratch(kernels.row_norms_scratch(call));
     call.scratch = scratch.get();
     kernels.row_norms(call);
     return norms;
@@ -311,7 +322,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
                                            double p, const std::optional<Tensor>& state) {
     expect_one_rank(lora_a, lora_b);
     Tensor h = shrink(x, lora_a, p, state);
-    return {std::get<0>(product(x, weight, lora_b, h, bias, std::nullopt, scaling, false)), h, no_words()};
+    return {product_with(x, weight, lora_b, h, bias, std::nullopt, scaling, nullptr), h, no_words()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const std::optional<Tensor>& x,

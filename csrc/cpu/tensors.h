@@ -85,15 +85,20 @@ struct Matrix {
     }
 };
 
-// Memory for one call, from torch's allocator (64-byte aligned, and seen by its profilers); nothing is allocated inside
-// a parallel region.
+// Memory for one call, 64-byte aligned: a little of its own, for one token's call is over before torch's allocator
+// would have answered, and else from that, where its profilers see it. Nothing is allocated inside a parallel region.
 class Scratch {
   public:
-    explicit Scratch(size_t bytes) : memory_(empty({static_cast<int64_t>(bytes)}, ScalarType::Byte)) {}
-    void* get() const { return memory_.mutable_data_ptr(); }
+    explicit Scratch(size_t bytes) {
+        if (bytes > sizeof near_) memory_.emplace(empty({static_cast<int64_t>(bytes)}, ScalarType::Byte));
+    }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    void* get() { return memory_.has_value() ? memory_->mutable_data_ptr() : near_; }
 
   private:
-    Tensor memory_;
+    std::optional<Tensor> memory_;
+    alignas(64) unsigned char near_[4096];
 };
 
 }  // namespace lora_kernels
