@@ -20,14 +20,14 @@ from .choose import ranking
 from .choose.plans import GLUON_PLANS, BackwardPlan, DxHopper, DxInside, ForwardPlan, Hopper, HopperInside
 from .kernels.packed import mask_kernel
 from .run.backward import BackwardRun, ready_backward
-from .run.call import Call, backward_key, forward_key
+from .run.call import Call, backward_key, cdiv, forward_key
 from .run.forward import ready
 from .run.hopper_backward import ready_hopper_backward
 from .run.hopper_call import plan_fault
 from .run.hopper_forward import ready_hopper
 from .run.launcher import PassRun, launched
 from .run.prepared import Cache, Launch, first_that_runs
-from .run.steps import Step, cdiv, draw_step, seeded
+from .run.steps import Step, draw_step, seeded
 
 __all__ = ["backward", "forget", "forward", "mask", "run_backward", "run_plan"]
 

@@ -27,13 +27,12 @@ from .choose.plans import GLUON_PLANS, BaseFirst, Fused, LoraFirst
 from .choose.ranking import plans_for
 from .choose.ways import dh_db_for, outer_for, shrink_for
 from .kernels.gain import gain_grad_kernel, row_norms_kernel
-from .run.call import Call
+from .run.call import Call, cdiv
 from .run.forward import ready_product
 from .run.launcher import PassRun
 from .run.prepared import Cache, Launch, alignment, first_that_runs, matrix, precision_of
 from .run.steps import (
     Step,
-    cdiv,
     da_step,
     db_step,
     dh_db_step,

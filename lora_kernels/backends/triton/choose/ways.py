@@ -64,7 +64,9 @@ def outer_ways(machine: Machine, work: Skinny) -> list[OuterConfig]:
     if machine.interpreter:
         return [base, replace(base, splits=3)]
     widest = 32 if machine.capability >= 100 and base.block_r > 32 else 64  # wider, the mask takes the registers
-    kinds = [replace(base, block_k=block_k) for block_k in (16, 32, 64) if base.block_k <= block_k <= widest]
+    if not work.dropout and work.itemsize == 2 and base.block_r <= 32:
+        widest = 128  # of 131 ways on an H100 the quickest, in four chunks of rows: 27.7 us for 28.8 with 64 columns
+    kinds = [replace(base, block_k=block_k) for block_k in (16, 32, 64, 128) if base.block_k <= block_k <= widest]
     if base.block_r == 64 and work.itemsize == 2:  # every block of columns reads all of dh, from L2
         block_r = 64 if work.r <= 64 else 128
         kinds.append(replace(base, block_m=32, block_k=128, block_r=block_r, num_warps=8))

@@ -208,26 +208,17 @@ def add_low_rank(
     OPERAND: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     """``acc + scaling h Bᵀ`` for a tile of y. Where h comes in PARTS, the first tile column writes their sum.
 
-    With OPERAND that sum is stored as bf16 parts, with zeros beyond R. With UNROLL there is no loop over R, so that the
-    loops around can become one.
+    With OPERAND that sum is stored as bf16 parts, with zeros beyond R.
     """
     LAST: tl.constexpr = OPERAND if PARTS > 1 and OPERAND > 0 else R
-    if UNROLL:
-        for r in tl.static_range(0, LAST, BLOCK_R):
-            acc = _low_rank_step(
-                acc, r, h_ptr, h_sum_ptr, lora_b_ptr, scaling, tile_n, offs_m, offs_n, mask_m, mask_n,
-                M, R, stride_bn, stride_br, stride_hm, dtype, BLOCK_R, PARTS, OPERAND, SPLIT, PRECISION,
-            )  # fmt: skip
-    else:
-        for r in tl.range(0, LAST, BLOCK_R, num_stages=1):
-            acc = _low_rank_step(
-                acc, r, h_ptr, h_sum_ptr, lora_b_ptr, scaling, tile_n, offs_m, offs_n, mask_m, mask_n,
-                M, R, stride_bn, stride_br, stride_hm, dtype, BLOCK_R, PARTS, OPERAND, SPLIT, PRECISION,
-            )  # fmt: skip
+    for r in tl.range(0, LAST, BLOCK_R, num_stages=1):
+        acc = _low_rank_step(
+            acc, r, h_ptr, h_sum_ptr, lora_b_ptr, scaling, tile_n, offs_m, offs_n, mask_m, mask_n,
+            M, R, stride_bn, stride_br, stride_hm, dtype, BLOCK_R, PARTS, OPERAND, SPLIT, PRECISION,
+        )  # fmt: skip
     return acc
 
 

@@ -193,7 +193,6 @@ def forward_kernel(
         OPERAND,
         SPLIT,
         PRECISION,
-        False,
     )
     store_output(
         acc, y_ptr, linear_ptr, bias_ptr, gain_ptr, stride_bias, stride_gain, offs_m, offs_n, mask_m, mask_n, N
@@ -272,7 +271,6 @@ def expand_kernel(
         OPERAND,
         SPLIT,
         PRECISION,
-        False,
     )
     if ADD:
         y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]

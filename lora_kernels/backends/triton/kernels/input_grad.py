@@ -190,11 +190,10 @@ def dx_low_rank_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    ADD: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dx = Σ_i keep_i * keep_scale * (dh_i A_i), or with ADD the same added to what dx holds; one rounding.
+    """dx = Σ_i keep_i * keep_scale * (dh_i A_i); one rounding.
 
     Member i has the columns of dh, and the rows of A, from STARTS[i] to STARTS[i + 1], R = STARTS[-1] in all.
 
@@ -206,7 +205,7 @@ def dx_low_rank_kernel(
     ======== =========================== =================================
 
     Grid: one program a tile of dx. fp32 accumulation; 2 M K R flops (twice with SPLIT); reads dh and A from L2, writes
-    dx, and reads it with ADD.
+    dx.
     """
     tile_m, tile_k = tile_of_program(M, K, BLOCK_M, BLOCK_K, 1)
     offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -224,6 +223,4 @@ def dx_low_rank_kernel(
             STARTS[i], STARTS[i + 1], stride_dhm, stride_ar, stride_ak, dx_ptr.dtype.element_ty,
             BLOCK_K, BLOCK_R, SPLIT, PRECISION,
         )  # fmt: skip
-    if ADD:
-        acc += tl.load(dx_ptrs, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_K)
     tl.store(dx_ptrs, rounded(acc, dx_ptr.dtype.element_ty), mask=mask)

@@ -40,7 +40,6 @@ def persistent_kernel(
     OPERAND: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
-    FLATTEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """l = x Wᵀ + scaling h Bᵀ and y = l + bias, or with a gain y = gain * l + bias; one rounding each.
@@ -64,7 +63,7 @@ def persistent_kernel(
     x_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
     w_desc = tl.make_tensor_descriptor(weight_ptr, [N, K], [stride_wn, 1], [BLOCK_N, BLOCK_K])
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
@@ -98,7 +97,6 @@ def persistent_kernel(
             OPERAND,
             SPLIT,
             PRECISION,
-            FLATTEN,
         )
         store_output(
             acc, y_ptr, linear_ptr, bias_ptr, gain_ptr, stride_bias, stride_gain, offs_m, offs_n, mask_m, mask_n, N

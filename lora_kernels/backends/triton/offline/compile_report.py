@@ -35,7 +35,6 @@ __all__ = ["Record", "faults", "main", "report"]
 _INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma.sync": "mma.sync"}
 _SHOWN = (
     "PARTS",
-    "FLATTEN",
     "PDL",
     "STAGES",
     "EXTRA",

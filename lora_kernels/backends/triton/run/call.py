@@ -15,7 +15,12 @@ from ..choose.plans import Cell
 from .descriptors import operand_fault
 from .prepared import alignment, matrix, precision_of
 
-__all__ = ["Call", "backward_key", "forward_key"]
+__all__ = ["Call", "backward_key", "cdiv", "forward_key"]
+
+
+def cdiv(size: int, block: int) -> int:
+    """Blocks that cover ``size``."""
+    return -(-size // block)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

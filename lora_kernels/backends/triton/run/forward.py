@@ -20,9 +20,9 @@ from ..choose.plans import BaseFirst, FewTokens, ForwardPlan, Fused, LoraFirst
 from ..kernels.few_tokens import few_tokens_kernel, sum_parts_kernel
 from ..kernels.forward import expand_kernel, forward_kernel
 from ..kernels.persistent import persistent_kernel
-from .call import Call
+from .call import Call, cdiv
 from .prepared import Launch, ScratchLaunch
-from .steps import cdiv, shrink_launch
+from .steps import shrink_launch
 from .streams import together_on
 
 __all__ = ["Product", "Run", "ready", "ready_product"]
@@ -157,7 +157,7 @@ def _fused(plan: Fused, c: Call) -> Product:
     static: tuple[Any, ...] = (c.m, c.n, c.k, c.r)
     if plan.variant != "pointer" and c.by_descriptor:
         static += (c.stride_x[0], c.stride_w[0], *strides, *tile)
-        static += (c.split, c.precision, False, plan.pdl)
+        static += (c.split, c.precision, plan.pdl)
         grid = (min(tiles, c.machine.sm_count), 1, 1)
         launch: Launch = ScratchLaunch(persistent_kernel, grid, static, **options)
     else:

@@ -38,8 +38,9 @@ from ..kernels.hopper.small import (
     hopper_reduce_dh_kernel,
     hopper_reduce_grads_kernel,
 )
+from .call import cdiv
 from .descriptors import descriptor
-from .hopper_call import HopperCall, cdiv
+from .hopper_call import HopperCall
 from .prepared import Launch
 
 __all__ = [

@@ -16,7 +16,7 @@ from ..choose.hopper_blocks import HopperPlainShrink
 from ..choose.plans import DxHopper, DxInside, Hopper, HopperInside
 from .call import Call
 
-__all__ = ["HopperCall", "HopperPlan", "call_fault", "cdiv", "hopper_call", "plan_fault"]
+__all__ = ["HopperCall", "HopperPlan", "call_fault", "hopper_call", "plan_fault"]
 
 HopperPlan: TypeAlias = Hopper | HopperInside | DxHopper | DxInside
 
@@ -111,7 +111,3 @@ def hopper_call(plan: HopperPlan, call: Call) -> HopperCall:
     if fault := plan_fault(plan, call):
         raise InvalidArgumentError(f"the plan {plan} does not run: {fault}.")
     return HopperCall.of(call)
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)

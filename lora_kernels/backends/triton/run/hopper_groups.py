@@ -30,9 +30,10 @@ from ..kernels.hopper.group_small import (
     hopper_group_reduce_grads_kernel,
 )
 from . import hopper
+from .call import cdiv
 from .descriptors import descriptor
 from .hopper import Step
-from .hopper_call import HopperCall, call_fault, cdiv
+from .hopper_call import HopperCall, call_fault
 from .prepared import Launch
 
 __all__ = [

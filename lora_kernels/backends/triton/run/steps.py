@@ -22,12 +22,11 @@ from ..kernels.backward import da_kernel, dh_db_kernel, reduce_kernel
 from ..kernels.forward import shrink_kernel
 from ..kernels.input_grad import dx_kernel, dx_low_rank_kernel, dx_persistent_kernel
 from ..kernels.packed import draw_kernel
-from .call import Call
+from .call import Call, cdiv
 from .prepared import Launch, ScratchLaunch
 
 __all__ = [
     "Step",
-    "cdiv",
     "da_step",
     "db_step",
     "dh_db_step",
@@ -46,10 +45,6 @@ Step: TypeAlias = Callable[..., Any]
 
 _REDUCE_BLOCK = 512
 _DRAW_ROWS, _DRAW_WORDS = 8, 64  # of one program, 4 words a thread
-
-
-def cdiv(size: int, block: int) -> int:
-    return -(-size // block)
 
 
 def draw_step(m: int, k: int, p: float, members: int | None = None) -> Step:
@@ -317,7 +312,7 @@ def low_rank_launch(config: ExpandConfig, c: Call, starts: tuple[int, ...]) -> L
     """``launch(stream, dh, lora_a, words, dx)``: the low-rank terms are written to dx."""
     if c.dtype is torch.float16 and c.machine.capability < 90:  # A, high and low: the mask leaves them no registers
         config = replace(config, block_r=min(config.block_r, 16))
-    tile = (config.block_m, config.block_n, config.block_r, False, c.split, c.precision)
+    tile = (config.block_m, config.block_n, config.block_r, c.split, c.precision)
     return Launch(
         dx_low_rank_kernel,
         (cdiv(c.m, config.block_m) * cdiv(c.k, config.block_n), 1, 1),
