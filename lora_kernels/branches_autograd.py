@@ -2,6 +2,9 @@
 
 The formulas are ``reference.py``'s, for each branch; dx is the sum of the branches'. Saved: the parameters as they are,
 x, each branch's z (M, R), with a trainable gain its l (M, N), and with dropout the states that regenerate the masks.
+
+Branches that are ``grouped`` (plain layers that the backend's group operators take, see ``gate.group_fault``) run by
+those, not in parts: z is then h as the backend keeps it (``kept.Kept.h``), and a state may be the mask's words.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from .tensors import as_dtype, flatten, unflatten
 __all__ = ["BranchesFunction", "apply_branches_function", "forward_only"]
 
 _PER_BRANCH = 5  # weight, lora_a, lora_b, bias, gain
+_SETTINGS = 5  # backend_name, p, scalings, activations, grouped
 
 
 class _Member(NamedTuple):
@@ -43,16 +47,20 @@ def forward_only(
     p: float,
     scalings: tuple[float, ...],
     activations: tuple[str, ...],
+    grouped: bool,
     with_linears: tuple[bool, ...],
     *tensors: Tensor | None,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Each branch's y (..., N_i), z (M, R_i) and, where ``with_linears`` says so, l (M, N_i).
+) -> tuple[list[Tensor], list[Tensor], list[Any], list[Any]]:
+    """Each branch's y (..., N_i), z (M, R_i) and, where ``with_linears`` says so, l (M, N_i); the states to keep.
 
     The other arguments are ``BranchesFunction``'s.
     """
     ops, count = operators(backend_name), len(scalings)
-    members, states = _members(tensors, count), tensors[_PER_BRANCH * count :]
+    members, states = _members(tensors, count), list(tensors[_PER_BRANCH * count :])
     flat = flatten(x)
+    if grouped:
+        ys, zs, kept = _forward_of_group(ops, flat, members, p, scalings, states)
+        return [unflatten(y, x.shape) for y in ys], zs, [None] * count, kept
     zs = _shrink_all(ops, flat, [member.lora_a for member in members], p, states)
     ys, linears = [], []
     for member, z, scaling, activation, with_linear in zip(
@@ -62,7 +70,21 @@ def forward_only(
         y, linear = ops.product(flat, weight, member.lora_b, h, member.bias, member.gain, scaling, with_linear)
         ys.append(unflatten(y, x.shape))
         linears.append(linear)
-    return ys, zs, linears
+    return ys, zs, linears, states
+
+
+def _forward_of_group(
+    ops: Any, x: Tensor, members: list[_Member], p: float, scalings: Sequence[float], states: list[Any]
+) -> tuple[list[Tensor], list[Tensor], list[Any]]:
+    """Each branch's y and h, and of each mask what a layer by itself keeps: the words, or the seed."""
+    weights = [as_dtype(member.weight, x.dtype) for member in members]
+    lora_as, lora_bs = [member.lora_a for member in members], [member.lora_b for member in members]
+    biases = [member.bias for member in members]
+    ys, hs, words = ops.group_forward(x, weights, lora_as, lora_bs, biases, list(scalings), p, states)
+    if states and ops.kept.packs_mask:
+        ns = [member.weight.shape[0] for member in members]
+        states = [words[i] if ops.kept.prefers_words(n) else states[i] for i, n in enumerate(ns)]
+    return ys, hs, states
 
 
 def _shrink_all(ops: Any, x: Tensor, lora_as: list[Tensor], p: float, states: Sequence[Any]) -> list[Tensor]:
@@ -91,7 +113,7 @@ class _Saved(NamedTuple):
 class BranchesFunction(torch.autograd.Function):
     """(y_1, ..., y_n), each (..., N_i), of x (..., K) and the branches.
 
-    ``tensors``: for each branch weight (N, K), lora_a (R, K), lora_b (N, R), bias (N,) or None, gain (N,) or None; then
+    ``grouped``: whether the backend's group operators run them. ``tensors``: for each branch weight (N, K), lora_a (R, K), lora_b (N, R), bias (N,) or None, gain (N,) or None; then
     no dropout state, or one for each branch.
     """
 
@@ -103,6 +125,7 @@ class BranchesFunction(torch.autograd.Function):
         p: float,
         scalings: tuple[float, ...],
         activations: tuple[str, ...],
+        grouped: bool,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         count = len(scalings)
@@ -110,8 +133,11 @@ class BranchesFunction(torch.autograd.Function):
             ctx.set_materialize_grads(False)  # an output that nobody used gives no gradients, not zeros
         needs, members = _needs(ctx, count), _members(tensors, count)
         with_linears = tuple(need.gain for need in needs)
-        ys, zs, linears = forward_only(x, backend_name, p, scalings, activations, with_linears, *tensors)
+        ys, zs, linears, states = forward_only(
+            x, backend_name, p, scalings, activations, grouped, with_linears, *tensors
+        )
         need_x, any_a = ctx.needs_input_grad[0], any(need.lora_a for need in needs)
+        any_b = grouped and any(need.lora_b for need in needs)  # of a group every db is due, or none
         saved: list[Tensor | None] = [x if any_a or any(need.weight for need in needs) else None]
         for member, need, activation, z, linear in zip(members, needs, activations, zs, linears, strict=True):
             bends = activation != "identity" and (need_x or need.lora_a)
@@ -121,14 +147,13 @@ class BranchesFunction(torch.autograd.Function):
                 lora_b=member.lora_b,
                 bias=member.bias if need.bias else None,
                 gain=member.gain,
-                z=z if need.lora_b or bends else None,
+                z=z if need.lora_b or any_b or bends else None,
                 linear=linear if need.gain else None,
             )
             saved.extend(own)  # PyTorch 2.11's dynamo lets a list grow by no named tuple with +=
-        states = tensors[_PER_BRANCH * count :]
         ctx.save_for_backward(*saved, *(states if need_x or any_a else ()))
         weight_dtypes = tuple(member.weight.dtype for member in members)
-        ctx.settings = x.shape, weight_dtypes, len(states), backend_name, p, scalings, activations
+        ctx.settings = x.shape, weight_dtypes, len(states), backend_name, p, scalings, activations, grouped
         return tuple(ys)
 
     @staticmethod
@@ -137,7 +162,7 @@ class BranchesFunction(torch.autograd.Function):
             ctx.has_run = True  # what was saved may be gone: an output that waits for its layer is worth nothing now
             if torch.is_grad_enabled():
                 return _differentiable_backward(ctx, dys)
-        x_shape, weight_dtypes, state_count, backend_name, p, scalings, activations = ctx.settings
+        x_shape, weight_dtypes, state_count, backend_name, p, scalings, activations, grouped = ctx.settings
         count, need_x, ops = len(scalings), ctx.needs_input_grad[0], operators(backend_name)
         x, saved, states = _unpack(ctx.saved_tensors, count)
         x = None if x is None else flatten(x)
@@ -145,26 +170,83 @@ class BranchesFunction(torch.autograd.Function):
         used = [i for i, dy in enumerate(dys) if dy is not None]
         if not used:
             return (None,) * len(ctx.needs_input_grad)
-        dlinears, dzs = {}, {}
         grads: list[dict[str, Tensor]] = [{} for _ in needs]
+        flat_dys = {i: flatten(dys[i]) for i in used}
+        if grouped:
+            dx = _backward_of_group(ops, flat_dys, x, saved, states, needs, need_x, scalings, p, grads)
+        else:
+            of = flat_dys, x, saved, states, needs, need_x, scalings, activations, p, grads
+            dx = _backward_in_parts(ops, *of)
         for i in used:
-            of = flatten(dys[i]), saved[i], needs[i], need_x, scalings[i], activations[i]
-            dlinears[i], dzs[i], grads[i] = _of_output(ops, *of)
             if needs[i].weight and x is not None:
-                grads[i]["weight"] = as_dtype(dlinears[i].t() @ x, weight_dtypes[i])
-        dx = None
-        if need_x:
-            weights = [as_dtype(saved[i].weight, dlinears[i].dtype) for i in used]
-            lora_as, own = [saved[i].lora_a for i in used], [states[i] for i in used] if states else []
-            dx = ops.input_grad([dlinears[i] for i in used], weights, [dzs[i] for i in used], lora_as, p, own)
-            dx = unflatten(dx, x_shape)
-        if x is not None:
-            due = [i for i in used if needs[i].lora_a]
-            das = _a_grads(ops, [dzs[i] for i in due], x, p, [states[i] for i in due] if states else [])
-            for i, da in zip(due, das, strict=True):
-                grads[i]["lora_a"] = as_dtype(da, saved[i].lora_a.dtype)
+                grads[i]["weight"] = as_dtype(flat_dys[i].t() @ x, weight_dtypes[i])
         flat = [gradients.get(name) for gradients in grads for name in _Needs._fields]
-        return (dx, None, None, None, None, *flat, *[None] * state_count)
+        return (None if dx is None else unflatten(dx, x_shape), *[None] * _SETTINGS, *flat, *[None] * state_count)
+
+
+def _backward_in_parts(
+    ops: Any,
+    dys: dict[int, Tensor],
+    x: Tensor | None,
+    saved: list[_Saved],
+    states: list[Tensor],
+    needs: list[_Needs],
+    need_x: bool,
+    scalings: Sequence[float],
+    activations: Sequence[str],
+    p: float,
+    grads: list[dict[str, Tensor]],
+) -> Tensor | None:
+    """dx (M, K) where it is due; ``grads`` gets what is due of each branch. A branch's dl takes its dy's place."""
+    used, dzs, dx = list(dys), {}, None
+    for i in used:
+        dys[i], dzs[i], grads[i] = _of_output(ops, dys[i], saved[i], needs[i], need_x, scalings[i], activations[i])
+    if need_x:
+        weights = [as_dtype(saved[i].weight, dys[i].dtype) for i in used]
+        lora_as, own = [saved[i].lora_a for i in used], [states[i] for i in used] if states else []
+        dx = ops.input_grad([dys[i] for i in used], weights, [dzs[i] for i in used], lora_as, p, own)
+    if x is not None:
+        due = [i for i in used if needs[i].lora_a]
+        das = _a_grads(ops, [dzs[i] for i in due], x, p, [states[i] for i in due] if states else [])
+        for i, da in zip(due, das, strict=True):
+            grads[i]["lora_a"] = as_dtype(da, saved[i].lora_a.dtype)
+    return dx
+
+
+def _backward_of_group(
+    ops: Any,
+    dys: dict[int, Tensor],
+    x: Tensor | None,
+    saved: list[_Saved],
+    states: list[Tensor],
+    needs: list[_Needs],
+    need_x: bool,
+    scalings: Sequence[float],
+    p: float,
+    grads: list[dict[str, Tensor]],
+) -> Tensor | None:
+    """The same by the group operator; of one output that was used, by that of a layer by itself."""
+    used = list(dys)
+    need_a, need_b = any(needs[i].lora_a for i in used), any(needs[i].lora_b for i in used)
+    own = [saved[i] for i in used]
+    weights = [as_dtype(s.weight, dys[i].dtype) for i, s in zip(used, own, strict=True)] if need_x else []
+    lora_as, lora_bs, biases = [s.lora_a for s in own], [s.lora_b for s in own], [s.bias for s in own]
+    hs, kept = [s.z for s in own] if need_b else [], [states[i] for i in used] if states else []
+    flat_dys, due_x = [dys[i] for i in used], x if need_a else None
+    if len(used) == 1:
+        (i,), (weight, h, state) = used, (each[0] if each else None for each in (weights, hs, kept))
+        dx, *found = ops.backward(
+            flat_dys[0], due_x, weight, lora_as[0], lora_bs[0], biases[0], h, scalings[i], p, state
+        )
+        das, dbs, dbiases = ([gradient] for gradient in found)
+    else:
+        numbers = [scalings[i] for i in used]
+        of = flat_dys, due_x, weights, lora_as, lora_bs, biases, hs, numbers, p, kept
+        dx, das, dbs, dbiases = ops.group_backward(*of)
+    for i, da, db, dbias in zip(used, das, dbs, dbiases, strict=True):
+        found = {"lora_a": da, "lora_b": db, "bias": dbias}
+        grads[i].update({name: value for name, value in found.items() if getattr(needs[i], name)})
+    return dx if need_x else None
 
 
 def _of_output(
@@ -204,7 +286,7 @@ class _Needs(NamedTuple):
 
 
 def _needs(ctx: Any, count: int) -> list[_Needs]:
-    flags = ctx.needs_input_grad[5:]
+    flags = ctx.needs_input_grad[1 + _SETTINGS :]
     return [_Needs(*flags[_PER_BRANCH * i : _PER_BRANCH * (i + 1)]) for i in range(count)]
 
 
@@ -224,7 +306,7 @@ apply_branches_function: Callable[..., Any] = super(torch.autograd.Function, Bra
 
 def _differentiable_backward(ctx: Any, dys: Sequence[Tensor]) -> Any:
     """The gradients of the reference's formulas on the graph's own tensors, for ``create_graph=True``."""
-    x_shape, _, state_count, backend_name, p, scalings, activations = ctx.settings
+    x_shape, _, state_count, backend_name, p, scalings, activations, _ = ctx.settings
     given_x, saved, states = _unpack(ctx.saved_tensors, len(scalings))
     if given_x is None:
         raise UnsupportedTransformError(
@@ -251,7 +333,7 @@ def _differentiable_backward(ctx: Any, dys: Sequence[Tensor]) -> Any:
     of = [outputs[i] for i in used], due, [dys[i] for i in used]
     found = iter(torch.autograd.grad(*of, create_graph=True, allow_unused=True))
     dx, *rest = [next(found) if need else None for need in needed]
-    return (dx, None, None, None, None, *rest, *[None] * state_count)
+    return (dx, *[None] * _SETTINGS, *rest, *[None] * state_count)
 
 
 def _alias(tensor: Tensor | None) -> Any:

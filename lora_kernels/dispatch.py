@@ -41,6 +41,7 @@ class Problem:
     """What a backend is asked to run. ``device_type`` and ``dtype`` (the compute dtype) decide; the rest informs.
 
     ``transposed``: W is stored (K, N). ``aside``: a sentence where a layer's forward is not the plain one of its sizes.
+    ``others``: out_features and rank of each further layer that runs with it by the kernels of a group, in training.
 
     Example:
         >>> import torch
@@ -57,6 +58,7 @@ class Problem:
     dropout_p: float = 0.0
     transposed: bool = False
     aside: str = ""
+    others: tuple[tuple[int, int], ...] = ()
 
     @property
     def problem(self) -> Problem:

@@ -100,8 +100,45 @@ def fakes(kept: Kept) -> dict[str, Callable[..., Any]]:
     def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
         return weight.new_empty(weight.shape[0], dtype=torch.promote_types(weight.dtype, torch.float32))
 
+    def group_forward(
+        x: Tensor,
+        weights: list[Tensor],
+        lora_as: list[Tensor],
+        lora_bs: list[Tensor],
+        biases: list[Tensor | None],
+        scalings: list[float],
+        p: float,
+        states: list[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        of_members = [
+            forward(x, *own, p, states[i] if states else None)
+            for i, own in enumerate(zip(weights, lora_as, lora_bs, biases, scalings, strict=True))
+        ]
+        ys, hs, words = ([found[place] for found in of_members] for place in range(3))
+        return ys, hs, words if states else []
+
+    def group_backward(
+        dys: list[Tensor],
+        x: Tensor | None,
+        weights: list[Tensor],
+        lora_as: list[Tensor],
+        lora_bs: list[Tensor],
+        biases: list[Tensor | None],
+        hs: list[Tensor],
+        scalings: list[float],
+        p: float,
+        states: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        return (
+            dys[0].new_empty(0 if not weights else (dys[0].shape[0], weights[0].shape[1])),
+            [a.new_empty(0 if x is None else a.shape) for a in lora_as],
+            [b.new_empty(0 if not hs else b.shape) for b in lora_bs],
+            [_like_bias(dy, bias) for dy, bias in zip(dys, biases, strict=True)],
+        )
+
     functions = (
-        forward, backward, mask, shrink, product, output_grads, input_grad, a_grad, gain_grad, row_norms
+        forward, backward, mask, shrink, product, output_grads, input_grad, a_grad, gain_grad, row_norms,
+        group_forward, group_backward,
     )  # fmt: skip
     return {function.__name__: function for function in functions}
 

@@ -71,6 +71,30 @@ def _row_norms(weight: _Shape, lora_a: _Shape, *_: Any, **__: Any) -> int:
     return 2 * n * k * r + 2 * r * r * (k + n)
 
 
+def _group_forward(
+    x: _Shape, weights: list[_Shape], lora_as: list[_Shape], *_: Any, **__: Any
+) -> int:
+    return sum(_forward(x, weight, lora_a) for weight, lora_a in zip(weights, lora_as, strict=True))
+
+
+def _group_backward(
+    dys: list[_Shape],
+    x: _Shape | None,
+    weights: list[_Shape],
+    lora_as: list[_Shape],
+    lora_bs: list[_Shape],
+    biases: list[_Shape | None],
+    hs: list[_Shape],
+    *_: Any,
+    **__: Any,
+) -> int:
+    of_members = [
+        _backward(dy, x, weights[i] if weights else None, lora_as[i], lora_bs[i], biases[i], hs[i] if hs else None)
+        for i, dy in enumerate(dys)
+    ]
+    return sum(of_members)
+
+
 # By the operators' names; each takes the operator's arguments, shapes in the place of tensors. ``mask`` and
 # ``gain_grad`` multiply no matrices.
 FORMULAS: Mapping[str, Callable[..., int]] = {
@@ -82,6 +106,8 @@ FORMULAS: Mapping[str, Callable[..., int]] = {
     "input_grad": _input_grad,
     "a_grad": _a_grad,
     "row_norms": _row_norms,
+    "group_forward": _group_forward,
+    "group_backward": _group_backward,
 }
 
 
@@ -96,7 +122,7 @@ def enter_formulas(packets: Mapping[str, Any]) -> None:
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     for name, formula in FORMULAS.items():
-        if packets[name] not in flop_registry:
+        if name in packets and packets[name] not in flop_registry:
             register_flop_formula(packets[name])(formula)
 
 
@@ -109,5 +135,5 @@ def inform_counters(packets: Mapping[str, Any]) -> None:
     for mode in _get_current_dispatch_mode_stack():
         counter = getattr(mode, "counter", None)
         if isinstance(counter, counting.FlopCounterMode):
-            for name in FORMULAS:  # what the user gave as custom_mapping stays
+            for name in FORMULAS.keys() & packets.keys():  # what the user gave as custom_mapping stays
                 counter.flop_registry.setdefault(packets[name], counting.flop_registry[packets[name]])

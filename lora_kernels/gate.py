@@ -33,6 +33,7 @@ __all__ = [
     "check_dropout_p",
     "device_type_of",
     "draw_state",
+    "group_fault",
     "is_autocast_enabled",
     "prepare",
     "run_branch",
@@ -136,11 +137,46 @@ def _run_branches(
     tensors = [tensor for branch in branches for tensor in branch.tensors]
     scalings = tuple(float(number(branch.scaling)) for branch in branches)
     activations = tuple(branch.activation for branch in branches)
+    grouped = _group_fault(x, branches, p != 0.0, name) is None
     if torch.is_grad_enabled() and _any_requires_grad(x, *tensors):
         record = BranchesFunction.apply if torch.compiler.is_compiling() else apply_branches_function
-        return list(record(x, name, p, scalings, activations, *tensors, *states))
+        return list(record(x, name, p, scalings, activations, grouped, *tensors, *states))
     linears = (False,) * len(branches)
-    return branches_forward_only(x, name, p, scalings, activations, linears, *tensors, *states)[0]
+    return branches_forward_only(x, name, p, scalings, activations, grouped, linears, *tensors, *states)[0]
+
+
+def group_fault(x: Tensor, branches: Sequence[Branch], p: float) -> str | None:
+    """Why these branches of x run in parts and not by the group operators; None where they run by those.
+
+    The end of a sentence "The group kernels do not run: ...". The backend is the one that would run them now.
+    """
+    x, name = prepare(x, None)
+    return _group_fault(x, branches, p != 0.0, name)
+
+
+def _group_fault(x: Tensor, branches: Sequence[Branch], dropout: bool, name: str) -> str | None:
+    """By static facts alone, so that a compiled graph holds the way for all numbers of tokens."""
+    if len(branches) < 2:
+        return "there is one layer"
+    for branch in branches:
+        if not branch.is_plain:
+            return "a layer has a gain (DoRA) or an activation"
+        if branch.weight.stride(1) != 1:
+            return "a W is stored (K, N)"
+        if not (branch.lora_a.is_contiguous() and branch.lora_b.is_contiguous()):
+            return "an A or a B is not contiguous"
+    first = branches[0]
+    if any(b.lora_a.dtype is not first.lora_a.dtype or b.lora_b.dtype is not first.lora_b.dtype for b in branches):
+        return "the layers' A or B have several dtypes"
+    sizes = tuple((branch.weight.shape[0], branch.lora_a.shape[0]) for branch in branches)
+    return _kept_group_fault(name, x.device, x.dtype, first.weight.shape[1], sizes, dropout)
+
+
+def _kept_group_fault(name: str, *facts: Any) -> str | None:
+    return operators(name).kept.group_fault(*facts)
+
+
+_kept_group_fault._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a graph holds it, as the backend
 
 
 def _are_apart(x: Tensor, branches: Sequence[Branch]) -> bool:

@@ -16,12 +16,16 @@ from torch import Tensor
 
 __all__ = ["by_numbers", "is_fixed", "tensor_schema", "with_numbers"]
 
-_NUMBER, _TENSOR = "float ", "Tensor "
+_TENSOR = {"float ": "Tensor ", "float[] ": "Tensor[] "}
+_KINDS = ("float", "List[float]")
 
 
 def tensor_schema(schema: str) -> str | None:
     """``schema`` with tensors for numbers; None where it has none."""
-    return schema.replace(_NUMBER, _TENSOR) if _NUMBER in schema else None
+    found = schema
+    for number, tensor in _TENSOR.items():
+        found = found.replace(number, tensor)
+    return None if found == schema else found
 
 
 def is_fixed(number: float) -> bool:
@@ -38,7 +42,7 @@ def by_numbers(overload: Any) -> Callable[..., Any]:
     def called(*arguments: Any) -> Any:
         given = list(arguments)
         for place in places:
-            given[place] = given[place].item()
+            given[place] = _each(lambda tensor: tensor.item(), given[place])
         return overload(*given)
 
     return called
@@ -49,16 +53,22 @@ def with_numbers(plain: Any, by_tensors: Any) -> Callable[..., Any]:
     places = _places(plain)
 
     def called(*arguments: Any) -> Any:
-        if all(is_fixed(arguments[place]) for place in places):
+        numbers = [arguments[place] for place in places]
+        if all(is_fixed(n) for number in numbers for n in (number if isinstance(number, (list, tuple)) else (number,))):
             return plain(*arguments)
-        given = [_as_tensor(argument) if i in places else argument for i, argument in enumerate(arguments)]
+        given = [_each(_as_tensor, argument) if i in places else argument for i, argument in enumerate(arguments)]
         return by_tensors(*given)
 
     return called
 
 
 def _places(overload: Any) -> tuple[int, ...]:
-    return tuple(i for i, argument in enumerate(overload._schema.arguments) if str(argument.type) == "float")
+    return tuple(i for i, argument in enumerate(overload._schema.arguments) if str(argument.type) in _KINDS)
+
+
+def _each(function: Callable[[Any], Any], value: Any) -> Any:
+    """``function`` of a number or of each of a list."""
+    return [function(one) for one in value] if isinstance(value, (list, tuple)) else function(value)
 
 
 def _as_tensor(number: float) -> Tensor:

@@ -45,3 +45,12 @@ class Kept:
     def prefers_words(self, n: int) -> bool:
         """Whether the words are kept rather than the seed, for a layer of N output features."""
         return False
+
+    def group_fault(
+        self, device: torch.device, dtype: torch.dtype, k: int, sizes: tuple[tuple[int, int], ...], dropout: bool
+    ) -> str | None:
+        """Why no group operator takes layers of one x with these N and ranks; None where one does.
+
+        The end of a sentence "The group kernels do not run: ...".
+        """
+        return "this backend has none"

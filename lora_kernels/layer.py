@@ -23,7 +23,7 @@ from .dispatch import Problem
 from .errors import InvalidArgumentError, LoRAStateError
 from .explaining.report import IN_PARTS
 from .gate import run_branch, run_plain
-from .shared_input import SharedInput
+from .shared_input import NO_OTHERS, SharedInput
 from .tensors import PLAIN_TENSORS
 
 __all__ = ["LoRALayer", "names_of_layers"]
@@ -317,7 +317,11 @@ class LoRALayer(nn.Module):
         """What :func:`lora_kernels.explain` is asked about."""
         weight, sizes = self.weight, (self.in_features, self.out_features, self.r)
         transposed = weight.dim() == 2 and self.matrix(weight) is not weight
-        return Problem(weight.device.type, weight.dtype, *sizes, self.lora_dropout, transposed, self._aside())
+        aside, others = self._aside(), NO_OTHERS
+        if not aside and self._shared is not None:
+            shared, index = self._shared
+            aside, others = shared.told(index)
+        return Problem(weight.device.type, weight.dtype, *sizes, self.lora_dropout, transposed, aside, others)
 
     def _aside(self) -> str:
         """What makes forward another than that of a plain layer in training, in a sentence."""
@@ -328,7 +332,7 @@ class LoRALayer(nn.Module):
         if self.use_dora or self.activation != "identity":
             return IN_PARTS
         if self._shared is not None:
-            return "In training this layer runs with those that share its x, and h of all is one launch."
+            return ""  # it tells itself
         return "" if self.training or not self.lora_dropout else "In eval, as it is now, nothing is dropped."
 
     def extra_repr(self) -> str:

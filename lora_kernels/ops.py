@@ -38,6 +38,22 @@ gain_grad    dy (M,N), linear (M,N)?, gain (N), bias (N)?         dl (M,N) = g *
 row_norms    weight (N,K), lora_a (R,K), lora_b (N,R), s          ‖W + s B A‖ of each row, (N,), without forming B A
 ============ ==================================================== ======================================================
 
+A backend that has kernels for a group, layers of plain LoRA that read one x, has these too; ``kept.group_fault`` tells
+which groups they take. Everything is as in ``forward`` and ``backward``, an entry of a list for each layer:
+
+============== ================================================== ======================================================
+operator       arguments                                          returns
+============== ================================================== ======================================================
+group_forward  x (M,K), weights [(N_i,K)], lora_as [(R_i,K)],     ys [(M,N_i)]; hs; words, [] without states
+               lora_bs [(N_i,R_i)], biases [(N_i)?], scalings
+               [s_i], p, states []
+group_backward dys [(M,N_i)], x (M,K)?, weights [], lora_as,      dx (M,K) = Σ_i dy_i W_i + D_i * (dh_i A_i); das; dbs;
+               lora_bs, biases [(N_i)?], hs [], scalings, p,      dbiases
+               states []
+============== ================================================== ======================================================
+
+Of ``group_backward`` dx is due iff there are ``weights``, every da iff ``x``, every db iff there are ``hs``.
+
 ``dh`` (M,R) is s dy B, and ``D`` is mask / (1 - p), or 1 where ``state`` is None. ``backward`` gives what it can from
 what it was given: dx is due iff ``weight`` is there, da iff ``x``, db iff ``h``, dbias iff ``bias``; likewise
 ``output_grads``, and ``gain_grad`` for dg iff ``linear``. A gradient that is not due comes back empty, of shape (0,)
@@ -71,7 +87,7 @@ from .flops import enter_formulas, inform_counters
 from .graph_numbers import by_numbers, tensor_schema, with_numbers
 from .kept import Kept
 
-__all__ = ["NAMESPACE", "OPERATOR_NAMES", "Operators", "operators", "register"]
+__all__ = ["GROUP_OPERATOR_NAMES", "NAMESPACE", "OPERATOR_NAMES", "Operators", "operators", "register"]
 
 NAMESPACE = "lora_kernels"
 
@@ -93,13 +109,25 @@ _SCHEMAS = {
     "Tensor dbias)",
     "row_norms": "(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor",
 }
+_GROUP_SCHEMAS = {
+    "group_forward": "(Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, Tensor?[] biases, "
+    "float[] scalings, float p, Tensor[] states) -> (Tensor[] ys, Tensor[] hs, Tensor[] words)",
+    "group_backward": "(Tensor[] dys, Tensor? x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, "
+    "Tensor?[] biases, Tensor[] hs, float[] scalings, float p, Tensor[] states) -> (Tensor dx, Tensor[] das, "
+    "Tensor[] dbs, Tensor[] dbiases)",
+}
 OPERATOR_NAMES = tuple(_SCHEMAS)
+GROUP_OPERATOR_NAMES = tuple(_GROUP_SCHEMAS)  # of a backend that has kernels for groups
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _registered: dict[str, Operators] = {}  # the operators, behind PyTorch's dispatcher
 _traced: dict[str, Operators] = {}  # those, for a compiler: with its symbolic numbers too
 _direct: dict[str, Operators] = {}  # the same functions by the way that takes the least host time
 _packets: dict[str, dict[str, Any]] = {}  # all overloads of each operator
+
+
+def _no_group(*arguments: Any) -> Any:
+    raise AssertionError("kept.group_fault says before that this backend has no group operators")
 
 
 @dataclass(frozen=True)
@@ -117,6 +145,8 @@ class Operators:
     gain_grad: Callable[..., tuple[Tensor, Tensor, Tensor]]
     row_norms: Callable[..., Tensor]
     kept: Kept
+    group_forward: Callable[..., tuple[list[Tensor], list[Tensor], list[Tensor]]] = _no_group
+    group_backward: Callable[..., tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]] = _no_group
 
 
 def register(
@@ -136,18 +166,20 @@ def register(
     traced: dict[str, Any] = {}
     direct: dict[str, Any] = {}
     packets = _packets[backend] = {}
-    for name, fake in fakes(kept).items():
+    schemas = _SCHEMAS | {name: schema for name, schema in _GROUP_SCHEMAS.items() if name in implementations}
+    known = fakes(kept)
+    for name, schema in schemas.items():
         qualified = f"{backend}_{name}"
-        fake = _entering_formulas(fake, packets)
-        _library.define(f"{qualified}{_SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
+        fake = _entering_formulas(known[name], packets)
+        _library.define(f"{qualified}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         if name in implementations:
             _library.impl(qualified, _without_graph(implementations[name]), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=_library)
         packets[name] = getattr(getattr(torch.ops, NAMESPACE), qualified)
         overloads[name] = traced[name] = packets[name].default
-        if (schema := tensor_schema(_SCHEMAS[name])) is not None:
-            traced[name] = _with_tensor_overload(qualified, schema, fake, packets[name])
-        compiled = len(implementations) < len(_SCHEMAS)
+        if (by_tensors := tensor_schema(schema)) is not None:
+            traced[name] = _with_tensor_overload(qualified, by_tensors, fake, packets[name])
+        compiled = len(implementations) < len(schemas)
         direct[name] = overloads[name]._op if compiled else implementations[name]
     _registered[backend] = Operators(**overloads, kept=kept)
     _traced[backend] = Operators(**traced, kept=kept)

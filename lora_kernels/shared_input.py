@@ -17,7 +17,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from .branches import Branch
 from .dispatch import requested
 from .foreseen import Foreseen, foresee
-from .gate import device_type_of, is_autocast_enabled, run_branches
+from .gate import device_type_of, group_fault, is_autocast_enabled, run_branches
 from .tensors import is_plain
 
-__all__ = ["Member", "SharedInput", "attach", "detach", "is_shared", "shared_inputs"]
+__all__ = ["NO_OTHERS", "Member", "SharedInput", "attach", "detach", "is_shared", "shared_inputs"]
 
+Others: TypeAlias = tuple[tuple[int, int], ...]  # N and rank of the further members
+NO_OTHERS: Others = ()
 _AT_MEMBER, _AT_HOLDER = "_shared", "_shared_inputs"
 _MISSES = 3  # passes in a row whose outputs nobody took, before a warning, or the end of a guessed group
 
@@ -125,6 +127,23 @@ class SharedInput:
         parts = self._parts(x)
         together = _together(parts, next(iter(parts), 0))
         return _run(x, together, parts[next(iter(together))][1]) if together else {}
+
+    def told(self, index: int) -> tuple[str, Others]:
+        """For ``explain``, of the member ``index``: a sentence on its common pass, and N and rank of each other member
+        where the kernels of a group run them; as they are now, in training mode."""
+        member: Any = self._members[index]()
+        x = member.weight.new_empty((1, member.in_features))
+        parts = self._parts(x)
+        together = _together(parts, index)
+        if not together:
+            return "In training this layer runs with those that share its x, where they can.", NO_OTHERS
+        fault = group_fault(x, list(together.values()), parts[index][1])
+        count = len(together) - 1
+        of = f"In training this layer runs with {count} other{'s' if count > 1 else ''} that share its x, "
+        if fault is not None:
+            return f"{of}in parts. The group kernels do not run: {fault}.", NO_OTHERS
+        others = tuple((b.weight.shape[0], b.lora_a.shape[0]) for i, b in together.items() if i != index)
+        return f"{of}by the group kernels, where they are faster.", others
 
     def _begin(self, index: int, x: Tensor, hooks: Any, thread: int) -> Tensor | None:
         """Runs the common pass at the call of the member ``index``, whose output it returns; the others' wait."""

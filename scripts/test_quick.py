@@ -30,6 +30,7 @@ _CORE = (
 )
 _COMMANDS = ("tests/house/test_cli.py", "tests/house/test_info.py", "tests/house/test_import.py")
 _TRITON = "tests/backends/triton/test_triton"
+_GROUPS = "tests/backends/triton/test_hopper_group"
 _NATIVE = "tests/backends/native/test_native"
 
 # A row: a folder with "/" at its end, or files, and what a change there needs.
@@ -102,6 +103,14 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "lora_kernels/backends/triton/run/hopper.py": ("tests/backends/triton/test_hopper.py",),
     "lora_kernels/backends/triton/run/hopper_groups.py": ("tests/backends/triton/test_hopper_groups.py",),
+    **{
+        f"lora_kernels/backends/triton/{name}.py": (f"{_GROUPS}_plans.py", f"{_GROUPS}_layers.py")
+        for name in ("group_operators", "run/group_call", "run/hopper_group_passes")
+    },
+    **{
+        f"lora_kernels/backends/triton/choose/{name}.py": (f"{_GROUPS}_choice.py", f"{_TRITON}_choice.py")
+        for name in ("group_candidates", "group_plans", "hopper_group_blocks", "hopper_group_cost")
+    },
     "lora_kernels/packed_mask.py": ("tests/core/test_packed_mask.py", "tests/backends/triton/test_packed_draw.py"),
     "lora_kernels/backends/triton/offline/": (f"{_TRITON}_compile.py",),
     "lora_kernels/benchmark/": ("tests/benchmark",),

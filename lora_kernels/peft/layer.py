@@ -15,7 +15,7 @@ from ..branches import Branch
 from ..dispatch import Problem
 from ..explaining.report import IN_PARTS
 from ..gate import run_branch
-from ..shared_input import SharedInput
+from ..shared_input import NO_OTHERS, SharedInput
 from . import dora as peft_dora
 from .conditions import is_transposed, own_parameter, why_adapter, why_base, why_call, why_dtypes
 from .report import BASE, FUSED, counter
@@ -222,8 +222,11 @@ class FusedLoraLinear(Linear):
         r = sum(own_parameter(self.lora_A[name], "weight").shape[0] for name in adapters) or None
         weight, p = self.weight, max((self._p(name) for name in adapters), default=0.0)
         sizes = self.in_features, self.out_features, r
-        aside = IN_PARTS if any(name in self.lora_variant for name in adapters) else ""
-        return Problem(weight.device.type, weight.dtype, *sizes, p, is_transposed(self.base_layer), aside)
+        aside, others = IN_PARTS if any(name in self.lora_variant for name in adapters) else "", NO_OTHERS
+        if not aside and self._shared is not None:
+            shared, index = self._shared
+            aside, others = shared.told(index)
+        return Problem(weight.device.type, weight.dtype, *sizes, p, is_transposed(self.base_layer), aside, others)
 
     def __repr__(self) -> str:
         text: str = super().__repr__()

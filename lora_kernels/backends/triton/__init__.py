@@ -6,6 +6,7 @@ Importing this package imports neither Triton nor anything of CUDA; ``register``
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -20,7 +21,7 @@ from ...dispatch import Problem
 from ...errors import InvalidArgumentError
 from ...explaining.report import PassPlan
 from ...kept import Kept
-from ...ops import OPERATOR_NAMES, register
+from ...ops import GROUP_OPERATOR_NAMES, OPERATOR_NAMES, register
 from .. import draw_seed, why_not_capability
 from ..native import load
 
@@ -94,10 +95,10 @@ class TritonBackend:
         return plans_on(blocks.machine_of(device), name, table, problem, tokens)
 
     def register(self, device_type: str) -> None:
-        from . import operators, part_operators
+        from . import group_operators, operators, part_operators
 
-        modules = (operators, part_operators)
-        own = {name: next(getattr(m, name) for m in modules if name in m.__all__) for name in OPERATOR_NAMES}
+        modules, names = (operators, part_operators, group_operators), (*OPERATOR_NAMES, *GROUP_OPERATOR_NAMES)
+        own = {name: next(getattr(m, name) for m in modules if name in m.__all__) for name in names}
         register(self.name, own, _kept())
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
@@ -114,7 +115,12 @@ def plans_on(machine: Machine, name: str, table: Loaded, problem: Problem, token
     assert p.r is not None
     dtype = "tf32" if p.dtype is torch.float32 and tf32_allowed() else str(p.dtype).removeprefix("torch.")
     sizes = tokens, p.in_features, p.out_features, p.r
-    return why.plans(machine, name, table, sizes, dtype, p.dropout_p > 0, p.transposed)
+    found = why.plans(machine, name, table, sizes, dtype, p.dropout_p > 0, p.transposed)
+    if not p.others:
+        return found
+    of = ((p.out_features, p.r), *p.others), tokens, p.in_features, dtype, p.dropout_p > 0
+    notes = why.group_notes(machine, name, table, *of)
+    return tuple(replace(own, notes=(*own.notes, note)) for own, note in zip(found, notes, strict=True))
 
 
 def _launches() -> str:
@@ -172,6 +178,14 @@ class _Kept(Kept):
 
     def prefers_words(self, n: int) -> bool:
         return n < _WIDE if self._keeps is None else self._keeps == "mask"
+
+    def group_fault(
+        self, device: torch.device, dtype: torch.dtype, k: int, sizes: tuple[tuple[int, int], ...], dropout: bool
+    ) -> str | None:
+        from .choose import blocks
+        from .choose.group_candidates import static_fault
+
+        return static_fault(blocks.machine_of(device), dtype, k, sizes, dropout)
 
     def tells(self, problem: Problem) -> str:
         """A sentence: what is kept of dropout's mask."""

@@ -19,6 +19,7 @@ from . import part_operators
 from .choose import ranking
 from .choose.plans import GLUON_PLANS, BackwardPlan, DxHopper, DxInside, ForwardPlan, Hopper, HopperInside
 from .kernels.packed import mask_kernel
+from .run import hopper_group_passes
 from .run.backward import BackwardRun, ready_backward
 from .run.call import Call, backward_key, cdiv, forward_key
 from .run.forward import ready
@@ -42,6 +43,7 @@ def forget() -> None:
     _runs.clear()
     _backward_runs.clear()
     part_operators.forget()
+    hopper_group_passes.forget()
     ranking.forget()
 
 

@@ -26,6 +26,9 @@ from .blocks import (
 )
 from .cost import backward_seconds, forward_seconds
 from .gluon_candidates import gluon_fits, gluon_plans
+from .group_candidates import group_fits, group_plans
+from .group_plans import GROUP_KERNELS, Apart, GroupPlan
+from .hopper_group_cost import hopper_group_seconds
 from .plans import (
     GLUON_PLANS,
     VARIANTS,
@@ -50,8 +53,19 @@ _SHRINKS = 2  # of the ways to compute h, so many of the best predicted enter th
 
 def predicted_seconds(machine: Machine, cell: Cell, plan: Any) -> float:
     """What the model holds ``plan``, one of the cell's direction, to take."""
+    if cell.others:
+        return _apart_seconds(machine, cell) if isinstance(plan, Apart) else hopper_group_seconds(machine, cell, plan)
     seconds = backward_seconds if cell.direction == "backward" else forward_seconds
     return seconds(machine, cell, plan)
+
+
+def _apart_seconds(machine: Machine, cell: Cell) -> float:
+    """Each member by its best plan; in backward their dx are summed, one after the other."""
+    seconds = sum(predicted_seconds(machine, member, candidates(machine, member)[0]) for member in cell.members)
+    if cell.direction == "forward":
+        return seconds
+    moved = 3.0 * cell.tokens * cell.k * cell.itemsize
+    return seconds + len(cell.others) * (hardware.memory_seconds(machine, moved) + hardware.launch_seconds())
 
 
 def host_bound(seconds: float, plan: Any) -> bool:
@@ -77,7 +91,7 @@ def in_order(machine: Machine, cell: Cell, measured: Plan | None, descriptors: b
 
 
 def _by_descriptor(plan: Plan) -> bool:
-    return isinstance(plan, GLUON_PLANS) or getattr(plan, "variant", "pointer") != "pointer"
+    return isinstance(plan, (*GLUON_PLANS, *GROUP_KERNELS)) or getattr(plan, "variant", "pointer") != "pointer"
 
 
 @lru_cache(maxsize=1024)
@@ -86,9 +100,12 @@ def candidates(machine: Machine, cell: Cell) -> tuple[Any, ...]:
 
     The interpreter's come in a fixed order, the fused ones first: there, they are what is to be seen.
     """
-    every = _backward(machine, cell) if cell.direction == "backward" else _forward(machine, cell)
-    plans: list[Any] = [plan for plan in every if fits(machine, cell, plan)]
-    plans += gluon_plans(machine, cell)
+    if cell.others:
+        plans: list[Any] = list(group_plans(machine, cell))
+    else:
+        every = _backward(machine, cell) if cell.direction == "backward" else _forward(machine, cell)
+        plans = [plan for plan in every if fits(machine, cell, plan)]
+        plans += gluon_plans(machine, cell)
     if not machine.interpreter:
         plans.sort(key=lambda plan: order(machine, cell, plan))
     return tuple(plans)
@@ -98,6 +115,9 @@ def fits(machine: Machine, cell: Cell, plan: Plan) -> bool:
     """Whether the machine has what ``plan`` needs, and the plan covers the cell."""
     if not is_of(plan, cell.direction) or (getattr(plan, "pdl", False) and machine.capability < 90):
         return False  # programmatic dependent launch came with compute capability 9.0
+    if isinstance(plan, (Apart, *GROUP_KERNELS)) or cell.others:
+        of_group: GroupPlan | None = plan if isinstance(plan, (Apart, *GROUP_KERNELS)) and cell.others else None
+        return of_group is not None and group_fits(machine, cell, of_group)
     if isinstance(plan, GLUON_PLANS):
         return gluon_fits(machine, cell, plan)
     if isinstance(plan, FewTokens):

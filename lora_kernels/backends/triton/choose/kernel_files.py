@@ -28,7 +28,10 @@ _MODULES = {
     "dx_lora_first": (*_SMALL, "input_grad"),
     "dx_hopper": ("hopper/small", "hopper/outer", "hopper/product", "hopper/shrink"),
     "dx_inside": ("hopper/small", "hopper/outer", "hopper/product_h"),
+    "hopper_group": ("hopper/group_small", "hopper/group_shrink", "hopper/group_product"),
+    "dx_hopper_group": ("hopper/group_small", "hopper/group_outer", "hopper/group_dx"),
 }
+_MODULES["apart"] = tuple(sorted({module for modules in _MODULES.values() for module in modules}))  # whatever runs
 assert set(_MODULES) == set(KINDS)
 
 

@@ -36,11 +36,12 @@ whatever dx does not wait for, in forward the h of ``BaseFirst``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, TypeAlias
 
 from ....errors import InvalidArgumentError
 from .blocks import DhDbConfig, ExpandConfig, FewTokensConfig, GemmConfig, OuterConfig, ShrinkConfig
+from .group_plans import Apart, DxHopperGroup, GroupPlan, HopperGroup
 from .hopper_blocks import (
     HopperDhDb,
     HopperOuter,
@@ -49,6 +50,7 @@ from .hopper_blocks import (
     HopperProductH,
     HopperShrink,
 )
+from .hopper_group_blocks import HopperGroupDa, HopperGroupDx, HopperGroupShrink
 
 __all__ = [
     "DIRECTIONS",
@@ -125,6 +127,7 @@ class Cell:
         k, n, r: in_features, out_features, rank.
         dtype: the compute dtype, one of ``DTYPES``; ``"tf32"`` is fp32 whose products may round to TF32.
         dropout: whether a mask is drawn.
+        others: of layers that read one x, each further one's out_features and rank; empty for a layer by itself.
     """
 
     direction: str
@@ -134,6 +137,7 @@ class Cell:
     r: int
     dtype: str
     dropout: bool
+    others: tuple[tuple[int, int], ...] = ()
 
     @property
     def itemsize(self) -> int:
@@ -142,6 +146,24 @@ class Cell:
     @property
     def tf32(self) -> bool:
         return self.dtype == "tf32"
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """out_features and rank of each layer."""
+        return ((self.n, self.r), *self.others)
+
+    @property
+    def ns(self) -> tuple[int, ...]:
+        return tuple(n for n, _ in self.sizes)
+
+    @property
+    def rs(self) -> tuple[int, ...]:
+        return tuple(r for _, r in self.sizes)
+
+    @property
+    def members(self) -> tuple[Cell, ...]:
+        """Each layer of a group by itself."""
+        return tuple(replace(self, n=n, r=r, others=()) for n, r in self.sizes)
 
     @property
     def of_x(self) -> Skinny:
@@ -155,7 +177,8 @@ class Cell:
 
     def __str__(self) -> str:
         dropout = " dropout" if self.dropout else ""
-        return f"{self.direction} {self.dtype} M<={self.tokens} {self.k}->{self.n} r={self.r}{dropout}"
+        ns, rs = ("+".join(map(str, values)) for values in (self.ns, self.rs))
+        return f"{self.direction} {self.dtype} M<={self.tokens} {self.k}->{ns} r={rs}{dropout}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,12 +379,12 @@ class DxInside:
 ForwardPlan: TypeAlias = FewTokens | Fused | LoraFirst | BaseFirst
 BackwardPlan: TypeAlias = DxFused | DxLoraFirst
 GluonPlan: TypeAlias = Hopper | HopperInside | DxHopper | DxInside
-Plan: TypeAlias = ForwardPlan | BackwardPlan | GluonPlan
+Plan: TypeAlias = ForwardPlan | BackwardPlan | GluonPlan | GroupPlan
 GLUON_PLANS = (Hopper, HopperInside, DxHopper, DxInside)
 
 _BY_DIRECTION: dict[str, tuple[type[Any], ...]] = {
-    "forward": (FewTokens, Fused, LoraFirst, BaseFirst, Hopper, HopperInside),
-    "backward": (DxFused, DxLoraFirst, DxHopper, DxInside),
+    "forward": (FewTokens, Fused, LoraFirst, BaseFirst, Hopper, HopperInside, HopperGroup, Apart),
+    "backward": (DxFused, DxLoraFirst, DxHopper, DxInside, DxHopperGroup, Apart),
 }
 KINDS: dict[str, type[Any]] = {kind.kind: kind for kinds in _BY_DIRECTION.values() for kind in kinds}
 _CONFIGS: tuple[type[Any], ...] = (
@@ -378,6 +401,9 @@ _CONFIGS: tuple[type[Any], ...] = (
     HopperProductH,
     HopperDhDb,
     HopperOuter,
+    HopperGroupShrink,
+    HopperGroupDx,
+    HopperGroupDa,
 )
 
 
@@ -450,6 +476,11 @@ def _parsed(kind: type[Any], document: Any) -> Any:
 def _value(kind: type[Any], name: str, annotation: str, value: Any) -> Any:
     if configs := [config for config in _CONFIGS if config.__name__ in annotation.split(" | ")]:
         return _parsed(_with_fields_of(value, configs), value)
+    if annotation == "Ranks":
+        given = value if isinstance(value, (list, tuple)) else ()
+        if not 2 <= len(given) <= 4:
+            raise InvalidArgumentError(f"{name} of {kind.__name__} is {value!r} and must be a list of 2 to 4 ranks.")
+        return tuple(_value(kind, "rank", "int", rank) for rank in given)
     if annotation == "str":
         allowed, right = _words(name, value)
     elif annotation == "bool":

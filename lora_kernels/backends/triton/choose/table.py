@@ -96,7 +96,8 @@ class Row:
         numbers = {name: _rounded(getattr(self, name)) for name in ("us", "floor_us", "ratio", "predicted_us")}
         kinds = {name: _rounded(ratio) for name, ratio in self.kinds.items()}
         told = {"kinds": kinds, "versions": self.versions, "date": self.date}
-        return {"cell": asdict(self.cell), "plan": plan_to_json(self.plan), **numbers, **told}
+        cell = {name: value for name, value in asdict(self.cell).items() if name != "others" or value}
+        return {"cell": cell, "plan": plan_to_json(self.plan), **numbers, **told}
 
     @staticmethod
     def from_json(document: Any) -> Row:
@@ -271,12 +272,13 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _order(row: Row) -> tuple[Any, ...]:
     c = row.cell
-    return (c.direction, DTYPES.index(c.dtype), c.dropout, c.r, c.k, c.n, c.tokens, row.key[1])
+    return (c.direction, DTYPES.index(c.dtype), c.dropout, c.r, c.k, c.n, c.others, c.tokens, row.key[1])
 
 
 def _cell(document: Any) -> Cell:
-    names = {f.name: str(f.type) for f in fields(Cell)}
-    if not isinstance(document, Mapping) or set(document) != set(names):
+    names = {f.name: str(f.type) for f in fields(Cell) if f.name != "others"}
+    others = document.get("others", []) if isinstance(document, Mapping) else []
+    if not isinstance(document, Mapping) or set(document) - {"others"} != set(names):
         raise InvalidArgumentError(f"a cell has the fields {', '.join(names)}; got {document!r}.")
     kinds = {"int": int, "str": str, "bool": bool}
     for name, annotation in names.items():
@@ -284,13 +286,24 @@ def _cell(document: Any) -> Cell:
         wrong = type(value) is not kinds[annotation]
         if wrong or (annotation == "int" and value < 1):
             raise InvalidArgumentError(f"{name} of a cell is {value!r} and must be a sensible {annotation}.")
-    cell = Cell(**document)
+    cell = Cell(**{name: document[name] for name in names}, others=_others(others))
     if cell.dtype not in DTYPES or cell.direction not in DIRECTIONS or cell.tokens & (cell.tokens - 1):
         raise InvalidArgumentError(
             f"a cell has a direction of {', '.join(DIRECTIONS)}, a dtype of {', '.join(DTYPES)} and 2^i tokens; got "
             f"{document!r}."
         )
     return cell
+
+
+def _others(document: Any) -> tuple[tuple[int, int], ...]:
+    """out_features and rank of each further layer of one x."""
+    pairs = document if isinstance(document, (list, tuple)) else [document]
+    if any(
+        not isinstance(pair, (list, tuple)) or len(pair) != 2 or any(type(v) is not int or v < 1 for v in pair)
+        for pair in pairs
+    ):
+        raise InvalidArgumentError(f"others of a cell is {document!r} and must be a list of [out_features, rank].")
+    return tuple((n, r) for n, r in pairs)
 
 
 def _object(name: str, values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -9,13 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from ....explaining.report import Launch, Other, PassPlan, by_how_much
 from ....kept import row_words
 from .blocks import FEW_TOKENS, FEW_TOKENS_RANK, Machine, next_power_of_2
-from .candidates import fits, host_bound, in_order, predicted_seconds
+from .candidates import candidates, fits, host_bound, in_order, predicted_seconds
 from .cost import BackwardModel, Model, SkinnyModel, bytes_of_h
 from .gluon_candidates import gluon_fault
+from .group_candidates import static_fault, tokens_fault
+from .group_plans import GROUP_KERNELS, Apart, DxHopperGroup, HopperGroup
 from .hopper_cost import HopperModel
+from .hopper_group_cost import HopperGroupModel
 from .plans import (
     GLUON_PLANS,
     VARIANTS,
@@ -36,13 +41,14 @@ from .plans import (
 from .table import Row
 from .tuned import Loaded
 
-__all__ = ["WAYS", "cells", "launches", "pass_plan", "plans", "reads_by_descriptor", "way_of"]
+__all__ = ["WAYS", "cells", "group_notes", "launches", "pass_plan", "plans", "reads_by_descriptor", "way_of"]
 
 _GLUON = {"forward": ("hopper", "hopper_inside"), "backward": ("dx_hopper", "dx_inside")}
 WAYS = {
     "forward": ("few_tokens", *_GLUON["forward"], *(f"fused {v}" for v in VARIANTS), "lora_first", "base_first"),
     "backward": (*_GLUON["backward"], *(f"dx_fused {v}" for v in VARIANTS), "dx_lora_first"),
 }
+_OF_GROUPS = {"forward": ("hopper_group", "apart"), "backward": ("dx_hopper_group", "apart")}
 _MICRO = 1e6
 _LINE = 16  # bytes, on whose multiples a row starts that TMA reads
 _TRANSPOSED = "it loads by TMA, which reads rows in one piece, and W is stored (K, N)."
@@ -79,6 +85,22 @@ def cells(sizes: tuple[int, int, int, int], dtype: str, dropout: bool) -> tuple[
     m, k, n, r = sizes
     forward, backward = (Cell(d, next_power_of_2(m), k, n, r, dtype, dropout) for d in ("forward", "backward"))
     return forward, backward
+
+
+def group_notes(machine: Machine, name: str, table: Loaded, sizes: tuple[tuple[int, int], ...], m: int, k: int,
+                dtype: str, dropout: bool) -> tuple[str, ...]:  # fmt: skip
+    """A sentence for each pass: how layers of one x run it together, of N and rank ``sizes``."""
+    (n, r), *others = sizes
+    notes = []
+    for direction in _OF_GROUPS:
+        cell = Cell(direction, next_power_of_2(m), k, n, r, dtype, dropout, tuple(others))
+        told = pass_plan(machine, cell, table, name)
+        passed = " ".join(f"{other.plan}: {other.why}" for other in told.passed_over)
+        notes.append(
+            f"In training it runs {direction} with {len(others)} other layer{'s' if len(others) > 1 else ''} of its x: "
+            f"{told.plan}, {told.cost}. {told.why} Else, {passed}"
+        )
+    return tuple(notes)
 
 
 def reads_by_descriptor(cell: Cell, transposed: bool = False) -> bool:
@@ -133,7 +155,11 @@ def launches(cell: Cell, plan: Plan) -> tuple[Launch, ...]:
     Dropout's mask comes first where forward draws it in a launch of its own. Backward reads the words; it draws them
     once more where only the seed is kept, which is not told here.
     """
-    if isinstance(plan, GLUON_PLANS):
+    if isinstance(plan, Apart):
+        return _launches_apart(cell)
+    if isinstance(plan, GROUP_KERNELS):
+        found = _group_launches(cell, plan)
+    elif isinstance(plan, GLUON_PLANS):
         found = _gluon_launches(cell, plan)
     elif isinstance(plan, (FewTokens, Fused, LoraFirst, BaseFirst)):
         found = _forward_launches(cell, plan)
@@ -208,6 +234,34 @@ def _gluon_launches(cell: Cell, plan: GluonPlan) -> list[tuple[str, float]]:
     return [*found, ("the sums of dA's and dB's parts", model.sum_of_grads_bytes(plan))]
 
 
+def _group_launches(cell: Cell, plan: HopperGroup | DxHopperGroup) -> list[tuple[str, float]]:
+    model = HopperGroupModel(_H100, cell)
+    found = [("every A and B as operands", model.pack_bytes())]
+    if isinstance(plan, HopperGroup):
+        drawn = ", and the masks' words" if cell.dropout else ""
+        found.append((f"every h = s x Aᵀ in one read of x{drawn}", model.shrink_bytes()))
+        return [*found, ("every y = x Wᵀ, and h Bᵀ as more steps of K", model.product_bytes())]
+    return [
+        *found,
+        ("every dh and dB in parts, in one read of each dy", model.dh_db_bytes(plan.dh_db)),
+        ("the sums of dh's parts", model.dh_parts(plan.dh_db)),
+        ("one dx = Σ dy W, and D * (dh A) as more steps of its sum", model.product_bytes()),
+        ("every dA = dhᵀ (D * x) in one read of x, in parts", model.da_bytes(plan.da)),
+        ("the sums of dA's and dB's parts", model.sum_of_grads_bytes(plan)),
+    ]
+
+
+def _launches_apart(cell: Cell) -> tuple[Launch, ...]:
+    """Each member's, by the plan that should take it least on an H100; in backward the sums of their dx."""
+    found = []
+    for member in cell.members:
+        of = f", of {member.k}->{member.n}"
+        found += [replace(launch, what=launch.what + of) for launch in launches(member, candidates(_H100, member)[0])]
+    if cell.direction == "backward":
+        found.append(Launch("dx is their sum", 3 * cell.tokens * cell.k * cell.itemsize, len(cell.others)))
+    return tuple(found)
+
+
 def _measured(
     machine: Machine, cell: Cell, table: Loaded, name: str, row: Row, order: Sequence[Plan], others: tuple[Other, ...]
 ) -> PassPlan:
@@ -247,7 +301,7 @@ def _others(
     for plan in order:
         best.setdefault(way_of(plan), plan)
     found = []
-    for way in WAYS[cell.direction]:
+    for way in (_OF_GROUPS if cell.others else WAYS)[cell.direction]:
         kind = way.partition(" ")[0]
         if way == own:
             continue
@@ -273,6 +327,9 @@ def _predicted(machine: Machine, cell: Cell, way: str, plan: Plan, chosen: Plan,
 
 def obstacle(machine: Machine, cell: Cell, way: str, descriptors: bool = True, transposed: bool = False) -> str:
     """Why the machine has no plan of this way for the cell, in a sentence."""
+    if way in _OF_GROUPS[cell.direction]:
+        fault = static_fault(machine, getattr(torch, cell.dtype), cell.k, cell.sizes, cell.dropout)
+        return f"The group kernels do not run: {fault or tokens_fault(cell) or 'TMA cannot read x, dy or W'}."
     if way == "few_tokens":
         if cell.tokens > FEW_TOKENS:
             return f"it serves up to {FEW_TOKENS} tokens."

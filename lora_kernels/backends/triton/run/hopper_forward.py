@@ -27,7 +27,7 @@ from .hopper import (
 )
 from .hopper_call import HopperCall, hopper_call
 
-__all__ = ["HopperRun", "packing", "ready_hopper"]
+__all__ = ["HopperRun", "as_products_take", "packing", "ready_hopper"]
 
 # run(stream, x, weight, lora_a, lora_b, bias, scaling, state) -> y, h's operand, the words that it drew or None
 HopperRun: TypeAlias = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
@@ -65,7 +65,7 @@ def _in_turn(plan: Hopper, call: Call, c: HopperCall) -> HopperRun:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         a, b, zeros = pack(stream, lora_a, lora_b)
         h, words = shrink(stream, x, a, zeros, state, scaling * c.keep_scale)
-        y = product(stream, x, weight, h, b, None, _as_products_take(bias, c.dtype))
+        y = product(stream, x, weight, h, b, None, as_products_take(bias, c.dtype))
         return y, h, words
 
     return run
@@ -93,13 +93,13 @@ def _inside(plan: HopperInside, call: Call, c: HopperCall) -> HopperRun:
         state: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         a, b, flags = pack(stream, lora_a, lora_b)
-        y, h = product(stream, x, weight, a, b, flags, scaling * c.keep_scale, None, _as_products_take(bias, c.dtype))
+        y, h = product(stream, x, weight, a, b, flags, scaling * c.keep_scale, None, as_products_take(bias, c.dtype))
         return y, h, None
 
     return run
 
 
-def _as_products_take(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def as_products_take(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Rounded to ``dtype`` and in one piece, as it nearly always is."""
     if bias is None or (bias.dtype is dtype and bias.is_contiguous()):
         return bias

@@ -1,0 +1,247 @@
+"""The group operators of ``ops.py``: 2 to 4 layers that read one x, in the Gluon kernels of a group.
+
+Launches: as the plan says (``choose.group_plans``); of each seed that backward is given, one more before them draws its
+words. What no plan of theirs takes (few tokens, tensors that TMA cannot read, A and B that are not contiguous, a
+backward without db) runs member by member, as ``operators`` runs each by itself, and dx is then their sum. Either way
+h, the words and the masks are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import operators
+from .choose import ranking
+from .choose.group_plans import Apart, DxHopperGroup, HopperGroup
+from .run.group_call import GroupCall, group_backward_key, group_forward_key
+from .run.hopper_group_passes import (
+    backward_runs,
+    forward_runs,
+    group_plan_fault,
+    ready_group_backward,
+    ready_group_forward,
+)
+from .run.prepared import current_stream, first_that_runs, on_device
+
+__all__ = ["group_backward", "group_forward", "run_group_backward", "run_group_forward"]
+
+_Tensors = list[Tensor]
+
+
+def group_forward(
+    x: Tensor,
+    weights: _Tensors,
+    lora_as: _Tensors,
+    lora_bs: _Tensors,
+    biases: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    p: float,
+    states: _Tensors,
+) -> tuple[_Tensors, _Tensors, _Tensors]:
+    key = group_forward_key(x, weights, lora_as, lora_bs, biases, p, states)
+    arguments = (x, weights, lora_as, lora_bs, biases, [float(scaling) for scaling in scalings], states)
+    with on_device(x.device):
+        stream, found = current_stream(key[0]), forward_runs.get(key)
+        if found is None:
+            call = GroupCall.of(x, lora_as, lora_bs, biases, p, states, (x, *weights))
+            runs = [_forward_of(plan, call) for plan in _plans(call, "forward")]
+            run, results = first_that_runs(runs, lambda run: run(stream, *arguments))
+            forward_runs.keep(key, run)
+        else:
+            results = found(stream, *arguments)
+    given: tuple[_Tensors, _Tensors, _Tensors] = results
+    return given
+
+
+def _plans(call: GroupCall, direction: str) -> list[Any]:
+    """In the order in which they are tried; ``Apart`` alone where the group's kernels do not take the call."""
+    if call.fault is not None:
+        return [Apart()]
+    plans = ranking.plans_for(call.device, call.machine, call.cell(direction))
+    return [plan for plan in plans if isinstance(plan, Apart) or group_plan_fault(plan, call) is None]
+
+
+def _forward_of(plan: Apart | HopperGroup, call: GroupCall) -> Any:
+    if not isinstance(plan, Apart):
+        return ready_group_forward(plan, call)
+    p = call.p
+
+    def run(stream: int | None, x: Tensor, *of_members: Any) -> tuple[_Tensors, _Tensors, _Tensors]:
+        *tensors, states = of_members
+        found = [
+            operators.forward(x, *own, p, states[i] if states else None)
+            for i, own in enumerate(zip(*tensors, strict=True))
+        ]
+        ys, hs, words = ([result[place] for result in found] for place in range(3))
+        return ys, hs, words if states else []
+
+    return run
+
+
+def run_group_forward(
+    plan: Apart | HopperGroup,
+    x: Tensor,
+    weights: _Tensors,
+    lora_as: _Tensors,
+    lora_bs: _Tensors,
+    biases: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    p: float,
+    states: _Tensors,
+) -> tuple[_Tensors, _Tensors, _Tensors]:
+    """``group_forward`` by ``plan``.
+
+    Raises:
+        InvalidArgumentError: the plan does not take the call.
+    """
+    key = (*group_forward_key(x, weights, lora_as, lora_bs, biases, p, states), plan)
+    with on_device(x.device):
+        run = forward_runs.get(key)
+        if run is None:
+            call = GroupCall.of(x, lora_as, lora_bs, biases, p, states, (x, *weights))
+            run = forward_runs.keep(key, _forward_of(plan, call))
+        given: tuple[_Tensors, _Tensors, _Tensors] = run(
+            current_stream(key[0]), x, weights, lora_as, lora_bs, biases, [float(s) for s in scalings], states
+        )
+        return given
+
+
+def group_backward(
+    dys: _Tensors,
+    x: Tensor | None,
+    weights: _Tensors,
+    lora_as: _Tensors,
+    lora_bs: _Tensors,
+    biases: Sequence[Tensor | None],
+    hs: _Tensors,
+    scalings: Sequence[float],
+    p: float,
+    states: _Tensors,
+) -> tuple[Tensor, _Tensors, _Tensors, _Tensors]:
+    hs = [h.contiguous() for h in hs]
+    key = group_backward_key(dys, x, weights, lora_as, lora_bs, biases, hs, p, states)
+    arguments = (dys, x, weights, lora_as, lora_bs, biases, hs, [float(scaling) for scaling in scalings], states)
+    with on_device(dys[0].device):
+        stream, found = current_stream(key[0]), backward_runs.get(key)
+        if found is None:
+            call = _backward_call(dys, x, weights, lora_as, lora_bs, biases, hs, p, states)
+            # Without db, or with nothing that waits for dh, the joint read of dy would make what nobody asks for.
+            plans = _plans(call, "backward") if hs and (weights or x is not None) else [Apart()]
+            due = bool(weights), x is not None
+            runs = [_backward_of(plan, call, due, states) for plan in plans]
+            run, results = first_that_runs(runs, lambda run: run(stream, *arguments))
+            backward_runs.keep(key, run)
+        else:
+            results = found(stream, *arguments)
+    dx, das, dbs, dbiases = results
+    count = len(dys)
+    return (
+        dys[0].new_empty(0) if dx is None else dx,
+        _filled(das or [None] * count, lora_as),
+        _filled(dbs or [None] * count, lora_bs),
+        _filled(dbiases, dys),
+    )
+
+
+def _filled(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> _Tensors:
+    """Empty ones, of shape (0,), where they are not due."""
+    return [own.new_empty(0) if found is None else found for found, own in zip(gradients, like, strict=True)]
+
+
+def _backward_call(
+    dys: _Tensors,
+    x: Tensor | None,
+    weights: _Tensors,
+    lora_as: _Tensors,
+    lora_bs: _Tensors,
+    biases: Sequence[Tensor | None],
+    hs: _Tensors,
+    p: float,
+    states: _Tensors,
+) -> GroupCall:
+    words = [state for state in states if state.dtype is torch.int32]
+    read = (*dys, *weights, *hs, *words, *(() if x is None else (x,)))
+    return GroupCall.of(dys[0], lora_as, lora_bs, biases, p, states, read)
+
+
+def _backward_of(
+    plan: Apart | DxHopperGroup, call: GroupCall, due: tuple[bool, bool], states: _Tensors
+) -> Any:
+    """``run(stream, dys, x, weights, lora_as, lora_bs, biases, hs, scalings, states)`` -> what is due, else None."""
+    if not isinstance(plan, Apart):
+        run = ready_group_backward(plan, call, *due, states)
+
+        def by_kernels(
+            stream: int | None,
+            dys: _Tensors,
+            x: Tensor | None,
+            weights: _Tensors,
+            lora_as: _Tensors,
+            lora_bs: _Tensors,
+            biases: Sequence[Tensor | None],
+            *others: Any,
+        ) -> Any:
+            return run(stream, dys, x, weights, lora_as, lora_bs, *others)
+
+        return by_kernels
+    p = call.p
+
+    def run_apart(
+        stream: int | None,
+        dys: _Tensors,
+        x: Tensor | None,
+        weights: _Tensors,
+        lora_as: _Tensors,
+        lora_bs: _Tensors,
+        biases: Sequence[Tensor | None],
+        hs: _Tensors,
+        scalings: Sequence[float],
+        states: _Tensors,
+    ) -> tuple[Tensor | None, _Tensors, _Tensors, _Tensors]:
+        dx, found = None, []
+        for i, dy in enumerate(dys):
+            weight, h, state = (own[i] if own else None for own in (weights, hs, states))
+            own_dx, *others = operators.backward(
+                dy, x, weight, lora_as[i], lora_bs[i], biases[i], h, scalings[i], p, state
+            )
+            found.append(others)
+            if weights:
+                dx = own_dx if dx is None else dx.add_(own_dx)
+        das, dbs, dbiases = ([others[place] for others in found] for place in range(3))
+        return dx, das, dbs, dbiases
+
+    return run_apart
+
+
+def run_group_backward(
+    plan: Apart | DxHopperGroup,
+    dys: _Tensors,
+    x: Tensor | None,
+    weights: _Tensors,
+    lora_as: _Tensors,
+    lora_bs: _Tensors,
+    biases: Sequence[Tensor | None],
+    hs: _Tensors,
+    scalings: Sequence[float],
+    p: float,
+    states: _Tensors,
+) -> tuple[Any, ...]:
+    """``group_backward`` by ``plan``, None for what is not due.
+
+    Raises:
+        InvalidArgumentError: the plan does not take the call.
+    """
+    key = (*group_backward_key(dys, x, weights, lora_as, lora_bs, biases, hs, p, states), plan)
+    with on_device(dys[0].device):
+        run = backward_runs.get(key)
+        if run is None:
+            call = _backward_call(dys, x, weights, lora_as, lora_bs, biases, hs, p, states)
+            run = backward_runs.keep(key, _backward_of(plan, call, (bool(weights), x is not None), states))
+        found: tuple[Any, ...] = run(
+            current_stream(key[0]), dys, x, weights, lora_as, lora_bs, biases, hs, [float(s) for s in scalings], states
+        )
+        return found
