@@ -113,8 +113,8 @@ class _Saved(NamedTuple):
 class BranchesFunction(torch.autograd.Function):
     """(y_1, ..., y_n), each (..., N_i), of x (..., K) and the branches.
 
-    ``grouped``: whether the backend's group operators run them. ``tensors``: for each branch weight (N, K), lora_a (R, K), lora_b (N, R), bias (N,) or None, gain (N,) or None; then
-    no dropout state, or one for each branch.
+    ``grouped``: whether the backend's group operators run them. ``tensors``: for each branch weight (N, K), lora_a (R,
+    K), lora_b (N, R), bias (N,) or None, gain (N,) or None; then no dropout state, or one for each branch.
     """
 
     @staticmethod

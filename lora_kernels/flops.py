@@ -71,9 +71,7 @@ def _row_norms(weight: _Shape, lora_a: _Shape, *_: Any, **__: Any) -> int:
     return 2 * n * k * r + 2 * r * r * (k + n)
 
 
-def _group_forward(
-    x: _Shape, weights: list[_Shape], lora_as: list[_Shape], *_: Any, **__: Any
-) -> int:
+def _group_forward(x: _Shape, weights: list[_Shape], lora_as: list[_Shape], *_: Any, **__: Any) -> int:
     return sum(_forward(x, weight, lora_a) for weight, lora_a in zip(weights, lora_as, strict=True))
 
 

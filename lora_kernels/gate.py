@@ -137,7 +137,7 @@ def _run_branches(
     tensors = [tensor for branch in branches for tensor in branch.tensors]
     scalings = tuple(float(number(branch.scaling)) for branch in branches)
     activations = tuple(branch.activation for branch in branches)
-    grouped = _group_fault(x, branches, p != 0.0, name) is None
+    grouped = _group_fault(x, branches, bool(states), name) is None  # p may be symbolic
     if torch.is_grad_enabled() and _any_requires_grad(x, *tensors):
         record = BranchesFunction.apply if torch.compiler.is_compiling() else apply_branches_function
         return list(record(x, name, p, scalings, activations, grouped, *tensors, *states))

@@ -72,10 +72,8 @@ def _forward_of(plan: Apart | HopperGroup, call: GroupCall) -> Any:
 
     def run(stream: int | None, x: Tensor, *of_members: Any) -> tuple[_Tensors, _Tensors, _Tensors]:
         *tensors, states = of_members
-        found = [
-            operators.forward(x, *own, p, states[i] if states else None)
-            for i, own in enumerate(zip(*tensors, strict=True))
-        ]
+        forward: Any = operators.forward
+        found = [forward(x, *own, p, states[i] if states else None) for i, own in enumerate(zip(*tensors, strict=True))]
         ys, hs, words = ([result[place] for result in found] for place in range(3))
         return ys, hs, words if states else []
 
@@ -168,9 +166,7 @@ def _backward_call(
     return GroupCall.of(dys[0], lora_as, lora_bs, biases, p, states, read)
 
 
-def _backward_of(
-    plan: Apart | DxHopperGroup, call: GroupCall, due: tuple[bool, bool], states: _Tensors
-) -> Any:
+def _backward_of(plan: Apart | DxHopperGroup, call: GroupCall, due: tuple[bool, bool], states: _Tensors) -> Any:
     """``run(stream, dys, x, weights, lora_as, lora_bs, biases, hs, scalings, states)`` -> what is due, else None."""
     if not isinstance(plan, Apart):
         run = ready_group_backward(plan, call, *due, states)

@@ -103,7 +103,9 @@ def test_what_they_do_not_take_is_told(
 
 
 def a_row(cell: Cell, plan: Any) -> Row:
-    return Row(cell, plan, 100.0, 90.0, 1.1, {plan.kind: 1.1}, 101.0, {**VERSIONS, "kernels": digest_of(plan.kind)}, "d")
+    return Row(
+        cell, plan, 100.0, 90.0, 1.1, {plan.kind: 1.1}, 101.0, {**VERSIONS, "kernels": digest_of(plan.kind)}, "d"
+    )
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
@@ -140,9 +142,7 @@ def test_ranks_of_a_plan_are_checked() -> None:
 
 
 def test_a_group_s_digest_is_of_its_kernels() -> None:
-    forward, backward = (
-        {path.stem for path in files_of(kind)} for kind in ("hopper_group", "dx_hopper_group")
-    )
+    forward, backward = ({path.stem for path in files_of(kind)} for kind in ("hopper_group", "dx_hopper_group"))
     assert {"group_small", "group_shrink", "group_product", "small", "shrink", "product", "common"} <= forward
     assert {"group_small", "group_outer", "group_dx", "small", "outer", "product", "common"} <= backward
     assert not {"group_dx", "group_outer"} & forward

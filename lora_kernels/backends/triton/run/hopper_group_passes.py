@@ -164,4 +164,3 @@ def _itself(stream: int | None, words: Tensor) -> Tensor:
 def _sums_of_rows(dys: Sequence[Tensor], dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
     """Each dbias, by the library; None where it is not due."""
     return [None if dtype is None else dy.sum(0, dtype=dtype) for dy, dtype in zip(dys, dtypes, strict=True)]
-
