@@ -1,4 +1,4 @@
-"""What may stand between A and B, over plain tensors: the names, σ(z) and its gradient.
+"""What may stand between A and B, over plain tensors: the names, σ(z) and its gradient; and a gated MLP's gates.
 
 The parallel bottleneck adapter ``s B σ(A x)`` (He et al., "Towards a Unified View of Parameter-Efficient Transfer
 Learning", 2022, table 1, after Houlsby et al., 2019) is a LoRA with such a function; ``identity`` is LoRA itself.
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from .errors import InvalidArgumentError
 
-__all__ = ["ACTIVATIONS", "activate", "activate_backward", "check_activation"]
+__all__ = ["ACTIVATIONS", "GATES", "activate", "activate_backward", "check_activation", "check_gate"]
 
 ACTIVATIONS = ("identity", "relu", "gelu", "silu")
+# Of a gated MLP's gate (``ops.py``), by their numbers there: SwiGLU, and GeGLU with the error function or with tanh.
+GATES = ("silu", "gelu", "gelu_tanh")
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
@@ -27,6 +29,14 @@ def check_activation(activation: str) -> None:
         raise InvalidArgumentError(
             f"activation={activation!r} was given: it must be one of {', '.join(map(repr, ACTIVATIONS))}; "
             "'identity' is plain LoRA."
+        )
+
+
+def check_gate(activation: str) -> None:
+    """Raises for a name that is not one of ``GATES``."""
+    if activation not in GATES:
+        raise InvalidArgumentError(
+            f"activation={activation!r} was given for a gated MLP: it must be one of {', '.join(map(repr, GATES))}."
         )
 
 

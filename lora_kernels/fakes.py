@@ -136,9 +136,16 @@ def fakes(kept: Kept) -> dict[str, Callable[..., Any]]:
             [_like_bias(dy, bias) for dy, bias in zip(dys, biases, strict=True)],
         )
 
+    def gated(gate: Tensor, up: Tensor, number: int) -> Tensor:
+        return gate.new_empty(gate.shape)
+
+    def gated_grad(da: Tensor, gate: Tensor, up: Tensor, number: int, joined: bool) -> tuple[Tensor, Tensor]:
+        m, f = gate.shape
+        return gate.new_empty((m, 2 * f if joined else f)), gate.new_empty(0 if joined else (m, f))
+
     functions = (
         forward, backward, mask, shrink, product, output_grads, input_grad, a_grad, gain_grad, row_norms,
-        group_forward, group_backward,
+        gated, gated_grad, group_forward, group_backward,
     )  # fmt: skip
     return {function.__name__: function for function in functions}
 

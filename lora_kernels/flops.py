@@ -93,8 +93,8 @@ def _group_backward(
     return sum(of_members)
 
 
-# By the operators' names; each takes the operator's arguments, shapes in the place of tensors. ``mask`` and
-# ``gain_grad`` multiply no matrices.
+# By the operators' names; each takes the operator's arguments, shapes in the place of tensors. ``mask``,
+# ``gain_grad``, ``gated`` and ``gated_grad`` multiply no matrices.
 FORMULAS: Mapping[str, Callable[..., int]] = {
     "forward": _forward,
     "backward": _backward,

@@ -36,7 +36,14 @@ a_grad       dh (M,R), x (M,K), p, state?                         da (R,K) = dh�
 gain_grad    dy (M,N), linear (M,N)?, gain (N), bias (N)?         dl (M,N) = g * dy in dy's dtype; dg (N) = Σ_m dy * l;
                                                                   dbias (N) = Σ_m dy in bias's dtype
 row_norms    weight (N,K), lora_a (R,K), lora_b (N,R), s          ‖W + s B A‖ of each row, (N,), without forming B A
+gated        gate (M,F), up (M,F), number                         a (M,F) = σ(gate) * up, rounded once
+gated_grad   da (M,F), gate (M,F), up (M,F), number, joined       dgate (M,F) = da * up * σ'(gate);
+                                                                  dup (M,F) = da * σ(gate); if joined both in one
+                                                                  (M,2F), dgate before dup, and dup is empty
 ============ ==================================================== ======================================================
+
+A gated MLP's ``gated`` takes rows at any distance, such as halves of one matrix; ``number`` is σ's in
+``activations.GATES``. σ and σ' are computed in fp32 (fp64 for fp64); ``eager`` rounds each of its steps.
 
 A backend that has kernels for a group, layers of plain LoRA that read one x, has these too; ``kept.group_fault`` tells
 which groups they take. Everything is as in ``forward`` and ``backward``, an entry of a list for each layer:
@@ -108,6 +115,8 @@ _SCHEMAS = {
     "gain_grad": "(Tensor dy, Tensor? linear, Tensor gain, Tensor? bias) -> (Tensor dlinear, Tensor dgain, "
     "Tensor dbias)",
     "row_norms": "(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor",
+    "gated": "(Tensor gate, Tensor up, int number) -> Tensor",
+    "gated_grad": "(Tensor da, Tensor gate, Tensor up, int number, bool joined) -> (Tensor dgate, Tensor dup)",
 }
 _GROUP_SCHEMAS = {
     "group_forward": "(Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, Tensor?[] biases, "
@@ -144,6 +153,8 @@ class Operators:
     a_grad: Callable[..., Tensor]
     gain_grad: Callable[..., tuple[Tensor, Tensor, Tensor]]
     row_norms: Callable[..., Tensor]
+    gated: Callable[..., Tensor]
+    gated_grad: Callable[..., tuple[Tensor, Tensor]]
     kept: Kept
     group_forward: Callable[..., tuple[list[Tensor], list[Tensor], list[Tensor]]] = _no_group
     group_backward: Callable[..., tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]] = _no_group

@@ -42,22 +42,36 @@ __all__ = [
     "drop",
     "dropout_threshold",
     "forward",
+    "gated",
+    "gated_backward",
     "philox_keep_mask",
 ]
 
 _ROOT_HALF, _ROOT_TWO_PI = 0.5**0.5, (2.0 * math.pi) ** 0.5
+_ROOT_TWO_OVER_PI, _CUBE = (2.0 / math.pi) ** 0.5, 0.044715
 _SIGMA: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
     "relu": lambda z: z.clamp(min=0.0),
     "gelu": lambda z: 0.5 * z * (1.0 + torch.erf(z * _ROOT_HALF)),
     "silu": lambda z: z * torch.sigmoid(z),
+    "gelu_tanh": lambda z: 0.5 * z * (1.0 + torch.tanh(_tanh_argument(z))),
 }
 _SIGMA_DERIVATIVE: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": torch.ones_like,
     "relu": lambda z: (z > 0.0).to(z.dtype),
     "gelu": lambda z: 0.5 * (1.0 + torch.erf(z * _ROOT_HALF)) + z * torch.exp(-0.5 * z * z) / _ROOT_TWO_PI,
     "silu": lambda z: torch.sigmoid(z) * (1.0 + z * (1.0 - torch.sigmoid(z))),
+    "gelu_tanh": lambda z: (
+        0.5 * (1.0 + torch.tanh(_tanh_argument(z)))
+        + 0.5 * z * (1.0 - torch.tanh(_tanh_argument(z)) ** 2) * _ROOT_TWO_OVER_PI * (1.0 + 3.0 * _CUBE * z * z)
+    ),
 }
+
+
+def _tanh_argument(z: Tensor) -> Tensor:
+    """Of GELU by tanh: Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016)."""
+    argument: Tensor = _ROOT_TWO_OVER_PI * (z + _CUBE * z * z * z)
+    return argument
 
 
 class Gradients(NamedTuple):
@@ -135,6 +149,16 @@ def backward(
         dbias=dy.sum(0),
         dgain=(dy * (x @ weight.t() + scaling * (h @ lora_b.t()))).sum(0),
     )
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """σ(gate) * up, element by element, of a gated MLP; ``activation`` is one of ``activations.GATES``."""
+    return _SIGMA[activation](gate) * up
+
+
+def gated_backward(da: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """``(dgate, dup)``: da * up * σ'(gate) and da * σ(gate)."""
+    return da * up * _SIGMA_DERIVATIVE[activation](gate), da * _SIGMA[activation](gate)
 
 
 def philox_keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from cases import Case, make
-from lora_kernels.backends.triton import operators, part_operators
+from lora_kernels.backends.triton import gated_operators, operators, part_operators
 from lora_kernels.backends.triton.choose import blocks
 from lora_kernels.backends.triton.choose.blocks import FEW_TOKENS
 from lora_kernels.backends.triton.choose.plans import Cell, FewTokens
@@ -100,6 +100,8 @@ def _parts(case: Case) -> Iterator[dict[str, Any]]:
     yield _three_times("product", lambda: part_operators.product(x, weight, b, h, bias, gain, case.scaling, True))
     yield _three_times("input_grad", lambda: part_operators.input_grad(*several))
     yield _three_times("gain_grad", lambda: part_operators.gain_grad(i.dy, i.dy, gain, bias))
+    yield _three_times("gated", lambda: gated_operators.gated(i.dy, i.dy, 0))
+    yield _three_times("gated_grad", lambda: gated_operators.gated_grad(i.dy, i.dy, i.dy, 0, True))
     yield _three_times("row_norms", lambda: part_operators.row_norms(weight, a, b, case.scaling))
 
 

@@ -4,6 +4,7 @@
 
 #include "few.h"
 #include "gains.h"
+#include "gated.h"
 #include "tiled_few.h"
 #include "tiled_products.h"
 
@@ -262,6 +263,23 @@ struct Driver {
         of_input(f).run(threads_of(f), scratch);
     }
 
+    static void gated(const GatedCall& f) {
+        const Gated<T, E> call = {f.m,
+                                  f.n,
+                                  matrix(f.gate),
+                                  matrix(f.up),
+                                  matrix(f.da),
+                                  f.ldgate,
+                                  f.ldup,
+                                  f.ldda,
+                                  static_cast<E*>(f.a),
+                                  static_cast<E*>(f.dgate),
+                                  static_cast<E*>(f.dup),
+                                  f.ldout};
+        const int64_t threads = useful_threads(f.threads, f.m * f.n * 4 * WORK_PER_ELEMENT);
+        f.da == nullptr ? call.template run<false>(f.number, threads) : call.template run<true>(f.number, threads);
+    }
+
     static void gain_grad(const GainGradCall& f) {
         const GainGradients<T, E> gradients = {f.m,
                                                f.n,
@@ -398,6 +416,7 @@ constexpr Kernels KERNELS = {Driver<T, E>::shrink_scratch,
                              Driver<T, E>::gain_grad,
                              Driver<T, E>::row_norms_scratch,
                              Driver<T, E>::row_norms,
+                             Driver<T, E>::gated,
                              Conversion<T, E>::adapter,
                              Conversion<T, E>::gradient,
                              draw_mask};

@@ -116,6 +116,18 @@ struct RowNormsCall {  // norms = ‖W + s B A‖ of each row
     void* scratch;
 };
 
+struct GatedCall {         // a = σ(gate) * up; or dgate = da * up * σ'(gate), dup = da * σ(gate)
+    int64_t m, n, number;  // σ's in activations.GATES
+    const void* gate;      // E (m, n), as all of them
+    int64_t ldgate;
+    const void* up;
+    int64_t ldup;
+    const void* da;  // null: a is asked for
+    int64_t ldda;
+    void *a, *dgate, *dup;
+    int64_t ldout, threads;
+};
+
 enum class Dtype { fp32, bf16, fp16, fp64 };
 
 struct Kernels {
@@ -131,6 +143,7 @@ struct Kernels {
     void (*gain_grad)(const GainGradCall&);
     size_t (*row_norms_scratch)(const RowNormsCall&);
     void (*row_norms)(const RowNormsCall&);
+    void (*gated)(const GatedCall&);
     // out (rows, columns), contiguous T: a matrix of any dtype and strides, rounded to the compute dtype.
     void (*adapter)(const void* source, Dtype dtype, int64_t row_stride, int64_t column_stride, int64_t rows,
                     int64_t columns, int64_t threads, void* out);

@@ -306,6 +306,39 @@ Tensor row_norms(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_
     return norms;
 }
 
+void expect_gate(const Tensor& gate, const Tensor& up, int64_t number) {
+    STD_TORCH_CHECK(gate.dim() == 2 && up.dim() == 2 && gate.sizes()[0] == up.sizes()[0] &&
+                        gate.sizes()[1] == up.sizes()[1] && dtype_of(gate, "gate") == dtype_of(up, "up"),
+                    "gate and up must be matrices (M, F) of one shape and dtype.");
+    STD_TORCH_CHECK(number >= 0 && number <= 2, "the gate's number must be 0, 1 or 2, and ", number, " was given.");
+}
+
+Tensor gated(const Tensor& gate, const Tensor& up, int64_t number) {
+    expect_gate(gate, up, number);
+    const Matrix left(gate, "gate"), right(up, "up");
+    Tensor a = empty({left.rows, left.columns}, gate.scalar_type());
+    kernels_for(dtype_of(gate, "gate"))
+        .gated({left.rows, left.columns, number, left.data, left.stride, right.data, right.stride, nullptr, 0,
+                a.mutable_data_ptr(), nullptr, nullptr, left.columns, thread_count()});
+    return a;
+}
+
+std::tuple<Tensor, Tensor> gated_grad(const Tensor& da, const Tensor& gate, const Tensor& up, int64_t number,
+                                      bool joined) {
+    expect_gate(gate, up, number);
+    expect_gate(da, gate, number);
+    const Matrix outer(da, "da"), left(gate, "gate"), right(up, "up");
+    const int64_t m = left.rows, n = left.columns;
+    const Dtype compute = dtype_of(gate, "gate");
+    Tensor dgate = empty({m, joined ? 2 * n : n}, gate.scalar_type()),
+           dup = joined ? empty({0}, gate.scalar_type()) : empty({m, n}, gate.scalar_type());
+    char* first = static_cast<char*>(dgate.mutable_data_ptr());
+    void* second = joined ? first + n * static_cast<int64_t>(size_of(compute)) : dup.mutable_data_ptr();
+    kernels_for(compute).gated({m, n, number, left.data, left.stride, right.data, right.stride, outer.data,
+                                outer.stride, nullptr, first, second, joined ? 2 * n : n, thread_count()});
+    return {dgate, dup};
+}
+
 void expect_one_rank(const Tensor& lora_a, const Tensor& lora_b) {
     STD_TORCH_CHECK(rows_of(lora_a, "lora_a") == columns_of(lora_b, "lora_b"),
                     "lora_a (R, K) and lora_b (N, R) must be matrices of one rank R.");
@@ -362,4 +395,6 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
     m.impl("native_a_grad", TORCH_BOX(&lora_kernels::a_grad));
     m.impl("native_gain_grad", TORCH_BOX(&lora_kernels::gain_grad));
     m.impl("native_row_norms", TORCH_BOX(&lora_kernels::row_norms));
+    m.impl("native_gated", TORCH_BOX(&lora_kernels::gated));
+    m.impl("native_gated_grad", TORCH_BOX(&lora_kernels::gated_grad));
 }

@@ -44,7 +44,8 @@ class Composition:
     @property
     def operators(self) -> dict[str, Callable[..., Any]]:
         methods: tuple[Callable[..., Any], ...] = (
-            self.shrink, self.product, self.output_grads, self.input_grad, self.a_grad, self.gain_grad, self.row_norms
+            self.shrink, self.product, self.output_grads, self.input_grad, self.a_grad, self.gain_grad, self.row_norms,
+            gated, gated_grad,
         )  # fmt: skip
         return {method.__name__: method for method in methods}
 
@@ -175,6 +176,32 @@ class Composition:
             cross = torch.addmm(c, part, lora_a.t(), beta=scaling * scaling, alpha=2.0 * scaling)
             squares.append(torch.linalg.vector_norm(part, dim=1).square_() + (cross * b).sum(1))
         return torch.cat(squares).clamp_(min=0.0).sqrt_()
+
+
+def gated(gate: Tensor, up: Tensor, number: int) -> Tensor:
+    return _of_gate(gate, number).mul_(up)
+
+
+def gated_grad(da: Tensor, gate: Tensor, up: Tensor, number: int, joined: bool) -> tuple[Tensor, Tensor]:
+    m, f = gate.shape
+    both = gate.new_empty((m, 2 * f) if joined else 0)
+    dgate, dup = (both[:, :f], both[:, f:]) if joined else (gate.new_empty((m, f)), gate.new_empty((m, f)))
+    torch.mul(da, _of_gate(gate, number), out=dup)
+    outer = da * up
+    if number == 0:
+        torch.ops.aten.silu_backward.grad_input(outer, gate, grad_input=dgate)
+    else:
+        kind = "none" if number == 1 else "tanh"
+        torch.ops.aten.gelu_backward.grad_input(outer, gate, approximate=kind, grad_input=dgate)
+    return (both, gate.new_empty(0)) if joined else (dgate, dup)
+
+
+def _of_gate(gate: Tensor, number: int) -> Tensor:
+    """σ(gate), contiguous."""
+    found = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if number == 0:
+        return torch.ops.aten.silu.out(gate, out=found)  # type: ignore[no-any-return]
+    return torch.ops.aten.gelu.out(gate, approximate="none" if number == 1 else "tanh", out=found)  # type: ignore[no-any-return]
 
 
 def in_one_piece(matrix: Tensor) -> Tensor:

@@ -98,13 +98,16 @@ def test_each_operator_counts_the_products_of_its_formula(name: str, backend: st
 
 
 def test_operators_without_a_formula_multiply_no_matrices() -> None:
-    assert set(ops.OPERATOR_NAMES) - set(FORMULAS) == {"mask", "gain_grad"}
+    assert set(ops.OPERATOR_NAMES) - set(FORMULAS) == {"mask", "gain_grad", "gated", "gated_grad"}
     dispatch.select("cpu", torch.float32, "eager")
     given, implementations = make(Case(), "cpu"), eager.BACKEND.operators()
     seed, gain = torch.zeros(2, dtype=torch.int64), torch.ones(given.dy.shape[1])
     with torch.no_grad():
         assert count(lambda: implementations["mask"](seed, 5, 8, 0.5)) == 0
-        assert count(lambda: implementations["gain_grad"](given.dy.detach(), given.dy.detach(), gain, None)) == 0
+        dy = given.dy.detach()
+        assert count(lambda: implementations["gain_grad"](dy, dy, gain, None)) == 0
+        assert count(lambda: implementations["gated"](dy, dy, 0)) == 0
+        assert count(lambda: implementations["gated_grad"](dy, dy, dy, 0, False)) == 0
 
 
 class Attention(nn.Module):

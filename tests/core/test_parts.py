@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import BACKENDS, Case, make
-from lora_kernels import dispatch, ops
+from lora_kernels import dispatch, ops, reference
+from lora_kernels.activations import GATES
 from lora_kernels.backends import composed, eager
 from lora_kernels.ops import Operators
 from lora_kernels.reference import adapter_dtype
@@ -62,6 +63,10 @@ def calls(g: Given) -> dict[str, list[tuple[Any, ...]]]:
         "a_grad": [(h, i.x, p, g.state)],
         "gain_grad": [(i.dy, i.dy, g.gain, i.bias), (i.dy, None, g.gain, None)],
         "row_norms": [(i.weight, i.lora_a, i.lora_b, s)],
+        "gated": [(i.dy, i.dy + 1.0, number) for number in range(len(GATES))],
+        "gated_grad": [
+            (i.dy, i.dy + 1.0, i.dy - 1.0, number, joined) for number in range(len(GATES)) for joined in (False, True)
+        ],
     }  # fmt: skip
 
 
@@ -91,6 +96,33 @@ def test_nothing_given_is_written_to_or_shared(name: str, backend: str, device: 
         own = [result.untyped_storage().data_ptr() for result in results if result.numel()]
         assert not addresses & set(own)
         assert len(set(own)) == len(own)
+
+
+@every_backend
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("m", "f"), [(0, 5), (1, 1), (37, 203), (3, 2050)])
+def test_a_gated_product_against_float64(
+    m: int, f: int, dtype: torch.dtype, gate: str, joined: bool, backend: str, device: str
+) -> None:
+    """Of halves of one matrix, whose rows lie apart; the yardstick is PyTorch's composition, which rounds each step."""
+    dispatch.select(device, dtype, backend)
+    table, generator = ops._registered[backend], torch.Generator().manual_seed(7)
+    both, outer = (3.0 * torch.randn(m, 2 * f, generator=generator).to(dtype) for _ in range(2))
+    given = [t.to(device) for t in (outer[:, f:], both[:, :f], both[:, f:])]
+    number = GATES.index(gate)
+
+    def results(of: Operators, tensors: list[Tensor]) -> dict[str, Tensor]:
+        dgate, dup = of.gated_grad(*tensors, number, joined)
+        dgate, dup = (dgate[:, :f], dgate[:, f:]) if joined else (dgate, dup)
+        return {"a": of.gated(*tensors[1:], number), "dgate": dgate, "dup": dup}
+
+    wide = [t.double() for t in given]
+    dgate, dup = reference.gated_backward(*wide, gate)
+    exact = {"a": reference.gated(*wide[1:], gate), "dgate": dgate, "dup": dup}
+    dispatch.select(device, dtype, "eager")
+    check_all(results(table, given), exact, results(ops._registered["eager"], given), dtype)
 
 
 def exact_norms(i: Inputs, scaling: float, dtype: torch.dtype) -> Tensor:

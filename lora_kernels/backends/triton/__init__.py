@@ -95,9 +95,10 @@ class TritonBackend:
         return plans_on(blocks.machine_of(device), name, table, problem, tokens)
 
     def register(self, device_type: str) -> None:
-        from . import group_operators, operators, part_operators
+        from . import gated_operators, group_operators, operators, part_operators
 
-        modules, names = (operators, part_operators, group_operators), (*OPERATOR_NAMES, *GROUP_OPERATOR_NAMES)
+        modules = (operators, part_operators, gated_operators, group_operators)
+        names = (*OPERATOR_NAMES, *GROUP_OPERATOR_NAMES)
         own = {name: next(getattr(m, name) for m in modules if name in m.__all__) for name in names}
         register(self.name, own, _kept())
 

@@ -25,7 +25,8 @@ from .run.hopper_group_passes import (
     ready_group_backward,
     ready_group_forward,
 )
-from .run.prepared import current_stream, first_that_runs, on_device
+from .run.launcher import launched
+from .run.prepared import first_that_runs
 
 __all__ = ["group_backward", "group_forward", "run_group_backward", "run_group_forward"]
 
@@ -44,15 +45,14 @@ def group_forward(
 ) -> tuple[_Tensors, _Tensors, _Tensors]:
     key = group_forward_key(x, weights, lora_as, lora_bs, biases, p, states)
     arguments = (x, weights, lora_as, lora_bs, biases, [float(scaling) for scaling in scalings], states)
-    with on_device(x.device):
-        stream, found = current_stream(key[0]), forward_runs.get(key)
-        if found is None:
-            call = GroupCall.of(x, lora_as, lora_bs, biases, p, states, (x, *weights))
-            runs = [_forward_of(plan, call) for plan in _plans(call, "forward")]
-            run, results = first_that_runs(runs, lambda run: run(stream, *arguments))
-            forward_runs.keep(key, run)
-        else:
-            results = found(stream, *arguments)
+    found = forward_runs.get(key)
+    if found is None:
+        call = GroupCall.of(x, lora_as, lora_bs, biases, p, states, (x, *weights))
+        runs = [_forward_of(plan, call) for plan in _plans(call, "forward")]
+        run, results = first_that_runs(runs, lambda run: launched(run, key[0], *arguments))
+        forward_runs.keep(key, run)
+    else:
+        results = launched(found, key[0], *arguments)
     given: tuple[_Tensors, _Tensors, _Tensors] = results
     return given
 
@@ -97,15 +97,14 @@ def run_group_forward(
         InvalidArgumentError: the plan does not take the call.
     """
     key = (*group_forward_key(x, weights, lora_as, lora_bs, biases, p, states), plan)
-    with on_device(x.device):
-        run = forward_runs.get(key)
-        if run is None:
-            call = GroupCall.of(x, lora_as, lora_bs, biases, p, states, (x, *weights))
-            run = forward_runs.keep(key, _forward_of(plan, call))
-        given: tuple[_Tensors, _Tensors, _Tensors] = run(
-            current_stream(key[0]), x, weights, lora_as, lora_bs, biases, [float(s) for s in scalings], states
-        )
-        return given
+    run = forward_runs.get(key)
+    if run is None:
+        call = GroupCall.of(x, lora_as, lora_bs, biases, p, states, (x, *weights))
+        run = forward_runs.keep(key, _forward_of(plan, call))
+    given: tuple[_Tensors, _Tensors, _Tensors] = launched(
+        run, key[0], x, weights, lora_as, lora_bs, biases, [float(s) for s in scalings], states
+    )
+    return given
 
 
 def group_backward(
@@ -123,18 +122,17 @@ def group_backward(
     hs = [h.contiguous() for h in hs]
     key = group_backward_key(dys, x, weights, lora_as, lora_bs, biases, hs, p, states)
     arguments = (dys, x, weights, lora_as, lora_bs, biases, hs, [float(scaling) for scaling in scalings], states)
-    with on_device(dys[0].device):
-        stream, found = current_stream(key[0]), backward_runs.get(key)
-        if found is None:
-            call = _backward_call(dys, x, weights, lora_as, lora_bs, biases, hs, p, states)
-            # Without db, or with nothing that waits for dh, the joint read of dy would make what nobody asks for.
-            plans = _plans(call, "backward") if hs and (weights or x is not None) else [Apart()]
-            due = bool(weights), x is not None
-            runs = [_backward_of(plan, call, due, states) for plan in plans]
-            run, results = first_that_runs(runs, lambda run: run(stream, *arguments))
-            backward_runs.keep(key, run)
-        else:
-            results = found(stream, *arguments)
+    found = backward_runs.get(key)
+    if found is None:
+        call = _backward_call(dys, x, weights, lora_as, lora_bs, biases, hs, p, states)
+        # Without db, or with nothing that waits for dh, the joint read of dy would make what nobody asks for.
+        plans = _plans(call, "backward") if hs and (weights or x is not None) else [Apart()]
+        due = bool(weights), x is not None
+        runs = [_backward_of(plan, call, due, states) for plan in plans]
+        run, results = first_that_runs(runs, lambda run: launched(run, key[0], *arguments))
+        backward_runs.keep(key, run)
+    else:
+        results = launched(found, key[0], *arguments)
     dx, das, dbs, dbiases = results
     count = len(dys)
     return (
@@ -232,12 +230,11 @@ def run_group_backward(
         InvalidArgumentError: the plan does not take the call.
     """
     key = (*group_backward_key(dys, x, weights, lora_as, lora_bs, biases, hs, p, states), plan)
-    with on_device(dys[0].device):
-        run = backward_runs.get(key)
-        if run is None:
-            call = _backward_call(dys, x, weights, lora_as, lora_bs, biases, hs, p, states)
-            run = backward_runs.keep(key, _backward_of(plan, call, (bool(weights), x is not None), states))
-        found: tuple[Any, ...] = run(
-            current_stream(key[0]), dys, x, weights, lora_as, lora_bs, biases, hs, [float(s) for s in scalings], states
-        )
-        return found
+    run = backward_runs.get(key)
+    if run is None:
+        call = _backward_call(dys, x, weights, lora_as, lora_bs, biases, hs, p, states)
+        run = backward_runs.keep(key, _backward_of(plan, call, (bool(weights), x is not None), states))
+    found: tuple[Any, ...] = launched(
+        run, key[0], dys, x, weights, lora_as, lora_bs, biases, hs, [float(s) for s in scalings], states
+    )
+    return found

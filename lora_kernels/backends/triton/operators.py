@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kept import no_words
-from . import part_operators
+from . import gated_operators, part_operators
 from .choose import ranking
 from .choose.plans import GLUON_PLANS, BackwardPlan, DxHopper, DxInside, ForwardPlan, Hopper, HopperInside
 from .kernels.packed import mask_kernel
@@ -44,6 +44,7 @@ def forget() -> None:
     _backward_runs.clear()
     part_operators.forget()
     hopper_group_passes.forget()
+    gated_operators.forget()
     ranking.forget()
 
 

@@ -36,7 +36,15 @@ def test_kernels_compile(arch: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     records = [Record(**record) for record in json.loads(file.read_text())]
     names = ["forward", "expand", "shrink", "few_tokens", "sum_parts", "dh_db", "reduce", "dx", "dx_low_rank", "da"]
-    names += ["draw", "mask", "row_norms", "gain_grad", *(["persistent", "dx_persistent"] if arch >= 90 else [])]
+    names += [
+        "draw",
+        "mask",
+        "row_norms",
+        "gain_grad",
+        "gated",
+        "gated_grad",
+        *(["persistent", "dx_persistent"] if arch >= 90 else []),
+    ]
     names += [f"hopper_{name}" for name in HOPPER if arch == 90]
     assert {record.kernel for record in records} == {f"{name}_kernel" for name in names}
 

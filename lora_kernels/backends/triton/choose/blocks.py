@@ -30,6 +30,7 @@ __all__ = [
     "few_tokens_config",
     "fits_shared_memory",
     "gain_grad_config",
+    "gated_block",
     "gemm_configs",
     "machine_of",
     "next_power_of_2",
@@ -402,3 +403,10 @@ def gain_grad_config(machine: Machine, rows_power: int, columns: int, itemsize: 
     block_m, block_n = 16, 128 if itemsize == 2 else 64
     chunks = max(1, 4 * machine.sm_count // -(-columns // block_n))
     return GainGradConfig(block_m, block_n, max(next_power_of_2(-(-rows_power // chunks)), 2 * block_m), 4)
+
+
+def gated_block(machine: Machine, itemsize: int) -> tuple[int, int, int]:
+    """Rows, columns and warps of a gated MLP's product: 16 bytes of each operand a thread, whole lines of memory."""
+    if machine.interpreter:
+        return 16, 64, 4
+    return 4, 512 if itemsize == 2 else 256, 8 if itemsize == 2 else 4

@@ -124,7 +124,7 @@ def backward_plans_of(machine: Machine, cell: Cell) -> list[BackwardPlan]:
 
 def jobs_of(case: Case, arch: int) -> Iterator[Job]:
     """The kernel calls of one layer, forward and backward by each kind of plan, from the launch code itself."""
-    from .. import operators, part_operators
+    from .. import gated_operators, operators, part_operators
     from ..run.call import Call
     from ..run.forward import ready_product
 
@@ -155,6 +155,11 @@ def jobs_of(case: Case, arch: int) -> Iterator[Job]:
             part_operators.row_norms(weight, lora_a, lora_b, 2.5)
         if case.part_operators:
             part_operators.gain_grad(dy, dy, gain, bias)
+            for number in range(3):
+                gated_operators.gated(dy, dy, number)
+                gated_operators.gated_grad(dy, dy, dy, number, False)
+            gated_operators.gated(dy[:, : n // 2], dy[:, n // 2 :], 0)
+            gated_operators.gated_grad(dy[:, : n // 2], dy[:, : n // 2], dy[:, n // 2 :], 0, True)
             part_operators.output_grads(dy, lora_b, h, bias, 2.5)
             part_operators.input_grad([dy, dy], [weight, weight], [h, h], [lora_a, lora_a], p, 2 * states)
             call = Call.forward(x, weight, None, lora_b, bias, 0.0, None, h, gain)

@@ -55,6 +55,8 @@ _NO_PRODUCT = (
     "mask_kernel",
     "sum_parts_kernel",
     "gain_grad_kernel",
+    "gated_kernel",
+    "gated_grad_kernel",
     "hopper_pack_kernel",
     "hopper_reduce_dh_kernel",
     "hopper_reduce_grads_kernel",
@@ -187,9 +189,9 @@ def _hopper_faults(record: Record) -> Iterator[str]:
 
 
 def _kernel(name: str) -> Any:
-    from ..kernels import backward, few_tokens, forward, gain, input_grad, packed, persistent
+    from ..kernels import backward, few_tokens, forward, gain, gated, input_grad, packed, persistent
 
-    modules: tuple[Any, ...] = (backward, few_tokens, forward, gain, input_grad, persistent, packed)
+    modules: tuple[Any, ...] = (backward, few_tokens, forward, gain, gated, input_grad, persistent, packed)
     if name.startswith("hopper_"):
         from ..kernels.hopper import (
             group_dx,
