@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "FusedLoRAGroup": "models.grouping",
     "FusedLoRALinear": "nn",
+    "FusedLoRAMLP": "models.gated",
     "LoRAConfig": "config",
     "LoRAKernelsError": "errors",
     "adapters_disabled": "models.disabling",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from .errors import LoRAKernelsError as LoRAKernelsError
     from .functional import lora_linear as lora_linear
     from .models.disabling import adapters_disabled as adapters_disabled
+    from .models.gated import FusedLoRAMLP as FusedLoRAMLP
     from .models.grouping import FusedLoRAGroup as FusedLoRAGroup
     from .models.grouping import share_inputs as share_inputs
     from .models.grouping import unshare_inputs as unshare_inputs

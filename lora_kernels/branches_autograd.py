@@ -21,13 +21,28 @@ from .errors import UnsupportedTransformError
 from .ops import operators
 from .tensors import as_dtype, flatten, unflatten
 
-__all__ = ["BranchesFunction", "apply_branches_function", "forward_only"]
+__all__ = [
+    "PER_BRANCH",
+    "BranchesFunction",
+    "Member",
+    "Needs",
+    "Saved",
+    "alias",
+    "apply_branches_function",
+    "forward_only",
+    "gradients_of",
+    "members_of",
+    "needs_of",
+    "of_output",
+    "reference_output",
+    "saved_of",
+]
 
-_PER_BRANCH = 5  # weight, lora_a, lora_b, bias, gain
+PER_BRANCH = 5  # weight, lora_a, lora_b, bias, gain
 _SETTINGS = 5  # backend_name, p, scalings, activations, grouped
 
 
-class _Member(NamedTuple):
+class Member(NamedTuple):
     """One branch's tensors, as they were given."""
 
     weight: Tensor
@@ -37,8 +52,8 @@ class _Member(NamedTuple):
     gain: Tensor | None
 
 
-def _members(tensors: Sequence[Any], count: int) -> list[_Member]:
-    return [_Member(*tensors[_PER_BRANCH * i : _PER_BRANCH * (i + 1)]) for i in range(count)]
+def members_of(tensors: Sequence[Any], count: int) -> list[Member]:
+    return [Member(*tensors[PER_BRANCH * i : PER_BRANCH * (i + 1)]) for i in range(count)]
 
 
 def forward_only(
@@ -56,7 +71,7 @@ def forward_only(
     The other arguments are ``BranchesFunction``'s.
     """
     ops, count = operators(backend_name), len(scalings)
-    members, states = _members(tensors, count), list(tensors[_PER_BRANCH * count :])
+    members, states = members_of(tensors, count), list(tensors[PER_BRANCH * count :])
     flat = flatten(x)
     if grouped:
         ys, zs, kept = _forward_of_group(ops, flat, members, p, scalings, states)
@@ -74,7 +89,7 @@ def forward_only(
 
 
 def _forward_of_group(
-    ops: Any, x: Tensor, members: list[_Member], p: float, scalings: Sequence[float], states: list[Any]
+    ops: Any, x: Tensor, members: list[Member], p: float, scalings: Sequence[float], states: list[Any]
 ) -> tuple[list[Tensor], list[Tensor], list[Any]]:
     """Each branch's y and h, and of each mask what a layer by itself keeps: the words, or the seed."""
     weights = [as_dtype(member.weight, x.dtype) for member in members]
@@ -98,7 +113,7 @@ def _shrink_all(ops: Any, x: Tensor, lora_as: list[Tensor], p: float, states: Se
     return list(torch.split_with_sizes(joined, [lora_a.shape[0] for lora_a in lora_as], 1))
 
 
-class _Saved(NamedTuple):
+class Saved(NamedTuple):
     """What backward has of one branch; None where no gradient that is due needs it."""
 
     weight: Any
@@ -108,6 +123,25 @@ class _Saved(NamedTuple):
     gain: Any
     z: Any
     linear: Any
+
+
+def saved_of(
+    member: Member, need: Needs, need_x: bool, activation: str, z: Tensor, linear: Any, any_b: bool = False
+) -> Saved:
+    """What backward will ask of a branch.
+
+    ``need_x``: whether dx, or what stands in its place, is due; ``any_b``: whether z is kept for another branch's db.
+    """
+    bends = activation != "identity" and (need_x or need.lora_a)
+    return Saved(
+        weight=member.weight if need_x or need.gain else None,
+        lora_a=member.lora_a,
+        lora_b=member.lora_b,
+        bias=member.bias if need.bias else None,
+        gain=member.gain,
+        z=z if need.lora_b or any_b or bends else None,
+        linear=linear if need.gain else None,
+    )
 
 
 class BranchesFunction(torch.autograd.Function):
@@ -131,7 +165,7 @@ class BranchesFunction(torch.autograd.Function):
         count = len(scalings)
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)  # an output that nobody used gives no gradients, not zeros
-        needs, members = _needs(ctx, count), _members(tensors, count)
+        needs, members = _needs(ctx, count), members_of(tensors, count)
         with_linears = tuple(need.gain for need in needs)
         ys, zs, linears, states = forward_only(
             x, backend_name, p, scalings, activations, grouped, with_linears, *tensors
@@ -140,17 +174,8 @@ class BranchesFunction(torch.autograd.Function):
         any_b = grouped and any(need.lora_b for need in needs)  # of a group every db is due, or none
         saved: list[Tensor | None] = [x if any_a or any(need.weight for need in needs) else None]
         for member, need, activation, z, linear in zip(members, needs, activations, zs, linears, strict=True):
-            bends = activation != "identity" and (need_x or need.lora_a)
-            own = _Saved(
-                weight=member.weight if need_x or need.gain else None,
-                lora_a=member.lora_a,
-                lora_b=member.lora_b,
-                bias=member.bias if need.bias else None,
-                gain=member.gain,
-                z=z if need.lora_b or any_b or bends else None,
-                linear=linear if need.gain else None,
-            )
-            saved.extend(own)  # PyTorch 2.11's dynamo lets a list grow by no named tuple with +=
+            # PyTorch 2.11's dynamo lets a list grow by no named tuple with +=
+            saved.extend(saved_of(member, need, need_x, activation, z, linear, any_b))
         ctx.save_for_backward(*saved, *(states if need_x or any_a else ()))
         weight_dtypes = tuple(member.weight.dtype for member in members)
         ctx.settings = x.shape, weight_dtypes, len(states), backend_name, p, scalings, activations, grouped
@@ -170,63 +195,67 @@ class BranchesFunction(torch.autograd.Function):
         used = [i for i, dy in enumerate(dys) if dy is not None]
         if not used:
             return (None,) * len(ctx.needs_input_grad)
-        grads: list[dict[str, Tensor]] = [{} for _ in needs]
-        flat_dys = {i: flatten(dys[i]) for i in used}
-        if grouped:
-            dx = _backward_of_group(ops, flat_dys, x, saved, states, needs, need_x, scalings, p, grads)
-        else:
-            of = flat_dys, x, saved, states, needs, need_x, scalings, activations, p, grads
-            dx = _backward_in_parts(ops, *of)
-        for i in used:
-            if needs[i].weight and x is not None:
-                grads[i]["weight"] = as_dtype(flat_dys[i].t() @ x, weight_dtypes[i])
-        flat = [gradients.get(name) for gradients in grads for name in _Needs._fields]
-        return (None if dx is None else unflatten(dx, x_shape), *[None] * _SETTINGS, *flat, *[None] * state_count)
+        given = {i: flatten(dys[i]) for i in used}
+        of = ops, given, x, saved, states, needs, need_x, p, scalings
+        dx, grads = _of_group(*of, weight_dtypes) if grouped else gradients_of(*of, activations, weight_dtypes)
+        dx = None if dx is None else unflatten(dx, x_shape)
+        flat = [gradients.get(name) for gradients in grads for name in Needs._fields]
+        return (dx, *[None] * _SETTINGS, *flat, *[None] * state_count)
 
 
-def _backward_in_parts(
+def gradients_of(
     ops: Any,
     dys: dict[int, Tensor],
     x: Tensor | None,
-    saved: list[_Saved],
-    states: list[Tensor],
-    needs: list[_Needs],
+    saved: Sequence[Saved],
+    states: Sequence[Tensor],
+    needs: Sequence[Needs],
     need_x: bool,
+    p: float,
     scalings: Sequence[float],
     activations: Sequence[str],
-    p: float,
-    grads: list[dict[str, Tensor]],
-) -> Tensor | None:
-    """dx (M, K) where it is due; ``grads`` gets what is due of each branch. A branch's dl takes its dy's place."""
-    used, dzs, dx = list(dys), {}, None
+    weight_dtypes: Sequence[torch.dtype],
+) -> tuple[Tensor | None, list[dict[str, Tensor]]]:
+    """dx (M, K), where it is due, and for each branch the gradients that are due, by their names in :class:`Needs`.
+
+    ``dys`` has the dy (M, N_i) of each output that was used, one at least, and x is (M, K).
+    """
+    used = list(dys)
+    dlinears, dzs = {}, {}
+    grads: list[dict[str, Tensor]] = [{} for _ in needs]
     for i in used:
-        dys[i], dzs[i], grads[i] = _of_output(ops, dys[i], saved[i], needs[i], need_x, scalings[i], activations[i])
+        of = dys[i], saved[i], needs[i], need_x, scalings[i], activations[i]
+        dlinears[i], dzs[i], grads[i] = of_output(ops, *of)
+        if needs[i].weight and x is not None:
+            grads[i]["weight"] = as_dtype(dlinears[i].t() @ x, weight_dtypes[i])
+    dx = None
     if need_x:
-        weights = [as_dtype(saved[i].weight, dys[i].dtype) for i in used]
+        weights = [as_dtype(saved[i].weight, dlinears[i].dtype) for i in used]
         lora_as, own = [saved[i].lora_a for i in used], [states[i] for i in used] if states else []
-        dx = ops.input_grad([dys[i] for i in used], weights, [dzs[i] for i in used], lora_as, p, own)
+        dx = ops.input_grad([dlinears[i] for i in used], weights, [dzs[i] for i in used], lora_as, p, own)
     if x is not None:
         due = [i for i in used if needs[i].lora_a]
         das = _a_grads(ops, [dzs[i] for i in due], x, p, [states[i] for i in due] if states else [])
         for i, da in zip(due, das, strict=True):
             grads[i]["lora_a"] = as_dtype(da, saved[i].lora_a.dtype)
-    return dx
+    return dx, grads
 
 
-def _backward_of_group(
+def _of_group(
     ops: Any,
     dys: dict[int, Tensor],
     x: Tensor | None,
-    saved: list[_Saved],
-    states: list[Tensor],
-    needs: list[_Needs],
+    saved: Sequence[Saved],
+    states: Sequence[Tensor],
+    needs: Sequence[Needs],
     need_x: bool,
-    scalings: Sequence[float],
     p: float,
-    grads: list[dict[str, Tensor]],
-) -> Tensor | None:
-    """The same by the group operator; of one output that was used, by that of a layer by itself."""
+    scalings: Sequence[float],
+    weight_dtypes: Sequence[torch.dtype],
+) -> tuple[Tensor | None, list[dict[str, Tensor]]]:
+    """As ``gradients_of``, by the group operator; of one output that was used, by that of a layer by itself."""
     used = list(dys)
+    grads: list[dict[str, Tensor]] = [{} for _ in needs]
     need_a, need_b = any(needs[i].lora_a for i in used), any(needs[i].lora_b for i in used)
     own = [saved[i] for i in used]
     weights = [as_dtype(s.weight, dys[i].dtype) for i, s in zip(used, own, strict=True)] if need_x else []
@@ -246,11 +275,13 @@ def _backward_of_group(
     for i, da, db, dbias in zip(used, das, dbs, dbiases, strict=True):
         found = {"lora_a": da, "lora_b": db, "bias": dbias}
         grads[i].update({name: value for name, value in found.items() if getattr(needs[i], name)})
-    return dx if need_x else None
+        if needs[i].weight and x is not None:
+            grads[i]["weight"] = as_dtype(dys[i].t() @ x, weight_dtypes[i])
+    return dx if need_x else None, grads
 
 
-def _of_output(
-    ops: Any, dy: Tensor, own: _Saved, need: _Needs, need_x: bool, scaling: float, activation: str
+def of_output(
+    ops: Any, dy: Tensor, own: Saved, need: Needs, need_x: bool, scaling: float, activation: str
 ) -> tuple[Tensor, Any, dict[str, Tensor]]:
     """dl, dz (None where nothing asks for it) and the gradients of lora_b, bias and gain that are due."""
     gradients: dict[str, Tensor] = {}
@@ -268,14 +299,14 @@ def _of_output(
     return dlinear, dz, {name: value for name, value in gradients.items() if getattr(need, name)}
 
 
-def _unpack(tensors: Sequence[Any], count: int) -> tuple[Any, list[_Saved], list[Tensor]]:
+def _unpack(tensors: Sequence[Any], count: int) -> tuple[Any, list[Saved], list[Tensor]]:
     """x, each branch's, and the dropout states, of what was saved."""
-    width = len(_Saved._fields)
+    width = len(Saved._fields)
     end = 1 + width * count
-    return tensors[0], [_Saved(*tensors[i : i + width]) for i in range(1, end, width)], list(tensors[end:])
+    return tensors[0], [Saved(*tensors[i : i + width]) for i in range(1, end, width)], list(tensors[end:])
 
 
-class _Needs(NamedTuple):
+class Needs(NamedTuple):
     """Which gradients of a branch are due."""
 
     weight: bool
@@ -285,9 +316,12 @@ class _Needs(NamedTuple):
     gain: bool
 
 
-def _needs(ctx: Any, count: int) -> list[_Needs]:
-    flags = ctx.needs_input_grad[1 + _SETTINGS :]
-    return [_Needs(*flags[_PER_BRANCH * i : _PER_BRANCH * (i + 1)]) for i in range(count)]
+def _needs(ctx: Any, count: int) -> list[Needs]:
+    return needs_of(ctx.needs_input_grad[1 + _SETTINGS :], count)
+
+
+def needs_of(flags: Sequence[bool], count: int) -> list[Needs]:
+    return [Needs(*flags[PER_BRANCH * i : PER_BRANCH * (i + 1)]) for i in range(count)]
 
 
 def _a_grads(ops: Any, dzs: list[Tensor], x: Tensor, p: float, states: Sequence[Tensor]) -> list[Tensor]:
@@ -314,19 +348,14 @@ def _differentiable_backward(ctx: Any, dys: Sequence[Tensor]) -> Any:
             "save memory, and nothing can be differentiated again without it. Set lora_A.requires_grad_(True), or "
             "differentiate lora_kernels.reference.forward instead."
         )
-    inputs: list[Any] = [_alias(given_x)]
+    inputs: list[Any] = [alias(given_x)]
     x = flatten(inputs[0])
-    wide, outputs = reference.adapter_dtype(x.dtype), []
+    outputs = []
     for i, (own, scaling, activation) in enumerate(zip(saved, scalings, activations, strict=True)):
-        # Where W is not there no gradient that is due needs it: x Wᵀ is a constant to them.
-        weight = x.new_zeros(own.lora_b.shape[0], x.shape[1]) if own.weight is None else own.weight
-        aliases: list[Any] = [_alias(tensor) for tensor in (weight, own.lora_a, own.lora_b, own.bias, own.gain)]
-        inputs += aliases
-        w, a, b = (tensor.to(wide) for tensor in aliases[:3])
-        bias = None if aliases[3] is None else aliases[3].to(x.dtype).to(wide)
         mask = operators(backend_name).mask(states[i], *x.shape, p) if states else None
-        y, _ = reference.forward(x.to(wide), w, a, b, bias, scaling, mask, p, aliases[4], activation)
-        outputs.append(y.to(x.dtype).reshape(*x_shape[:-1], -1))
+        y, aliases = reference_output(x, own, scaling, activation, mask, p)
+        inputs += aliases
+        outputs.append(y.reshape(*x_shape[:-1], -1))
     needed = [ctx.needs_input_grad[0], *(flag for need in _needs(ctx, len(scalings)) for flag in need)]
     due = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
     used = [i for i, dy in enumerate(dys) if dy is not None]
@@ -336,6 +365,20 @@ def _differentiable_backward(ctx: Any, dys: Sequence[Tensor]) -> Any:
     return (dx, *[None] * _SETTINGS, *rest, *[None] * state_count)
 
 
-def _alias(tensor: Tensor | None) -> Any:
+def reference_output(
+    x: Tensor, own: Saved, scaling: float, activation: str, mask: Tensor | None, p: float
+) -> tuple[Tensor, list[Any]]:
+    """y (M, N) by the reference's formulas, differentiable, for x (M, K); and what it is made of, as aliases."""
+    wide = reference.adapter_dtype(x.dtype)
+    # Where W is not there no gradient that is due needs it: x Wᵀ is a constant to them.
+    weight = x.new_zeros(own.lora_b.shape[0], x.shape[1]) if own.weight is None else own.weight
+    aliases: list[Any] = [alias(tensor) for tensor in (weight, own.lora_a, own.lora_b, own.bias, own.gain)]
+    w, a, b = (tensor.to(wide) for tensor in aliases[:3])
+    bias = None if aliases[3] is None else aliases[3].to(x.dtype).to(wide)
+    y, _ = reference.forward(x.to(wide), w, a, b, bias, scaling, mask, p, aliases[4], activation)
+    return y.to(x.dtype), aliases
+
+
+def alias(tensor: Tensor | None) -> Any:
     """A view: a gradient by it stops there, and does not go through what ``tensor`` was made of."""
     return None if tensor is None else tensor.view_as(tensor) if tensor.requires_grad else tensor.detach()

@@ -30,12 +30,15 @@ from .tensors import flatten
 
 __all__ = [
     "autocast_input",
+    "check",
     "check_dropout_p",
     "device_type_of",
     "draw_state",
     "group_fault",
     "is_autocast_enabled",
+    "number",
     "prepare",
+    "refuse_tangents",
     "run_branch",
     "run_branches",
     "run_plain",

@@ -300,12 +300,26 @@ class LoRALayer(nn.Module):
 
     def shared_branch(self, x: Tensor) -> tuple[Branch, float] | None:
         """See :class:`~lora_kernels.shared_input.Member`. DoRA with dropout needs two products of W: not in common."""
-        p = self.lora_dropout
-        plain = all(type(own) in PLAIN_TENSORS for own in self._parameters.values() if own is not None)
-        acts = self.training and self._is_on() and self._base is None and storage.is_here(self)
-        if not acts or not plain or (p > 0.0 and self.use_dora):
-            return None
-        return self.branch(), p
+        return None if self.why_alone(x) is not None else (self.branch(), self.lora_dropout)
+
+    def why_alone(self, x: Tensor | None) -> str | None:
+        """Why it cannot run in a pass with other layers now, in a clause; None: it can."""
+        if not self.training:
+            return "it is in evaluation"
+        if self._base is not None or not self._is_on():
+            return f"its adapter is {'off' if self._base is None else 'merged'}"
+        if any(type(own) not in PLAIN_TENSORS for own in self._parameters.values() if own is not None):
+            return "its Parameters are no plain tensors"
+        if not storage.is_here(self):
+            return "its values are elsewhere"
+        return "DoRA with dropout takes two products" if self.use_dora and self.lora_dropout > 0.0 else None
+
+    def note_pass(self) -> None:
+        """Notes that it ran in a pass with others, its adapter acting, as its own call would."""
+        if is_compiling():
+            called.note_compiled()
+        elif not self._called or not self._trained:
+            called.note(self, True)
 
     def sharing_state(self) -> tuple[Any, ...]:
         own = (tensor for tensor in self._parameters.values() if tensor is not None)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import called
 from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 from ..shared_input import attach, detach, is_shared, shared_inputs
+from .gated import fuse_mlps, mlps_of, unfuse_mlps
 from .matching import listed
 from .names import joined, plain_modules
 from .report import ShareReport
@@ -102,7 +103,9 @@ class FusedLoRAGroup(nn.Module):
         return {}
 
 
-def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] | None = None) -> ShareReport:
+def share_inputs(
+    model: nn.Module, names: Sequence[Sequence[str]] | None = None, recompute: bool | None = None
+) -> ShareReport:
     """Lets LoRA layers that read one x run together in training: one read of x for all h, one for all da, one dx.
 
     The layers stay where they are, with their names, adapters and hooks, and you call them as before. The first call
@@ -115,13 +118,18 @@ def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] | None = None)
     turns out to read different tensors ends by itself at its first step. Named ones stay, with a warning. Under
     ``torch.compile`` a :class:`FusedLoRAGroup` runs together, and layers that were found or named run alone.
 
+    A gated MLP that is found, and has adapters on all of its layers, becomes a :class:`FusedLoRAMLP`: gate, up, the
+    activation and down are one pass, compiled too. Where that one cannot run, its layers do as said above.
+
     Args:
         model: a module that holds ``FusedLoRALinear`` layers, or a PEFT model that ``fuse_peft`` was called on.
         names: for each group, the names that its layers have in their parent. Every parent that holds two or more of
-            them as LoRA layers is a group. None finds the groups as said above.
+            them as LoRA layers is a group. None finds the groups and the gated MLPs as said above.
+        recompute: whether the model's gated MLPs compute gate's and up's outputs again in backward, rather than keep
+            them. None leaves that as it is.
 
     Returns:
-        A report of the groups that were made. Earlier groups stay.
+        A report of the groups and gated MLPs that were made. Earlier ones stay.
 
     Raises:
         InvalidTypeError: ``model`` is no module.
@@ -136,8 +144,14 @@ def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] | None = None)
           left + right
     """
     _check_module(model, "share_inputs")
-    if names is None:
-        return share_found(model)
+    report = share_found(model) if names is None else _share_named(model, names)
+    if recompute is not None:
+        for mlp in mlps_of(model):
+            mlp.recompute = recompute
+    return report
+
+
+def _share_named(model: nn.Module, names: Sequence[Sequence[str]]) -> ShareReport:
     found, holders = [], list(plain_modules(model, shared=False))
     for siblings in names:
         of_these = [group for prefix, holder in holders if (group := _group(prefix, holder, siblings))]
@@ -157,11 +171,15 @@ def share_found(model: nn.Module) -> ShareReport:
     """:func:`share_inputs` of what is found by itself; nothing is refused."""
     holders = ((prefix, holder) for prefix, holder in plain_modules(model, shared=False))
     groups = (_group(prefix, holder, names) for prefix, holder in holders for names in _siblings(holder))
-    return _share(model, [group for group in groups if group is not None and len(_widths(group[1])) == 1], guessed=True)
+    fitting = [group for group in groups if group is not None and len(_widths(group[1])) == 1]
+    report = _share(model, fitting, guessed=True)
+    mlps, left = fuse_mlps(model)
+    named = [*mlps, *(name for group in report.groups for name in group)]
+    return ShareReport(report.groups, tuple(mlps), tuple(left)).of(model, named)
 
 
 def unshare_inputs(model: nn.Module) -> int:
-    """Makes every layer run alone again; returns how many groups there were.
+    """Makes every layer run alone again, those of gated MLPs too; returns how many groups there were.
 
     Raises:
         InvalidTypeError: ``model`` is no module.
@@ -172,6 +190,7 @@ def unshare_inputs(model: nn.Module) -> int:
         1
     """
     _check_module(model, "unshare_inputs")
+    unfuse_mlps(model)
     return sum(detach(holder) for holder in model.modules())
 
 

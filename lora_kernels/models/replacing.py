@@ -276,8 +276,10 @@ def make_report(
         ),
         trainable=counts.trainable,
         total=counts.total,
+        mlps=shared.mlps,
+        plain_mlps=shared.plain_mlps,
     )
-    return report.of(model, [*layers, *(name for group in shared.groups for name in group)])
+    return report.of(model, [*layers, *shared.mlps, *(name for group in shared.groups for name in group)])
 
 
 def _notes(model: nn.Module, config: LoRAConfig, matches: list[Match], replaced: list[str]) -> Iterator[str]:

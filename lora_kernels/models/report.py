@@ -81,6 +81,18 @@ class Report:
             names = [" + ".join(group) for group in groups]
             yield f"{self._groups(groups)}: {some(names) if full else ', '.join(map(str, _group_kinds(groups)))}"
 
+    def _mlp_lines(self, mlps: Sequence[str], plain: Sequence[SkippedLayer], full: bool) -> Iterator[str]:
+        """The gated MLPs that are one pass, in a line; and those that are not, with the reasons."""
+        if mlps:
+            here = {} if self._watch.model is None else self._watch.layers()
+            now = sum(hasattr(here.get(name), "why_plain") for name in mlps)
+            still = "" if now == len(mlps) or not here else f", of which {now or 'none'} {_is(now)} so now"
+            names = some(mlps) if full else ", ".join(_group_kinds([(name,) for name in mlps]))
+            yield f"{count(len(mlps), 'gated MLP')} in one pass{still}: {names}"
+        if plain:
+            yield f"layer by layer {count(len(plain), 'gated MLP')}:"
+            yield from skipped_lines(plain, full)
+
     def _groups(self, groups: Sequence[Sequence[str]]) -> str:
         now = self._watch.together(groups)
         still = "" if now in (None, len(groups)) else f", of which {now or 'none'} {_runs(now)} together now"
@@ -89,6 +101,10 @@ class Report:
 
 def _was(number: int | None) -> str:
     return "was" if number == 1 else "were"
+
+
+def _is(number: int) -> str:
+    return "is" if number < 2 else "are"
 
 
 def _runs(number: int | None) -> str:
@@ -152,6 +168,8 @@ class ReplaceReport(Report):
             :func:`lora_kernels.share_inputs`.
         adapter_parameters: how many numbers the adapters hold.
         trainable, total: parameters of the model that train, and all of them, counted after the replacement.
+        mlps: names of gated MLPs that run in one pass in training; see :class:`lora_kernels.FusedLoRAMLP`.
+        plain_mlps: gated MLPs with adapters that do not, each with the reason.
     """
 
     layers: tuple[ReplacedLayer, ...]
@@ -161,6 +179,8 @@ class ReplaceReport(Report):
     adapter_parameters: int
     trainable: int
     total: int
+    mlps: tuple[str, ...] = ()
+    plain_mlps: tuple[SkippedLayer, ...] = ()
 
     @property
     def percent(self) -> float:
@@ -180,6 +200,7 @@ class ReplaceReport(Report):
             yield f"left alone {count(len(self.skipped), 'module')}:"
             yield from skipped_lines(self.skipped, full)
         yield from self._group_lines(self.groups, full)
+        yield from self._mlp_lines(self.mlps, self.plain_mlps, full)
         yield from note_lines("note", self.notes, full)
         yield from self._since(self.layers, _rank_and_alpha, "taken out of the model")
         yield from self._trainable_lines()
@@ -302,9 +323,13 @@ class ShareReport(Report):
 
     Attributes:
         groups: the dotted names of each group's layers.
+        mlps: names of gated MLPs that run in one pass.
+        plain_mlps: gated MLPs with adapters that do not, each with the reason.
     """
 
     groups: tuple[tuple[str, ...], ...]
+    mlps: tuple[str, ...] = ()
+    plain_mlps: tuple[SkippedLayer, ...] = ()
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -315,12 +340,13 @@ class ShareReport(Report):
     def _lines(self, full: bool) -> Iterator[str]:
         if not self.groups:
             yield "no group of layers with one input"
-            return
-        yield f"{self._groups(self.groups)}:"
+        else:
+            yield f"{self._groups(self.groups)}:"
         if full:
             yield from (f"  {' + '.join(group)}" for group in self.groups)
         else:
             yield from (f"  {kind}" for kind in _group_kinds(self.groups))
+        yield from self._mlp_lines(self.mlps, self.plain_mlps, full)
 
 
 def _name(row: Any) -> str:

@@ -96,9 +96,11 @@ def fuse_peft(model: nn.Module) -> FuseReport:
         skipped=tuple(SkippedLayer(name, f"{reason}.") for name, reason in reasons.items() if reason is not None),
         notes=(*_notes([*already, *chosen]), *_notes_of_encoders(model, {layer for _, layer in lora_layers})),
         groups=shared.groups,
+        mlps=shared.mlps,
+        plain_mlps=shared.plain_mlps,
         _counters=tuple(counter(layer) for _, layer in [*already, *chosen]),
     )
-    return report.of(model, [name for name, _ in [*already, *chosen]])
+    return report.of(model, [*shared.mlps, *(name for name, _ in [*already, *chosen])])
 
 
 def unfuse_peft(model: nn.Module) -> UnfuseReport:

@@ -66,13 +66,27 @@ class FusedLoraLinear(Linear):
 
     def shared_branch(self, x: Tensor) -> tuple[Branch, float] | None:
         """See :class:`~lora_kernels.shared_input.Member`."""
-        adapters = self._acting_adapters(None) if self.training else []
-        if not adapters or self._why_own(x, adapters, None, (), {}) is not None:
+        if self.why_alone(x) is not None:
             return None
-        p = self._p(adapters[0])
-        if p > 0.0 and adapters[0] in self.lora_variant:  # DoRA with dropout needs two products of W
-            return None
-        return self._branch(adapters), p
+        adapters = self._acting_adapters(None)
+        return self._branch(adapters), self._p(adapters[0])
+
+    def why_alone(self, x: Tensor | None) -> str | None:
+        """Why it cannot run in a pass with other layers now, in a clause; None: it can."""
+        if not self.training:
+            return "it is in evaluation"
+        adapters = self._acting_adapters(None)
+        if not adapters:
+            return "no adapter acts"
+        given = x if x is not None else self.weight.detach()
+        if (reason := self._why_own(given, adapters, None, (), {})) is not None:
+            return reason
+        dora = self._p(adapters[0]) > 0.0 and adapters[0] in self.lora_variant
+        return "DoRA with dropout takes two products" if dora else None
+
+    def note_pass(self) -> None:
+        """Counts a call that ran in a pass with others."""
+        self._count(FUSED)
 
     def sharing_state(self) -> tuple[Any, ...]:
         adapters = self._acting_adapters(None)

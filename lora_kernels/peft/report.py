@@ -148,6 +148,8 @@ class FuseReport(Report):
         notes: sentences about fused layers that PEFT's own forward will run as things stand, or that nobody calls.
         groups: the names of layers that read one x and run together in training; see
             :func:`lora_kernels.share_inputs`.
+        mlps: names of gated MLPs that run in one pass in training; see :class:`lora_kernels.FusedLoRAMLP`.
+        plain_mlps: gated MLPs with adapters that do not, each with the reason.
     """
 
     layers: tuple[FusedLayer, ...]
@@ -155,6 +157,8 @@ class FuseReport(Report):
     skipped: tuple[SkippedLayer, ...]
     notes: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...] = ()
+    mlps: tuple[str, ...] = ()
+    plain_mlps: tuple[SkippedLayer, ...] = ()
     _counters: tuple[Counter[str], ...] = field(default=(), repr=False, compare=False)
 
     @property
@@ -180,6 +184,7 @@ class FuseReport(Report):
             yield f"left as PEFT's own {count(len(self.skipped), 'layer')}:"
             yield from skipped_lines(self.skipped, full)
         yield from self._group_lines(self.groups, full)
+        yield from self._mlp_lines(self.mlps, self.plain_mlps, full)
         yield from note_lines("note when fused", self.notes, full)
         yield from self._since(self.layers, _adapters, "unfused or taken out of the model")
         yield from self.calls._lines("so far" if self._watch.begun else "when counted", full)

@@ -27,7 +27,9 @@ OF_THE_PACKAGE = {
     "shared_branch",
     "sharing_state",
     "to_plain",
+    "note_pass",
     "total_bias",
+    "why_alone",
 }
 
 

@@ -66,6 +66,7 @@ def test_a_llama_of_32_layers_is_a_screen() -> None:
         "  32 × up_proj (4096→14336), r = 16, alpha = 32: 9,437,184 parameters",
         "  32 × down_proj (14336→4096), r = 16, alpha = 32: 9,437,184 parameters",
         "64 groups of layers with one input: 32 × q_proj + k_proj + v_proj, 32 × gate_proj + up_proj",
+        "32 gated MLPs in one pass: 32 × mlp",
         "trainable parameters: 41,943,040 of 7,152,603,136 (0.5864 %)",
     ]
     assert repr(report) == str(report)
@@ -193,15 +194,17 @@ def test_groups_that_run_apart_again_are_told() -> None:
     report = replace_linear(model, EVERY_LINEAR)
     told = changed(report, lambda: lora_kernels.unshare_inputs(model))
     assert [line.partition(": ")[0] for line in told] == [
-        "64 groups of layers with one input, of which none runs together now"
+        "64 groups of layers with one input, of which none runs together now",
+        "32 gated MLPs in one pass, of which none is so now",
     ]
     shared = share_inputs(model)
     assert str(shared).splitlines() == [
         "64 groups of layers with one input:",
         "  32 × q_proj + k_proj + v_proj",
         "  32 × gate_proj + up_proj",
+        "32 gated MLPs in one pass: 32 × mlp",
     ]
-    assert len(shared.details().splitlines()) == 65
+    assert len(shared.details().splitlines()) == 66
     lora_kernels.unshare_inputs(model.layers[0])
     assert "64 groups of layers with one input, of which 62 run together now" in str(shared)
 
@@ -253,7 +256,8 @@ def test_a_pickled_report_holds_what_was_counted_and_no_model() -> None:
 def test_programs_read_the_fields_they_have_read() -> None:
     report = replace_linear(small(), LoRAConfig(r=2, target_modules=["0"]))
     data = json.loads(json.dumps(asdict(report)))
-    assert list(data) == ["layers", "skipped", "notes", "groups", "adapter_parameters", "trainable", "total"]
+    assert list(data) == ["layers", "skipped", "notes", "groups", "adapter_parameters", "trainable", "total", "mlps",
+                          "plain_mlps"]  # fmt: skip
 
 
 def test_signs_that_the_output_cannot_write_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

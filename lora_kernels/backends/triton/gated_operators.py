@@ -8,45 +8,70 @@ from torch import Tensor
 from .choose import blocks
 from .choose.blocks import gated_block
 from .kernels.gated import gated_grad_kernel, gated_kernel
-from .run.prepared import Cache, Launch, alignment, current_stream, matrix, on_device
-from .run.steps import cdiv
+from .run.call import cdiv
+from .run.launcher import PassRun
+from .run.prepared import Cache, Launch, alignment, matrix
+from .run.steps import Step
 
 __all__ = ["forget", "gated", "gated_grad"]
 
-_launches: Cache[Launch] = Cache()
+_runs: Cache[PassRun] = Cache()
 
 
 def forget() -> None:
     """Forget what was made ready."""
-    _launches.clear()
+    _runs.clear()
 
 
 def gated(gate: Tensor, up: Tensor, number: int) -> Tensor:
-    a = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    if a.numel() == 0:
-        return a
+    if gate.numel() == 0:
+        return gate.new_empty(gate.shape)
     key = ("gated", *matrix(gate), *matrix(up), number, alignment(gate, up))
-    with on_device(gate.device):
-        launch = _launches.get(key)
-        if launch is None:
-            launch = _launches.keep(key, _launch(gated_kernel, gate, (*gate.stride(), *up.stride()), number))
-        launch(current_stream(key[1]), gate, up, a)
+    run = _runs.get(key)
+    if run is None:
+        run = _runs.keep(key, PassRun(_gated_step(gate, up, number), gate.device))
+    a: Tensor = run(gate, up)
     return a
+
+
+def _gated_step(gate: Tensor, up: Tensor, number: int) -> Step:
+    """``step(stream, gate, up)`` -> a."""
+    shape, dtype, device = gate.shape, gate.dtype, gate.device
+    launch = _launch(gated_kernel, gate, (*gate.stride(), *up.stride()), number)
+
+    def step(stream: int | None, gate: Tensor, up: Tensor) -> Tensor:
+        a = torch.empty(shape, dtype=dtype, device=device)
+        launch(stream, gate, up, a)
+        return a
+
+    return step
 
 
 def gated_grad(da: Tensor, gate: Tensor, up: Tensor, number: int, joined: bool) -> tuple[Tensor, Tensor]:
     m, f = gate.shape
-    dgate, dup = gate.new_empty((m, 2 * f if joined else f)), gate.new_empty(0 if joined else (m, f))
     if m == 0 or f == 0:
-        return dgate, dup
+        return gate.new_empty((m, 2 * f if joined else f)), gate.new_empty(0 if joined else (m, f))
     key = ("gated_grad", *matrix(da), *matrix(gate), *matrix(up), number, joined, alignment(da, gate, up))
-    with on_device(gate.device):
-        launch = _launches.get(key)
-        if launch is None:
-            strides = (*da.stride(), *gate.stride(), *up.stride(), dgate.stride(0))
-            launch = _launches.keep(key, _launch(gated_grad_kernel, gate, strides, number))
-        launch(current_stream(key[1]), da, gate, up, dgate, None if joined else dup)
-    return dgate, dup
+    run = _runs.get(key)
+    if run is None:
+        run = _runs.keep(key, PassRun(_gated_grad_step(da, gate, up, number, joined), gate.device))
+    dgate, dup = run(da, gate, up)
+    return dgate, gate.new_empty(0) if dup is None else dup
+
+
+def _gated_grad_step(da: Tensor, gate: Tensor, up: Tensor, number: int, joined: bool) -> Step:
+    """``step(stream, da, gate, up)`` -> dgate, and dup or None where dgate holds both."""
+    (m, f), dtype, device = gate.shape, gate.dtype, gate.device
+    columns = 2 * f if joined else f
+    launch = _launch(gated_grad_kernel, gate, (*da.stride(), *gate.stride(), *up.stride(), columns), number)
+
+    def step(stream: int | None, da: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor | None, ...]:
+        dgate = torch.empty((m, columns), dtype=dtype, device=device)
+        dup = None if joined else torch.empty((m, f), dtype=dtype, device=device)
+        launch(stream, da, gate, up, dgate, dup)
+        return dgate, dup
+
+    return step
 
 
 def _launch(kernel: object, gate: Tensor, strides: tuple[int, ...], number: int) -> Launch:
