@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "FusedLoRAGroup": "models.grouping",
+    "FusedLoRAExperts": "experts.layer",
     "FusedLoRALinear": "nn",
     "FusedLoRAMLP": "models.gated",
     "LoRAConfig": "config",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from .dispatch import explain as explain
     from .dispatch import use_backend as use_backend
     from .errors import LoRAKernelsError as LoRAKernelsError
+    from .experts.layer import FusedLoRAExperts as FusedLoRAExperts
     from .functional import lora_linear as lora_linear
     from .models.disabling import adapters_disabled as adapters_disabled
     from .models.gated import FusedLoRAMLP as FusedLoRAMLP

@@ -168,6 +168,10 @@ class LoRAConfig:
             the parallel adapter ``s B σ(A x)`` of He et al. (2022). PEFT does not have it and no weight can hold it, so
             it cannot be merged or saved in PEFT's files. Not with DoRA; and only with ``init_lora_weights`` True,
             False, ``"zero"`` or ``"gaussian"``.
+        target_parameters: Parameters that hold a mixture's experts stacked, as transformers 5 has them; a list of their
+            dotted names or suffixes, such as ``"mlp.experts.gate_up_proj"``. Each expert has its own A and B of rank
+            ``r``. ``rank_pattern`` and ``alpha_pattern`` are asked about the Parameter's name. Without
+            ``target_modules`` no linear layer is replaced. Not with DoRA, ``lora_bias``, PiSSA, OLoRA or an activation.
 
     Raises:
         InvalidArgumentError: a value is not allowed by the above.
@@ -197,6 +201,7 @@ class LoRAConfig:
     layers_to_transform: int | list[int] | tuple[int, ...] | set[int] | None = None
     layers_pattern: str | list[str] | tuple[str, ...] | set[str] | None = None
     activation: str = "identity"
+    target_parameters: list[str] | tuple[str, ...] | set[str] | None = None
 
     def __post_init__(self) -> None:
         _make_plain(self)
@@ -218,6 +223,12 @@ class LoRAConfig:
                 f"modules_to_save={self.modules_to_save!r} was given: it must be a list of names of modules."
             )
         _check_names("modules_to_save", self.modules_to_save)
+        if isinstance(self.target_parameters, str):
+            raise InvalidTypeError(
+                f"target_parameters={self.target_parameters!r} was given: it must be a list of names of Parameters, "
+                'such as ["mlp.experts.gate_up_proj"]; an expression is not taken.'
+            )
+        _check_names("target_parameters", self.target_parameters)
         self._check_layers()
         patterns = [*self.rank_pattern, *self.alpha_pattern, *(self.modules_to_save or ())]
         patterns += [s for s in (self.target_modules, self.exclude_modules) if isinstance(s, str)]

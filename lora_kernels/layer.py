@@ -26,9 +26,10 @@ from .gate import run_branch, run_plain
 from .shared_input import NO_OTHERS, SharedInput
 from .tensors import PLAIN_TENSORS
 
-__all__ = ["LoRALayer", "names_of_layers"]
+__all__ = ["LoRALayer", "RestoreEnabled", "names_of_layers"]
 
 Layer = TypeVar("Layer", bound="LoRALayer")
+Switched = TypeVar("Switched", bound=nn.Module)  # what else may be switched: experts
 
 
 class LoRALayer(nn.Module):
@@ -282,7 +283,7 @@ class LoRALayer(nn.Module):
         storage.check_merging("unmerge", [("", self)])
         merging.unmerge(self)
 
-    def enable_lora(self: Layer, enabled: bool = True) -> _RestoreEnabled[Layer]:
+    def enable_lora(self: Layer, enabled: bool = True) -> RestoreEnabled[Layer]:
         """Switches the adapter on or off (then: base output only, merged or not). In a ``with``, for its block only.
 
         With PiSSA and OLoRA, as in PEFT, that is the output of the residual weight, which lacks the adapter's part.
@@ -293,7 +294,7 @@ class LoRALayer(nn.Module):
             >>> with layer.enable_lora(False):
             ...     base = layer(torch.ones(4))
         """
-        restore = _RestoreEnabled(self, self._lora_enabled, self._left_off)
+        restore = RestoreEnabled(self, self._lora_enabled, self._left_off)
         self._lora_enabled, self._left_off = enabled, not enabled
         telling.forget(merging.TRAINING)
         return restore
@@ -446,18 +447,19 @@ def _whole_like(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
 
 
-class _RestoreEnabled(Generic[Layer]):
+class RestoreEnabled(Generic[Switched]):
     """What ``enable_lora`` returns: leaving its ``with`` block puts the former state back."""
 
-    def __init__(self, layer: Layer, enabled: bool, left_off: bool) -> None:
+    def __init__(self, layer: Switched, enabled: bool, left_off: bool) -> None:
         self._layer, self._former = layer, (enabled, left_off)
         self._blocks: list[AbstractContextManager[None]] = []
 
-    def __enter__(self) -> Layer:
-        layer, (enabled, self._layer._left_off) = self._layer, self._former
+    def __enter__(self) -> Switched:
+        layer: Any = self._layer
+        enabled, layer._left_off = self._former
         self._blocks.append(switching.switched([layer], layer._lora_enabled, before=enabled))
         self._blocks[-1].__enter__()
-        return layer
+        return self._layer
 
     def __exit__(self, *exception: object) -> None:
         self._blocks.pop().__exit__(None, None, None)

@@ -225,7 +225,7 @@ def acting(layer: LoRALayer, on: bool) -> tuple[Any, Any]:
     """
     base = layer._base
     if layer.training and layer.lora_B.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        _tell_of_training(layer)
+        tell_of_training(layer)
     if base is None:
         return layer.weight, layer.bias
     if base.in_place:
@@ -273,7 +273,8 @@ def _exchanged() -> LoRAStateError:
     )
 
 
-def _tell_of_training(layer: LoRALayer) -> None:
+def tell_of_training(layer: Any) -> None:
+    """Warns once that ``layer``, linear or experts, trains while its adapter is merged or off."""
     if layer.merged:
         telling.once(
             TRAINING,

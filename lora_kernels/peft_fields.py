@@ -29,6 +29,7 @@ HELD: dict[str, Any] = {  # fields that LoRAConfig has, with PEFT's defaults
     "modules_to_save": None,
     "layers_to_transform": None,
     "layers_pattern": None,
+    "target_parameters": None,
 }
 KEPT = {  # fields without effect on what a loaded adapter computes
     "auto_mapping",
@@ -56,7 +57,6 @@ _REFUSED = {  # fields that ask for another computation where they are set
     "layer_replication": "the model is deepened with copies of its layers",
     "megatron_config": "the layers are Megatron's parallel ones",
     "monteclora_config": "A is sampled while training (MonteCLoRA)",
-    "target_parameters": "adapters act on bare parameters, such as a mixture's stacked experts",
     "trainable_token_indices": "single rows of an embedding are trained",
     "use_bdlora": "A or B is block-diagonal (BD-LoRA)",
     "use_qalora": "the input is pooled in groups (QA-LoRA)",

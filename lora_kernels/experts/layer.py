@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .. import switching
+from .. import merging as of_linear
+from .. import switching, telling
 from ..config import AdapterOptions, scaling_of
 from ..errors import InvalidArgumentError, LoRAStateError
-from ..gate import autocast_input, device_type_of, is_autocast_enabled
-from ..initialisation import draw
-from ..tensors import as_dtype
-from .autograd import project
+from ..initialisation import draw, kind_of
+from ..layer import RestoreEnabled
+from . import merging
 from .problem import Adapter
-from .routing import Routing, combine
-from .suitable import DOWN, UP, check_options, check_target, why_not_experts
+from .run import base, run, stacked
+from .suitable import check_options, check_target, why_not_experts
 
 __all__ = ["FusedLoRAExperts", "around_experts"]
 
 M = TypeVar("M", bound=nn.Module)
 
 _TABLES = ("_parameters", "_buffers", "_modules")
-_OWN = ("lora_A", "lora_B", "options", "_lora_enabled", "_asks")
+_OWN = ("lora_A", "lora_B", "options", "_lora_enabled", "_left_off", "_asks", "_merged")
 _KINDS: dict[type[nn.Module], type[FusedLoRAExperts]] = {}
 
 
@@ -52,20 +52,43 @@ class FusedLoRAExperts(nn.Module):
     options: dict[str, AdapterOptions]
     _plain_class: type[nn.Module]
     _lora_enabled: bool = True
+    _left_off: bool = False  # switched off by a call, not for the block of a ``with``
+    _merged: bool = False
 
     def scaling(self, name: str) -> float:
         """s of the adapter on the Parameter called ``name``."""
         of = self.options[name]
         return scaling_of(of.r, of.lora_alpha, of.use_rslora)
 
-    def stacked(self, name: str) -> Tensor:
-        """The Parameter called ``name`` as (E, N, K)."""
-        weight = self.get_parameter(name)
-        return weight.transpose(1, 2) if getattr(self, "is_transposed", False) else weight
+    @property
+    def adapter(self) -> dict[str, nn.Parameter]:
+        """The adapters' Parameters by name, such as ``lora_A.down_proj``."""
+        both = (("lora_A", self.lora_A), ("lora_B", self.lora_B))
+        return {f"{factor}.{name}": own for factor, of in both for name, own in of.items()}
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether an adapter adds anything to its base."""
+        return any(self._adds(name) for name in self.options)
+
+    @torch.no_grad()
+    def _adds(self, name: str) -> bool:
+        a, b = self.lora_A[name], self.lora_B[name]
+        if a.is_meta or kind_of(self.options[name].init_lora_weights) != "orthogonal":
+            return not b.is_meta and bool(torch.count_nonzero(b))
+        a, b = a.double(), b.double()  # neither is zero, but their product is at first
+        rounding = 4 * a.shape[1] ** 0.5 * torch.finfo(self.lora_B[name].dtype).eps * a.norm() * b.norm()
+        return bool((b @ a).norm() > rounding)
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """Draws A and B of each expert anew, as ``init_lora_weights`` says."""
+        """Draws A and B of each expert anew, as ``init_lora_weights`` says.
+
+        Raises:
+            LoRAStateError: the experts are merged.
+        """
+        if self.merged:
+            raise LoRAStateError("reset_lora_parameters was called on merged experts. Call unmerge() first.")
         for name, of in self.options.items():
             for a, b in zip(self.lora_A[name], self.lora_B[name], strict=True):
                 if not a.is_meta:
@@ -73,24 +96,50 @@ class FusedLoRAExperts(nn.Module):
                     a.copy_(new_a)
                     b.copy_(new_b)
 
+    @property
+    def merged(self) -> bool:
+        """Whether the adapted Parameters' names read merged values."""
+        return self._merged
+
+    def merge(self) -> None:
+        """Puts W + s B A of each expert, computed in fp32 and rounded once, in the place of each adapted Parameter.
+
+        The original Parameters are kept, so :meth:`unmerge` is exact. The cost is one more copy of the adapted weights.
+        While merged, ``state_dict()`` and ``named_parameters()`` still give the base and the adapters.
+
+        Raises:
+            LoRAStateError: merged already, on the meta device, or the merged values are not finite where the base's
+                are. Nothing is changed then.
+        """
+        merging.merge(self)
+
+    def unmerge(self) -> None:
+        """Puts the original weights back, exactly.
+
+        Raises:
+            LoRAStateError: not merged.
+        """
+        merging.unmerge(self)
+
+    def enable_lora(self, enabled: bool = True) -> Any:
+        """Switches the adapters on or off (then: base output only, merged or not). In a ``with``, for its block."""
+        restore = RestoreEnabled(self, self._lora_enabled, self._left_off)
+        self._lora_enabled, self._left_off = enabled, not enabled
+        telling.forget(of_linear.TRAINING)
+        return restore
+
     def to_plain(self) -> nn.Module:
-        """The module without its adapters, of the class that it had, around the same Parameters."""
+        """The module without its adapters, of the class that it had: around the same Parameters, or merged ones."""
         plain: nn.Module = _copy(self, self._plain_class)
+        for name, values in merging.merged_values(self).items():
+            plain._parameters[name] = nn.Parameter(values, requires_grad=False)
+            plain._buffers.pop(merging.buffer_name(name))
+            plain._non_persistent_buffers_set.discard(merging.buffer_name(name))
+            plain.__dict__.pop(name, None)
         for name in _OWN:
             plain._modules.pop(name, None)
             plain.__dict__.pop(name, None)
         return plain
-
-    def merge(self) -> None:
-        """Refused.
-
-        Raises:
-            LoRAStateError: always.
-        """
-        raise LoRAStateError(
-            "merge was called on stacked experts with LoRA, which cannot be merged yet. Run them as they are; or save "
-            "the adapter, and merge it with PEFT."
-        )
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, H) of ``hidden_states`` (T, H), its experts ``top_k_index`` (T, k) and their weights (T, k).
@@ -100,51 +149,70 @@ class FusedLoRAExperts(nn.Module):
         on = self._lora_enabled
         if not on or self.__dict__.get("_asks", False):
             on = switching.is_on(self, on)
-        if not on:
-            return super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc,no-any-return]
-        return run(self, hidden_states, top_k_index, top_k_weights)
+        if on and not self._merged:
+            adapters = {
+                name: Adapter(self.lora_A[name], self.lora_B[name], self.scaling(name)) for name in self.options
+            }
+            dropout = {name: of.lora_dropout for name, of in self.options.items()} if self.training else {}
+            return run(self, hidden_states, top_k_index, top_k_weights, adapters, dropout)
+        if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.lora_B.values()):
+            of_linear.tell_of_training(self)
+        if self._merged and not on:
+            return run(self, hidden_states, top_k_index, top_k_weights, {}, {}, base)
+        return super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc,no-any-return]
+
+    def stacked(self, name: str) -> Tensor:
+        """The weight called ``name`` as (E, N, K); merged, if it is."""
+        return stacked(self, name)
 
     def extra_repr(self) -> str:
-        adapted = (f"{name}: r={of.r}, lora_alpha={of.lora_alpha:g}" for name, of in self.options.items())
-        return ", ".join(filter(None, [super().extra_repr(), *adapted]))
+        adapted = [f"{name}: r={of.r}, lora_alpha={of.lora_alpha:g}" for name, of in self.options.items()]
+        flags = {"merged": self.merged, "disabled": not self._lora_enabled}
+        return ", ".join(filter(None, [super().extra_repr(), *adapted, *(f"{n}=True" for n, v in flags.items() if v)]))
 
+    def check_rank(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
+        """Raises where ``state_dict`` has an adapter of another shape under ``prefix``, or cannot be loaded now."""
+        for name, own in self.adapter.items():
+            given = state_dict.get(prefix + name)
+            if given is not None and given.shape != own.shape:
+                raise InvalidArgumentError(
+                    f"the state dict's {prefix}{name} is {tuple(given.shape)}, and the module has {tuple(own.shape)} "
+                    "(experts, rank and size). Make it with the same rank, or leave the lora_ keys out and load with "
+                    "strict=False."
+                )
+        named = (*self._parameters, *self.adapter)
+        if self.merged and (found := next((own for own in named if prefix + own in state_dict), None)):
+            raise LoRAStateError(
+                f"the state dict has {prefix}{found}, and the experts there are merged: what they run was computed "
+                "from the former values. Call unmerge_lora(model) first."
+            )
 
-def run(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What ``grouped_mm_experts_forward`` of transformers computes, with the adapters inside."""
-    _check_shapes(hidden_states, top_k_index, top_k_weights)
-    routing = Routing(top_k_index, module.num_experts, getattr(module, "_is_expert_parallel", False))
-    up = UP[getattr(module, "has_gate", True)]
-    x = _project(module, hidden_states, up, routing, spread=True)
-    x = module._apply_gate(x) if up == "gate_up_proj" else module.act_fn(x)
-    x = _project(module, x, DOWN, routing, spread=False)
-    if getattr(module, "has_post_expert_norm", False):
-        x = module.post_expert_norm(x)
-    return combine(x, top_k_weights, routing).to(hidden_states.dtype)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.check_rank(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("options", ()) and self._merged and value is not self.__dict__.get(name):
+            raise LoRAStateError(
+                f"{name} was assigned to on merged experts, whose merged values come from the former one. Call "
+                "unmerge() first, then do it and merge() again."
+            )
+        super().__setattr__(name, value)
 
-def _project(module: FusedLoRAExperts, x: Tensor, name: str, routing: Routing, spread: bool) -> Tensor:
-    weight, adapter, p = module.stacked(name), None, 0.0
-    if name in module.options:
-        adapter = Adapter(module.lora_A[name], module.lora_B[name], module.scaling(name))
-        p = module.options[name].lora_dropout if module.training else 0.0
-    device_type = device_type_of(x)
-    if is_autocast_enabled(device_type):
-        x = autocast_input(x, device_type)
-        with torch.autocast(device_type, enabled=False):
-            y = project(x, weight, adapter, routing, p, spread)
-    else:
-        y = project(as_dtype(x, weight.dtype), weight, adapter, routing, p, spread)
-    bias = getattr(module, f"{name}_bias") if getattr(module, "has_bias", False) else None
-    return y if bias is None else y.add_(bias.index_select(0, routing.experts))
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in self.options if self._merged else ():
+            state.pop(name, None)
+        return state
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        merging.show(self)
 
-def _check_shapes(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
-    if x.dim() != 2 or top_k_index.shape[:1] != x.shape[:1] or top_k_weights.shape != top_k_index.shape:
-        raise InvalidArgumentError(
-            f"shapes that do not fit were given: hidden_states {tuple(x.shape)}, top_k_index "
-            f"{tuple(top_k_index.shape)}, top_k_weights {tuple(top_k_weights.shape)}. They must be (T, H), (T, k) and "
-            "(T, k)."
-        )
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLoRAExperts:
+        super()._apply(fn, recurse)
+        merging.show(self)
+        return self
 
 
 def around_experts(module: nn.Module, options: Mapping[str, AdapterOptions], draw: bool = True) -> FusedLoRAExperts:
@@ -165,7 +233,7 @@ def around_experts(module: nn.Module, options: Mapping[str, AdapterOptions], dra
     a, b = nn.ParameterDict(), nn.ParameterDict()
     made.lora_A, made.lora_B, made.options = a, b, dict(options)
     for name, of in options.items():
-        weight = made.stacked(name)
+        weight = stacked(made, name)
         e, n, k = weight.shape
         half = weight.dtype in (torch.float16, torch.bfloat16)
         dtype = of.adapter_dtype or (torch.float32 if half else weight.dtype)

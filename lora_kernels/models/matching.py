@@ -155,19 +155,23 @@ def find_matches(model: nn.Module, config: LoRAConfig) -> list[Match]:
     say why those are left alone, transformers' ``Conv1D``, and a mixture's stacked experts, likewise for the report.
 
     Raises:
-        InvalidArgumentError: ``target_modules`` is None or empty.
+        InvalidArgumentError: ``target_modules`` is None or empty, and there are no ``target_parameters``.
     """
     target = config.target_modules
+    if not target and config.target_parameters:
+        return []
     if not target:
         raise InvalidArgumentError(
             f"target_modules={target!r} was given: replace_linear has no default for a model's architecture. Give "
-            'names such as ["q_proj", "v_proj"], a regular expression, or "all-linear".'
+            'names such as ["q_proj", "v_proj"], a regular expression, or "all-linear"; target_parameters for experts.'
         )
     heads = output_heads(model) if is_all_linear(target) else set()
 
     def wanted(name: str, module: nn.Module) -> bool:
         if is_all_linear(target):
-            return (is_linear(module) and module not in heads) or bool(stacked_experts(module))
+            return (is_linear(module) and module not in heads) or bool(
+                stacked_experts(module) and not hasattr(module, "lora_A")
+            )
         return _targets(config, name)
 
     matches = []

@@ -16,9 +16,12 @@ from .. import called, fsdp, merging, storage
 from ..assigning import has_moved
 from ..config import LoRAConfig, as_tuple
 from ..errors import InvalidTypeError, LoRAKernelsError, LoRAKernelsWarning, LoRAStateError
+from ..experts.layer import FusedLoRAExperts
 from ..layer import LoRALayer
 from .adapter import Adapter, forget, remember, remember_bias, remembered_within
+from .experts import build_experts, decide_experts, expert_rows, find_experts, notes_of_experts
 from .grouping import share_found, unshare_inputs
+from .layers import adapter_of, adapter_parameters, expert_layers, lora_layers
 from .matching import find_matches, listed, trained_whole
 from .names import compiled_alone, joined, plain_modules
 from .pretrained import tell_of_saving
@@ -46,18 +49,6 @@ __all__ = [
 ]
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """``(plain name, layer)`` of each ``FusedLoRALinear`` in ``model``. A shared layer comes once, by its first name.
-
-    Example:
-        >>> from lora_kernels import FusedLoRALinear
-        >>> [name for name, _ in lora_layers(nn.Sequential(FusedLoRALinear(4, 4, r=2), nn.ReLU()))]
-        ['0']
-    """
-    modules = plain_modules(model, shared=False)
-    return ((name, module) for name, module in modules if isinstance(module, LoRALayer))
-
-
 def replace_linear(model: nn.Module, config: LoRAConfig) -> ReplaceReport:
     """Replaces, in place, each ``nn.Linear`` that ``config`` names by a ``FusedLoRALinear`` around the same Parameters.
 
@@ -68,6 +59,10 @@ def replace_linear(model: nn.Module, config: LoRAConfig) -> ReplaceReport:
     and ``Conv1D`` except the output head. The head is what ``get_output_embeddings()`` of a transformers model returns.
     Where that is None, it is the model's child ``score`` or ``classifier``. In other models no head can be told from
     the rest, so "all-linear" is all of their linear layers.
+
+    **Experts.** ``config.target_parameters`` names a mixture's stacked Parameters. Their module becomes a
+    :class:`~lora_kernels.FusedLoRAExperts`, with an A and a B for each expert. "all-linear" leaves experts out, and the
+    report says so. Biases of experts do not train.
 
     **What trains.** The replaced layers' weights are frozen, and their biases as ``config.bias`` says. The modules of
     ``config.modules_to_save`` train whole. Nothing else is frozen: :func:`mark_only_lora_as_trainable` does that.
@@ -88,8 +83,9 @@ def replace_linear(model: nn.Module, config: LoRAConfig) -> ReplaceReport:
         A report to print: which layers were replaced, which were left alone and why, how many parameters train.
 
     Raises:
-        InvalidArgumentError: there are no ``target_modules``, or they match no module (the message names close ones);
-            or PiSSA or OLoRA cannot give a layer that rank.
+        InvalidArgumentError: there are no ``target_modules`` and no ``target_parameters``, or they match nothing (the
+            message names close ones); PiSSA or OLoRA cannot give a layer that rank; or experts were named with an
+            option that they cannot have, such as DoRA.
         InvalidTypeError: the model is no module, is itself an ``nn.Linear``, or is scripted; or none of the matches can
             be replaced.
         LoRAStateError: a layer that matches is replaced already; its weight has no decomposition (PiSSA, OLoRA); or the
@@ -107,15 +103,22 @@ def replace_linear(model: nn.Module, config: LoRAConfig) -> ReplaceReport:
     check_model(model, config)
     matches = find_matches(model, config)
     targets, skipped = decide(model, config, matches)
-    if not targets:
+    found = find_experts(model, config)
+    experts, left = decide_experts(model, config, found)
+    adapted = {match.name for match in experts}
+    skipped = [each for each in skipped if each.name not in adapted] + left
+    if not targets and not experts:
         raise nothing_to_replace(model, config, skipped)
     with training_kept_on_failure(model):
-        layers = build(targets, config)
+        layers, of_experts = build(targets, config), build_experts(experts, config)
         train_biases(model, list(layers.values()), config.bias)
         train_whole(model, config)
-    shared = put_layers(model, {match.module: layers[match.name] for match in targets})
+    put: dict[nn.Module, nn.Module] = {match.module: layers[match.name] for match in targets}
+    put |= {match.module: layer for match, layer in zip(experts, of_experts, strict=True)}
+    shared = put_layers(model, put)
     remember(model, config)
-    return make_report(model, config, matches, layers, targets, skipped, shared)
+    rows, notes = expert_rows(experts, of_experts), notes_of_experts(model, config, found)
+    return make_report(model, config, matches, layers, targets, skipped, shared, list(rows), list(notes))
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str | None = None) -> None:
@@ -150,15 +153,15 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str | None = None) -> No
         layer.base_weight.requires_grad_(False)
         if layer.base_bias is not None:
             layer.base_bias.requires_grad_(False)
-        for parameter in layer.adapter.values():
-            parameter.requires_grad_(True)
+    for parameter in adapter_parameters(model):
+        parameter.requires_grad_(True)
     train_biases(model, layers, bias)
     train_whole(model, adapter.config)
     remember_bias(model, bias)
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Merges every ``FusedLoRALinear``; see :meth:`FusedLoRALinear.merge`.
+    """Merges every ``FusedLoRALinear`` and ``FusedLoRAExperts``; see :meth:`FusedLoRALinear.merge`.
 
     It costs one more copy of their weights in memory. If one layer cannot be merged, none is.
 
@@ -175,7 +178,8 @@ def merge_lora(model: nn.Module) -> None:
     """
     layers = some_lora_layers(model, "merge_lora")
     fsdp.settle_for(model, layers, "merge_lora")
-    if merged := [name for name, layer in layers if layer.merged]:
+    experts = list(expert_layers(model))
+    if merged := [name for name, layer in (*layers, *experts) if layer.merged]:
         raise LoRAStateError(
             f"merge_lora was called on a model where {listed(merged)} is merged already. Call unmerge_lora(model) "
             "first, or merge() on the layers that are not."
@@ -185,22 +189,37 @@ def merge_lora(model: nn.Module) -> None:
     for name, layer in layers:
         if fsdp.in_place(layer):
             fsdp.check_untied(name, layer, _untied_from(model, layer))
-    done: list[LoRALayer] = []
+    done: list[LoRALayer | FusedLoRAExperts] = []
     try:
-        for name, layer in layers:
+        for name, each in (*layers, *experts):
             try:
-                merging.merge(layer)
+                _merge(each)
             except LoRAKernelsError as error:
                 raise LoRAStateError(f"layer {name!r} cannot be merged, so none is: {error}") from error
-            done.append(layer)
+            done.append(each)
     except BaseException:
-        for layer in done:
-            merging.unmerge(layer)
+        for each in done:
+            _unmerge(each)
         raise
 
 
+def _merge(layer: LoRALayer | FusedLoRAExperts) -> None:
+    """Where the whole model was checked: a layer's own method would refuse what ``fully_shard`` manages."""
+    if isinstance(layer, LoRALayer):
+        merging.merge(layer)
+    else:
+        layer.merge()
+
+
+def _unmerge(layer: LoRALayer | FusedLoRAExperts) -> None:
+    if isinstance(layer, LoRALayer):
+        merging.unmerge(layer)
+    else:
+        layer.unmerge()
+
+
 def unmerge_lora(model: nn.Module) -> None:
-    """Puts the original weights of every ``FusedLoRALinear`` back, exactly.
+    """Puts the original weights of every ``FusedLoRALinear`` and ``FusedLoRAExperts`` back, exactly.
 
     Raises:
         LoRAStateError: the model holds no LoRA layer; one is not merged; or FSDP1 or ZeRO-3 would not keep the original
@@ -216,20 +235,21 @@ def unmerge_lora(model: nn.Module) -> None:
     """
     layers = some_lora_layers(model, "unmerge_lora")
     fsdp.settle_for(model, layers, "unmerge_lora")
-    if unmerged := [name for name, layer in layers if not layer.merged]:
+    experts = list(expert_layers(model))
+    if unmerged := [name for name, layer in (*layers, *experts) if not layer.merged]:
         raise LoRAStateError(
             f"unmerge_lora was called on a model where {listed(unmerged)} is not merged. Call merge_lora(model) first, "
             "or unmerge() on the layers that are."
         )
     storage.check_merging("unmerge_lora", layers)
-    for _, layer in layers:
-        merging.unmerge(layer)
+    for _, each in (*layers, *experts):
+        _unmerge(each)
 
 
 def restore_linear(model: nn.Module) -> RestoreReport:
     """Replaces, in place, every ``FusedLoRALinear`` by a plain ``nn.Linear`` with the layer's current weight.
 
-    A merged layer gives its merged weight. Another layer gives its base weight and drops its adapter, with a warning if
+    Experts become modules of their own class again. A merged layer gives its merged weight. Another layer gives its base weight and drops its adapter, with a warning if
     the adapter adds anything. So call :func:`merge_lora` or save :func:`lora_state_dict` first. What PiSSA or OLoRA
     took of the base weight is put back, to within rounding. Weights and biases keep their ``requires_grad``: they stay
     frozen, as :func:`replace_linear` left them. Forward hooks are kept, also those that were added later.
@@ -252,43 +272,52 @@ def restore_linear(model: nn.Module) -> RestoreReport:
         'Linear'
     """
     layers = some_lora_layers(model, "restore_linear")
-    if isinstance(model, LoRALayer):
+    experts = list(expert_layers(model))
+    if isinstance(model, (LoRALayer, FusedLoRAExperts)):
+        kind, own = ("FusedLoRALinear", "to_linear") if isinstance(model, LoRALayer) else (type(model), "to_plain")
         raise LoRAStateError(
-            "restore_linear was called on a FusedLoRALinear itself, which has no parent to put an nn.Linear into. Call "
-            "its to_linear() instead."
+            f"restore_linear was called on a {getattr(kind, '__name__', kind)} itself, which has no parent to put an "
+            f"nn.Linear or plain experts into. Call its {own}() instead."
         )
-    if managed := [name for name, layer in layers if fsdp.is_managed(layer)]:
+    every: list[tuple[str, Any]] = [*layers, *experts]
+    if managed := [name for name, layer in every if fsdp.is_managed(layer)]:
         raise LoRAStateError(
             f"restore_linear was called on a model where fully_shard (FSDP2) manages {listed(managed)}: it would go on "
             "with the layers that are replaced. Save the adapter, and merge or restore the plain model."
         )
     alone = compiled_alone(model)
-    if compiled := [name for name, layer in layers if layer in alone]:
+    if compiled := [name for name, layer in every if layer in alone]:
         raise LoRAStateError(
             f"restore_linear was called on a model where torch.compile was called on {listed(compiled)} by itself: the "
             "compiled function would go on calling the LoRA layer. Put the layer itself back into the model first."
         )
-    storage.check_free("restore_linear", layers)
-    if dropped := [name for name, layer in layers if not layer.merged and has_moved(layer)]:
+    storage.check_free("restore_linear", every)
+    moved = [name for name, layer in layers if not layer.merged and has_moved(layer)]
+    if dropped := moved + [name for name, layer in experts if not layer.merged and layer.has_moved]:
         warnings.warn(
             f"restore_linear drops the adapters of {listed(dropped)}, which add to the base weights that remain. Call "
             "merge_lora(model) first to keep what they do, or save_adapter(model, folder) to keep them.",
             LoRAKernelsWarning,
             stacklevel=2,
         )
-    places: dict[LoRALayer, list[str]] = {layer: [] for _, layer in layers}
+    places: dict[nn.Module, list[str]] = {layer: [] for _, layer in every}
     for name, module in plain_modules(model):
-        if isinstance(module, LoRALayer):
+        if module in places:
             places[module].append(name)
     restored = tuple(
-        RestoredLayer(name, tuple(places[layer]), layer.merged, _untied_from(model, layer) if layer.merged else ())
-        for name, layer in layers
+        RestoredLayer(
+            name,
+            tuple(places[layer]),
+            layer.merged,
+            _untied_from(model, layer) if layer.merged and isinstance(layer, LoRALayer) else (),
+        )
+        for name, layer in every
     )
-    linears = {layer: layer.to_plain() for _, layer in layers}
+    plain = {layer: layer.to_plain() for _, layer in every}
     unshare_inputs(model)
-    for linear in linears.values():
-        _remove_hook(linear._forward_pre_hooks, _keep_off_the_fast_path)
-    _exchange(model, linears)
+    for module in plain.values():
+        _remove_hook(module._forward_pre_hooks, _keep_off_the_fast_path)
+    _exchange(model, plain)
     _remove_hook(model._load_state_dict_pre_hooks, _check_ranks)
     _remove_hook(model._state_dict_pre_hooks, tell_of_saving)
     forget(model)
@@ -330,7 +359,7 @@ def lora_state_dict(model: nn.Module, bias: str | None = None) -> dict[str, Tens
     storage.check_here("lora_state_dict", ((name, module, ["bias"]) for name, module, _ in found))
     tensors: dict[str, Tensor] = {}
     for prefix, layer in model.named_modules():
-        own = layer.adapter | layer.initial if isinstance(layer, LoRALayer) else {}
+        own: dict[str, Tensor] = {**adapter_of(layer), **(layer.initial if isinstance(layer, LoRALayer) else {})}
         tensors |= {joined(prefix, name): storage.value(layer, name, tensor) for name, tensor in own.items()}
     seen: set[Tensor] = set()
     for prefix, module, parameter in found:
@@ -394,7 +423,7 @@ def _keep_off_the_fast_path(module: nn.Module, args: Any) -> None:
 def _check_ranks(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Raises for an adapter of another rank before anything of the state dict is loaded."""
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LoRALayer):
+        if isinstance(module, (LoRALayer, FusedLoRAExperts)):
             of_state = storage.state_name(name)
             module.check_rank(state_dict, f"{joined(prefix.removesuffix('.'), of_state)}." if name else prefix)
 
@@ -405,10 +434,11 @@ def _remove_hook(hooks: dict[int, Any], function: Any) -> None:
 
 
 def some_lora_layers(model: nn.Module, function: str) -> list[tuple[str, LoRALayer]]:
+    """The linear layers, which may be none where there are experts; raises where there is neither."""
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(f"a model of type {type(model).__name__} was given: it must be a torch.nn.Module.")
     layers = list(lora_layers(model))
-    if not layers:
+    if not layers and not any(expert_layers(model)):
         raise LoRAStateError(
             f"{function} was called on {type(model).__name__}, which holds no FusedLoRALinear. Call "
             "replace_linear(model, config) first."

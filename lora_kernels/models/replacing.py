@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from ..errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, L
 from ..layer import LoRALayer
 from ..nn import around
 from ..replaceable import is_conv1d, why_not_replaceable
+from .experts import stacked_names, why_not_by_modules
+from .layers import adapter_parameters
 from .matching import (
     Match,
     close_names,
@@ -113,7 +115,7 @@ def _why_left_alone(match: Match, modules: Mapping[str, nn.Module], compiled: se
     if isinstance(match.module, torch.jit.ScriptModule):
         return "it is a ScriptModule: call replace_linear before torch.jit.script or torch.jit.trace."
     if own := stacked_experts(match.module):
-        return _why_not_experts(match.module, own)
+        return why_not_by_modules(match.name, match.module, own)
     if match.module in compiled:
         return (
             "torch.compile was called on it by itself, and the compiled function would go on calling it without an "
@@ -139,20 +141,12 @@ def _why_never_called(match: Match, modules: Mapping[str, nn.Module]) -> str | N
     return None
 
 
-def _why_not_experts(module: nn.Module, own: list[str]) -> str:
-    held = " and ".join(f"{name} {tuple(module.get_parameter(name).shape)}" for name in own)
-    return (
-        f"{type(module).__name__} keeps its experts stacked in {held}, and lora_kernels adapts linear layers only. "
-        "peft.LoraConfig has target_parameters for them; fuse_peft then leaves these as PEFT's own."
-    )
-
-
 def _named_experts(model: nn.Module, entries: Collection[str] | str) -> str | None:
     """A sentence on the stacked experts of which ``entries`` names a Parameter; None where it names none."""
     for name, module in plain_modules(model):
         own = stacked_experts(module)
         if found := [each for each in own if name_matches(entries, joined(name, each))]:
-            return f"{joined(name, found[0])!r} is no module: {_why_not_experts(module, own)}"
+            return f"{joined(name, found[0])!r} is no module: {why_not_by_modules(name, module, own)}"
     return None
 
 
@@ -183,6 +177,8 @@ def _tied_outside(model: nn.Module, targets: list[Match], bias: str) -> dict[str
 
 def nothing_to_replace(model: nn.Module, config: LoRAConfig, skipped: list[SkippedLayer]) -> LoRAKernelsError:
     kind, target = type(model).__name__, config.target_modules
+    if config.target_parameters and not (target and skipped):
+        return _no_parameter(model, config, skipped)
     if skipped:
         reasons = dict.fromkeys(layer.reason for layer in skipped)
         by_choice = all(reason.startswith(("exclude_modules", "modules_to_save")) for reason in reasons)
@@ -217,11 +213,27 @@ def nothing_to_replace(model: nn.Module, config: LoRAConfig, skipped: list[Skipp
     )
 
 
+def _no_parameter(model: nn.Module, config: LoRAConfig, skipped: list[SkippedLayer]) -> LoRAKernelsError:
+    kind = type(model).__name__
+    given = f"target_parameters={sorted(config.target_parameters or ())!r}"
+    if config.target_modules:
+        given += f" and target_modules={config.target_modules!r}"
+    if skipped:
+        reasons = " ".join(dict.fromkeys(layer.reason for layer in skipped))
+        return InvalidTypeError(
+            f"{given} names {listed([layer.name for layer in skipped])} in {kind}, and nothing of it can be adapted: "
+            f"{reasons}"
+        )
+    ends = stacked_names(model)
+    there = f"Its stacked Parameters are {listed(ends)}." if ends else "It has no stacked experts."
+    return InvalidArgumentError(f"{given} matches no Parameter in {kind}. Give dotted ends of names. {there}")
+
+
 def _experts_sentence(model: nn.Module) -> str:
     """What is said of stacked experts where a name may have meant them: many know an expert's layers as w1, w2, w3."""
     for name, module in plain_modules(model):
         if own := stacked_experts(module):
-            return f" {name!r} is none of them: {_why_not_experts(module, own)}"
+            return f" {name!r} is none of them: {why_not_by_modules(name, module, own)}"
     return ""
 
 
@@ -257,6 +269,8 @@ def make_report(
     targets: list[Match],
     skipped: list[SkippedLayer],
     shared: ShareReport,
+    of_experts: Sequence[ReplacedLayer],
+    notes: Sequence[str],
 ) -> ReplaceReport:
     replaced = []
     for match in targets:
@@ -265,21 +279,21 @@ def make_report(
         shape = layer.in_features, layer.out_features
         sizes = *shape, layer.r, layer.lora_alpha, layer.scaling, count
         replaced.append(ReplacedLayer(match.name, match.places, *sizes, layer.activation))
+    replaced += of_experts
+    names = [row.name for row in replaced]
     counts = count_parameters(model)
     report = ReplaceReport(
         layers=tuple(replaced),
         skipped=tuple(skipped),
-        notes=tuple(_notes(model, config, matches, list(layers))),
+        notes=(*_notes(model, config, matches, names), *notes),
         groups=shared.groups,
-        adapter_parameters=sum(
-            p.numel() for m in model.modules() if isinstance(m, LoRALayer) for p in m.adapter.values()
-        ),
+        adapter_parameters=sum(parameter.numel() for parameter in adapter_parameters(model)),
         trainable=counts.trainable,
         total=counts.total,
         mlps=shared.mlps,
         plain_mlps=shared.plain_mlps,
     )
-    return report.of(model, [*layers, *shared.mlps, *(name for group in shared.groups for name in group)])
+    return report.of(model, [*names, *shared.mlps, *(name for group in shared.groups for name in group)])
 
 
 def _notes(model: nn.Module, config: LoRAConfig, matches: list[Match], replaced: list[str]) -> Iterator[str]:
@@ -289,7 +303,7 @@ def _notes(model: nn.Module, config: LoRAConfig, matches: list[Match], replaced:
             continue
         close = close_names(entry, model)
         yield f"target_modules names {entry!r}, which matches nothing{f' (close: {listed(close)})' if close else ''}."
-    if config.exclude_modules and not any(match.excluded for match in matches):
+    if config.exclude_modules and config.target_modules and not any(match.excluded for match in matches):
         yield f"exclude_modules={config.exclude_modules!r} excludes nothing that target_modules matches."
     for entry in config.modules_to_save or ():
         if not trained_whole([entry], model):

@@ -122,6 +122,7 @@ class ReplacedLayer:
         r, lora_alpha, scaling: of its adapter.
         parameters: how many numbers the adapter holds.
         activation: what stands between A and B.
+        experts: how many experts, each with such an adapter, where ``name`` is a stacked Parameter's; else 0.
     """
 
     name: str
@@ -133,10 +134,12 @@ class ReplacedLayer:
     scaling: float
     parameters: int
     activation: str = "identity"
+    experts: int = 0
 
     def __str__(self) -> str:
         also = f", also {', '.join(p for p in self.places if p != self.name)}" if len(self.places) > 1 else ""
         shape = f"{self.in_features} -> {self.out_features}"
+        shape += f" of each of {self.experts} experts" if self.experts else ""
         activation = "" if self.activation == "identity" else f", {self.activation}"
         sizes = f"r={self.r}, alpha={self.lora_alpha:g}{activation}, {self.parameters:,} parameters"
         return f"{self.name} ({shape}), {sizes}{also}"
@@ -372,9 +375,9 @@ def _layer_lines(layers: Sequence[ReplacedLayer], full: bool) -> list[str]:
     if full:
         return [f"  {layer}" for layer in layers]
     facts = (
-        lambda it: (it.in_features, it.out_features, it.r, it.lora_alpha, it.activation),
-        lambda it: (it.in_features, it.out_features, it.activation),
-        lambda it: it.activation,
+        lambda it: (it.in_features, it.out_features, it.experts, it.r, it.lora_alpha, it.activation),
+        lambda it: (it.in_features, it.out_features, it.experts, it.activation),
+        lambda it: (bool(it.experts), it.activation),
     )
     return kind_lines(layers, _name, facts, _replaced_text)
 
@@ -383,6 +386,8 @@ def _replaced_text(kind: Kind, layers: Sequence[ReplacedLayer]) -> str:
     first = layers[0]
     facts = [f"{kind} {shape_text(layers)}", f"r = {span(layer.r for layer in layers)}"]
     facts.append(f"alpha = {span(layer.lora_alpha for layer in layers)}")
+    if first.experts:
+        facts[0] += f" of {span(layer.experts for layer in layers)} experts"
     facts += [first.activation] if first.activation != "identity" else []
     text = f"{', '.join(facts)}: {sum(layer.parameters for layer in layers):,} parameters"
     several = [layer for layer in layers if len(layer.places) > 1]

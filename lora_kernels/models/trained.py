@@ -15,6 +15,7 @@ from ..assigning import has_moved
 from ..config import BIAS_CHOICES, LoRAConfig, as_tuple
 from ..errors import InvalidArgumentError, LoRAKernelsWarning
 from ..layer import LoRALayer
+from .layers import adapter_parameters
 from .matching import listed, trained_whole
 from .names import joined, parameter_name, plain_names, prompt_parts
 
@@ -86,7 +87,7 @@ def whole_tensors(model: nn.Module, names: Collection[str], function: str) -> di
 def left_out(model: nn.Module, written: Collection[nn.Parameter | Tensor]) -> list[str]:
     """Names of the Parameters that require a gradient and are none of the adapters' and none of ``written``."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer)]
-    kept = {*written, *(parameter for _, layer in layers for parameter in layer.adapter.values())}
+    kept = {*written, *adapter_parameters(model)}
     candidates = dict(model.named_parameters())
     for prefix, layer in layers:
         aside = (("weight", layer.base_weight), ("bias", layer.base_bias)) if layer.merged else ()

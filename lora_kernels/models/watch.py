@@ -11,9 +11,10 @@ from torch.nn.parameter import is_lazy
 
 from .. import storage
 from ..config import LoRAConfig, as_tuple
-from ..layer import LoRALayer
+from ..experts.layer import FusedLoRAExperts
 from ..shared_input import is_shared
 from .adapter import Adapter, remembered_within
+from .layers import adapter_parameters
 from .matching import trained_whole
 from .names import plain_modules
 from .trained import biases
@@ -37,7 +38,7 @@ class Counts(NamedTuple):
 
 
 class Watch:
-    """A report's model, and layers of it by their names, all held weakly.
+    """A report's model, and layers of it by their names, all held weakly; of experts the Parameters that are adapted.
 
     A copy of a report watches the same model, and one that comes from a pickle none.
     """
@@ -45,7 +46,13 @@ class Watch:
     def __init__(self, model: nn.Module | None = None, names: Iterable[str] = ()) -> None:
         self._model = None if model is None else weakref.ref(model)
         modules = {} if model is None else dict(plain_modules(model))
-        self._layers = {name: weakref.ref(modules[name]) for name in names if name in modules}
+        self._layers: dict[str, tuple[weakref.ref[nn.Module], str]] = {}
+        for name in names:
+            path, _, own = name.rpartition(".")
+            if name in modules:
+                self._layers[name] = weakref.ref(modules[name]), ""
+            elif path in modules:
+                self._layers[name] = weakref.ref(modules[path]), own
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Watch, ()
@@ -59,18 +66,19 @@ class Watch:
         """Whether there is, or was, a model."""
         return self._model is not None
 
-    def layers(self) -> dict[str, nn.Module]:
-        """Those of the layers that are in the model now, wherever they are."""
+    def layers(self) -> dict[str, Any]:
+        """Those of the layers that are in the model now, wherever they are; of an adapted Parameter its options."""
         model = self.model
         here = set() if model is None else set(model.modules())
-        found = ((name, layer()) for name, layer in self._layers.items())
-        return {name: layer for name, layer in found if layer is not None and layer in here}
+        found = ((name, layer(), own) for name, (layer, own) in self._layers.items())
+        layers = {name: _adapted(layer, own) for name, layer, own in found if layer is not None and layer in here}
+        return {name: layer for name, layer in layers.items() if layer is not None}
 
     def together(self, groups: Sequence[Sequence[str]]) -> int | None:
         """How many of ``groups`` run together now; None: there is no model to ask."""
         if self.model is None:
             return None
-        running = {name for name, layer in self.layers().items() if is_shared(layer)}
+        running = {name for name, layer in self.layers().items() if isinstance(layer, nn.Module) and is_shared(layer)}
         return sum(len(running.intersection(group)) > 1 for group in groups)
 
     def counts(self) -> Counts | None:
@@ -84,8 +92,7 @@ class Watch:
 def count_parameters(model: nn.Module) -> Counts:
     """``model``'s parameters; those that have no shape yet do not count."""
     parameters = {parameter for parameter in model.parameters() if not is_lazy(parameter)}
-    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
-    adapters = {parameter for layer in layers for parameter in layer.adapter.values()}
+    adapters = adapter_parameters(model)
     trained = {parameter for parameter in parameters if parameter.requires_grad}
     config = (remembered_within(model) or Adapter(LoRAConfig())).config
     whole = (module for _, module in trained_whole(as_tuple(config.modules_to_save), model))
@@ -93,3 +100,9 @@ def count_parameters(model: nn.Module) -> Counts:
     asked_for |= {bias for _, _, bias in biases(model, config.bias)}
     others = trained - adapters
     return Counts(*(sum(one.numel() for one in each) for each in (trained, parameters, others, others - asked_for)))
+
+
+def _adapted(layer: nn.Module, own: str) -> Any:
+    if not own:
+        return layer
+    return layer.options.get(own) if isinstance(layer, FusedLoRAExperts) else None

@@ -140,7 +140,7 @@ def test_layers_and_calls_take_numbers_of_numpy(kind: str, backend: str) -> None
         ("task_type", ["peft.LoraConfig", "leave it out", "save_adapter", "from_peft"]),
         ("inference_mode", ["leave it out", "requires_grad_(False)"]),
         ("revision", ["leave it out"]),
-        ("target_parameters", ["stacked experts", "peft.get_peft_model"]),
+        ("use_qalora", ["pooled in groups", "peft.get_peft_model"]),
         ("rank", ["no such field", "r, lora_alpha, lora_dropout"]),
     ],
 )

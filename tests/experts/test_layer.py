@@ -256,11 +256,6 @@ def test_modules_that_cannot_be_adapted() -> None:
         around_experts(other, {"down_proj": OPTIONS})
 
 
-def test_merging_is_refused() -> None:
-    with pytest.raises(LoRAStateError, match="cannot be merged yet"):
-        adapted("mixtral").merge()
-
-
 def test_shapes_that_do_not_fit() -> None:
     layer = adapted("mixtral")
     x, index, weights, _ = inputs(layer, torch.float32)

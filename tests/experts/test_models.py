@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import lora_kernels
 import mixtures
-from lora_kernels import LoRAConfig
+from lora_kernels import LoRAConfig, replace_linear, restore_linear
 from lora_kernels.accuracy import judge
-from lora_kernels.errors import InvalidArgumentError, LoRAStateError
+from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, LoRAStateError
 from lora_kernels.experts.layer import FusedLoRAExperts
 from lora_kernels.experts.peft_form import from_peft, to_peft
-from lora_kernels.models.experts import adapt_experts, restore_experts
 from mixtures import TARGETS, TOKENS, logits
 from numerics import same_bits
 
@@ -27,9 +28,13 @@ CONFIG = LoRAConfig(r=3, lora_alpha=6)
 
 def adapted(name: str, targets: list[str] = TARGETS, config: LoRAConfig = CONFIG) -> nn.Module:
     model = mixtures.made(name)
-    layers = adapt_experts(model, targets, config)
-    mixtures.move(p for layer in layers.values() for p in (*layer.lora_A.values(), *layer.lora_B.values()))
+    replace_linear(model, replace(config, target_parameters=targets))
+    mixtures.move(p for layer in layers_of(model).values() for p in layer.adapter.values())
     return model
+
+
+def layers_of(model: nn.Module) -> dict[str, FusedLoRAExperts]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, FusedLoRAExperts)}
 
 
 def with_pefts(ours: nn.Module, name: str, targets: list[str], **arguments: Any) -> nn.Module:
@@ -127,8 +132,9 @@ def test_pefts_matrices_and_back(experts: int, r: int) -> None:
 
 def test_names_match_as_in_peft() -> None:
     model = mixtures.made("qwen3_moe")
-    found = adapt_experts(model, ["model.layers.1.mlp.experts.down_proj", "experts.gate_up_proj"], CONFIG)
-    assert {name: list(layer.options) for name, layer in found.items()} == {
+    targets = ["model.layers.1.mlp.experts.down_proj", "experts.gate_up_proj"]
+    replace_linear(model, replace(CONFIG, target_parameters=targets))
+    assert {name: list(layer.options) for name, layer in layers_of(model).items()} == {
         "model.layers.0.mlp.experts": ["gate_up_proj"],
         "model.layers.1.mlp.experts": ["gate_up_proj", "down_proj"],
     }
@@ -149,7 +155,10 @@ def test_restoring_leaves_the_model_that_was() -> None:
     former = plain.config._experts_implementation
     assert model.config._experts_implementation == former
     assert not torch.equal(logits(model), logits(plain))
-    assert restore_experts(model) == [f"model.layers.{i}.mlp.experts" for i in range(2)]
+    with pytest.warns(match="drops the adapters"):
+        restored = restore_linear(model)
+    assert [row.name for row in restored] == [f"model.layers.{i}.mlp.experts" for i in range(2)]
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
     assert same_bits(logits(model), logits(plain))
     assert list(model.state_dict()) == list(plain.state_dict())
 
@@ -177,7 +186,7 @@ def test_a_trained_model_goes_on_where_it_was_saved() -> None:
     model = adapted("mixtral")
     state = {name: value.clone() for name, value in model.state_dict().items()}
     other = mixtures.made("mixtral")
-    adapt_experts(other, TARGETS, CONFIG)
+    replace_linear(other, replace(CONFIG, target_parameters=TARGETS))
     other.load_state_dict(state)
     assert same_bits(logits(other), logits(model))
     assert not mixtures.made("mixtral").load_state_dict(state, strict=False).missing_keys  # the base keeps its names
@@ -200,24 +209,86 @@ def test_a_fine_tune_learns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("targets", "words"),
+    ("targets", "error", "words"),
     [
-        (["experts.nothing"], "'experts.nothing' matches no Parameter"),
-        ([], "matches no Parameter"),
-        ("experts.down_proj", "must be a list"),
+        (["experts.nothing"], InvalidArgumentError, r"matches no Parameter.*mlp\.experts\.gate_up_proj"),
+        (["gate.weight"], InvalidTypeError, r"TopKRouter\.weight is \(4, 16\).*stacked"),
+        (["q_proj.weight"], InvalidTypeError, "name the module in target_modules"),
     ],
 )
-def test_names_that_match_nothing(targets: Any, words: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=words):
-        adapt_experts(mixtures.made("mixtral"), targets, CONFIG)
-
-
-def test_where_one_cannot_be_adapted_none_is() -> None:
+def test_names_of_nothing_that_can_be_adapted(targets: Any, error: type[LoRAKernelsError], words: str) -> None:
     model = mixtures.made("mixtral")
     kept = list(model.modules())
-    with pytest.raises(LoRAStateError, match="no experts module"):
-        adapt_experts(model, ["experts.down_proj", "q_proj.weight"], CONFIG)
+    with pytest.raises(error, match=words):
+        replace_linear(model, replace(CONFIG, target_parameters=targets))
     assert list(model.modules()) == kept
     assert all(p.requires_grad for p in model.parameters())
-    with pytest.raises(InvalidArgumentError, match="use_dora=True"):
-        adapt_experts(model, TARGETS, LoRAConfig(r=3, use_dora=True))
+
+
+def test_names_are_a_list() -> None:
+    with pytest.raises(InvalidTypeError, match="must be a list of names of Parameters"):
+        LoRAConfig(target_parameters="experts.down_proj")
+
+
+@pytest.mark.parametrize("option", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_bias": True}])
+def test_what_experts_cannot_have_changes_nothing(option: dict[str, Any]) -> None:
+    model = mixtures.made("mixtral")
+    kept = list(model.modules())
+    with pytest.raises(InvalidArgumentError, match=next(iter(option))):
+        replace_linear(model, LoRAConfig(r=3, target_modules=["q_proj"], target_parameters=TARGETS, **option))
+    assert list(model.modules()) == kept
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_second_adapter_is_refused() -> None:
+    model = adapted("mixtral", TARGETS[:1])
+    with pytest.raises(LoRAStateError, match="has adapters on its experts already"):
+        replace_linear(model, replace(CONFIG, target_parameters=TARGETS[1:]))
+    module = mixtures.experts("mixtral")
+    with pytest.raises(LoRAStateError, match="is itself what target_parameters names"):
+        replace_linear(module, replace(CONFIG, target_parameters=["down_proj"]))
+
+
+@pytest.mark.parametrize("name", mixtures.MODELS)
+def test_all_linear_says_what_it_leaves_out_and_target_parameters_takes_it(name: str) -> None:
+    report = replace_linear(mixtures.made(name), LoRAConfig(r=3, target_modules="all-linear"))
+    assert {row.name.rpartition(".")[2] for row in report.skipped} == {"experts"}
+    words = "LoRAConfig(target_parameters=['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']) adapts them"
+    assert all(words in row.reason for row in report.skipped)
+    assert words in str(report)
+    both = replace_linear(
+        model := mixtures.made(name), LoRAConfig(r=3, target_modules="all-linear", target_parameters=TARGETS)
+    )
+    assert not both.skipped
+    assert not both.notes
+    assert [row.name for row in both if not row.experts] == [row.name for row in report]
+    rows = {row.name: row for row in both if row.experts}
+    for path, layer in layers_of(model).items():
+        for own in layer.options:
+            row, (experts, n, k) = rows.pop(f"{path}.{own}"), layer.stacked(own).shape
+            assert (row.in_features, row.out_features, row.experts, row.r) == (k, n, experts, 3)
+            assert row.parameters == experts * 3 * (n + k)
+    assert not rows
+    alone = replace_linear(mixtures.made(name), LoRAConfig(r=3, target_parameters=TARGETS))
+    assert f"of {experts} experts, r = 3" in str(alone)
+    assert f"of each of {experts} experts" in both.details()
+
+
+def test_the_report_follows_the_model() -> None:
+    model = mixtures.made("qwen3_moe")
+    report = replace_linear(model, replace(CONFIG, target_parameters=[*TARGETS, "experts.nothing"]))
+    assert [note.partition(",")[0] for note in report.notes] == ["target_parameters names 'experts.nothing'"]
+    assert report.trainable - report.adapter_parameters > 0
+    lora_kernels.mark_only_lora_as_trainable(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{path}.{own}" for path, layer in layers_of(model).items() for own in layer.adapter}
+    assert f"trainable parameters: {report.adapter_parameters:,} of" in str(report)
+    restore_linear(model)
+    assert "since then all 4 layers were taken out of the model" in str(report)
+
+
+def test_modules_that_exclude_modules_names_count_as_in_peft() -> None:
+    config = LoRAConfig(r=3, target_modules=["q_proj"], exclude_modules=["experts"], target_parameters=TARGETS)
+    report = replace_linear(mixtures.made("mixtral"), config)
+    assert any("as in PEFT, target_parameters counts there" in note for note in report.notes)
+    assert sum(row.experts > 0 for row in report) == 4

@@ -1,0 +1,109 @@
+"""What a mixture's experts module computes of its tokens, with adapters inside: projections, activation, weighted sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgumentError, LoRAStateError
+from ..gate import autocast_input, device_type_of, is_autocast_enabled
+from ..tensors import PLAIN_TENSORS, as_dtype
+from .autograd import project
+from .problem import Adapter
+from .routing import Routing, combine
+from .suitable import DOWN, UP
+
+__all__ = ["run", "stacked"]
+
+
+def stacked(module: Any, name: str) -> Tensor:
+    """The weight that ``module`` calls ``name``, as (E, N, K): the one place where experts' weights are read.
+
+    Raises:
+        LoRAStateError: it is no plain tensor.
+    """
+    weight = getattr(module, name)
+    if type(weight) not in PLAIN_TENSORS:
+        raise LoRAStateError(
+            f"{type(module).__name__}.{name} is a {type(weight).__name__}: LoRA on stacked experts needs whole plain "
+            "weights in its forward, which tensor and expert parallelism do not give. Restore the layer, or shard "
+            "the model by FSDP, which gathers them."
+        )
+    return _as_matrices(module, weight)
+
+
+def base(module: Any, name: str) -> Tensor:
+    """The same of a merged module's frozen weight."""
+    return _as_matrices(module, module._parameters[name])
+
+
+def _as_matrices(module: Any, weight: Tensor) -> Tensor:
+    return weight.transpose(1, 2) if getattr(module, "is_transposed", False) else weight
+
+
+def run(
+    module: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    adapters: Mapping[str, Adapter],
+    dropout: Mapping[str, float],
+    weight_of: Callable[[Any, str], Tensor] = stacked,
+) -> Tensor:
+    """What ``grouped_mm_experts_forward`` of transformers computes, with the adapters inside.
+
+    Args:
+        module: transformers' experts module.
+        hidden_states, top_k_index, top_k_weights: (T, H), (T, k) and (T, k), as its forward takes them.
+        adapters: by the name of the Parameter beside which each acts.
+        dropout: likewise p of each, 0 where it has no entry.
+        weight_of: gives a Parameter as (E, N, K).
+    """
+    _check_shapes(hidden_states, top_k_index, top_k_weights)
+    routing = Routing(top_k_index, module.num_experts, getattr(module, "_is_expert_parallel", False))
+
+    def projected(x: Tensor, name: str, spread: bool) -> Tensor:
+        p = dropout.get(name, 0.0)
+        return _project(module, x, name, weight_of(module, name), adapters.get(name), p, routing, spread)
+
+    up = UP[getattr(module, "has_gate", True)]
+    x = projected(hidden_states, up, True)
+    x = module._apply_gate(x) if up == "gate_up_proj" else module.act_fn(x)
+    x = projected(x, DOWN, False)
+    if getattr(module, "has_post_expert_norm", False):
+        x = module.post_expert_norm(x)
+    return combine(x, top_k_weights, routing).to(hidden_states.dtype)
+
+
+def _project(
+    module: Any,
+    x: Tensor,
+    name: str,
+    weight: Tensor,
+    adapter: Adapter | None,
+    p: float,
+    routing: Routing,
+    spread: bool,
+) -> Tensor:
+    """(M, N) of x (M, K), or with ``spread`` (T, K), with the experts' bias."""
+    device_type = device_type_of(x)
+    if is_autocast_enabled(device_type):
+        x = autocast_input(x, device_type)
+        with torch.autocast(device_type, enabled=False):
+            y = project(x, weight, adapter, routing, p, spread)
+    else:
+        y = project(as_dtype(x, weight.dtype), weight, adapter, routing, p, spread)
+    bias = getattr(module, f"{name}_bias") if getattr(module, "has_bias", False) else None
+    return y if bias is None else y.add_(bias.index_select(0, routing.experts))
+
+
+def _check_shapes(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+    if x.dim() != 2 or top_k_index.shape[:1] != x.shape[:1] or top_k_weights.shape != top_k_index.shape:
+        raise InvalidArgumentError(
+            f"shapes that do not fit were given: hidden_states {tuple(x.shape)}, top_k_index "
+            f"{tuple(top_k_index.shape)}, top_k_weights {tuple(top_k_weights.shape)}. They must be (T, H), (T, k) and "
+            "(T, k)."
+        )
