@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import InvalidArgumentError
 
-__all__ = ["HELD", "KEPT", "check_method", "held", "sentence_of_unknown"]
+__all__ = ["DROPOUT", "HELD", "KEPT", "check_method", "held", "sentence_of_unknown"]
 
 HELD: dict[str, Any] = {  # fields that LoRAConfig has, with PEFT's defaults
     "r": 8,
@@ -49,6 +49,7 @@ KEPT = {  # fields without effect on what a loaded adapter computes
     "runtime_config",
     "task_type",
 }
+DROPOUT = "lora_kernels_dropout"  # ours, beside target_parameters: PEFT refuses its own lora_dropout there
 _REFUSED = {  # fields that ask for another computation where they are set
     "alora_invocation_tokens": "the adapter acts on the last tokens of a prompt alone (aLoRA)",
     "arrow_config": "tokens are routed between several adapters (Arrow)",
@@ -107,7 +108,7 @@ def held(fields: Mapping[str, Any], where: str, what_becomes: str, stacklevel: i
 
     One warning names the fields that this version does not know; ``what_becomes`` says what becomes of them.
     """
-    unknown = sorted(name for name in set(fields) - set(HELD) - KEPT - set(_REFUSED) if fields[name] is not None)
+    unknown = sorted(name for name in set(fields) - set(HELD) - KEPT - set(_REFUSED) - {DROPOUT} if fields[name] is not None)
     if unknown:
         warnings.warn(
             f"{where} has fields that this version of lora_kernels does not know: {', '.join(unknown)}. {what_becomes} "
@@ -115,6 +116,7 @@ def held(fields: Mapping[str, Any], where: str, what_becomes: str, stacklevel: i
             stacklevel=stacklevel + 1,
         )
     given = {name: fields.get(name, default) for name, default in HELD.items()}
+    given["lora_dropout"] = fields.get(DROPOUT) or given["lora_dropout"]
     return given | {name: given[name] or {} for name in ("rank_pattern", "alpha_pattern")}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import pissa, storage
 from .checkpoint import save_adapter
 from .errors import LoRAKernelsWarning, MissingExtraError
-from .models.model import lora_layers
+from .models.layers import adapter_parameters, lora_layers
 from .sharded import is_sharded
 
 __all__ = ["SaveAdapterCallback"]
@@ -88,7 +88,7 @@ def _held(model: nn.Module) -> str | None:
 
 def _why_left(model: nn.Module, folder: Path, held: str | None) -> str | None:
     """Why the checkpoint stays as ``Trainer`` wrote it, the same in all processes where ``held`` is not None."""
-    if not any(lora_layers(model)):
+    if not adapter_parameters(model):
         return f"{type(model).__name__} holds no FusedLoRALinear: call replace_linear before the Trainer."
     if isinstance(model, getattr(sys.modules.get("peft"), "PeftModel", ())):
         return (
@@ -115,8 +115,8 @@ def _gathered(model: nn.Module, held: str | None) -> Iterator[bool]:
         with kind.summon_full_params(model, writeback=False, rank0_only=True, offload_to_cpu=offload):
             yield torch.distributed.get_rank() == 0
     elif held == storage.ZERO3:
-        adapters = (parameter for _, layer in lora_layers(model) for parameter in layer.adapter.values())
-        needed = dict.fromkeys([*adapters, *(each for each in model.parameters() if each.requires_grad)])
+        adapters = adapter_parameters(model)
+        needed = dict.fromkeys([*(each for each in model.parameters() if each in adapters), *(each for each in model.parameters() if each.requires_grad)])
         with import_module("deepspeed").zero.GatheredParameters(list(needed)):
             yield torch.distributed.get_rank() == 0
     else:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import ADAPTER_DTYPES, pattern_value, scaling_of
 from ..errors import InvalidTypeError
+from ..experts.layer import FusedLoRAExperts
 from ..layer import LoRALayer
 from ..models.adapter import remember
 from ..models.matching import Match
@@ -20,7 +21,7 @@ from ..models.names import plain_modules, unwrapped
 from ..models.replacing import build, check_model, decide
 from ..models.report import LoadReport, ReplacedLayer
 from ..models.trained import train_biases, train_whole
-from . import files, peft_config
+from . import experts, files, peft_config
 from .plan import Plan, make_plan
 
 __all__ = ["load_adapter"]
@@ -28,6 +29,9 @@ __all__ = ["load_adapter"]
 
 def load_adapter(model: nn.Module, folder: files.PathLike, adapter_dtype: torch.dtype | None = None) -> LoadReport:
     """Puts the adapter in ``folder`` onto ``model``, in place: the layers that it names are replaced and loaded.
+
+    So it is with a mixture's stacked experts, which ``target_parameters`` names. Files of transformers 4, whose experts
+    were linear layers of their own, are refused.
 
     A layer that is a ``FusedLoRALinear`` already keeps its Parameters and dtypes, and gets the values, if rank and kind
     match. Another layer becomes one, as in :func:`lora_kernels.replace_linear`. The adapters train, and so do the
@@ -78,16 +82,18 @@ def load_adapter(model: nn.Module, folder: files.PathLike, adapter_dtype: torch.
     adapter = peft_config.parse(fields, where)
     inner = unwrapped(model)
     plan = make_plan(inner, adapter.config, tensors, str(Path(folder) / files.WEIGHTS))
-    layers = _carry_out(plan, inner, _targets(model, inner, plan), adapter_dtype)
+    layers, of_experts = _carry_out(plan, inner, _targets(model, inner, plan), adapter_dtype)
     remember(inner, plan.config, adapter.kept)
-    return _report(layers, plan).of(inner, layers)
+    report = _report(layers, of_experts, plan)
+    return report.of(inner, [row.name for row in report])
 
 
 def _carry_out(
     plan: Plan, inner: nn.Module, targets: list[Match], adapter_dtype: torch.dtype | None
-) -> dict[str, nn.Module]:
-    """Makes all that is new, which may fail; then changes the model. Returns the loaded layers."""
+) -> tuple[dict[str, nn.Module], dict[str, FusedLoRAExperts]]:
+    """Makes all that is new, which may fail; then changes the model. Returns the loaded layers, linear and experts."""
     with training_kept_on_failure(inner):
+        of_experts = experts.carry_out(plan.config, plan.experts, plan.expert_modules, adapter_dtype)
         made = build(targets, plan.config, draw=False)
         for name, layer in made.items():
             for own, tensor in plan.adapters[name].items():
@@ -101,7 +107,8 @@ def _carry_out(
         train_whole(inner, plan.config)
         for _, _, parameter in untied:
             parameter.requires_grad_(parameter.is_floating_point())
-    put_layers(inner, {match.module: made[match.name] for match in targets})
+    put: dict[nn.Module, nn.Module] = {match.module: made[match.name] for match in targets}
+    put_layers(inner, put | {plan.expert_modules[name]: layer for name, layer in of_experts.items()})
     for owner, name, parameter in untied:
         setattr(owner, name, parameter)
     with torch.no_grad():
@@ -110,7 +117,11 @@ def _carry_out(
     for name, module in plan.modules.items():
         if isinstance(module, LoRALayer):
             _set(module, name, plan)
-    return layers
+    for name, module in plan.expert_modules.items():
+        if isinstance(module, FusedLoRAExperts):
+            experts.overwrite(plan.config, name, module, plan.experts[name])
+            of_experts[name] = module
+    return layers, of_experts
 
 
 def _targets(model: nn.Module, inner: nn.Module, plan: Plan) -> list[Match]:
@@ -158,11 +169,12 @@ def _set(layer: LoRALayer, name: str, plan: Plan) -> None:
     layer.scaling = scaling_of(layer.r, layer.lora_alpha, layer.use_rslora)
 
 
-def _report(layers: dict[str, nn.Module], plan: Plan) -> LoadReport:
+def _report(layers: dict[str, nn.Module], of_experts: dict[str, FusedLoRAExperts], plan: Plan) -> LoadReport:
     loaded = []
     for name, layer in layers.items():
         assert isinstance(layer, LoRALayer)
         count = sum(parameter.numel() for parameter in layer.adapter.values())
         sizes = layer.in_features, layer.out_features, layer.r
         loaded.append(ReplacedLayer(name, (name,), *sizes, layer.lora_alpha, layer.scaling, count))
+    loaded += experts.expert_rows(of_experts)
     return LoadReport(tuple(loaded), tuple(plan.other_names), tuple(plan.notes))

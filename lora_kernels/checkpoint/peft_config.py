@@ -14,19 +14,22 @@ from typing import Any
 from torch import nn
 
 from .. import peft_fields
-from ..config import LoRAConfig, pattern_value
+from ..config import AdapterOptions, LoRAConfig, as_tuple, pattern_value
 from ..errors import InvalidArgumentError, LoRAKernelsError, LoRAStateError
+from ..experts.layer import FusedLoRAExperts
 from ..fsdp import plain_class
 from ..layer import LoRALayer
 from ..models.adapter import Adapter
+from ..models.experts import parameter_matches, parameters_of
 from ..models.matching import is_all_linear, name_matches, selects
-from ..models.names import plain_modules
+from ..models.names import joined, plain_modules
 from ..nn import FusedLoRAConv1D
 from .plain_form import PlainForm
 
 __all__ = ["compose", "parse"]
 
 _REWRITING = ("pissa", "olora", "corda", "lora_ga", "loftq")  # initialisations that change the base weights
+_NOT_KEPT = {*peft_fields.HELD, peft_fields.DROPOUT, "runtime_config"}
 _WRITTEN = (True, False, "gaussian")  # initialisations that PEFT makes at any rank and without data
 
 
@@ -47,7 +50,7 @@ def parse(fields: Mapping[str, Any], where: str) -> Adapter:
         config = LoRAConfig(**given)
     except (LoRAKernelsError, TypeError, AttributeError) as error:
         raise InvalidArgumentError(f"{where} cannot be used: {error}") from error
-    kept = {name: value for name, value in fields.items() if name not in peft_fields.HELD and name != "runtime_config"}
+    kept = {name: value for name, value in fields.items() if name not in _NOT_KEPT}
     if initial in _WRITTEN:
         kept.pop("init_lora_weights", None)
     return Adapter(config, kept)
@@ -66,13 +69,15 @@ def _check_start(fields: Mapping[str, Any], where: str) -> None:
 def compose(
     model: nn.Module,
     layers: Mapping[str, LoRALayer],
+    experts: Mapping[str, FusedLoRAExperts],
     forms: Mapping[str, PlainForm],
+    of_experts: Mapping[str, PlainForm],
     adapter: Adapter,
     bias: str,
     modules_to_save: list[str] | None,
     task_type: str | None,
 ) -> dict[str, Any]:
-    """The fields that make PEFT build ``layers`` just as ``forms`` writes them.
+    """The fields that make PEFT build ``layers`` and ``experts`` just as ``forms`` and ``of_experts`` write them.
 
     ``adapter``'s rule is kept where it still says just that.
 
@@ -80,7 +85,10 @@ def compose(
         LoRAStateError: the layers differ in what the file holds once for all of them.
     """
     kept, config = dict(adapter.kept), replace(adapter.config, modules_to_save=modules_to_save)
-    rslora = all(layer.use_rslora for layer in layers.values())
+    options = {joined(name, own): of for name, layer in experts.items() for own, of in layer.options.items()}
+    every: dict[str, Any] = {**layers, **options}
+    rslora = all(each.use_rslora for each in every.values())
+    dropout = _common("lora_dropout", {name: each.lora_dropout for name, each in every.items()})
     initial = config.init_lora_weights if config.init_lora_weights in _WRITTEN else True
     fields = {
         "peft_type": "LORA",
@@ -88,16 +96,19 @@ def compose(
         "base_model_name_or_path": kept.get("base_model_name_or_path") or vars(model).get("name_or_path") or None,
         "inference_mode": True,
         "init_lora_weights": kept.get("init_lora_weights", initial),
-        "lora_dropout": _common("lora_dropout", {name: layer.lora_dropout for name, layer in layers.items()}),
-        "use_dora": _common("use_dora", {name: layer.use_dora for name, layer in layers.items()}),
-        "lora_bias": _common("lora_bias", {name: layer.lora_bias is not None for name, layer in layers.items()}),
+        "lora_dropout": 0.0 if experts else dropout,
+        "use_dora": _common("use_dora", {name: each.use_dora for name, each in every.items()}),
+        "lora_bias": _common("lora_bias", {name: _has_bias(each) for name, each in every.items()}),
         "use_rslora": rslora,
         "fan_in_fan_out": any(isinstance(layer, FusedLoRAConv1D) for layer in layers.values()),
         "bias": bias,
         "modules_to_save": modules_to_save,
         **_which(model, list(layers), config),
-        **_sizes(forms, config, rslora),
+        "target_parameters": _parameters(model, list(of_experts), config),
+        **_sizes({**forms, **of_experts}, config, rslora),
     }
+    if experts and dropout:
+        fields[peft_fields.DROPOUT] = dropout
     if fields["task_type"] is None:
         kind = plain_class(model)
         fields["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
@@ -115,8 +126,29 @@ def _common(name: str, values: Mapping[str, Any]) -> Any:
     return value
 
 
+def _has_bias(each: LoRALayer | AdapterOptions) -> bool:
+    return each.lora_bias if isinstance(each, AdapterOptions) else each.lora_bias is not None
+
+
+def _parameters(model: nn.Module, names: list[str], config: LoRAConfig) -> list[str] | None:
+    """How the stacked Parameters are named: by the rule that chose them, if it chooses no others, else one by one."""
+    if not names:
+        return None
+    every = {joined(prefix, own) for prefix, _, own in parameters_of(model)}
+    if {name for name in every if parameter_matches(config, name)} == set(names):
+        return sorted(as_tuple(config.target_parameters))
+    if others := [name for name in every if name_matches(names, name) and name not in names]:
+        raise LoRAStateError(
+            f"the Parameter {others[0]!r} has no adapter, and its name ends like that of one that has: PEFT's file "
+            "could not tell them apart. Rename a part of the model, or keep lora_state_dict(model)."
+        )
+    return names
+
+
 def _which(model: nn.Module, names: list[str], config: LoRAConfig) -> dict[str, Any]:
     """How the layers are named: by the rule that chose them, if it chooses them and no others, else one by one."""
+    if not names:
+        return {"target_modules": [], "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     every = [name for name, _ in plain_modules(model, shared=False) if name]
     if not is_all_linear(config.target_modules) and [name for name in every if selects(config, name)] == names:
         return {

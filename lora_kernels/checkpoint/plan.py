@@ -14,9 +14,11 @@ from .. import pissa, storage
 from ..config import ADAPTER_DTYPES, LoRAConfig, as_tuple, pattern_value
 from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 from ..layer import LoRALayer
+from ..models.layers import expert_layers, lora_layers
 from ..models.matching import close_names, is_all_linear, is_linear, listed, selects, trained_whole
 from ..models.names import parameter_name, plain_modules, plain_name, plain_names
 from ..replaceable import is_conv1d, why_not_replaceable
+from .experts import Factors, check_transformers_4, take_experts
 from .plain_form import NAMES
 from .saving import PREFIX
 
@@ -41,6 +43,8 @@ class Plan:
         config: the adapter's configuration.
         modules: the modules with an adapter in the file, by name.
         adapters: their tensors, by name and by our names of the Parameters.
+        experts: of modules with stacked experts, by name and by Parameter, a (E, R, K) and b (E, N, R).
+        expert_modules: these modules, by name.
         others: other tensors of the model, each with the file's value.
         untied: modules, names of their Parameters and values, where one of their own is needed.
         other_names: the names of ``others`` and ``untied``.
@@ -50,6 +54,8 @@ class Plan:
     config: LoRAConfig
     modules: dict[str, nn.Module] = field(default_factory=dict)
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    experts: dict[str, dict[str, Factors]] = field(default_factory=dict)
+    expert_modules: dict[str, nn.Module] = field(default_factory=dict)
     others: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     untied: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
     other_names: list[str] = field(default_factory=list)
@@ -76,6 +82,8 @@ def make_plan(model: nn.Module, config: LoRAConfig, tensors: Mapping[str, Tensor
             f"{where} holds no tensors of a LoRA layer (names that end with lora_A.weight). It is of another method, "
             "or was saved without its adapter."
         )
+    plan.experts = take_experts(model, config, plan.adapters, modules, where)
+    plan.expert_modules = {name: modules[name] for name in plan.experts}
     _check_parts(modules, rest, where)
     _find_modules(plan, model, modules, where)
     _check_rule(plan, modules, where)
@@ -128,6 +136,7 @@ def _check_parts(modules: Mapping[str, nn.Module], rest: Mapping[str, Tensor], w
 def _find_modules(plan: Plan, model: nn.Module, modules: Mapping[str, nn.Module], where: str) -> None:
     missing = [name for name in plan.adapters if name not in modules]
     if missing:
+        check_transformers_4(missing, where)
         close = close_names(missing[0], model)
         hint = f" Close to the first is {listed(close)}." if close else ""
         raise InvalidArgumentError(
@@ -237,8 +246,8 @@ def _check_fits(name: str, layer: LoRALayer, rank: int, tensors: Mapping[str, Te
 
 
 def _check_others_adapted(plan: Plan, model: nn.Module) -> None:
-    adapted = set(plan.modules.values())
-    others = [name for name, m in plain_modules(model, shared=False) if isinstance(m, LoRALayer) and m not in adapted]
+    adapted = {*plan.modules.values(), *plan.expert_modules.values()}
+    others = [name for name, m in (*lora_layers(model), *expert_layers(model)) if m not in adapted]
     if others:
         raise LoRAStateError(
             f"{listed(others)} has an adapter, and the file has none for it: it would go on acting beside the loaded "
@@ -247,9 +256,11 @@ def _check_others_adapted(plan: Plan, model: nn.Module) -> None:
 
 
 def _slot(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str] | None:
-    """The module and the name in it of the Parameter or buffer called ``name``; a LoRA layer's base by PEFT's name."""
+    """The module and the name in it of the Parameter or buffer called ``name``; a layer's base by PEFT's name."""
     path, _, own = name.rpartition(".")
-    module = modules.get(path) or modules.get(path.removesuffix(".base_layer"))
+    while path not in modules and path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    module = modules.get(path)
     if module is None or not isinstance(_held(module, own), Tensor):
         return None
     return module, own

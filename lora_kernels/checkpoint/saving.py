@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from torch import Tensor, nn
 
-from .. import storage
+from .. import peft_fields, storage
 from ..config import LoRAConfig, as_tuple
-from ..errors import InvalidArgumentError, LoRAStateError
+from ..errors import InvalidArgumentError, LoRAKernelsWarning, LoRAStateError
+from ..experts.layer import FusedLoRAExperts
 from ..fsdp import settle_for
 from ..layer import LoRALayer
 from ..models.adapter import Adapter, remembered_within
+from ..models.layers import adapter_parameters, expert_layers, lora_layers
 from ..models.matching import trained_whole
-from ..models.model import check_adapters_here, lora_layers, some_lora_layers
+from ..models.model import check_adapters_here, check_experts_here, some_lora_layers
 from ..models.names import parameter_name, plain_modules, plain_names, unwrapped
 from ..models.trained import (
     biases,
@@ -25,6 +28,7 @@ from ..models.trained import (
 )
 from . import files, peft_config
 from .collective import once
+from .experts import expert_forms, expert_tensors
 from .plain_form import NAMES, PlainForm, plain_form, whole
 
 __all__ = ["PREFIX", "save_adapter"]
@@ -55,6 +59,10 @@ def save_adapter(
     **The base.** The files go with the untouched model. Layers that PiSSA or OLoRA initialised have another base, the
     residual ``W - s B0 A0``. Their adapter is written as plain LoRA of rank 2 r, ``A' = [A; A0]``, ``B' = [B, -B0]``,
     with the alpha that keeps the scaling. A negative ``scaling`` is written as a positive one with ``-B``.
+
+    **Experts.** The adapters of stacked experts are written as PEFT's ``target_parameters``, which it loads. PEFT
+    refuses ``lora_dropout`` beside them. So 0 is written for it, ours stands in a field of its own, and a warning says
+    so.
 
     **Interruptions.** Both files are put in place together. A reader finds the former adapter or this one, never a
     mixture, also after this process was killed. PEFT reads the two files one after the other, so it could only see a
@@ -95,25 +103,29 @@ def save_adapter(
           0 (4→4), r = 2, alpha = 16: 16 parameters
     """
     named = some_lora_layers(model, "save_adapter")
-    if isinstance(inner := unwrapped(model), LoRALayer):
+    if isinstance(inner := unwrapped(model), (LoRALayer, FusedLoRAExperts)):
         raise LoRAStateError(
             "save_adapter was called on a LoRA layer itself, whose tensors have no names in PEFT's files. Call it on "
             "the model that holds the layer."
         )
     settle_for(inner, named, "save_adapter")
-    layers = dict(lora_layers(inner))
+    layers, experts = dict(lora_layers(inner)), dict(expert_layers(inner))
     adapter = remembered_within(inner) or Adapter(LoRAConfig())
     bias, entire, task_type = _settings(adapter, bias, modules_to_save, task_type)
     check_adapters_here("save_adapter", list(layers.items()))
+    check_experts_here("save_adapter", list(experts.items()))
     forms = {name: plain_form(name, layer) for name, layer in layers.items()}
+    of_experts = expert_forms(experts)
     tensors = _adapters(forms) | _biases(inner, bias) | _whole(inner, entire)
-    fields = peft_config.compose(inner, layers, forms, adapter, bias, entire or None, task_type)
-    _warn_of_places(inner, layers)
+    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in expert_tensors(experts, of_experts).items()}
+    fields = peft_config.compose(inner, layers, experts, forms, of_experts, adapter, bias, entire or None, task_type)
+    _warn_of_dropout(fields)
+    _warn_of_places(inner)
     _warn_of_left_out(inner, bias, entire)
     warn_of_prompts(model, "save_adapter", stacklevel=2)
     warn_of_never_called(layers.items(), "save_adapter", stacklevel=2)
     gathered = _apart({name: whole(name, tensor) for name, tensor in tensors.items()})
-    of_all = [t for layer in layers.values() for t in layer.adapter.values()] + list(tensors.values())
+    of_all = [*adapter_parameters(inner), *tensors.values()]
     once(of_all, lambda: files.write_pair(folder, fields, gathered))
 
 
@@ -159,7 +171,7 @@ def _whole(model: nn.Module, entries: list[str]) -> dict[str, Tensor]:
     inside = {part for _, module in modules for part in module.modules()}
     names = plain_names(model)
     for name, module in modules:
-        if any(isinstance(part, LoRALayer) for part in module.modules()):
+        if any(isinstance(part, (LoRALayer, FusedLoRAExperts)) for part in module.modules()):
             raise LoRAStateError(
                 f"modules_to_save means {names[name]!r}, which holds LoRA layers: a module is saved whole or as an "
                 "adapter. Leave it out, or leave its layers out of target_modules."
@@ -192,10 +204,21 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def _warn_of_places(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
+def _warn_of_dropout(fields: dict[str, Any]) -> None:
+    p = fields.get(peft_fields.DROPOUT)
+    if p:
+        warnings.warn(
+            f"save_adapter writes lora_dropout=0 and keeps {p:g} in {peft_fields.DROPOUT!r}: PEFT refuses dropout "
+            "beside target_parameters. load_adapter takes it up again; PEFT trains on without dropout.",
+            LoRAKernelsWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_places(model: nn.Module) -> None:
     places: dict[nn.Module, list[str]] = {}
     for name, module in plain_modules(model):
-        if isinstance(module, LoRALayer):
+        if isinstance(module, (LoRALayer, FusedLoRAExperts)):
             places.setdefault(module, []).append(name)
     shared = [names for names in places.values() if len(names) > 1]
     if shared:

@@ -14,6 +14,7 @@ from ..errors import InvalidTypeError, LoRAStateError
 from ..layer import LoRALayer
 from ..switching import is_switch, switched
 from .adapter import remembered_within
+from .layers import expert_layers
 from .matching import listed
 
 __all__ = ["adapters_disabled"]
@@ -86,7 +87,7 @@ def _has_prompt(module: Any) -> bool:
 def _tell_what_stays(model: nn.Module) -> None:
     """Warns once of what makes the block's output another than the base model's."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer)]
-    adapter = remembered_within(model) if layers else None
+    adapter = remembered_within(model) if layers or any(expert_layers(model)) else None
     if adapter is not None and (adapter.config.bias != "none" or as_tuple(adapter.config.modules_to_save)):
         telling.once(
             "adapters_disabled with others",

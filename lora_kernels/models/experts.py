@@ -16,6 +16,7 @@ from ..config import LoRAConfig, as_tuple
 from ..errors import LoRAStateError
 from ..experts.layer import FusedLoRAExperts, around_experts
 from ..experts.suitable import targets, why_not_experts
+from .layers import expert_layers
 from .matching import listed, name_matches, saved_whole, stacked_experts
 from .names import compiled_alone, joined, plain_modules
 from .report import ReplacedLayer, SkippedLayer
@@ -28,6 +29,7 @@ __all__ = [
     "find_experts",
     "notes_of_experts",
     "parameter_matches",
+    "parameters_of",
     "stacked_names",
     "why_not_by_modules",
 ]
@@ -55,21 +57,30 @@ def parameter_matches(config: LoRAConfig, name: str) -> bool:
     return name_matches(as_tuple(config.target_parameters), name)
 
 
+def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """``(plain name of its module, module, own name)`` of each Parameter, at each of its places.
+
+    Experts' adapters are left out: they stand in dictionaries by the very names of the Parameters.
+    """
+    own = {held for _, layer in expert_layers(model) for held in (layer.lora_A, layer.lora_B)}
+    for prefix, module in plain_modules(model):
+        for name in module._parameters if module not in own else ():
+            yield prefix, module, name
+
+
 def find_experts(model: nn.Module, config: LoRAConfig) -> list[ExpertMatch]:
     """The modules with Parameters that ``target_parameters`` names, in the model's order."""
-    places: dict[nn.Module, list[str]] = {}
-    for prefix, module in plain_modules(model) if config.target_parameters else ():
-        places.setdefault(module, []).append(prefix)
-    found = []
-    for module, prefixes in places.items():
-        named = {}
-        for own in module._parameters:
-            full = next((name for name in (joined(p, own) for p in prefixes) if parameter_matches(config, name)), None)
-            if full is not None:
-                named[own] = full
-        if named:
-            found.append(ExpertMatch(prefixes[0], tuple(prefixes), module, named))
-    return found
+    named: dict[nn.Module, dict[str, str]] = {}
+    for prefix, module, own in parameters_of(model) if config.target_parameters else ():
+        if parameter_matches(config, joined(prefix, own)):
+            named.setdefault(module, {}).setdefault(own, joined(prefix, own))
+    places: dict[nn.Module, list[str]] = {module: [] for module in named}
+    for prefix, module in plain_modules(model):
+        if module in named:
+            places[module].append(prefix)
+    return [
+        ExpertMatch(prefixes[0], tuple(prefixes), module, named[module]) for module, prefixes in places.items()
+    ]
 
 
 def decide_experts(

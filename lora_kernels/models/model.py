@@ -356,6 +356,7 @@ def lora_state_dict(model: nn.Module, bias: str | None = None) -> dict[str, Tens
     entire = as_tuple(adapter.config.modules_to_save)
     found = list(biases(model, adapter.config.bias if bias is None else bias))
     check_adapters_here("lora_state_dict", layers)
+    check_experts_here("lora_state_dict", list(expert_layers(model)))
     storage.check_here("lora_state_dict", ((name, module, ["bias"]) for name, module, _ in found))
     tensors: dict[str, Tensor] = {}
     for prefix, layer in model.named_modules():
@@ -451,6 +452,13 @@ def check_adapters_here(function: str, layers: list[tuple[str, LoRALayer]]) -> N
     names = ("lora_A", "lora_B", "lora_bias", "lora_magnitude_vector")
     own = ((name, layer, [each for each in names if getattr(layer, each) is not None]) for name, layer in layers)
     storage.check_here(function, own)
+
+
+def check_experts_here(function: str, experts: list[tuple[str, FusedLoRAExperts]]) -> None:
+    """Likewise of stacked experts."""
+    for name, layer in experts:
+        held = ((f"{name}.{factor}", getattr(layer, factor)) for factor in ("lora_A", "lora_B"))
+        storage.check_here(function, ((path, factors, list(factors)) for path, factors in held))
 
 
 def _untied_from(model: nn.Module, layer: LoRALayer) -> tuple[str, ...]:
