@@ -94,6 +94,6 @@ def _product_into(out: Tensor, left: Tensor, right: Tensor, scaling: float) -> N
 def _add_product(out: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
     """out += scaling * left right, in the wider of their dtypes."""
     if out.dtype is left.dtype:
-        out.addmm_(left, right, alpha=scaling)
+        torch.addmm(out, left, right, alpha=scaling, out=out)  # addmm_ is one that counters of flops do not know
     else:
         out.add_(left @ right, alpha=scaling)
