@@ -108,7 +108,9 @@ def held(fields: Mapping[str, Any], where: str, what_becomes: str, stacklevel: i
 
     One warning names the fields that this version does not know; ``what_becomes`` says what becomes of them.
     """
-    unknown = sorted(name for name in set(fields) - set(HELD) - KEPT - set(_REFUSED) - {DROPOUT} if fields[name] is not None)
+    unknown = sorted(
+        name for name in set(fields) - set(HELD) - KEPT - set(_REFUSED) - {DROPOUT} if fields[name] is not None
+    )
     if unknown:
         warnings.warn(
             f"{where} has fields that this version of lora_kernels does not know: {', '.join(unknown)}. {what_becomes} "

@@ -33,6 +33,7 @@ __all__ = [
     "expert_forms",
     "expert_rows",
     "expert_tensors",
+    "overwrite",
     "take_experts",
 ]
 

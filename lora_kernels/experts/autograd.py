@@ -23,7 +23,7 @@ from torch import Tensor
 from ..dispatch import backend, select
 from ..errors import InvalidTypeError, UnsupportedTransformError
 from ..ops import operators
-from . import grouped, loop
+from . import grouped, loop, native
 from .problem import Adapter, Drop
 from .routing import Routing
 
@@ -48,7 +48,7 @@ def project(
         weight: (E, N, K), a view where it is stored transposed; frozen.
         adapter: its A (E, R, K), B (E, N, R) and s; None where there is none.
         p: dropout's probability, 0 where it does not act. A mask is drawn for each slot, from one seed.
-        way: :mod:`.loop` or :mod:`.grouped`; None is what suits the device.
+        way: :mod:`.loop`, :mod:`.native` or :mod:`.grouped`; None is what suits the device.
 
     Raises:
         InvalidTypeError: ``weight`` requires a gradient.
@@ -65,7 +65,8 @@ def project(
             "gradient of its size is never made. Call requires_grad_(False) on it, or train it without an adapter."
         )
     if way is None:
-        way = grouped if grouped.runs(x, weight) else loop
+        on_device = grouped.runs(x, weight)
+        way = grouped if on_device else native if native.runs(x, adapter, p) else loop
     state = None
     if p != 0.0 and adapter is not None:
         select("cpu" if x.is_cpu else x.device.type, x.dtype, _BACKEND)

@@ -78,9 +78,7 @@ def find_experts(model: nn.Module, config: LoRAConfig) -> list[ExpertMatch]:
     for prefix, module in plain_modules(model):
         if module in named:
             places[module].append(prefix)
-    return [
-        ExpertMatch(prefixes[0], tuple(prefixes), module, named[module]) for module, prefixes in places.items()
-    ]
+    return [ExpertMatch(prefixes[0], tuple(prefixes), module, named[module]) for module, prefixes in places.items()]
 
 
 def decide_experts(

@@ -20,7 +20,7 @@ from ..replaceable import computes_otherwise
 from ..tensors import is_plain
 from . import dora
 
-__all__ = ["is_transposed", "own_parameter", "why_adapter", "why_base", "why_call", "why_weight"]
+__all__ = ["hooked", "is_transposed", "own_parameter", "why_adapter", "why_base", "why_call", "why_weight"]
 
 
 _KNOWN_ARGUMENTS = {"adapter_names", "alora_offsets"}  # what PEFT's hooks add to a call
@@ -88,7 +88,7 @@ def why_adapter(layer: Any, adapter: str) -> str | None:
         return "lora_A or lora_B is wrapped"
     if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or not 0.0 <= dropout.p < 1.0):
         return "its dropout is not an nn.Dropout with p in [0, 1)"
-    if _hooked(modules["base_layer"]) or _hooked(lora_a) or _hooked(lora_b) or _hooked(dropout):
+    if hooked(modules["base_layer"]) or hooked(lora_a) or hooked(lora_b) or hooked(dropout):
         return "a module within it has hooks"
     a, b = own_parameter(lora_a, "weight"), own_parameter(lora_b, "weight")
     if not is_plain(a) or not is_plain(b) or own_parameter(lora_a, "bias") is not None:
@@ -110,7 +110,7 @@ def why_dtypes(layer: Any, x: Tensor, weight: Tensor, adapters: Sequence[str]) -
     return None
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     """Whether a call of ``module`` does more than its class's forward."""
     return bool(
         module._forward_hooks

@@ -37,6 +37,9 @@ def fuse_peft(model: nn.Module) -> FuseReport:
     **DoRA** runs fused too: a single DoRA adapter with or without dropout, and without dropout the last one of several
     active adapters. Each call computes the norms in fp32 or better; within PEFT's ``DoraCaching``, as often as PEFT.
 
+    **Experts.** PEFT's ``ParamWrapper`` layers around a mixture's stacked experts are taken over too. PEFT builds
+    W + s B A of every expert in each forward; fused, nothing of the weights' size is made.
+
     **PEFT's own forward** runs what the operators cannot: other variants, DoRA before other active adapters, dropout on
     several active adapters at once, modules with hooks inside of the layer, ``torch.func``, ``torch.jit.trace`` and
     ``torch.export``. This is decided for each call. Layers over a quantized, sharded or unusual base stay PEFT's own.
@@ -73,7 +76,7 @@ def fuse_peft(model: nn.Module) -> FuseReport:
     """
     _check_module(model, "fuse_peft")
     layer_module = _layer_module("fuse_peft")
-    ours, lora_layers = layer_module.FusedLoraLinear, _lora_layers(model)
+    ours, lora_layers = tuple(layer_module.PEFTS_KINDS), _lora_layers(model)
     if not lora_layers:
         raise InvalidArgumentError(f"fuse_peft was given {type(model).__name__}, {_what_it_holds(model)}")
     already = [(name, layer) for name, layer in lora_layers if isinstance(layer, ours)]
@@ -104,7 +107,7 @@ def fuse_peft(model: nn.Module) -> FuseReport:
 
 
 def unfuse_peft(model: nn.Module) -> UnfuseReport:
-    """Makes the fused layers PEFT's ``lora.Linear`` again. Their tensors do not change, and merged layers stay merged.
+    """Makes the fused layers PEFT's ``lora.Linear`` and ``ParamWrapper`` again. Their tensors do not change, and merged layers stay merged.
 
     Raises:
         InvalidTypeError: ``model`` is no module.
@@ -124,7 +127,7 @@ def unfuse_peft(model: nn.Module) -> UnfuseReport:
     layers = [
         (name, module)
         for name, module in plain_modules(model, shared=False)
-        if isinstance(module, layer_module.FusedLoraLinear)
+        if type(module) in layer_module.PEFTS_KINDS
     ]
     if not layers:
         raise LoRAStateError(
@@ -134,7 +137,7 @@ def unfuse_peft(model: nn.Module) -> UnfuseReport:
     counters = []
     unshare_inputs(model)
     for _, layer in layers:
-        layer.__class__ = layer_module.Linear
+        layer.__class__ = layer_module.PEFTS_KINDS[type(layer)]
         counters.append(drop_counter(layer))
     for tuner in _tuners(model):
         if isinstance(vars(tuner).get(_CREATION), partial):
@@ -255,7 +258,7 @@ def _notes(layers: list[tuple[str, Any]]) -> list[str]:
     why_adapter = import_module(f"{__package__}.conditions").why_adapter
     affected: dict[tuple[str, str], list[str]] = {}
     for name, layer in layers:
-        for adapter in layer.lora_A:
+        for adapter in layer.lora_A if hasattr(layer, "shared_branch") else ():
             if (reason := why_adapter(layer, adapter)) is not None:
                 affected.setdefault((adapter, reason), []).append(name)
     return [

@@ -18,9 +18,10 @@ from ..gate import run_branch
 from ..shared_input import NO_OTHERS, SharedInput
 from . import dora as peft_dora
 from .conditions import is_transposed, own_parameter, why_adapter, why_base, why_call, why_dtypes
+from .experts import FusedParamWrapper, ParamWrapper, why_not_fusable_experts
 from .report import BASE, FUSED, counter
 
-__all__ = ["FusedLoraLinear", "become_fused", "build_layer", "create_fused", "why_not_fusable"]
+__all__ = ["PEFTS_KINDS", "FusedLoraLinear", "become_fused", "build_layer", "create_fused", "why_not_fusable"]
 
 _BASE_ROWS = "__base__"  # PEFT's name, in adapter_names, for rows without an adapter
 
@@ -247,9 +248,15 @@ class FusedLoraLinear(Linear):
         return text.replace(f"lora.{type(self).__name__}", "lora.Linear[fused]", 1)
 
 
+FUSED_KINDS: dict[type, type] = {Linear: FusedLoraLinear, ParamWrapper: FusedParamWrapper}  # by PEFT's own
+PEFTS_KINDS = {fused: own for own, fused in FUSED_KINDS.items()}
+
+
 def why_not_fusable(module: Any) -> str | None:
     """Why one of PEFT's LoRA layers stays PEFT's own for good, or None if it can become a ``FusedLoraLinear``."""
     kind = type(module)
+    if kind is ParamWrapper:
+        return why_not_fusable_experts(module)
     if kind is not Linear:
         return f"it is a {kind.__module__.rpartition('.')[2]}.{kind.__name__}; only lora.Linear itself is fused"
     if "forward" in vars(module):
@@ -260,8 +267,8 @@ def why_not_fusable(module: Any) -> str | None:
 
 
 def become_fused(module: Any) -> None:
-    """Makes ``module``, a ``lora.Linear``, a ``FusedLoraLinear``; nothing else of it changes."""
-    module.__class__ = FusedLoraLinear
+    """Makes ``module`` the fused class of its kind; nothing else of it changes."""
+    module.__class__ = FUSED_KINDS[type(module)]
     counter(module)
 
 

@@ -235,12 +235,15 @@ def test_layers_that_are_there_get_the_values(tmp_path: Path) -> None:
         load_adapter(merged, tmp_path)
 
 
-@pytest.mark.parametrize(("base", "wanted", "dtype"), [
-    (torch.bfloat16, None, torch.float32),
-    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
-    (torch.float32, None, torch.float32),
-    (torch.float64, None, torch.float64),
-])
+@pytest.mark.parametrize(
+    ("base", "wanted", "dtype"),
+    [
+        (torch.bfloat16, None, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float32, None, torch.float32),
+        (torch.float64, None, torch.float64),
+    ],
+)
 def test_dtypes_of_what_is_made(base: torch.dtype, wanted: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     save_adapter(ours("mixtral", TARGETS), tmp_path)
     model = mixtures.made("mixtral", base)
@@ -289,12 +292,16 @@ def test_files_that_do_not_fit(change: dict[str, Any], error: Any, words: str, t
 def test_files_of_transformers_4_are_refused(tmp_path: Path) -> None:
     save_adapter(ours("mixtral", TARGETS), tmp_path)
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["w1", "w2"], "target_parameters": None}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"target_modules": ["w1", "w2"], "target_parameters": None})
+    )
     key = "base_model.model.model.layers.0.block_sparse_moe.experts.{}.{}.lora_{}.weight"
     sizes = {"w1": (8, 16), "w2": (16, 8)}
     tensors = {
         key.format(e, w, f): torch.ones((3, k) if f == "A" else (n, 3))
-        for e in range(4) for w, (n, k) in sizes.items() for f in "AB"
+        for e in range(4)
+        for w, (n, k) in sizes.items()
+        for f in "AB"
     }
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(InvalidArgumentError, match=r"made with transformers 4.*PeftModel.from_pretrained"):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import mixtures
+from lora_kernels import use_backend
 from lora_kernels.accuracy import judge
 from lora_kernels.config import AdapterOptions
 from lora_kernels.errors import InvalidArgumentError, LoRAStateError
@@ -119,14 +120,16 @@ def test_one_projection_alone(kind: str) -> None:
         layer = around_experts(mixtures.experts(kind), {name: OPTIONS})
         mixtures.move(p for p in layer.parameters() if p.requires_grad)
         given = inputs(layer, torch.float32)
-        y = layer(given[0], *given[1:3])
+        with use_backend("eager"):  # else the base's product of an adapted projection is the library's own
+            y = layer(given[0], *given[1:3])
         both = adapted(kind)
         other = ({"gate_up_proj", "down_proj"} - {name}).pop()
         with torch.no_grad():
             both.lora_A[name].copy_(layer.lora_A[name])
             both.lora_B[name].copy_(layer.lora_B[name])
             both.lora_B[other].zero_()
-        assert torch.equal(y, both(given[0], *given[1:3]))
+        with use_backend("eager"):
+            assert torch.equal(y, both(given[0], *given[1:3]))
 
 
 @pytest.mark.parametrize("kind", mixtures.KINDS)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_kernels.dispatch import backend, select
+from lora_kernels.dispatch import backend, select, use_backend
 from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, UnsupportedTransformError
-from lora_kernels.experts import grouped, loop
+from lora_kernels.experts import grouped, loop, native
 from lora_kernels.experts.autograd import project
 from lora_kernels.experts.problem import Adapter
 from lora_kernels.experts.routing import Routing
@@ -26,6 +26,9 @@ WAYS = {
     "loop fp32": (loop, torch.float32),
     "loop bf16": (loop, torch.bfloat16),
     "loop fp16": (loop, torch.float16),
+    "native fp32": (native, torch.float32),
+    "native bf16": (native, torch.bfloat16),
+    "native fp16": (native, torch.float16),
     "grouped fp32": (grouped, torch.float32),
     "grouped bf16": (grouped, torch.bfloat16),
 }
@@ -143,7 +146,7 @@ def test_any_routing(data: st.DataObject) -> None:
     wide = {name: tensor.double() for name, tensor in whole.items()}
     exact = run(loop, **wide, routing=problem["routing"])
     compare(exact, {**problem, **wide})
-    for way in (loop, grouped):
+    for way in (loop, grouped, native):
         got = run(way, **whole, routing=problem["routing"])
         assert all(torch.equal(got[name].double(), exact[name]) for name in exact)
 
@@ -177,7 +180,7 @@ def test_over_fp16_h_keeps_fp32s_range() -> None:
 def test_only_what_is_due_is_saved_and_computed() -> None:
     problem = made(*ROUTINGS["each"], torch.float32)
     x, b = problem["x"].requires_grad_(), problem["b"].requires_grad_()
-    y = project(x, problem["weight"], Adapter(problem["a"], b, 1.5), problem["routing"])
+    y = project(x, problem["weight"], Adapter(problem["a"], b, 1.5), problem["routing"], way=loop)
     assert [tensor is None for tensor in y.grad_fn.saved_tensors] == [True, False, False, False, False, True]
     y.backward(problem["dy"])
     assert problem["a"].grad is None
@@ -213,3 +216,13 @@ def test_second_derivatives_and_transforms_are_refused() -> None:
 def test_indices_that_name_no_expert(index: Tensor, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         Routing(index, 4, skips=False)
+
+
+@pytest.mark.parametrize("name", ["eager", "native"])
+def test_the_backend_that_was_named_runs(name: str) -> None:
+    """``native`` where it is chosen and nothing drops; else the loop, whose bits are its own."""
+    problem = made(*ROUTINGS["each"], torch.float32)
+    with use_backend(name):
+        got = run(None, **problem)
+    expected = run({"eager": loop, "native": native}[name], **problem)
+    assert all(same_bits(got[each], expected[each]) for each in got)

@@ -266,8 +266,15 @@ def test_checkpoints_of_trainer(tmp_path: Path) -> None:
         model = adapted()
         data = [{"input_ids": torch.arange(i, i + 6) % 24, "labels": torch.arange(i, i + 6) % 24} for i in range(8)]
         arguments = transformers.TrainingArguments(
-            str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
-            learning_rate=1e-2, disable_tqdm=True, lr_scheduler_type="constant",
+            str(folder),
+            max_steps=steps,
+            save_steps=2,
+            per_device_train_batch_size=2,
+            report_to=[],
+            use_cpu=True,
+            learning_rate=1e-2,
+            disable_tqdm=True,
+            lr_scheduler_type="constant",
         )
         trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[SaveAdapterCallback()])
         trainer.train(resume_from_checkpoint=resume)

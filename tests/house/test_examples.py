@@ -58,6 +58,17 @@ def test_peft_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert out.count("by PEFT  ") == 3
 
 
+def test_moe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("peft", "transformers", "accelerate"):
+        pytest.importorskip(name, reason="the script trains a transformers model with Trainer, by PEFT and by ours")
+    out = run_here("moe.py", "--steps", "4", monkeypatch=monkeypatch, capsys=capsys)
+    assert re.search(r"4 × .*gate_up_proj|2 × gate_up_proj \(\d+→\d+\) of 8 experts", out)
+    theirs, ours = (re.search(rf"{who} +(.*)", out)[1].split() for who in ("by PEFT", "by ours"))
+    assert len(theirs) == len(ours) == 4
+    assert float(ours[-1]) < float(ours[0])
+    assert "losses differ by at most" in out
+
+
 def test_serve_merged(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("peft", reason="several adapters are served by PEFT")
     pytest.importorskip("transformers", reason="the script serves a transformers model")
