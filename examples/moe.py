@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import warnings
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -21,7 +22,7 @@ VOCABULARY = 64
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]  # Parameters, (experts, rows, columns) each
 
 
-def model_of_experts() -> torch.nn.Module:
+def model_of_experts() -> Any:
     """Two blocks of eight experts, two of them for each token."""
     set_seed(0)
     return Qwen3MoeForCausalLM(

@@ -116,13 +116,8 @@ def _gathered(model: nn.Module, held: str | None) -> Iterator[bool]:
             yield torch.distributed.get_rank() == 0
     elif held == storage.ZERO3:
         adapters = adapter_parameters(model)
-        needed = dict.fromkeys(
-            [
-                *(each for each in model.parameters() if each in adapters),
-                *(each for each in model.parameters() if each.requires_grad),
-            ]
-        )
-        with import_module("deepspeed").zero.GatheredParameters(list(needed)):
+        needed = [each for each in model.parameters() if each.requires_grad or each in adapters]
+        with import_module("deepspeed").zero.GatheredParameters(needed):
             yield torch.distributed.get_rank() == 0
     else:
         yield held == _DTENSOR

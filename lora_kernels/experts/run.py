@@ -1,4 +1,4 @@
-"""What a mixture's experts module computes of its tokens, with adapters inside: projections, activation, weighted sum."""
+"""What a mixture's experts module computes of its tokens, with adapters inside its projections."""
 
 from __future__ import annotations
 

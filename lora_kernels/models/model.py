@@ -191,7 +191,8 @@ def merge_lora(model: nn.Module) -> None:
             fsdp.check_untied(name, layer, _untied_from(model, layer))
     done: list[LoRALayer | FusedLoRAExperts] = []
     try:
-        for name, each in (*layers, *experts):
+        every: list[tuple[str, LoRALayer | FusedLoRAExperts]] = [*layers, *experts]
+        for name, each in every:
             try:
                 _merge(each)
             except LoRAKernelsError as error:
@@ -242,17 +243,20 @@ def unmerge_lora(model: nn.Module) -> None:
             "or unmerge() on the layers that are."
         )
     storage.check_merging("unmerge_lora", layers)
-    for _, each in (*layers, *experts):
+    for _, layer in layers:
+        _unmerge(layer)
+    for _, each in experts:
         _unmerge(each)
 
 
 def restore_linear(model: nn.Module) -> RestoreReport:
     """Replaces, in place, every ``FusedLoRALinear`` by a plain ``nn.Linear`` with the layer's current weight.
 
-    Experts become modules of their own class again. A merged layer gives its merged weight. Another layer gives its base weight and drops its adapter, with a warning if
-    the adapter adds anything. So call :func:`merge_lora` or save :func:`lora_state_dict` first. What PiSSA or OLoRA
-    took of the base weight is put back, to within rounding. Weights and biases keep their ``requires_grad``: they stay
-    frozen, as :func:`replace_linear` left them. Forward hooks are kept, also those that were added later.
+    Experts become modules of their own class again. A merged layer gives its merged weight. Another layer gives its
+    base weight and drops its adapter, with a warning if the adapter adds anything. So call :func:`merge_lora` or save
+    :func:`lora_state_dict` first. What PiSSA or OLoRA took of the base weight is put back, to within rounding. Weights
+    and biases keep their ``requires_grad``: they stay frozen, as :func:`replace_linear` left them. Forward hooks are
+    kept, also those that were added later.
 
     Returns:
         A report to print: whose adapters were merged or dropped, and which merged weights are no longer tied.

@@ -35,6 +35,7 @@ class FusedParamWrapper(ParamWrapper):  # type: ignore[misc]
     Everything but ``forward`` is PEFT's: names, Parameters, saving, merging, adding and switching adapters.
     """
 
+    _disable_adapters: bool
     _asks: bool = False  # whether PEFT's flag alone does not tell if adapters act; see switching.py
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -47,7 +48,7 @@ class FusedParamWrapper(ParamWrapper):  # type: ignore[misc]
             return self._by_peft(reason, x, args, kwargs)
         self._count(FUSED)
         adapters = {wrapper.parameter_name: wrapper._adapter() for wrapper in acting}
-        return run(chain[-1].base_layer, x, *args, adapters, {})
+        return run(chain[-1].base_layer, x, args[0], args[1], adapters, {})
 
     def _acting(self) -> list[str]:
         """The adapters that this call adds: none where they are disabled or merged."""

@@ -107,7 +107,9 @@ def fuse_peft(model: nn.Module) -> FuseReport:
 
 
 def unfuse_peft(model: nn.Module) -> UnfuseReport:
-    """Makes the fused layers PEFT's ``lora.Linear`` and ``ParamWrapper`` again. Their tensors do not change, and merged layers stay merged.
+    """Makes the fused layers PEFT's ``lora.Linear`` and ``ParamWrapper`` again.
+
+    Their tensors do not change, and merged layers stay merged.
 
     Raises:
         InvalidTypeError: ``model`` is no module.
