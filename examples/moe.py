@@ -52,7 +52,7 @@ def train(model: torch.nn.Module, steps: int) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def start_alike(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
+def start_alike(ours: torch.nn.Module, theirs: Any) -> None:
     """Has ``ours`` begin with PEFT's random A, by PEFT's own files."""
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
@@ -68,7 +68,7 @@ def main() -> None:
     stock = get_peft_model(
         model_of_experts(), LoraConfig(r=8, lora_alpha=16, target_modules=[], target_parameters=EXPERTS)
     )
-    model = model_of_experts()
+    model: Any = model_of_experts()
     print(replace_linear(model, LoRAConfig(r=8, lora_alpha=16, target_parameters=EXPERTS)))
     mark_only_lora_as_trainable(model)
     start_alike(model, stock)

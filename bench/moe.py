@@ -1,0 +1,203 @@
+"""A training step of one layer's experts on a CPU, beside the frozen experts, PEFT and a loop over own linear layers.
+
+``python bench/moe.py`` measures Qwen3-MoE's shape, made small enough to run (E = 32, H = 1024, I = 768, top-8, M = 2048
+tokens, r = 16), and writes ``bench/results/moe-cpu.json``. ``--small`` is for tests. All providers are compared with
+float64 before they are timed. They run in turn on the same data, and the ratio to the frozen experts is the result.
+
+*frozen*: the experts module without adapters, by transformers' ``grouped_mm``. *peft*: ``ParamWrapper``. *loop*: a
+``FusedLoRALinear`` for each expert and projection. *Peak* is what a step holds at most beyond what was held before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lora_kernels import FusedLoRALinear, LoRAConfig, replace_linear  # noqa: E402  (after the path)
+from lora_kernels.accuracy import judge  # noqa: E402
+from lora_kernels.benchmark.memory import peak_of  # noqa: E402
+from lora_kernels.benchmark.results import environment  # noqa: E402
+from lora_kernels.experts.peft_form import to_peft  # noqa: E402
+
+RESULT = ROOT / "bench" / "results" / "moe-cpu.json"
+TARGETS = ["gate_up_proj", "down_proj"]
+PROVIDERS = ("frozen", "ours", "loop", "peft")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """E experts H -> 2 I and I -> H, k of them for each of M tokens, and the rank."""
+
+    experts: int = 32
+    hidden: int = 1024
+    intermediate: int = 768
+    k: int = 8
+    tokens: int = 2048
+    r: int = 16
+
+
+SMALL = Sizes(4, 32, 24, 2, 40, 4)
+
+
+class Holder(nn.Module):
+    """A model of nothing but the experts."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        y: Tensor = self.experts(*inputs)
+        return y
+
+
+class Loop(nn.Module):
+    """The experts one after the other, each projection a ``FusedLoRALinear``."""
+
+    def __init__(self, ours: Any) -> None:
+        super().__init__()
+        self.act_fn, self.up, self.down = ours.act_fn, nn.ModuleList(), nn.ModuleList()
+        for name, layers in zip(TARGETS, (self.up, self.down), strict=True):
+            for e, weight in enumerate(getattr(ours, name)):
+                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+                linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+                of = ours.options[name]
+                layer = FusedLoRALinear.from_linear(linear, r=of.r, lora_alpha=of.lora_alpha)
+                layer.lora_A.data.copy_(ours.lora_A[name][e])
+                layer.lora_B.data.copy_(ours.lora_B[name][e])
+                layers.append(layer)
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for e, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+            token, slot = torch.where(index == e)
+            gate, value = up(x[token]).chunk(2, dim=-1)
+            y = y.index_add(0, token, down(self.act_fn(gate) * value) * weights[token, slot, None])
+        return y
+
+
+def models(sizes: Sizes, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Each provider's model, with the same weights and adapters."""
+    transformers = __import__("transformers")
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        num_experts=sizes.experts, hidden_size=sizes.hidden, moe_intermediate_size=sizes.intermediate
+    )
+    config._experts_implementation = "grouped_mm"
+    frozen = Holder(Qwen3MoeExperts(config)).to(dtype).requires_grad_(False)
+    for parameter in frozen.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[2] ** -0.5)
+    ours = copy.deepcopy(frozen)
+    replace_linear(ours, LoRAConfig(r=sizes.r, lora_alpha=sizes.r, target_parameters=TARGETS))
+    layer: Any = ours.experts
+    for name in TARGETS:
+        nn.init.normal_(layer.lora_B[name], std=sizes.r**-0.5)
+    return {"frozen": frozen, "ours": ours, "loop": Loop(layer), "peft": _by_peft(frozen, layer, sizes.r)}
+
+
+def _by_peft(frozen: nn.Module, layer: Any, r: int) -> nn.Module:
+    peft = __import__("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=r, lora_alpha=r, target_modules=[], target_parameters=TARGETS)
+        model: nn.Module = peft.get_peft_model(copy.deepcopy(frozen), config)
+    for wrapper in (each for each in model.modules() if hasattr(each, "parameter_name")):
+        a, b = to_peft(layer.lora_A[wrapper.parameter_name].detach(), layer.lora_B[wrapper.parameter_name].detach())
+        held: Any = wrapper
+        held.lora_A["default"].weight.data.copy_(a)
+        held.lora_B["default"].weight.data.copy_(b)
+    return model
+
+
+def inputs(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, their experts at random, the experts' weights, and dy."""
+    torch.manual_seed(1)
+    x = torch.randn(sizes.tokens, sizes.hidden).to(dtype).requires_grad_()
+    index = torch.rand(sizes.tokens, sizes.experts).topk(sizes.k).indices
+    return x, index, torch.rand(sizes.tokens, sizes.k).to(dtype), torch.randn(sizes.tokens, sizes.hidden).to(dtype)
+
+
+def check(made: dict[str, nn.Module], given: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Raises unless ours and the loop give what float64 gives, PEFT's error being the yardstick."""
+    x, index, weights, _ = (tensor.detach() for tensor in given)
+    with torch.no_grad():
+        exact = copy.deepcopy(made["loop"]).double()(x.double(), index, weights.double())
+        yardstick = made["peft"](x, index, weights)
+        for name in ("ours", "loop"):
+            verdict = judge(name, made[name](x, index, weights), exact, yardstick, dtype, depth=2)
+            if not verdict.passed:
+                raise SystemExit(f"{name} is not timed, because it is wrong: {verdict}")
+
+
+def measure(sizes: Sizes, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+    """A row for each provider: seconds of a step, its ratio to the frozen experts of the same round, bytes."""
+    made, given = models(sizes, dtype), inputs(sizes, dtype)
+    check(made, given, dtype)
+    x, index, weights, dy = given
+
+    def step(model: nn.Module) -> Callable[[], None]:
+        def run() -> None:
+            x.grad = None
+            model.zero_grad(set_to_none=True)
+            model(x, index, weights).backward(dy)
+
+        return run
+
+    steps = {name: step(made[name]) for name in PROVIDERS}
+    times: dict[str, list[float]] = {name: [] for name in PROVIDERS}
+    for i in range(rounds + 1):
+        for name in PROVIDERS:
+            begin = time.perf_counter()
+            steps[name]()
+            if i:  # the first round warms up
+                times[name].append(time.perf_counter() - begin)
+    rows = []
+    for name in PROVIDERS:
+        ratios = sorted(own / floor for own, floor in zip(times[name], times["frozen"], strict=True))
+        spread = {"p20": ratios[len(ratios) // 5], "p80": ratios[-1 - len(ratios) // 5]}
+        seconds, ratio = statistics.median(times[name]), statistics.median(ratios)
+        peak = peak_of(steps[name], "cpu")
+        rows.append({"provider": name, "dtype": str(dtype).removeprefix("torch."), "seconds": seconds, "ratio": ratio})
+        rows[-1] |= spread | {"peak_bytes": peak}
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print a table, and write the file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="sizes for a test")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--json", type=Path, default=RESULT, help="where to write")
+    given = parser.parse_args(arguments)
+    sizes = SMALL if given.small else Sizes()
+    rows = [row for dtype in given.dtypes for row in measure(sizes, getattr(torch, dtype), given.rounds)]
+    for row in rows:
+        print(
+            f"{row['dtype']:9} {row['provider']:7} {row['seconds'] * 1e3:9.1f} ms  {row['ratio']:6.2f} of frozen "
+            f"({row['p20']:.2f}-{row['p80']:.2f})  peak {row['peak_bytes'] / 2**20:8.1f} MiB"
+        )
+    result = {"sizes": asdict(sizes), "rows": rows, "environment": environment("cpu")}
+    given.json.write_text(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
