@@ -45,6 +45,20 @@ class FusedLoRAExperts(nn.Module):
         lora_A: by the name of the adapted Parameter, A of all experts, (E, R, K).
         lora_B: likewise B, (E, N, R).
         options: likewise, what the adapter was made with.
+
+    Example:
+        >>> from lora_kernels import LoRAConfig, replace_linear
+        >>> from transformers import Qwen3MoeConfig
+        >>> from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+        >>> config = Qwen3MoeConfig(num_experts=4, hidden_size=16, moe_intermediate_size=8)
+        >>> model = nn.ModuleDict({"experts": Qwen3MoeExperts(config)})
+        >>> print(replace_linear(model, LoRAConfig(r=2, target_parameters=["experts.down_proj"])))
+        replaced 1 layer:
+          experts.down_proj (8→16) of 4 experts, r = 2, alpha = 16: 192 parameters
+        trainable parameters: 192 of 1,728 (11.11 %)
+        >>> layer = model["experts"]
+        >>> isinstance(layer, Qwen3MoeExperts), tuple(layer.lora_A["down_proj"].shape)
+        (True, (4, 2, 8))
     """
 
     lora_A: nn.ParameterDict

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import moe
+
 for package in ("peft", "transformers"):
     pytest.importorskip(package)
-
-from bench import moe
 
 
 def test_small_sizes_run_and_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
