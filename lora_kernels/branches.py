@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from .activations import check_activation
 from .errors import InvalidArgumentError
+from .weights.packed import Packed
 
-__all__ = ["Branch"]
+__all__ = ["Branch", "PackedBranch"]
 
 
 @dataclass(frozen=True)
@@ -53,3 +55,23 @@ class Branch:
                 f"a gain {tuple(gain.shape)} on {gain.device} was given for a weight {tuple(self.weight.shape)} and x "
                 f"on {x.device}: it must be (N,), one factor for each row of the weight, on x's device."
             )
+
+
+@dataclass(frozen=True)
+class PackedBranch(Branch):
+    """A branch beside a weight in a quantised form: ``weight`` is a :class:`~.weights.packed.Packed`."""
+
+    weight: Packed  # type: ignore[assignment]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return None, self.lora_a, self.lora_b, self.bias, self.gain
+
+    @property
+    def is_plain(self) -> bool:
+        return False
+
+    def computing(self, dtype: torch.dtype) -> PackedBranch:
+        """The same, multiplied in ``dtype``."""
+        weight = self.weight
+        return self if weight.dtype is dtype else replace(self, weight=replace(weight, dtype=dtype))

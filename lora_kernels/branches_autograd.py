@@ -20,6 +20,7 @@ from .activations import activate, activate_backward
 from .errors import UnsupportedTransformError
 from .ops import operators
 from .tensors import as_dtype, flatten, unflatten
+from .weights.packed import Layout, values_of
 
 __all__ = [
     "PER_BRANCH",
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 PER_BRANCH = 5  # weight, lora_a, lora_b, bias, gain
-_SETTINGS = 5  # backend_name, p, scalings, activations, grouped
+_SETTINGS = 6  # backend_name, p, scalings, activations, grouped, layouts
 
 
 class Member(NamedTuple):
@@ -64,6 +65,7 @@ def forward_only(
     activations: tuple[str, ...],
     grouped: bool,
     with_linears: tuple[bool, ...],
+    layouts: tuple[Layout | None, ...],
     *tensors: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor], list[Any], list[Any]]:
     """Each branch's y (..., N_i), z (M, R_i) and, where ``with_linears`` says so, l (M, N_i); the states to keep.
@@ -71,21 +73,48 @@ def forward_only(
     The other arguments are ``BranchesFunction``'s.
     """
     ops, count = operators(backend_name), len(scalings)
-    members, states = members_of(tensors, count), list(tensors[PER_BRANCH * count :])
+    members, (states, parts) = members_of(tensors, count), _split(tensors, count, layouts)
     flat = flatten(x)
     if grouped:
         ys, zs, kept = _forward_of_group(ops, flat, members, p, scalings, states)
         return [unflatten(y, x.shape) for y in ys], zs, [None] * count, kept
     zs = _shrink_all(ops, flat, [member.lora_a for member in members], p, states)
     ys, linears = [], []
-    for member, z, scaling, activation, with_linear in zip(
-        members, zs, scalings, activations, with_linears, strict=True
+    for i, (member, z, scaling, activation, with_linear) in enumerate(
+        zip(members, zs, scalings, activations, with_linears, strict=True)
     ):
-        weight, h = as_dtype(member.weight, x.dtype), activate(activation, z)
+        weight, h = _values(i, member.weight, layouts, parts, x.dtype, flat), activate(activation, z)
         y, linear = ops.product(flat, weight, member.lora_b, h, member.bias, member.gain, scaling, with_linear)
+        del weight  # or the next one's values would be made beside these
         ys.append(unflatten(y, x.shape))
         linears.append(linear)
     return ys, zs, linears, states
+
+
+def _split(
+    tensors: Sequence[Any], count: int, layouts: tuple[Layout | None, ...]
+) -> tuple[list[Any], list[tuple[Tensor, ...]]]:
+    """Dropout's states, and the tensors of each packed weight, of what follows the branches' own."""
+    rest = list(tensors[PER_BRANCH * count :])
+    states = len(rest) - sum(layout.tensors for layout in layouts if layout is not None)
+    parts, end = [], states
+    for layout in layouts:
+        start, end = end, end + (0 if layout is None else layout.tensors)
+        parts.append(tuple(rest[start:end]))
+    return rest[:states], parts
+
+
+def _values(
+    i: int,
+    weight: Any,
+    layouts: tuple[Layout | None, ...],
+    parts: Sequence[tuple[Tensor, ...]],
+    dtype: torch.dtype,
+    after: Tensor,
+) -> Tensor:
+    """The i-th branch's W (N, K) in ``dtype``: the weight itself where it is plain."""
+    layout = layouts[i] if layouts else None
+    return as_dtype(weight, dtype) if layout is None else values_of(layout, parts[i], dtype, after)
 
 
 def _forward_of_group(
@@ -148,7 +177,9 @@ class BranchesFunction(torch.autograd.Function):
     """(y_1, ..., y_n), each (..., N_i), of x (..., K) and the branches.
 
     ``grouped``: whether the backend's group operators run them. ``tensors``: for each branch weight (N, K), lora_a (R,
-    K), lora_b (N, R), bias (N,) or None, gain (N,) or None; then no dropout state, or one for each branch.
+    K), lora_b (N, R), bias (N,) or None, gain (N,) or None; then no dropout state, or one for each branch; then the
+    parts of packed weights. ``layouts`` is empty, or has for each branch its packed weight's, or None; the weight
+    itself is None where it is packed.
     """
 
     @staticmethod
@@ -160,6 +191,7 @@ class BranchesFunction(torch.autograd.Function):
         scalings: tuple[float, ...],
         activations: tuple[str, ...],
         grouped: bool,
+        layouts: tuple[Layout | None, ...],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         count = len(scalings)
@@ -168,7 +200,7 @@ class BranchesFunction(torch.autograd.Function):
         needs, members = _needs(ctx, count), members_of(tensors, count)
         with_linears = tuple(need.gain for need in needs)
         ys, zs, linears, states = forward_only(
-            x, backend_name, p, scalings, activations, grouped, with_linears, *tensors
+            x, backend_name, p, scalings, activations, grouped, with_linears, layouts, *tensors
         )
         need_x, any_a = ctx.needs_input_grad[0], any(need.lora_a for need in needs)
         any_b = grouped and any(need.lora_b for need in needs)  # of a group every db is due, or none
@@ -176,9 +208,10 @@ class BranchesFunction(torch.autograd.Function):
         for member, need, activation, z, linear in zip(members, needs, activations, zs, linears, strict=True):
             # PyTorch 2.11's dynamo lets a list grow by no named tuple with +=
             saved.extend(saved_of(member, need, need_x, activation, z, linear, any_b))
-        ctx.save_for_backward(*saved, *(states if need_x or any_a else ()))
-        weight_dtypes = tuple(member.weight.dtype for member in members)
-        ctx.settings = x.shape, weight_dtypes, len(states), backend_name, p, scalings, activations, grouped
+        of_weights = [part for own in _split(tensors, count, layouts)[1] for part in own]
+        ctx.save_for_backward(*saved, *(states if need_x or any_a else ()), *of_weights)
+        weight_dtypes = tuple(None if member.weight is None else member.weight.dtype for member in members)
+        ctx.settings = x.shape, weight_dtypes, len(tensors), backend_name, p, scalings, activations, grouped, layouts
         return tuple(ys)
 
     @staticmethod
@@ -187,9 +220,9 @@ class BranchesFunction(torch.autograd.Function):
             ctx.has_run = True  # what was saved may be gone: an output that waits for its layer is worth nothing now
             if torch.is_grad_enabled():
                 return _differentiable_backward(ctx, dys)
-        x_shape, weight_dtypes, state_count, backend_name, p, scalings, activations, grouped = ctx.settings
+        x_shape, weight_dtypes, total, backend_name, p, scalings, activations, grouped, layouts = ctx.settings
         count, need_x, ops = len(scalings), ctx.needs_input_grad[0], operators(backend_name)
-        x, saved, states = _unpack(ctx.saved_tensors, count)
+        x, saved, states, parts = _unpack(ctx.saved_tensors, count, layouts)
         x = None if x is None else flatten(x)
         needs = _needs(ctx, count)
         used = [i for i, dy in enumerate(dys) if dy is not None]
@@ -197,10 +230,13 @@ class BranchesFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         given = {i: flatten(dys[i]) for i in used}
         of = ops, given, x, saved, states, needs, need_x, p, scalings
-        dx, grads = _of_group(*of, weight_dtypes) if grouped else gradients_of(*of, activations, weight_dtypes)
+        if grouped:
+            dx, grads = _of_group(*of, weight_dtypes)
+        else:
+            dx, grads = gradients_of(*of, activations, weight_dtypes, layouts, parts)
         dx = None if dx is None else unflatten(dx, x_shape)
         flat = [gradients.get(name) for gradients in grads for name in Needs._fields]
-        return (dx, *[None] * _SETTINGS, *flat, *[None] * state_count)
+        return (dx, *[None] * _SETTINGS, *flat, *[None] * (total - len(flat)))
 
 
 def gradients_of(
@@ -215,6 +251,8 @@ def gradients_of(
     scalings: Sequence[float],
     activations: Sequence[str],
     weight_dtypes: Sequence[torch.dtype],
+    layouts: tuple[Layout | None, ...] = (),
+    parts: Sequence[tuple[Tensor, ...]] = (),
 ) -> tuple[Tensor | None, list[dict[str, Tensor]]]:
     """dx (M, K), where it is due, and for each branch the gradients that are due, by their names in :class:`Needs`.
 
@@ -228,11 +266,14 @@ def gradients_of(
         dlinears[i], dzs[i], grads[i] = of_output(ops, *of)
         if needs[i].weight and x is not None:
             grads[i]["weight"] = as_dtype(dlinears[i].t() @ x, weight_dtypes[i])
-    dx = None
-    if need_x:
-        weights = [as_dtype(saved[i].weight, dlinears[i].dtype) for i in used]
-        lora_as, own = [saved[i].lora_a for i in used], [states[i] for i in used] if states else []
-        dx = ops.input_grad([dlinears[i] for i in used], weights, [dzs[i] for i in used], lora_as, p, own)
+    dx: Any = None
+    # The values of several packed weights are not to be there at once: their dx are added up.
+    for some in ([[i] for i in used] if layouts else [used]) if need_x else ():
+        weights = [_values(i, saved[i].weight, layouts, parts, dlinears[i].dtype, dlinears[i]) for i in some]
+        lora_as, own = [saved[i].lora_a for i in some], [states[i] for i in some] if states else []
+        part = ops.input_grad([dlinears[i] for i in some], weights, [dzs[i] for i in some], lora_as, p, own)
+        del weights
+        dx = part if dx is None else dx.add_(part)
     if x is not None:
         due = [i for i in used if needs[i].lora_a]
         das = _a_grads(ops, [dzs[i] for i in due], x, p, [states[i] for i in due] if states else [])
@@ -299,11 +340,14 @@ def of_output(
     return dlinear, dz, {name: value for name, value in gradients.items() if getattr(need, name)}
 
 
-def _unpack(tensors: Sequence[Any], count: int) -> tuple[Any, list[Saved], list[Tensor]]:
-    """x, each branch's, and the dropout states, of what was saved."""
+def _unpack(
+    tensors: Sequence[Any], count: int, layouts: tuple[Layout | None, ...]
+) -> tuple[Any, list[Saved], list[Tensor], list[tuple[Tensor, ...]]]:
+    """x, each branch's, the dropout states and the packed weights' parts, of what was saved."""
     width = len(Saved._fields)
     end = 1 + width * count
-    return tensors[0], [Saved(*tensors[i : i + width]) for i in range(1, end, width)], list(tensors[end:])
+    states, parts = _split((*[None] * (PER_BRANCH * count), *tensors[end:]), count, layouts)
+    return tensors[0], [Saved(*tensors[i : i + width]) for i in range(1, end, width)], states, parts
 
 
 class Needs(NamedTuple):
@@ -340,8 +384,8 @@ apply_branches_function: Callable[..., Any] = super(torch.autograd.Function, Bra
 
 def _differentiable_backward(ctx: Any, dys: Sequence[Tensor]) -> Any:
     """The gradients of the reference's formulas on the graph's own tensors, for ``create_graph=True``."""
-    x_shape, _, state_count, backend_name, p, scalings, activations, _ = ctx.settings
-    given_x, saved, states = _unpack(ctx.saved_tensors, len(scalings))
+    x_shape, _, total, backend_name, p, scalings, activations, _, layouts = ctx.settings
+    given_x, saved, states, parts = _unpack(ctx.saved_tensors, len(scalings), layouts)
     if given_x is None:
         raise UnsupportedTransformError(
             "a double backward (create_graph=True) was asked for where no lora_A needs a gradient: x was not kept, to "
@@ -353,6 +397,8 @@ def _differentiable_backward(ctx: Any, dys: Sequence[Tensor]) -> Any:
     outputs = []
     for i, (own, scaling, activation) in enumerate(zip(saved, scalings, activations, strict=True)):
         mask = operators(backend_name).mask(states[i], *x.shape, p) if states else None
+        if layouts and layouts[i] is not None:
+            own = own._replace(weight=_values(i, None, layouts, parts, x.dtype, x.detach()))
         y, aliases = reference_output(x, own, scaling, activation, mask, p)
         inputs += aliases
         outputs.append(y.reshape(*x_shape[:-1], -1))
@@ -362,7 +408,7 @@ def _differentiable_backward(ctx: Any, dys: Sequence[Tensor]) -> Any:
     of = [outputs[i] for i in used], due, [dys[i] for i in used]
     found = iter(torch.autograd.grad(*of, create_graph=True, allow_unused=True))
     dx, *rest = [next(found) if need else None for need in needed]
-    return (dx, *[None] * _SETTINGS, *rest, *[None] * state_count)
+    return (dx, *[None] * _SETTINGS, *rest, *[None] * (total - len(rest)))
 
 
 def reference_output(

@@ -8,6 +8,7 @@ one branch and chooses between the two.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .autograd import LoRALinearFunction, apply_function, forward_only
-from .branches import Branch
+from .branches import Branch, PackedBranch
 from .branches_autograd import BranchesFunction, apply_branches_function
 from .branches_autograd import forward_only as branches_forward_only
 from .config import plain_number
@@ -26,7 +27,9 @@ from .dispatch import COMPUTE_DTYPES, backend, select
 from .errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, UnsupportedTransformError
 from .ops import operators
 from .reference import drop
-from .tensors import flatten
+from .tensors import as_dtype, flatten
+from .weights import product
+from .weights.packed import Packed
 
 __all__ = [
     "autocast_input",
@@ -41,6 +44,7 @@ __all__ = [
     "refuse_tangents",
     "run_branch",
     "run_branches",
+    "run_frozen",
     "run_plain",
 ]
 
@@ -117,10 +121,43 @@ def run_branches(x: Tensor, branches: Sequence[Branch], p: float, backend_name: 
     and errors are ``lora_linear``'s; p is known to be valid, 0 where dropout does not act.
     """
     device_type = device_type_of(x)
+    if type(branches[0]) is PackedBranch:
+        return _run_packed(x, branches, p, backend_name, device_type)
     if torch._C._is_any_autocast_enabled() and is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
             return _run_branches(autocast_input(x, device_type), branches, p, backend_name, autocast=True)
     return _run_branches(x, branches, p, backend_name, autocast=False)
+
+
+def _run_packed(
+    x: Tensor, branches: Sequence[Any], p: float, backend_name: str | None, device_type: str
+) -> list[Tensor]:
+    """The same beside packed weights: in their compute dtype, and y in x's dtype, as the packages' own layers."""
+    dtype = packed_dtype(x, branches[0].weight, device_type)
+    computing = [branch.computing(dtype) for branch in branches]
+    with torch.autocast(device_type, enabled=False) if is_autocast_enabled(device_type) else nullcontext():
+        ys = _run_branches(as_dtype(x, dtype), computing, p, backend_name, autocast=False)
+        return ys if dtype is x.dtype else [y.to(x.dtype) for y in ys]
+
+
+def packed_dtype(x: Tensor, weight: Packed, device_type: str) -> torch.dtype:
+    """The dtype that x and a packed weight are multiplied in: the weight's, else autocast's, else x's."""
+    if weight.dtype is not None and x.is_floating_point():
+        return weight.dtype
+    return torch.get_autocast_dtype(device_type) if is_autocast_enabled(device_type) else x.dtype
+
+
+def run_frozen(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias (..., N) of a packed weight, in x's dtype: a layer whose adapter is off."""
+    device_type = device_type_of(x)
+    dtype = packed_dtype(x, weight, device_type)
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device or dtype not in COMPUTE_DTYPES:
+        raise InvalidArgumentError(
+            f"x {tuple(x.shape)} {x.dtype} on {x.device} was given to a layer with a quantised weight "
+            f"{tuple(weight.shape)} on {weight.device}: x must be floating, (..., K), and on that device."
+        )
+    with torch.autocast(device_type, enabled=False) if is_autocast_enabled(device_type) else nullcontext():
+        return product.linear(as_dtype(x, dtype), weight, bias).to(x.dtype)
 
 
 def _run_branches(
@@ -140,12 +177,14 @@ def _run_branches(
     tensors = [tensor for branch in branches for tensor in branch.tensors]
     scalings = tuple(float(number(branch.scaling)) for branch in branches)
     activations = tuple(branch.activation for branch in branches)
+    layouts, parts = _packed_parts(branches)
     grouped = _group_fault(x, branches, bool(states), name) is None  # p may be symbolic
     if torch.is_grad_enabled() and _any_requires_grad(x, *tensors):
         record = BranchesFunction.apply if torch.compiler.is_compiling() else apply_branches_function
-        return list(record(x, name, p, scalings, activations, grouped, *tensors, *states))
+        return list(record(x, name, p, scalings, activations, grouped, layouts, *tensors, *states, *parts))
     linears = (False,) * len(branches)
-    return branches_forward_only(x, name, p, scalings, activations, grouped, linears, *tensors, *states)[0]
+    of = scalings, activations, grouped, linears, layouts
+    return branches_forward_only(x, name, p, *of, *tensors, *states, *parts)[0]
 
 
 def group_fault(x: Tensor, branches: Sequence[Branch], p: float) -> str | None:
@@ -162,6 +201,8 @@ def _group_fault(x: Tensor, branches: Sequence[Branch], dropout: bool, name: str
     if len(branches) < 2:
         return "there is one layer"
     for branch in branches:
+        if type(branch) is PackedBranch:
+            return "a W is quantised"
         if not branch.is_plain:
             return "a layer has a gain (DoRA) or an activation"
         if branch.weight.stride(1) != 1:
@@ -180,6 +221,14 @@ def _kept_group_fault(name: str, *facts: Any) -> str | None:
 
 
 _kept_group_fault._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a graph holds it, as the backend
+
+
+def _packed_parts(branches: Sequence[Branch]) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """The layouts and the tensors of packed weights, of which a pass has all or none."""
+    if type(branches[0]) is not PackedBranch:
+        return (), []
+    weights: list[Any] = [branch.weight for branch in branches]
+    return tuple(weight.layout for weight in weights), [part for weight in weights for part in weight.parts]
 
 
 def _are_apart(x: Tensor, branches: Sequence[Branch]) -> bool:
@@ -213,7 +262,10 @@ def run_branch(x: Tensor, branch: Branch, p: float, share: Callable[[Tensor], Te
         return run_branches(x, [b], p)[0]
     dropped = F.dropout(x, p) if share is None else _dropped(x, p, share)
     (adapted,) = run_branches(dropped, [replace(b, bias=None)], 0.0)
-    return adapted + F.linear(x - dropped, b.weight, b.bias)
+    weight: Any = b.weight
+    if type(b) is PackedBranch:
+        return adapted + run_frozen(x - dropped, weight, b.bias)
+    return adapted + F.linear(x - dropped, weight, b.bias)
 
 
 def _dropped(x: Tensor, p: float, share: Callable[[Tensor], Tensor]) -> Tensor:
@@ -348,7 +400,7 @@ def _refusal(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Te
     """What :func:`check` raises: the first of kinds, shapes, devices and dtypes that is wrong, told of all tensors."""
     given: dict[str, Any] = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
     given |= {} if bias is None else {"bias": bias}
-    if not all(isinstance(tensor, Tensor) for tensor in given.values()):
+    if not all(isinstance(tensor, (Tensor, Packed)) for tensor in given.values()):
         return _kind_refusal(given)
     if x.is_nested:
         return InvalidTypeError(
@@ -373,7 +425,7 @@ def _refusal(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Te
 
 
 def _kind_refusal(given: dict[str, Any]) -> InvalidTypeError:
-    kinds = [f"{name} of type {type(t).__name__}" for name, t in given.items() if not isinstance(t, Tensor)]
+    kinds = [f"{name} of type {type(t).__name__}" for name, t in given.items() if not isinstance(t, (Tensor, Packed))]
     return InvalidTypeError(
         f"{', '.join(kinds)} was given where a torch.Tensor is expected. A NumPy array becomes one by "
         "torch.from_numpy; bias alone may be None."

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import assigning, called, dora, fsdp, initialisation, merging, pissa, sharded, storage, switching, telling
-from .branches import Branch
+from .branches import Branch, PackedBranch
 from .config import AdapterOptions, scaling_of
 from .dispatch import Problem
 from .errors import InvalidArgumentError, LoRAStateError
-from .explaining.report import IN_PARTS
-from .gate import run_branch, run_plain
+from .explaining.report import IN_PARTS, PACKED
+from .gate import run_branch, run_frozen, run_plain
 from .shared_input import NO_OTHERS, SharedInput
 from .tensors import PLAIN_TENSORS
+from .weights import known
+from .weights.packed import Packed
 
 __all__ = ["LoRALayer", "RestoreEnabled", "names_of_layers"]
 
@@ -69,7 +71,15 @@ class LoRALayer(nn.Module):
     def add_adapter(self, options: AdapterOptions, draw: bool = True) -> None:
         """Freezes the base and adds the adapter's Parameters; ``draw=False`` leaves them unset."""
         o, r = options, options.r
-        initialisation.check_weight(o.init_lora_weights, r, self.in_features, self.out_features, self.weight)
+        packed = known.is_packed(self.weight)
+        if packed and initialisation.splits(o.init_lora_weights):
+            raise InvalidArgumentError(
+                f"init_lora_weights={o.init_lora_weights!r} was given for a layer with a quantized weight: it takes a "
+                "part of the weight, and the rest would have to be quantized again. Give True, or start from the "
+                "weight before it is quantized."
+            )
+        if not packed:
+            initialisation.check_weight(o.init_lora_weights, r, self.in_features, self.out_features, self.weight)
         self.r, self.lora_alpha, self.lora_dropout = r, o.lora_alpha, o.lora_dropout
         self.use_rslora, self.use_dora, self.init_lora_weights = o.use_rslora, o.use_dora, o.init_lora_weights
         self.scaling, self.activation = scaling_of(r, o.lora_alpha, o.use_rslora), o.activation
@@ -81,7 +91,7 @@ class LoRALayer(nn.Module):
             self.bias.requires_grad_(False)
         adapter_dtype = o.adapter_dtype
         if adapter_dtype is None:
-            adapter_dtype = weight.dtype if weight.dtype.itemsize > 2 else torch.float32
+            adapter_dtype = weight.dtype if weight.dtype.itemsize > 2 and not packed else torch.float32
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=weight.device, dtype=adapter_dtype))
@@ -137,13 +147,16 @@ class LoRALayer(nn.Module):
 
         Who has them in parts (:mod:`.sharded`) makes a branch of its own part.
         """
-        return self._branch_of(self.matrix(self.weight), self.lora_A, self.lora_B, self.total_bias)
+        weight: Any = self.weight
+        weight = known.read(self, weight) if known.is_packed(weight) else self.matrix(weight)
+        return self._branch_of(weight, self.lora_A, self.lora_B, self.total_bias)
 
-    def _branch_of(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> Branch:
+    def _branch_of(self, weight: Any, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> Branch:
         gains = None
         if self.use_dora and (magnitude := self.lora_magnitude_vector) is not None:
             gains = dora.gain(magnitude, self.row_norms())  # the norm is no part of a graph
-        return Branch(weight, lora_a, lora_b, bias, self.scaling, gains, self.activation)
+        kind = PackedBranch if type(weight) is Packed else Branch
+        return kind(weight, lora_a, lora_b, bias, self.scaling, gains, self.activation)
 
     def forward(self, input: Tensor) -> Tensor:
         """y (..., N) in ``input``'s dtype (autocast's under autocast) for ``input`` (..., K); see the class."""
@@ -155,6 +168,8 @@ class LoRALayer(nn.Module):
             called.note(self, self._base is None and not off)
         if self._base is not None or off:
             kept, added = merging.acting(self, not off)
+            if known.is_packed(kept):
+                return run_frozen(input, known.read(self, kept), added)
             if not self.is_transposed:
                 return F.linear(input, kept, added)
             rows = input.reshape(-1, self.in_features)  # as transformers' Conv1D
@@ -177,8 +192,11 @@ class LoRALayer(nn.Module):
             )
         except KeyError:  # a parametrization or a sharding wrapper has put something else in their place
             weight, lora_a, lora_b, bias, lora_bias = (self.weight, self.lora_A, self.lora_B, self.bias, self.lora_bias)
-        if type(weight) not in PLAIN_TENSORS and sharded.is_sharded(weight):
-            return sharded.forward(self, input, p)
+        if type(weight) not in PLAIN_TENSORS:
+            if sharded.is_sharded(weight):
+                return sharded.forward(self, input, p)
+            if known.is_packed(weight):
+                return run_branch(input, self.branch(), p)
         if lora_bias is not None:
             bias = merging.with_offset(bias, lora_bias, self.scaling)
         weight = weight.t() if self.is_transposed else weight
@@ -196,7 +214,12 @@ class LoRALayer(nn.Module):
         if sharded.is_sharded(self.base_weight):
             norms: Tensor = sharded.row_norms(self)
             return norms
-        return dora.row_norms(self.matrix(self.base_weight), self.lora_A, self.lora_B, self.scaling)
+        return dora.row_norms(self._base_values(), self.lora_A, self.lora_B, self.scaling)
+
+    def _base_values(self) -> Tensor:
+        """The base weight's values (N, K): of a packed one, made now."""
+        weight = self.base_weight
+        return known.read(self, weight).dequantize() if known.is_packed(weight) else self.matrix(weight)
 
     @torch.no_grad()
     def reset_magnitude(self) -> None:
@@ -301,7 +324,9 @@ class LoRALayer(nn.Module):
 
     def shared_branch(self, x: Tensor) -> tuple[Branch, float] | None:
         """See :class:`~lora_kernels.shared_input.Member`. DoRA with dropout needs two products of W: not in common."""
-        return None if self.why_alone(x) is not None else (self.branch(), self.lora_dropout)
+        if self.why_alone(x) is not None:
+            return None
+        return self.branch(), self.lora_dropout
 
     def why_alone(self, x: Tensor | None) -> str | None:
         """Why it cannot run in a pass with other layers now, in a clause; None: it can."""
@@ -309,11 +334,20 @@ class LoRALayer(nn.Module):
             return "it is in evaluation"
         if self._base is not None or not self._is_on():
             return f"its adapter is {'off' if self._base is None else 'merged'}"
-        if any(type(own) not in PLAIN_TENSORS for own in self._parameters.values() if own is not None):
+        owned = [own for own in self._parameters.values() if own is not None]
+        if not all(type(own) in PLAIN_TENSORS or known.is_packed(own) for own in owned):
             return "its Parameters are no plain tensors"
         if not storage.is_here(self):
             return "its values are elsewhere"
-        return "DoRA with dropout takes two products" if self.use_dora and self.lora_dropout > 0.0 else None
+        if self.lora_dropout == 0.0:
+            return None
+        if self.use_dora:
+            return "DoRA with dropout takes two products"
+        if x is None or not known.is_packed(self.weight):
+            return None
+        # Dropout's state is drawn for x as it is multiplied.
+        other = known.compute_dtype(self, self.weight) not in (None, x.dtype)
+        return "x is multiplied in another dtype" if other else None
 
     def note_pass(self) -> None:
         """Notes that it ran in a pass with others, its adapter acting, as its own call would."""
@@ -331,6 +365,9 @@ class LoRALayer(nn.Module):
     def problem(self) -> Problem:
         """What :func:`lora_kernels.explain` is asked about."""
         weight, sizes = self.weight, (self.in_features, self.out_features, self.r)
+        if known.is_packed(weight):
+            dtype = known.compute_dtype(self, weight) or self.lora_A.dtype
+            return Problem(weight.device.type, dtype, *sizes, self.lora_dropout, False, self._aside())
         transposed = weight.dim() == 2 and self.matrix(weight) is not weight
         aside, others = self._aside(), NO_OTHERS
         if not aside and self._shared is not None:
@@ -344,6 +381,8 @@ class LoRALayer(nn.Module):
             return f"The adapter is {'merged' if self.merged else 'off'}: forward is PyTorch's linear, without a plan."
         if sharded.is_sharded(self.weight):
             return "The Parameters are sharded: each process runs the plan of its own part of the sizes."
+        if known.is_packed(self.weight):
+            return f"{IN_PARTS} {PACKED}"
         if self.use_dora or self.activation != "identity":
             return IN_PARTS
         if self._shared is not None:
@@ -368,6 +407,7 @@ class LoRALayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        known.recover(self)
         merging.adopt(self)
         merging.show(self)
         assigning.watch(LoRALayer)
@@ -401,6 +441,7 @@ class LoRALayer(nn.Module):
 
     def _apply(self: Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
         super()._apply(fn, recurse)
+        known.recover(self)
         if self._base is not None and self._base.in_place:
             self._base._apply(fn)
         merging.show(self)
@@ -435,11 +476,20 @@ class LoRALayer(nn.Module):
         plain = pissa.before_loading(self, state_dict, prefix)
         with assigning.allowed(self):
             super()._load_from_state_dict(state_dict, prefix, *args)
+        self._load_packed(state_dict, prefix, *args)
         pissa.after_loading(self, state_dict, prefix, plain)
         if prefix + "weight" in state_dict and prefix + "lora_magnitude_vector" not in state_dict:
             self.reset_magnitude()
         if merged:
             merging.merge(self)
+
+    def _load_packed(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """What belongs to a packed weight in ``state_dict``, beside its own tensor."""
+        weight: Any = self._parameters.get("weight")
+        if (form := known.form_of(weight)) is not None and prefix + "weight" in state_dict:
+            unexpected = args[3]
+            taken = form.load(self, weight, state_dict, prefix)
+            unexpected[:] = [key for key in unexpected if key not in taken]
 
 
 def _whole_like(parameter: Tensor, dtype: torch.dtype) -> Tensor:

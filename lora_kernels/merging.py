@@ -20,6 +20,7 @@ from . import dora, fsdp, sharded, storage, telling
 from .errors import LoRAStateError
 from .graph_numbers import is_fixed
 from .tensors import PLAIN_TENSORS
+from .weights import known
 
 if TYPE_CHECKING:
     from .layer import LoRALayer
@@ -64,6 +65,12 @@ def _merge_here(layer: LoRALayer) -> None:
     if layer.weight.is_meta:
         raise LoRAStateError("merge was called on a layer on the meta device. Load its weights first.")
     layer.check_is_lora("merge")
+    if known.is_packed(layer.weight):
+        raise LoRAStateError(
+            "merge was called on a layer with a quantized weight, which cannot hold W + s B A: quantizing that again "
+            "would lose most of a small adapter. Save the adapter with save_adapter(model, folder), load it onto the "
+            "model in 16 bits, and merge there."
+        )
     if "weight" not in layer._parameters or "bias" not in layer._parameters:
         raise LoRAStateError(
             "merge was called on a layer whose weight or bias is parametrized or pruned, so nothing can be put in "

@@ -15,6 +15,7 @@ from .dispatch import COMPUTE_DTYPES
 from .errors import InvalidTypeError, LoRAStateError
 from .layer import LoRALayer, names_of_layers
 from .replaceable import is_conv1d, not_linear, own_state, plain_kind, why_not_replaceable
+from .weights import known
 
 __all__ = ["FusedLoRAConv1D", "FusedLoRALinear"]
 
@@ -236,6 +237,8 @@ def around(
     if reason := why_not_replaceable(module):
         raise InvalidTypeError(reason)
     given: Any = module
+    if (form := known.form_of_module(module)) is not None:
+        form.prepare(module)
     turned, is_plain = is_conv1d(module), type(module) is plain_kind(type(module))
     layer: Any = _blank(_kind_for(FusedLoRAConv1D if turned else kind, type(module)))
     if turned:

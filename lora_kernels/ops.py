@@ -75,6 +75,9 @@ backend's hidden dtype, and no other backend ever reads them; forward's h may be
 What is (M,R) may come with rows at any distance (a column slice), each in one piece. Gains, their gradients and norms
 are fp32 (fp64 for fp64).
 
+``dequantize`` is no backend's: the values (N,K) of a weight in a quantised form (``weights/``), which alone knows what
+the parts are. ``after`` is not read.
+
 The overload ``.Tensor`` of an operator takes its numbers as 0-dim fp64 tensors: see ``graph_numbers.py``. What each
 operator counts for PyTorch's ``FlopCounterMode`` is in ``flops.py``.
 """
@@ -94,7 +97,16 @@ from .flops import enter_formulas, inform_counters
 from .graph_numbers import by_numbers, tensor_schema, with_numbers
 from .kept import Kept
 
-__all__ = ["GROUP_OPERATOR_NAMES", "NAMESPACE", "OPERATOR_NAMES", "Operators", "operators", "register"]
+__all__ = [
+    "GROUP_OPERATOR_NAMES",
+    "NAMESPACE",
+    "OPERATOR_NAMES",
+    "Operators",
+    "dequantize",
+    "operators",
+    "register",
+    "register_form",
+]
 
 NAMESPACE = "lora_kernels"
 
@@ -246,3 +258,41 @@ def operators(backend: str) -> Operators:
     if torch._C._get_tracing_state() is not None:
         return _registered[backend]
     return _direct[backend]
+
+
+# Weights in a quantised form
+
+_DEQUANTIZE = (
+    "dequantize(Tensor[] parts, str form, str spec, SymInt rows, SymInt columns, ScalarType dtype, Tensor? after) -> "
+    "Tensor"
+)
+_forms: dict[str, Callable[..., Tensor]] = {}
+
+
+def register_form(name: str, values: Callable[..., Tensor]) -> None:
+    """Has ``dequantize`` ask ``values(parts, spec, rows, columns, dtype)`` for weights of the form ``name``."""
+    if not _forms:
+        _library.define(_DEQUANTIZE, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl("dequantize", _without_graph(_dequantize), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::dequantize", _dequantize_fake, lib=_library)
+    _forms[name] = values
+
+
+def _dequantize(
+    parts: list[Tensor], form: str, spec: str, rows: int, columns: int, dtype: torch.dtype, after: Tensor | None
+) -> Tensor:
+    return _forms[form](parts, spec, rows, columns, dtype)
+
+
+def _dequantize_fake(
+    parts: list[Tensor], form: str, spec: str, rows: int, columns: int, dtype: torch.dtype, after: Tensor | None
+) -> Tensor:
+    return parts[0].new_empty((rows, columns), dtype=dtype)
+
+
+def dequantize(
+    parts: list[Tensor], form: str, spec: str, rows: int, columns: int, dtype: torch.dtype, after: Tensor | None
+) -> Tensor:
+    """The values (N, K) of a weight in a form that :func:`register_form` was told of."""
+    values: Tensor = torch.ops.lora_kernels.dequantize.default(parts, form, spec, rows, columns, dtype, after)
+    return values

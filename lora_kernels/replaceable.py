@@ -17,6 +17,8 @@ from torch.nn.utils import parametrize
 from . import storage
 from .dispatch import COMPUTE_DTYPES
 from .layer import names_of_layers
+from .weights import known
+from .weights.packed import Form
 
 __all__ = ["computes_otherwise", "is_conv1d", "not_linear", "own_state", "plain_kind", "why_not_replaceable"]
 
@@ -69,7 +71,8 @@ def why_not_replaceable(module: nn.Module) -> str | None:
         kind = f"{type(module).__module__}.{kind}"
     if parametrize.is_parametrized(module):
         return f"{kind} has parametrized weights: call torch.nn.utils.parametrize.remove_parametrizations first."
-    if type(module) is not plain_kind(type(module)) and (reason := _why_not_of_its_kind(module, kind)):
+    form = known.form_of_module(module)
+    if type(module) is not plain_kind(type(module)) and (reason := _why_not_of_its_kind(module, kind, form)):
         return reason
     if reason := storage.why_not_free(module):
         return f"{kind} cannot be replaced: {reason}"
@@ -78,6 +81,8 @@ def why_not_replaceable(module: nn.Module) -> str | None:
             f"{kind} has a forward of its own on the instance (accelerate's offloading does that), and it would be "
             "lost. Remove it first, with accelerate.hooks.remove_hook_from_module for example."
         )
+    if form is not None:
+        return form.why_not(module)
     weight = module._parameters.get("weight")
     if weight is None:
         return f"{kind} computes its weight by a hook (weight_norm, spectral_norm, pruning): remove that first."
@@ -111,7 +116,7 @@ def computes_otherwise(kind: type[nn.Module]) -> bool:
     return kind.forward not in (plain.forward, *(known.forward for known in same if known is not None))
 
 
-def _why_not_of_its_kind(module: nn.Module, kind: str) -> str | None:
+def _why_not_of_its_kind(module: nn.Module, kind: str, form: Form | None) -> str | None:
     """Why ``module`` is of no class whose behaviour a LoRA layer keeps."""
     plain = plain_kind(type(module))
     if plain is None and not hasattr(module, "in_features"):  # quantized linear layers have it
@@ -123,7 +128,7 @@ def _why_not_of_its_kind(module: nn.Module, kind: str) -> str | None:
             f"{kind} is nn.MultiheadAttention's: its weight is read and it is never called, so an adapter would have "
             "no effect. Exclude it."
         )
-    if computes_otherwise(type(module)) or isinstance(module, LazyModuleMixin):
+    if (form is None and computes_otherwise(type(module))) or isinstance(module, LazyModuleMixin):
         return (
             f"{kind} is not a plain {plain_name}, and its own behaviour would be lost. Replace it with an nn.Linear "
             "first, or exclude it."

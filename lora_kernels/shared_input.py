@@ -255,7 +255,8 @@ def _intercepted(member: nn.Module) -> bool:
 
 def _fits(branch: Branch, own: Branch) -> bool:
     """Whether two branches may run in one pass."""
-    return branch.weight.dtype is own.weight.dtype and branch.weight.device == own.weight.device
+    alike = type(branch) is type(own) and branch.weight.dtype is own.weight.dtype
+    return alike and branch.weight.device == own.weight.device
 
 
 def _together(parts: dict[int, tuple[Branch, float]], needed: int) -> dict[int, Branch]:

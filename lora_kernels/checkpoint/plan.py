@@ -18,6 +18,7 @@ from ..models.layers import expert_layers, lora_layers
 from ..models.matching import close_names, is_all_linear, is_linear, listed, selects, trained_whole
 from ..models.names import parameter_name, plain_modules, plain_name, plain_names
 from ..replaceable import is_conv1d, why_not_replaceable
+from ..weights import known
 from .experts import Factors, check_transformers_4, take_experts
 from .plain_form import NAMES
 from .saving import PREFIX
@@ -195,7 +196,8 @@ def _check_layer(plan: Plan, name: str, module: nn.Module, where: str) -> None:
         raise LoRAStateError(f"{name}.weight is on the meta device. Load the model's weights first, then its adapter.")
     rank = pattern_value(config.rank_pattern, name, config.r)
     turned = is_conv1d(module) or not isinstance(module, nn.Linear)
-    n, k = reversed(weight.shape) if turned else weight.shape
+    sizes = known.logical_shape(module, weight)
+    n, k = reversed(sizes) if turned else sizes
     expected: dict[str, tuple[int, ...]] = {"lora_A": (rank, k), "lora_B": (n, rank)}
     expected |= {"lora_bias": (n,)} if config.lora_bias else {}
     expected |= {"lora_magnitude_vector": (n,)} if config.use_dora else {}

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["IN_PARTS", "Launch", "Other", "PassPlan", "by_how_much", "size"]
+__all__ = ["IN_PARTS", "PACKED", "Launch", "Other", "PassPlan", "by_how_much", "size"]
 
 # Of layers with DoRA or an activation.
 IN_PARTS = (
     "This layer runs in parts: h, then the product of the plan, and so in backward. A plan of one pass over W gives "
     "way to the next, and the numbers are a plain layer's."
 )
+
+# Of layers with a quantised weight.
+PACKED = "Its weight is quantized: each pass dequantizes it once, which the numbers leave out, and keeps no values."
 
 
 @dataclass(frozen=True, slots=True)

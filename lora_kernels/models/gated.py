@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..activations import check_gate
-from ..branches import Branch
+from ..branches import Branch, PackedBranch
 from ..dispatch import Problem
 from ..errors import InvalidArgumentError, InvalidTypeError
 from ..gate import device_type_of, is_autocast_enabled
@@ -166,6 +166,8 @@ def _pass_of(mlp: Any, x: Tensor | None) -> _Pass | str:
             return f"{name}: {reason}"
         parts.append(layer.shared_branch(x))
     branches = [branch for branch, _ in parts]
+    if any(type(branch) is PackedBranch for branch in branches):
+        return "a base weight is quantised"
     if any(p != parts[0][1] for _, p in parts[:-1]):
         return "gate and up have different dropout probabilities"
     if any(branch.weight.requires_grad for branch in branches):

@@ -13,6 +13,7 @@ from .. import storage
 from ..config import LoRAConfig, as_tuple
 from ..experts.layer import FusedLoRAExperts
 from ..shared_input import is_shared
+from ..weights import known
 from .adapter import Adapter, remembered_within
 from .layers import adapter_parameters
 from .matching import trained_whole
@@ -99,10 +100,19 @@ def count_parameters(model: nn.Module) -> Counts:
     asked_for = {parameter for module in whole for parameter in module.parameters()}
     asked_for |= {bias for _, _, bias in biases(model, config.bias)}
     others = trained - adapters
-    return Counts(*(sum(one.numel() for one in each) for each in (trained, parameters, others, others - asked_for)))
+    sizes = _packed_sizes(model)
+    counted = (trained, parameters, others, others - asked_for)
+    return Counts(*(sum(sizes.get(one, one.numel()) for one in each) for each in counted))
 
 
 def _adapted(layer: nn.Module, own: str) -> Any:
     if not own:
         return layer
     return layer.options.get(own) if isinstance(layer, FusedLoRAExperts) else None
+
+
+def _packed_sizes(model: nn.Module) -> dict[nn.Parameter, int]:
+    """How many numbers each packed weight stands for, which its tensor does not tell."""
+    owned = ((module, module._parameters.get("weight")) for module in model.modules())
+    ready = ((module, own) for module, own in owned if own is not None and known.is_readable(module, own))
+    return {own: known.read(module, own).shape.numel() for module, own in ready}

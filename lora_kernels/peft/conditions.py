@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..dispatch import COMPUTE_DTYPES
 from ..replaceable import computes_otherwise
 from ..tensors import is_plain
+from ..weights import known
 from . import dora
 
 __all__ = ["hooked", "is_transposed", "own_parameter", "why_adapter", "why_base", "why_call", "why_weight"]
@@ -60,8 +61,12 @@ def why_call(x: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> s
 def why_base(base: nn.Module) -> str | None:
     """Why the layer around ``base`` is PEFT's own for good: it is no linear layer with a plain weight."""
     kind = type(base)
-    if kind is not nn.Linear and kind is not Conv1D and computes_otherwise(kind):
-        return f"its base layer is a {kind.__name__}, which computes in a way of its own"
+    if kind is not nn.Linear and kind is not Conv1D:
+        if (form := known.form_of_module(base)) is not None:
+            reason = form.why_not(base)
+            return None if reason is None else f"its base is not ready: {reason.rstrip('.')}"
+        if computes_otherwise(kind):
+            return f"its base layer is a {kind.__name__}, which computes in a way of its own"
     return why_weight(own_parameter(base, "weight"))
 
 
@@ -101,7 +106,8 @@ def why_adapter(layer: Any, adapter: str) -> str | None:
 def why_dtypes(layer: Any, x: Tensor, weight: Tensor, adapters: Sequence[str]) -> str | None:
     """Why x, the base weight and the adapters cannot be multiplied, as PEFT will say better."""
     device = x.device.type
-    if weight.dtype is not x.dtype and (device == "meta" or not torch.is_autocast_enabled(device)):
+    differ = weight.dtype is not x.dtype and (device == "meta" or not torch.is_autocast_enabled(device))
+    if differ and not known.is_packed(weight):  # a packed one has a compute dtype of its own
         return f"the input is {x.dtype}, the base weight {weight.dtype}, and autocast is off"
     if not layer.cast_input_dtype_enabled:
         lora_a = layer._modules["lora_A"]._modules

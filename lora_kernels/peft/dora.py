@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import dora
 from ..dispatch import COMPUTE_DTYPES
+from ..weights.packed import Packed
 
 __all__ = ["gains", "is_dora", "why_magnitude", "why_together"]
 
@@ -66,7 +67,7 @@ def why_together(layer: Any, x: Tensor, adapters: Sequence[str], dropout: bool) 
     return None
 
 
-def gains(layer: Any, adapter: str, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+def gains(layer: Any, adapter: str, weight: Any, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """magnitude / ‖W + s B A‖ (N,) for W (N, K), A (R, K), B (N, R); within PEFT's ``DoraCaching`` as that keeps it.
 
     PEFT's context keeps a layer's norm while it evaluates, in the layer, until the context is left or it trains; a
@@ -77,7 +78,8 @@ def gains(layer: Any, adapter: str, weight: Tensor, lora_a: Tensor, lora_b: Tens
     key = f"weight-norm-{adapter}"
     norms = module._cache_get(key, None) if caching else None
     if norms is None:
-        norms = dora.row_norms(weight, lora_a, lora_b, scaling)
+        values = weight.dequantize() if type(weight) is Packed else weight
+        norms = dora.row_norms(values, lora_a, lora_b, scaling)
         if caching:
             module._cache_store(key, norms)
         elif getattr(module, "_dora_cache", None):

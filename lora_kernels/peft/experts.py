@@ -6,7 +6,7 @@ PEFT nests a wrapper for each adapted Parameter of a module. The outermost one c
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.lora import layer as peft_layers
@@ -35,6 +35,7 @@ class FusedParamWrapper(ParamWrapper):  # type: ignore[misc]
     Everything but ``forward`` is PEFT's: names, Parameters, saving, merging, adding and switching adapters.
     """
 
+    _pefts: ClassVar[Any] = ParamWrapper
     _disable_adapters: bool
     _asks: bool = False  # whether PEFT's flag alone does not tell if adapters act; see switching.py
 

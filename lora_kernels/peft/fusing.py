@@ -76,7 +76,7 @@ def fuse_peft(model: nn.Module) -> FuseReport:
     """
     _check_module(model, "fuse_peft")
     layer_module = _layer_module("fuse_peft")
-    ours, lora_layers = tuple(layer_module.PEFTS_KINDS), _lora_layers(model)
+    ours, lora_layers = layer_module.FUSED_CLASSES, _lora_layers(model)
     if not lora_layers:
         raise InvalidArgumentError(f"fuse_peft was given {type(model).__name__}, {_what_it_holds(model)}")
     already = [(name, layer) for name, layer in lora_layers if isinstance(layer, ours)]
@@ -129,7 +129,7 @@ def unfuse_peft(model: nn.Module) -> UnfuseReport:
     layers = [
         (name, module)
         for name, module in plain_modules(model, shared=False)
-        if type(module) in layer_module.PEFTS_KINDS
+        if isinstance(module, layer_module.FUSED_CLASSES)
     ]
     if not layers:
         raise LoRAStateError(
@@ -139,7 +139,7 @@ def unfuse_peft(model: nn.Module) -> UnfuseReport:
     counters = []
     unshare_inputs(model)
     for _, layer in layers:
-        layer.__class__ = layer_module.PEFTS_KINDS[type(layer)]
+        layer.__class__ = layer._pefts
         counters.append(drop_counter(layer))
     for tuner in _tuners(model):
         if isinstance(vars(tuner).get(_CREATION), partial):

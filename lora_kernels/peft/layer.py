@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,36 +12,39 @@ from peft.tuners.lora.layer import Linear, dispatch_default
 from torch import Tensor, nn
 
 from .. import storage, switching
-from ..branches import Branch
+from ..branches import Branch, PackedBranch
 from ..dispatch import Problem
-from ..explaining.report import IN_PARTS
+from ..explaining.report import IN_PARTS, PACKED
 from ..gate import run_branch
 from ..shared_input import NO_OTHERS, SharedInput
+from ..weights import known
 from . import dora as peft_dora
 from .conditions import is_transposed, own_parameter, why_adapter, why_base, why_call, why_dtypes
 from .experts import FusedParamWrapper, ParamWrapper, why_not_fusable_experts
 from .report import BASE, FUSED, counter
 
-__all__ = ["PEFTS_KINDS", "FusedLoraLinear", "become_fused", "build_layer", "create_fused", "why_not_fusable"]
+__all__ = [
+    "FUSED_CLASSES",
+    "FusedForward",
+    "FusedLoraLinear",
+    "become_fused",
+    "build_layer",
+    "create_fused",
+    "why_not_fusable",
+]
+
+_Behind: Any = Linear if TYPE_CHECKING else object
 
 _BASE_ROWS = "__base__"  # PEFT's name, in adapter_names, for rows without an adapter
 
 
-class FusedLoraLinear(Linear):
-    r"""PEFT's ``lora.Linear`` whose forward is one fused product for all active adapters.
+class FusedForward(_Behind):  # type: ignore[misc]
+    """What fused layers have in common. An object changes its class only for one whose first base is its own class.
 
-    .. math:: y = x W^\top + b + \sum_i s_i\,(\mathrm{drop}_i(x) A_i^\top) B_i^\top
-
-    With PEFT's DoRA as the last of them, its rows are scaled: :mod:`lora_kernels.peft.dora`.
-
-    Everything but ``forward`` is PEFT's: names, Parameters, saving, merging, adding and switching adapters. Adapters,
-    scalings and ranks are read on each call. The ranks of several active adapters are concatenated into one pass; a
-    mixed batch (``adapter_names``) takes one base product and one low-rank product for all adapters in it, or one fused
-    product for the rows of each. What the operators cannot take goes through PEFT's own forward, call by call, and is
-    counted with its reason: see :func:`lora_kernels.peft.calls`.
-
-    Instances come from :func:`~lora_kernels.fuse_peft`, or from :func:`~lora_kernels.peft.with_fused_layers`.
+    So PEFT's class is the first base, and ``OVER_PEFTS`` stands in the fused class itself.
     """
+
+    _pefts: ClassVar[Any]  # PEFT's class
 
     _shared: tuple[SharedInput, int] | None = None  # the pass in common with layers that read the same x; and the place
     _disable_adapters: bool
@@ -82,8 +86,16 @@ class FusedLoraLinear(Linear):
         given = x if x is not None else self.weight.detach()
         if (reason := self._why_own(given, adapters, None, (), {})) is not None:
             return reason
-        dora = self._p(adapters[0]) > 0.0 and adapters[0] in self.lora_variant
-        return "DoRA with dropout takes two products" if dora else None
+        if self._p(adapters[0]) == 0.0:
+            return None
+        if adapters[0] in self.lora_variant:
+            return "DoRA with dropout takes two products"
+        base = self.get_base_layer()
+        weight = own_parameter(base, "weight")
+        if x is None or not known.is_packed(weight):
+            return None
+        # Dropout's state is drawn for x as it is multiplied.
+        return "x is multiplied in another dtype" if known.compute_dtype(base, weight) not in (None, x.dtype) else None
 
     def note_pass(self) -> None:
         """Counts a call that ran in a pass with others."""
@@ -131,11 +143,11 @@ class FusedLoraLinear(Linear):
         flag = self._disable_adapters
         off = self._is_off()
         if off == flag:
-            y: Tensor = Linear.forward(self, x, *args, **kwargs)
+            y: Tensor = self._pefts.forward(self, x, *args, **kwargs)
             return y
         self._disable_adapters = off  # PEFT's forward reads it, and a checkpoint runs this call again as it was
         try:
-            return Linear.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
+            return self._pefts.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
         finally:
             self._disable_adapters = flag
 
@@ -149,8 +161,12 @@ class FusedLoraLinear(Linear):
     def _branch(self, adapters: Sequence[str]) -> Branch:
         base = self._modules["base_layer"]
         weight, bias = own_parameter(base, "weight"), own_parameter(base, "bias")
-        if is_transposed(base):
-            weight = weight.t()
+        kind: type[Branch] = Branch
+        if type(base) is not nn.Linear:
+            if known.is_packed(weight):
+                weight, kind = known.read(base, weight), PackedBranch
+            elif is_transposed(base):
+                weight = weight.t()
         lora_a, lora_b, scaling = self._factors(adapters)
         for name in adapters:
             lora_bias = own_parameter(self._modules["lora_B"]._modules[name], "bias")
@@ -161,7 +177,7 @@ class FusedLoraLinear(Linear):
         if self.lora_variant and peft_dora.is_dora(self, last := adapters[-1]):
             own = (lora_a, lora_b, scaling) if len(adapters) == 1 else self._factors([last])
             gains = peft_dora.gains(self, last, weight, *own)
-        return Branch(weight, lora_a, lora_b, bias, scaling, gains)
+        return kind(weight, lora_a, lora_b, bias, scaling, gains)
 
     def _fused_rows(self, x: Tensor, rows: Sequence[str], adapters: list[str]) -> Tensor:
         """A mixed batch: the i-th entry of x's first dimension takes the adapter ``rows[i]``, or none."""
@@ -235,8 +251,12 @@ class FusedLoraLinear(Linear):
         """What :func:`lora_kernels.explain` is asked about."""
         adapters = self._acting_adapters(None)
         r = sum(own_parameter(self.lora_A[name], "weight").shape[0] for name in adapters) or None
-        weight, p = self.weight, max((self._p(name) for name in adapters), default=0.0)
+        base = self.get_base_layer()
+        weight, p = own_parameter(base, "weight"), max((self._p(name) for name in adapters), default=0.0)
         sizes = self.in_features, self.out_features, r
+        if known.is_packed(weight):
+            dtype = known.compute_dtype(base, weight) or next(self.lora_A.parameters()).dtype
+            return Problem(weight.device.type, dtype, *sizes, p, False, f"{IN_PARTS} {PACKED}")
         aside, others = IN_PARTS if any(name in self.lora_variant for name in adapters) else "", NO_OTHERS
         if not aside and self._shared is not None:
             shared, index = self._shared
@@ -244,12 +264,53 @@ class FusedLoraLinear(Linear):
         return Problem(weight.device.type, weight.dtype, *sizes, p, is_transposed(self.base_layer), aside, others)
 
     def __repr__(self) -> str:
-        text: str = super().__repr__()
-        return text.replace(f"lora.{type(self).__name__}", "lora.Linear[fused]", 1)
+        text: str = self._pefts.__repr__(self)
+        return text.replace(f"lora.{type(self).__name__}", f"lora.{self._pefts.__name__}[fused]", 1)
 
 
-FUSED_KINDS: dict[type, type] = {Linear: FusedLoraLinear, ParamWrapper: FusedParamWrapper}  # by PEFT's own
-PEFTS_KINDS = {fused: own for own, fused in FUSED_KINDS.items()}
+OVER_PEFTS = {name: vars(FusedForward)[name] for name in ("forward", "__getstate__", "__repr__")}
+
+
+class FusedLoraLinear(Linear, FusedForward):  # type: ignore[misc]
+    r"""PEFT's ``lora.Linear`` whose forward is one fused product for all active adapters.
+
+    .. math:: y = x W^\top + b + \sum_i s_i\,(\mathrm{drop}_i(x) A_i^\top) B_i^\top
+
+    With PEFT's DoRA as the last of them, its rows are scaled: :mod:`lora_kernels.peft.dora`.
+
+    Everything but ``forward`` is PEFT's: names, Parameters, saving, merging, adding and switching adapters. Adapters,
+    scalings and ranks are read on each call. The ranks of several active adapters are concatenated into one pass; a
+    mixed batch (``adapter_names``) takes one base product and one low-rank product for all adapters in it, or one fused
+    product for the rows of each. What the operators cannot take goes through PEFT's own forward, call by call, and is
+    counted with its reason: see :func:`lora_kernels.peft.calls`.
+
+    Instances come from :func:`~lora_kernels.fuse_peft`, or from :func:`~lora_kernels.peft.with_fused_layers`.
+    """
+
+    _pefts = Linear
+    forward, __getstate__, __repr__ = OVER_PEFTS.values()
+
+
+_CLASSES: dict[type, type] = {
+    Linear: FusedLoraLinear,
+    ParamWrapper: FusedParamWrapper,
+}  # by PEFT's class, the fused one
+
+
+def _fused_class(kind: type) -> type | None:
+    """The fused class for a class of PEFT's; None where there is none. Nothing is imported for it."""
+    quantized = sys.modules.get("peft.tuners.lora.bnb")
+    if kind not in _CLASSES and kind in (getattr(quantized, name, None) for name in ("Linear4bit", "Linear8bitLt")):
+        name = f"FusedLora{kind.__name__}"
+        own = {"__module__": __name__, "_pefts": kind, **OVER_PEFTS}
+        globals()[name] = _CLASSES[kind] = type(name, (kind, FusedForward), own)  # where a pickle looks
+    return _CLASSES.get(kind)
+
+
+FUSED_CLASSES = (
+    FusedForward,
+    FusedParamWrapper,
+)  # a fused class has one of them, and ``_pefts``
 
 
 def why_not_fusable(module: Any) -> str | None:
@@ -257,7 +318,7 @@ def why_not_fusable(module: Any) -> str | None:
     kind = type(module)
     if kind is ParamWrapper:
         return why_not_fusable_experts(module)
-    if kind is not Linear:
+    if _fused_class(kind) is None:
         return f"it is a {kind.__module__.rpartition('.')[2]}.{kind.__name__}; only lora.Linear itself is fused"
     if "forward" in vars(module):
         return "it has a forward of its own on the instance (accelerate's offloading and X-LoRA do that)"
@@ -268,7 +329,7 @@ def why_not_fusable(module: Any) -> str | None:
 
 def become_fused(module: Any) -> None:
     """Makes ``module`` the fused class of its kind; nothing else of it changes."""
-    module.__class__ = FUSED_KINDS[type(module)]
+    module.__class__ = _fused_class(type(module))
     counter(module)
 
 

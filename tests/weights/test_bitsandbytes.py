@@ -1,0 +1,357 @@
+"""LoRA layers over bitsandbytes' weights: values, gradients, what is kept, state dicts, copies, refusals."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_kernels
+from lora_kernels import FusedLoRALinear, LoRAConfig, replace_linear
+from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
+from lora_kernels.models.model import lora_layers
+from lora_kernels.weights import known
+from numerics import check_linear, same_bits
+from quantised import KINDS, adapted, bnb, check_beside, check_layer, quantised, results_of, twin, values
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("sizes", [(64, 96), (72, 50)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients_are_those_of_the_dequantised_weight(
+    kind: str, dtype: torch.dtype, sizes: tuple[int, int]
+) -> None:
+    layer = adapted(kind, *sizes, dtype)
+    x, dy = torch.randn(2, 40, sizes[0], dtype=dtype), torch.randn(2, 40, sizes[1], dtype=dtype)
+    check_layer(layer, x.flatten(0, 1), dy.flatten(0, 1), values(layer).to(dtype))
+    assert layer(x).shape == dy.shape
+    assert layer(x[:0]).shape == dy[:0].shape
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"lora_dropout": 0.5}, {"use_dora": True, "lora_dropout": 0.5}]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_option_is_that_of_the_same_layer_over_the_values(kind: str, options: dict[str, Any]) -> None:
+    layer = adapted(kind, 64, 96, torch.float32, **options)
+    other = twin(layer, values(layer), torch.float32)
+    x, dy = torch.randn(40, 64), torch.randn(40, 96)
+    check_beside(results_of(layer, x, dy), results_of(other, x, dy), results_of(other.double(), x, dy))
+
+
+def test_x_of_another_dtype_is_multiplied_in_the_layers_own() -> None:
+    layer = adapted("nf4", 64, 96, torch.bfloat16)
+    x = torch.randn(8, 64)
+    y = layer(x)
+    assert y.dtype is torch.float32
+    assert torch.equal(y, layer(x.bfloat16()).float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), y)
+
+
+def test_autocast_decides_where_the_layer_has_no_dtype_of_its_own() -> None:
+    layer = adapted("nf4", 64, 96)
+    x = torch.randn(8, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), layer(x.bfloat16()).float())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_base_alone_is_the_dequantised_product(kind: str) -> None:
+    layer = adapted(kind, 64, 96, torch.float32)
+    x = torch.randn(8, 64, requires_grad=True)
+    with layer.enable_lora(False):
+        y = layer(x)
+    y.sum().backward()
+    assert torch.equal(y, nn.functional.linear(x, values(layer), layer.bias))
+    check_linear(x.grad, torch.ones(8, 96), values(layer).t())
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_the_values_is_kept_for_backward(kind: str, options: dict[str, Any]) -> None:
+    layer = adapted(kind, 256, 512, torch.float32, **options)
+    x, kept = torch.randn(16, 256, requires_grad=True), {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    owned = [*layer.parameters(), *known.read(layer, layer.weight).parts, x]
+    of_layer = {tensor.untyped_storage().data_ptr() for tensor in owned}
+    more = sum(size for place, size in kept.items() if place not in of_layer)
+    row = 4 * (512 if layer.use_dora else 0)
+    assert more <= 16 * (4 * 64 + row) + 4 * 4096  # h, and with DoRA what its gain is multiplied with
+    assert more < 512 * 256
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_at_most_one_weight_is_dequantised_at_a_time(members: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import weakref
+
+    from lora_kernels import ops
+
+    alive: list[Any] = []
+    most = 0
+    made = ops._dequantize
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        nonlocal most
+        found = made(*arguments)
+        alive.append(weakref.ref(found.untyped_storage()))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return found
+
+    monkeypatch.setattr("lora_kernels.branches_autograd.values_of", _counting(counted))
+    model = _attention(members)
+    y = model(torch.randn(40, 64, requires_grad=True))
+    y.sum().backward()
+    assert len(alive) == 2 * members
+    assert most == 1
+    assert all(ref() is None for ref in alive)
+
+
+def _counting(counted: Any) -> Any:
+    def values_of(layout: Any, parts: Any, dtype: Any, after: Any) -> Any:
+        return counted(list(parts), layout.form, layout.spec, layout.rows, layout.columns, dtype, after)
+
+    return values_of
+
+
+class _Heads(nn.Module):
+    """Layers that read one x, as q, k and v do."""
+
+    def __init__(self, count: int, kind: str = "nf4-nested") -> None:
+        super().__init__()
+        names = ("q_proj", "k_proj", "v_proj")[:count]
+        for name, n in zip(names, (96, 64, 64), strict=False):
+            self.add_module(name, quantised(kind, 64, n, torch.float32))
+        self.names = names
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.get_submodule(name)(x) for name in self.names], -1)
+
+
+def _attention(count: int, kind: str = "nf4-nested") -> nn.Module:
+    torch.manual_seed(0)
+    model = _Heads(count, kind)
+    replace_linear(model, LoRAConfig(r=4, target_modules=list(model.names)))
+    lora_kernels.share_inputs(model)
+    for _, layer in lora_layers(model):
+        nn.init.normal_(layer.lora_B, std=0.5)
+    return model.train()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_group_gives_what_its_layers_give(kind: str) -> None:
+    model = _attention(3, kind)
+    plain = copy.deepcopy(model)
+    for name in model.names:
+        layer = model.get_submodule(name)
+        setattr(plain, name, twin(layer, values(layer), torch.float32))
+    x, dy = torch.randn(40, 64), torch.randn(40, 224)
+    check_beside(results_of(model, x, dy), results_of(plain, x, dy), results_of(plain.double(), x, dy))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_a_checkpoint_gives_the_same(reentrant: bool, p: float) -> None:
+    layer = adapted("nf4-nested", 64, 96, torch.float32, lora_dropout=p)
+    x, dy, found = torch.randn(40, 64), torch.randn(40, 96), []
+    for checkpointed in (False, True):
+        own = x.clone().requires_grad_()
+        layer.zero_grad()
+        torch.manual_seed(3)
+        y = checkpoint(layer, own, use_reentrant=reentrant) if checkpointed else layer(own)
+        y.backward(dy)
+        found.append((y.detach(), own.grad, layer.lora_A.grad, layer.lora_B.grad))
+    assert all(same_bits(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_double_backward_is_that_of_the_values() -> None:
+    layer = adapted("nf4", 64, 96, torch.float32)
+    other, x = twin(layer, values(layer), torch.float32), torch.randn(8, 64)
+    found = []
+    for each in (layer, other, copy.deepcopy(other).double()):
+        own = x.to(each.lora_A.dtype).requires_grad_()
+        (dx,) = torch.autograd.grad(each(own).square().sum(), own, create_graph=True)
+        second = torch.autograd.grad(dx.square().sum(), [each.lora_A, each.lora_B])
+        found.append(dict(zip(("lora_A", "lora_B"), second, strict=True)))
+    check_beside(*found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_and_pickles_compute_the_same(kind: str) -> None:
+    layer = adapted(kind, 64, 96, torch.float32)
+    x = torch.randn(8, 64)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.to("cpu"), layer.float()):
+        assert torch.equal(other(x), layer(x))
+        assert isinstance(other, type(quantised(kind, 8, 8)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_dict_loads_with_all_that_a_weight_is_read_by(kind: str) -> None:
+    one, other = adapted(kind, 64, 96, torch.float32), adapted(kind, 64, 96, torch.float32)
+    x = torch.randn(8, 64)
+    assert not torch.equal(one(x), other(x))
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one(x), other(x))
+    assert all(same_bits(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+def test_a_state_dict_of_another_shape_is_refused() -> None:
+    state = adapted("nf4", 96, 64, torch.float32).state_dict()
+    layer = adapted("nf4", 64, 96, torch.float32)
+    kept = {name: value for name, value in state.items() if name.startswith("weight")}
+    with pytest.raises(InvalidTypeError, match="Load the state dict of the same model"):
+        layer.load_state_dict(kept, strict=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_restoring_gives_bitsandbytes_own_layer_back(kind: str) -> None:
+    model = nn.Sequential(quantised(kind, 64, 96, torch.float32))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    own, x = type(model[0]), torch.randn(8, 64)
+    expected = copy.deepcopy(model).train()(x) if kind != "int8" else None
+    replace_linear(model, LoRAConfig(r=2, target_modules=["0"]))
+    model(x).sum().backward()
+    lora_kernels.restore_linear(model)
+    assert type(model[0]) is own
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(same_bits(after[name], value) for name, value in before.items())
+    assert expected is None or torch.equal(model.train()(x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_saved_and_loaded(kind: str, tmp_path: Any) -> None:
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    model = nn.Sequential(quantised(kind, 64, 96, torch.float32))
+    plain, x = copy.deepcopy(model), torch.randn(8, 64)
+    replace_linear(model, LoRAConfig(r=2, target_modules=["0"]))
+    nn.init.normal_(model[0].lora_B)
+    lora_kernels.save_adapter(model, tmp_path)
+    lora_kernels.load_adapter(plain, tmp_path)
+    assert torch.equal(plain(x), model(x))
+
+
+def test_a_report_counts_the_numbers_that_a_weight_stands_for() -> None:
+    model = nn.Sequential(quantised("nf4", 64, 96, torch.float32))
+    report = replace_linear(model, LoRAConfig(r=2, target_modules=["0"]))
+    assert report.total == 64 * 96 + 96 + 2 * (64 + 96)
+    assert "quantized" in str(lora_kernels.explain(model[0], tokens=64))
+
+
+def _not_quantised() -> Any:
+    return bnb.nn.Linear4bit(64, 96)
+
+
+def _unknown() -> Any:
+    layer = quantised("nf4", 64, 96)
+    layer.weight.quant_state.quant_type = "int3"
+    return layer
+
+
+def _part() -> Any:
+    layer = quantised("nf4", 64, 96)
+    layer.out_features = 48
+    return layer
+
+
+def _training() -> Any:
+    layer = quantised("nf4", 64, 96, quant_storage=torch.float32)
+    layer.weight.requires_grad_(True)
+    return layer
+
+
+class _Own(bnb.nn.Linear4bit):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+def _own() -> Any:
+    return _Own(64, 96).to("cpu")
+
+
+REFUSED = {
+    "not quantised": (_not_quantised, "not quantized yet"),
+    "on meta": (lambda: bnb.nn.Linear4bit(64, 96, device="meta"), "not quantized yet"),
+    "unknown type": (_unknown, "quant_type='int3'"),
+    "a part": (_part, "Quantize the whole"),
+    "training": (_training, "only adapters can train"),
+    "int8, not quantised": (lambda: bnb.nn.Linear8bitLt(64, 96, has_fp16_weights=False), "not quantized yet"),
+    "int8, training": (lambda: bnb.nn.Linear8bitLt(64, 96), "has_fp16_weights=True"),
+    "its own forward": (_own, "its own behaviour would be lost"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_replaced_is_told_in_a_sentence(case: str) -> None:
+    made, sentence = REFUSED[case]
+    with pytest.raises(InvalidTypeError, match=sentence):
+        FusedLoRALinear.from_linear(made(), r=2)
+
+
+def test_merging_is_refused_and_changes_nothing() -> None:
+    model = nn.Sequential(adapted("nf4", 64, 96))
+    x = torch.randn(8, 64)
+    y = model(x)
+    with pytest.raises(LoRAStateError, match="quantized weight"):
+        model[0].merge()
+    with pytest.raises(LoRAStateError, match="quantized weight"):
+        lora_kernels.merge_lora(model)
+    assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_takes_a_part_of_the_weight_is_refused(init: str) -> None:
+    model = nn.Sequential(quantised("nf4", 64, 96))
+    with pytest.raises(InvalidArgumentError, match="before it is quantized"):
+        replace_linear(model, LoRAConfig(r=2, target_modules=["0"], init_lora_weights=init))
+    assert type(model[0]) is bnb.nn.Linear4bit
+
+
+def test_a_wrong_x_is_told_in_a_sentence() -> None:
+    layer = adapted("nf4", 64, 96)
+    with pytest.raises(InvalidArgumentError, match="shapes that do not fit"):
+        layer(torch.randn(8, 63))
+    with layer.enable_lora(False), pytest.raises(InvalidArgumentError, match="quantised weight"):
+        layer(torch.randn(8, 63))
+
+
+def test_a_compiler_makes_the_values_again_in_backward() -> None:
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    model = nn.Sequential(adapted("nf4-nested", 64, 96, torch.float32), adapted("int8", 96, 64, torch.float32))
+    kept: dict[str, list[Any]] = {"forward": [], "backward": []}
+
+    def keeping(name: str) -> Any:
+        def seen(graph: Any, _: Any) -> Any:
+            kept[name] += [node.target for node in graph.graph.nodes]
+            if name == "forward":
+                (output,) = (node for node in graph.graph.nodes if node.op == "output")
+                kept["outputs"] = [node.target for node in output.args[0] if node is not None]
+            return graph.forward
+
+        return seen
+
+    ways = {"fw_compiler": keeping("forward"), "bw_compiler": keeping("backward")}
+    compiled = torch.compile(
+        model, backend=aot_autograd(**ways, partition_fn=min_cut_rematerialization_partition), fullgraph=True
+    )
+    x, dy = torch.randn(40, 64), torch.randn(40, 64)
+    found, expected = results_of(compiled, x, dy), results_of(model, x, dy)
+    assert all(same_bits(one, other) for one, other in zip(found.values(), expected.values(), strict=True))
+    operator = torch.ops.lora_kernels.dequantize.default
+    assert [kept[name].count(operator) for name in ("forward", "backward", "outputs")] == [2, 2, 0]
