@@ -17,7 +17,7 @@ from torch import Tensor
 from ...kept import no_words
 from . import gated_operators, part_operators
 from .choose import ranking
-from .choose.plans import GLUON_PLANS, BackwardPlan, DxHopper, DxInside, ForwardPlan, Hopper, HopperInside
+from .choose.plans import GLUON_PLANS, BackwardPlan, DxHopper, DxInside, ForwardPlan, Hopper, HopperInside, Ring
 from .kernels.packed import mask_kernel
 from .run import hopper_group_passes
 from .run.backward import BackwardRun, ready_backward
@@ -28,6 +28,7 @@ from .run.hopper_call import plan_fault
 from .run.hopper_forward import ready_hopper
 from .run.launcher import PassRun, launched
 from .run.prepared import Cache, Launch, first_that_runs
+from .run.ring import ready_ring, ring_call_fault
 from .run.steps import Step, draw_step, seeded
 
 __all__ = ["backward", "forget", "forward", "mask", "run_backward", "run_plan"]
@@ -68,8 +69,15 @@ def forward(
 
 
 def _taken(plans: Sequence[Any], call: Call) -> list[Any]:
-    """Without the Gluon plans that do not take the call: TMA reads no matrix of any strides and address."""
-    return [plan for plan in plans if not isinstance(plan, GLUON_PLANS) or plan_fault(plan, call) is None]
+    """Without the plans that do not take the call: TMA, or a load of 16 bytes, reads no matrix of any strides and
+    address."""
+    return [plan for plan in plans if _fault(plan, call) is None]
+
+
+def _fault(plan: Any, call: Call) -> str | None:
+    if isinstance(plan, Ring):
+        return ring_call_fault(plan, call)
+    return plan_fault(plan, call) if isinstance(plan, GLUON_PLANS) else None
 
 
 def _kept_run(plan: ForwardPlan | Hopper | HopperInside, c: Call) -> PassRun:
@@ -81,6 +89,8 @@ def _whole(plan: ForwardPlan | Hopper | HopperInside, c: Call) -> Step:
     """``whole(stream, x, weight, lora_a, lora_b, bias, scaling, state)`` -> y, h, words or None."""
     if isinstance(plan, (Hopper, HopperInside)):
         return _whole_hopper(plan, c)
+    if isinstance(plan, Ring):
+        return ready_ring(plan, c)
     run = ready(plan, c)
     if not c.dropout:
         return lambda stream, *arguments: (*run(stream, *arguments), None)

@@ -42,8 +42,10 @@ from .plans import (
     Fused,
     LoraFirst,
     Plan,
+    Ring,
     is_of,
 )
+from .ring import ring_fault, ring_fits, ring_ways
 from .ways import SPLITS, shrink_ways, small_ways, ways_to_dh_db, worth_dividing
 
 __all__ = ["candidates", "fits", "host_bound", "in_order", "order", "predicted_seconds"]
@@ -91,7 +93,7 @@ def in_order(machine: Machine, cell: Cell, measured: Plan | None, descriptors: b
 
 
 def _by_descriptor(plan: Plan) -> bool:
-    return isinstance(plan, (*GLUON_PLANS, *GROUP_KERNELS)) or getattr(plan, "variant", "pointer") != "pointer"
+    return isinstance(plan, (Ring, *GLUON_PLANS, *GROUP_KERNELS)) or getattr(plan, "variant", "pointer") != "pointer"
 
 
 @lru_cache(maxsize=1024)
@@ -120,6 +122,8 @@ def fits(machine: Machine, cell: Cell, plan: Plan) -> bool:
         return of_group is not None and group_fits(machine, cell, of_group)
     if isinstance(plan, GLUON_PLANS):
         return gluon_fits(machine, cell, plan)
+    if isinstance(plan, Ring):
+        return ring_fits(machine, cell, plan)
     if isinstance(plan, FewTokens):
         covers = cell.tokens <= plan.config.block_m and cell.r <= plan.config.block_r
         return covers and fits_shared_memory(machine, plan.config, cell.itemsize)
@@ -144,6 +148,9 @@ def _forward(machine: Machine, cell: Cell) -> Iterator[ForwardPlan]:
     """Every forward plan."""
     sizes = (cell.n, cell.r, cell.itemsize, cell.tf32)
     early = (False,) if machine.capability < 90 else (False, True)
+    if ring_fault(machine, cell) is None:
+        for way in ring_ways(machine, cell):
+            yield from (Ring(*way, pdl) for pdl in ((False,) if way[0].copies else reversed(early)))
     if cell.tokens <= FEW_TOKENS:
         for config, splits in _few_tokens(machine, cell):
             yield from (FewTokens(config, splits, pdl) for pdl in (early if splits > 1 else (False,)))

@@ -36,8 +36,10 @@ from .plans import (
     Fused,
     GluonPlan,
     LoraFirst,
+    Ring,
     Skinny,
 )
+from .ring import ring_seconds
 
 __all__ = [
     "BackwardModel",
@@ -54,6 +56,8 @@ def forward_seconds(machine: Machine, cell: Cell, plan: ForwardPlan | GluonPlan)
     if isinstance(plan, GLUON_PLANS):
         return hopper_seconds(machine, cell, plan)
     model, skinny = Model(machine, cell), SkinnyModel(machine, cell.of_x)
+    if isinstance(plan, Ring):
+        return skinny.draw() + ring_seconds(machine, cell, plan)
     if isinstance(plan, FewTokens):
         return skinny.draw() + model.few_tokens(plan)
     parts = plan.shrink.splits

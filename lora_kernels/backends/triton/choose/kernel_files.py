@@ -11,13 +11,16 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
+from .... import nvrtc
+from . import ring
 from .plans import KINDS
 
 __all__ = ["KERNELS", "digest_of", "digests", "files_of"]
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 _SMALL = ("backward", "forward")  # da, dh with db and the sums; dh is a shrink
-_MODULES = {
+_MODULES: dict[str, tuple[str, ...]] = {
+    "ring": (),
     "few_tokens": ("few_tokens",),
     "fused": ("forward", "persistent"),
     "lora_first": ("forward",),
@@ -31,6 +34,7 @@ _MODULES = {
     "hopper_group": ("hopper/group_small", "hopper/group_shrink", "hopper/group_product"),
     "dx_hopper_group": ("hopper/group_small", "hopper/group_outer", "hopper/group_dx"),
 }
+_CUDA = {"ring": ("few_tokens_forward_entry.cuh", *ring.HEADERS)}  # files of csrc/cuda
 _MODULES["apart"] = tuple(sorted({module for modules in _MODULES.values() for module in modules}))  # whatever runs
 assert set(_MODULES) == set(KINDS)
 
@@ -52,6 +56,8 @@ def digest_of(kind: str, folder: Path = KERNELS) -> str:
     digest = hashlib.sha256()
     for path in files_of(kind, folder):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    for name in _CUDA.get(kind, ()):
+        digest.update(f"{name}\0{nvrtc.source(name)}".encode())
     return digest.hexdigest()[:12]
 
 

@@ -3,6 +3,7 @@
 ============ ===================================================================================== ========
 forward      what runs                                                                             launches
 ============ ===================================================================================== ========
+Ring         one pass over W in CUDA C++, for up to 16 tokens of bfloat16; needs NVRTC                1
 FewTokens    one pass over W that forms y and h; with ``splits`` > 1 each takes a share of K       1, or 2
 Fused        h, then one product whose accumulator takes s h Bᵀ as an additional K step            2
 LoraFirst    h, then y₀ = bias + s h Bᵀ, then the library's product accumulates onto it (beta = 1) 3
@@ -51,6 +52,7 @@ from .hopper_blocks import (
     HopperShrink,
 )
 from .hopper_group_blocks import HopperGroupDa, HopperGroupDx, HopperGroupShrink
+from .ring import RingConfig
 
 __all__ = [
     "DIRECTIONS",
@@ -74,6 +76,7 @@ __all__ = [
     "HopperInside",
     "LoraFirst",
     "Plan",
+    "Ring",
     "Skinny",
     "is_of",
     "plan_from_json",
@@ -198,6 +201,24 @@ class FewTokens:
     def __str__(self) -> str:
         c = self.config
         return f"few_tokens {c.block_m}x{c.block_n}x{c.block_k}/{c.num_stages} splits={self.splits}{_pdl(self.pdl)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """In CUDA C++: ``producers`` blocks form h; clusters of ``splits`` share the sum over K. ``pdl``: it prefetches W
+    while the kernel before it ends."""
+
+    kind: ClassVar[str] = "ring"
+    is_composition: ClassVar[bool] = False
+    launches: ClassVar[int] = 1
+    config: RingConfig
+    splits: int = 1
+    producers: int = 4
+    blocks_a_multiprocessor: int = 1
+    pdl: bool = False
+
+    def __str__(self) -> str:
+        return f"ring {self.config.name} splits={self.splits} producers={self.producers}{_pdl(self.pdl)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,18 +397,19 @@ class DxInside:
         return f"dx_inside {self.dx.name} db {self.db.name} da {self.da.name}{_beside(self.beside)}"
 
 
-ForwardPlan: TypeAlias = FewTokens | Fused | LoraFirst | BaseFirst
+ForwardPlan: TypeAlias = Ring | FewTokens | Fused | LoraFirst | BaseFirst
 BackwardPlan: TypeAlias = DxFused | DxLoraFirst
 GluonPlan: TypeAlias = Hopper | HopperInside | DxHopper | DxInside
 Plan: TypeAlias = ForwardPlan | BackwardPlan | GluonPlan | GroupPlan
 GLUON_PLANS = (Hopper, HopperInside, DxHopper, DxInside)
 
 _BY_DIRECTION: dict[str, tuple[type[Any], ...]] = {
-    "forward": (FewTokens, Fused, LoraFirst, BaseFirst, Hopper, HopperInside, HopperGroup, Apart),
+    "forward": (Ring, FewTokens, Fused, LoraFirst, BaseFirst, Hopper, HopperInside, HopperGroup, Apart),
     "backward": (DxFused, DxLoraFirst, DxHopper, DxInside, DxHopperGroup, Apart),
 }
 KINDS: dict[str, type[Any]] = {kind.kind: kind for kinds in _BY_DIRECTION.values() for kind in kinds}
 _CONFIGS: tuple[type[Any], ...] = (
+    RingConfig,
     FewTokensConfig,
     ShrinkConfig,
     GemmConfig,
@@ -486,7 +508,7 @@ def _value(kind: type[Any], name: str, annotation: str, value: Any) -> Any:
     elif annotation == "bool":
         allowed, right = "true or false", isinstance(value, bool)
     else:
-        power = name.startswith("block") or name in ("num_warps", "warps", "rank")
+        power = name.startswith("block_") or name in ("num_warps", "warps", "rank")
         allowed = f"a positive integer{', a power of 2' if power else ''}, at most 65536"
         right = type(value) is int and 1 <= value <= 65536 and not (power and value & (value - 1))
     if not right:

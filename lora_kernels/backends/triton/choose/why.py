@@ -37,7 +37,9 @@ from .plans import (
     HopperInside,
     LoraFirst,
     Plan,
+    Ring,
 )
+from .ring import ring_fault
 from .table import Row
 from .tuned import Loaded
 
@@ -45,7 +47,14 @@ __all__ = ["WAYS", "cells", "group_notes", "launches", "pass_plan", "plans", "re
 
 _GLUON = {"forward": ("hopper", "hopper_inside"), "backward": ("dx_hopper", "dx_inside")}
 WAYS = {
-    "forward": ("few_tokens", *_GLUON["forward"], *(f"fused {v}" for v in VARIANTS), "lora_first", "base_first"),
+    "forward": (
+        "ring",
+        "few_tokens",
+        *_GLUON["forward"],
+        *(f"fused {v}" for v in VARIANTS),
+        "lora_first",
+        "base_first",
+    ),
     "backward": (*_GLUON["backward"], *(f"dx_fused {v}" for v in VARIANTS), "dx_lora_first"),
 }
 _OF_GROUPS = {"forward": ("hopper_group", "apart"), "backward": ("dx_hopper_group", "apart")}
@@ -161,7 +170,7 @@ def launches(cell: Cell, plan: Plan) -> tuple[Launch, ...]:
         found = _group_launches(cell, plan)
     elif isinstance(plan, GLUON_PLANS):
         found = _gluon_launches(cell, plan)
-    elif isinstance(plan, (FewTokens, Fused, LoraFirst, BaseFirst)):
+    elif isinstance(plan, (Ring, FewTokens, Fused, LoraFirst, BaseFirst)):
         found = _forward_launches(cell, plan)
         if cell.dropout:
             found.insert(0, ("dropout's mask, one bit an element", 4.0 * cell.tokens * row_words(cell.k)))
@@ -172,6 +181,8 @@ def launches(cell: Cell, plan: Plan) -> tuple[Launch, ...]:
 
 def _forward_launches(cell: Cell, plan: ForwardPlan) -> list[tuple[str, float]]:
     model = Model(_NO_MACHINE, cell)
+    if isinstance(plan, Ring):
+        return [("one pass over W, which forms h and y", model.base_bytes())]
     if isinstance(plan, FewTokens):
         first = [("one pass over W, which forms h and y", model.base_bytes())]
         if plan.splits == 1:
@@ -330,7 +341,12 @@ def obstacle(machine: Machine, cell: Cell, way: str, descriptors: bool = True, t
     if way in _OF_GROUPS[cell.direction]:
         fault = static_fault(machine, getattr(torch, cell.dtype), cell.k, cell.sizes, cell.dropout)
         return f"The group kernels do not run: {fault or tokens_fault(cell) or 'TMA cannot read x, dy or W'}."
-    if way == "few_tokens":
+    if way == "ring":
+        if fault := ring_fault(machine, cell):
+            return fault
+        if transposed or not descriptors:
+            return "it loads pieces of 16 bytes along K: x or W is not stored so."
+    elif way == "few_tokens":
         if cell.tokens > FEW_TOKENS:
             return f"it serves up to {FEW_TOKENS} tokens."
         if cell.r > FEW_TOKENS_RANK:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..choose.blocks import FEW_TOKENS, Machine
 from ..choose.candidates import candidates
 from ..choose.hidden_operand import operand_on
-from ..choose.plans import GLUON_PLANS, BackwardPlan, BaseFirst, Cell, FewTokens, ForwardPlan, Fused
+from ..choose.plans import GLUON_PLANS, BackwardPlan, BaseFirst, Cell, FewTokens, ForwardPlan, Fused, Ring
 
 __all__ = ["ARCHITECTURES", "CASES", "QUICK", "Case", "Job", "backward_plans_of", "jobs_of", "plans_of", "recording"]
 
@@ -103,7 +103,7 @@ def plans_of(machine: Machine, cell: Cell) -> list[ForwardPlan]:
     """
     found: dict[tuple[object, ...], ForwardPlan] = {}
     for plan in candidates(machine, cell):
-        if isinstance(plan, GLUON_PLANS) or (isinstance(plan, BaseFirst) and cell.tokens > FEW_TOKENS):
+        if isinstance(plan, (Ring, *GLUON_PLANS)) or (isinstance(plan, BaseFirst) and cell.tokens > FEW_TOKENS):
             continue  # hopper_jobs.py has the Gluon kernels
         variant = plan.variant if isinstance(plan, Fused) else isinstance(plan, FewTokens) and plan.splits > 1
         found.setdefault((plan.kind, variant), plan)

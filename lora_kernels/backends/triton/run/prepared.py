@@ -120,13 +120,15 @@ def current_stream(index: int) -> int | None:
 
 # What a RuntimeError says where a plan cannot be compiled, or where the driver refuses to launch a kernel before any
 # of it has run: of a cooperative launch, programs that are not all resident at once (fewer multiprocessors than the
-# device has, under MPS or a green context), or a device that makes none; resources; a descriptor of TMA.
+# device has, under MPS or a green context), or a device that makes none; resources; a descriptor of TMA; a kernel in
+# CUDA C++ that NVRTC does not compile.
 _STEPPED_OVER = (
     "PassManager",
     "too many blocks in cooperative launch",
     "too many resources requested for launch",
     "operation not supported",
     "Failed to create tensor map descriptor",
+    "NVRTC",
 )
 
 

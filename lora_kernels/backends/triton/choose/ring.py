@@ -1,0 +1,160 @@
+"""The kernel for few tokens in CUDA C++ (``csrc/cuda/few_tokens.cuh``): configurations, what they take, what they cost.
+
+Three were measured on an H100 (few_tokens.log) and are the quick ones: ``rg1x16d3`` and ``rg1x8d2`` stream W through
+rings in registers, ``cp2x8d2`` through shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .... import nvrtc, traffic
+from .blocks import FEW_TOKENS, Machine
+from .hardware import memory_seconds
+
+if TYPE_CHECKING:
+    from .plans import Cell, Ring
+
+__all__ = [
+    "CHUNK",
+    "CONFIGS",
+    "HEADERS",
+    "LEAST_CHUNKS",
+    "MAX_PRODUCERS",
+    "RANK",
+    "WORKSPACE_BYTES",
+    "RingConfig",
+    "ring_fault",
+    "ring_fits",
+    "ring_seconds",
+    "ring_ways",
+]
+
+HEADERS = ("few_tokens_device.cuh", "few_tokens.cuh")
+# Columns of K that a warp loads at once, and how many of them the smallest block needs; the largest rank; the most
+# blocks that form h.
+CHUNK, LEAST_CHUNKS, RANK, MAX_PRODUCERS = 64, 8, 64, 32
+WORKSPACE_BYTES = 1024 + MAX_PRODUCERS * FEW_TOKENS * RANK * 4
+_HELPERS = 4
+_CLUSTER = 2.8e-6  # what a cluster that splits K adds (4096 -> 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class RingConfig:
+    """16 ``row_tiles`` rows of W a tile, ``warps`` that stream them, rings of ``depth`` chunks (``depth_wide`` for more
+    than 8 tokens), with ``copies`` in shared memory, else in registers."""
+
+    name: str
+    row_tiles: int
+    warps: int
+    depth: int
+    depth_wide: int
+    copies: bool
+
+    @property
+    def rows(self) -> int:
+        return 16 * self.row_tiles
+
+    @property
+    def threads(self) -> int:
+        return 32 * (self.warps + _HELPERS)
+
+    def shared_memory(self, tokens: int) -> int:
+        """Bytes of a block: as ``Config`` in few_tokens.cuh counts them."""
+        tiles = _token_tiles(tokens)
+        depth = self.depth if tiles == 1 else self.depth_wide
+        sums = 8 * tiles * (self.rows + 4)
+        ring = self.warps * depth * 512 * (4 * self.row_tiles + 2 * tiles) if self.copies else 0
+        body = max(ring + 8 * self.warps * sums, (self.warps + _HELPERS) * 8 * tiles * 80)
+        last = body + 8 * tiles * RANK * 4 + self.rows * (RANK + 1) * 4 + 4 * sums
+        return -(-last // 16) * 16 + 16
+
+    def blocks(self, machine: Machine, tokens: int) -> int:
+        """Blocks that a multiprocessor holds: what registers were limited to, and shared memory has room for."""
+        two = self.row_tiles == 1 and self.warps == 8 and tokens <= 8
+        return 2 if two and 2 * (self.shared_memory(tokens) + 1024) <= machine.shared_memory else 1
+
+    def defines(self, tokens: int, ragged: bool) -> dict[str, int]:
+        """What few_tokens_forward_entry.cuh is compiled with."""
+        tiles = _token_tiles(tokens)
+        return {
+            "LORA_TILES": self.row_tiles,
+            "LORA_TOKENS": tiles,
+            "LORA_WARPS": self.warps,
+            "LORA_DEPTH": self.depth if tiles == 1 else self.depth_wide,
+            "LORA_LOAD": int(not self.copies),
+            "LORA_RAGGED": int(ragged),
+            "LORA_SHARED_BYTES": self.shared_memory(tokens),
+            "LORA_THREADS": self.threads,
+        }
+
+
+CONFIGS = (
+    RingConfig("rg1x16d3", 1, 16, 3, 2, False),
+    RingConfig("rg1x8d2", 1, 8, 2, 2, False),
+    RingConfig("cp2x8d2", 2, 8, 2, 2, True),
+)
+# Share of the bandwidth that other kernels reach, and seconds on top, for up to 8 tokens and for more: lines through
+# what was measured for 4096 -> 4096, 4096 -> 14336 and 14336 -> 4096.
+_MEASURED = {
+    "rg1x16d3": ((1.01, 2.5e-6), (0.98, 3.2e-6)),
+    "rg1x8d2": ((1.0, 2.5e-6), (0.79, 2.2e-6)),
+    "cp2x8d2": ((1.10, 5.1e-6), (1.10, 7.0e-6)),
+}
+
+
+def _token_tiles(tokens: int) -> int:
+    return 1 if tokens <= 8 else 2
+
+
+def ring_fault(machine: Machine, cell: Cell) -> str | None:
+    """A sentence where the kernel does not run ``cell`` on ``machine``; None where it does."""
+    if machine.interpreter:
+        return "it is CUDA C++, which Triton's interpreter does not run."
+    if machine.capability < 80:
+        return f"it needs compute capability 8.0; this is {machine.capability // 10}.{machine.capability % 10}."
+    if cell.tokens > FEW_TOKENS:
+        return f"it serves up to {FEW_TOKENS} tokens."
+    if cell.r > RANK:
+        return f"it serves ranks up to {RANK}."
+    if cell.dtype != "bfloat16":
+        return f"it is for bfloat16, and this is {cell.dtype}."
+    if cell.k % CHUNK or cell.k < CHUNK * LEAST_CHUNKS:
+        return f"it takes multiples of {CHUNK} in_features from {CHUNK * LEAST_CHUNKS} on, and K is {cell.k}."
+    return nvrtc.why_not()
+
+
+def ring_fits(machine: Machine, cell: Cell, plan: Ring) -> bool:
+    """Whether ``plan`` runs ``cell`` on ``machine``; dependent launch aside."""
+    c, chunks = plan.config, cell.k // CHUNK
+    if c not in CONFIGS or ring_fault(machine, cell) is not None:
+        return False
+    if plan.splits > 1 and (machine.capability < 90 or plan.splits > 8):
+        return False  # clusters came with compute capability 9.0
+    divided = chunks % plan.splits == 0 and chunks // plan.splits >= c.warps and plan.producers % plan.splits == 0
+    room = plan.blocks_a_multiprocessor <= c.blocks(machine, cell.tokens)
+    room = room and c.shared_memory(cell.tokens) <= machine.shared_memory
+    return divided and room and plan.producers <= min(MAX_PRODUCERS, chunks)
+
+
+def ring_ways(machine: Machine, cell: Cell) -> Iterator[tuple[RingConfig, int, int, int]]:
+    """(configuration, splits of K, producers of h, blocks a multiprocessor), as they were measured: K is split where
+    one block a tile would leave half of the machine idle."""
+    for config in CONFIGS:
+        tiles = -(-cell.n // config.rows)
+        if machine.capability < 90 or tiles > machine.sm_count // 2 or cell.k // CHUNK < 2 * config.warps:
+            yield config, 1, min(4, cell.k // CHUNK), config.blocks(machine, cell.tokens)
+        else:
+            yield config, 2, 8, 1
+
+
+def ring_seconds(machine: Machine, cell: Cell, plan: Ring) -> float:
+    """What the launch should take, in seconds."""
+    share, start = _MEASURED[plan.config.name][cell.tokens > 8]
+    tiles = -(-cell.n // plan.config.rows)
+    programs = min(tiles * plan.splits, machine.sm_count)
+    moved = traffic.large(cell.tokens, cell.k, cell.n, cell.itemsize)
+    cluster = _CLUSTER if plan.splits > 1 else 0.0
+    return memory_seconds(machine, moved / share, programs) + start + cluster
