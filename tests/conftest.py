@@ -144,6 +144,20 @@ def fixed_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     operators.forget()
 
 
+@pytest.fixture
+def without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As where NVRTC is missing: the plans of Triton and the library alone, on every machine the same."""
+    from lora_kernels import nvrtc
+    from lora_kernels.backends.triton.choose import candidates, ranking
+
+    monkeypatch.setattr(nvrtc, "path", lambda: None)
+    for remembered in (candidates.candidates, ranking.plans_for):
+        remembered.cache_clear()
+    yield
+    for remembered in (candidates.candidates, ranking.plans_for):
+        remembered.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)

@@ -1,18 +1,18 @@
 // y (M, N) = x (M, K) Wᵀ + bias + s h Bᵀ with h = (D * x) Aᵀ (M, R), for M <= 16, in one launch that reads W once.
 //
-//   x      bf16 (M, K), rows of `ldx` numbers, 16-byte aligned      A    bf16 or fp32 (R, K), in one piece, 16-byte aligned
-//   W      bf16 (N, K), in one piece, 16-byte aligned               B    bf16 or fp32 (N, R), in one piece
-//   bias   bf16 (N), or null                                        y    bf16 (M, N), in one piece
-//   words  the packed mask (packed_mask.py), or null                h    fp32 (M, R), or the operand (hidden_operand.py)
+//   x      bf16 (M, K), rows of `ldx` numbers, 16-byte aligned      A    bf16 or fp32 (R, K), in one piece, 16-byte
+//   aligned W      bf16 (N, K), in one piece, 16-byte aligned               B    bf16 or fp32 (N, R), in one piece bias
+//   bf16 (N), or null                                        y    bf16 (M, N), in one piece words  the packed mask
+//   (packed_mask.py), or null                h    fp32 (M, R), or the operand (hidden_operand.py)
 //
-// K is a multiple of 64, R at most 64. A is rounded to bf16 at its product; everything is summed in fp32. Flops 2 M N K +
-// 2 M R (N + K); bytes: W, A, B, and x from L2 for each tile of W.
+// K is a multiple of 64, R at most 64. A is rounded to bf16 at its product; everything is summed in fp32. Flops 2 M N K
+// + 2 M R (N + K); bytes: W, A, B, and x from L2 for each tile of W.
 //
 // Blocks [0, hc) form parts of h over slices of K and publish them by flags. The other blocks walk tiles of 16 MT rows
-// of W: NW warps divide K of each tile and stream W and x through rings of their own, without a barrier of the block; HW
-// helper warps meanwhile take s h Bᵀ + bias, then sum the warps' accumulators in a fixed order and write y. Clusters of
-// `ks` blocks split K of one tile. The flags hold the number of the launch, so nothing has to be cleared between two;
-// the memory of `count`, `flag` and `part` begins as zeros and serves one launch after the other, on one stream.
+// of W: NW warps divide K of each tile and stream W and x through rings of their own, without a barrier of the block;
+// HW helper warps meanwhile take s h Bᵀ + bias, then sum the warps' accumulators in a fixed order and write y. Clusters
+// of `ks` blocks split K of one tile. The flags hold the number of the launch, so nothing has to be cleared between
+// two; the memory of `count`, `flag` and `part` begins as zeros and serves one launch after the other, on one stream.
 #pragma once
 
 #ifndef LORA_FEW_TOKENS_ON_HOST
@@ -307,8 +307,8 @@ __device__ __forceinline__ void finish(const Params& p, char* sm, const float* r
         if (rank == 0)
             for (int i = hid; i < rows * R; i += HW * 32) {
                 const int r = i / R, c = i - r * R;
-                Bs[r * LB + c] = p.b32 ? ((const float*)p.B)[(size_t)n0 * R + i]
-                                       : widen(((const bf16*)p.B)[(size_t)n0 * R + i]);
+                Bs[r * LB + c] =
+                    p.b32 ? ((const float*)p.B)[(size_t)n0 * R + i] : widen(((const bf16*)p.B)[(size_t)n0 * R + i]);
             }
         if (ti == 0 && rank == 0) {
             bar_sync(5, HW * 32);  // tag is there
@@ -384,8 +384,8 @@ __device__ __forceinline__ void forward(const Params& p) {
     const bool producer = (int)blockIdx.x < p.hc;
     const int cta = ((int)blockIdx.x - p.hc) / p.ks, rank = ((int)blockIdx.x - p.hc) % p.ks;  // ks divides hc
     const int nch = p.K / 64 / p.ks, k0 = rank * nch * 64;  // this block's slice of K; ks divides K / 64
-    const int mine = producer ? 0 : (p.tiles - cta + p.ctas - 1) / p.ctas;           // tiles cta, cta + ctas, ...
-    const int per = warp < C::NW ? (nch - warp + C::NW - 1) / C::NW : 0;  // chunks of a warp in a tile: every NW-th
+    const int mine = producer ? 0 : (p.tiles - cta + p.ctas - 1) / p.ctas;  // tiles cta, cta + ctas, ...
+    const int per = warp < C::NW ? (nch - warp + C::NW - 1) / C::NW : 0;    // chunks of a warp in a tile: every NW-th
     if (p.pdl) {
         if (!producer && warp < C::NW) {  // a hint to L2 alone: it may run before what wrote W has ended
             for (int d = 0; d < C::D && d < per; ++d)

@@ -1,12 +1,12 @@
 // One instance of the forward kernel for few tokens, as NVRTC compiles it: LORA_TILES, LORA_TOKENS (of 8), LORA_WARPS,
-// LORA_DEPTH, LORA_LOAD and LORA_RAGGED are its configuration, LORA_SHARED_BYTES and LORA_THREADS what the host takes for
-// it. The last two pointers are what every launch by
-// csrc/launch ends with; nothing reads them.
+// LORA_DEPTH, LORA_LOAD and LORA_RAGGED are its configuration, LORA_SHARED_BYTES and LORA_THREADS what the host takes
+// for it. The last two pointers are what every launch by csrc/launch ends with; nothing reads them.
 #include "few_tokens.cuh"
 
 using Instance = lora_kernels::few::Config<LORA_TILES, LORA_TOKENS, LORA_WARPS, LORA_DEPTH, LORA_LOAD, LORA_RAGGED>;
 
-static_assert(Instance::SHARED == LORA_SHARED_BYTES && Instance::THREADS == LORA_THREADS, "what the host launches with");
+static_assert(Instance::SHARED == LORA_SHARED_BYTES && Instance::THREADS == LORA_THREADS,
+              "what the host launches with");
 
 extern "C" __global__ void __launch_bounds__(Instance::THREADS, Instance::BLOCKS)
     few_tokens_forward(const void* x, const void* weight, const void* lora_a, const void* lora_b, const void* bias,

@@ -1,14 +1,14 @@
-// Backward for M <= 16 tokens, in two launches, without an atomic: dx (M, K) = dy W + D * (dh A), da (R, K) = dhᵀ (D * x),
-// db (N, R) = s dyᵀ h and dbias (N), with dh (M, R) = s dy B.
+// Backward for M <= 16 tokens, in two launches, without an atomic: dx (M, K) = dy W + D * (dh A), da (R, K) = dhᵀ (D *
+// x), db (N, R) = s dyᵀ h and dbias (N), with dh (M, R) = s dy B.
 //
 //   dy     bf16 (M, N), rows of `ld_dy` numbers                     A, B  bf16 or fp32, in one piece
-//   W      bf16 (N, K), in one piece, 16-byte aligned               h     fp32 (M, R), or the operand, which has s in it
-//   x      bf16 (M, K), rows of `ldx` numbers                       words the packed mask, or null
+//   W      bf16 (N, K), in one piece, 16-byte aligned               h     fp32 (M, R), or the operand, which has s in
+//   it x      bf16 (M, K), rows of `ldx` numbers                       words the packed mask, or null
 //
-// The first launch reads W once. Blocks [0, slices) each take a slice of N: a part of dh, and their rows of db and dbias.
-// The others take 64 columns of K and one of `splits` slices of N: NW warps divide its rows and stream W through rings
-// in registers; the block leaves a part of dy W, fp32. The second launch takes 32 columns of K a block: it sums the
-// parts in a fixed order, and adds what dh gives. Everything is summed in fp32; A and B enter as they are.
+// The first launch reads W once. Blocks [0, slices) each take a slice of N: a part of dh, and their rows of db and
+// dbias. The others take 64 columns of K and one of `splits` slices of N: NW warps divide its rows and stream W through
+// rings in registers; the block leaves a part of dy W, fp32. The second launch takes 32 columns of K a block: it sums
+// the parts in a fixed order, and adds what dh gives. Everything is summed in fp32; A and B enter as they are.
 #pragma once
 
 #ifndef LORA_FEW_TOKENS_ON_HOST
@@ -67,9 +67,9 @@ __device__ __forceinline__ float scaled_h(const GradParams& p, int m, int r) {
 
 // A slice of N: a part of dh, db and dbias.
 __device__ __forceinline__ void narrow_grads(const GradParams& p, char* sm) {
-    float(*Bs)[GRAD_RANKS + 1] = (float(*)[GRAD_RANKS + 1])sm;
-    float(*dys)[GRAD_ROWS + 1] = (float(*)[GRAD_ROWS + 1])(Bs + GRAD_ROWS);
-    float(*hs)[GRAD_RANKS] = (float(*)[GRAD_RANKS])(dys + GRAD_TOKENS);
+    float (*Bs)[GRAD_RANKS + 1] = (float (*)[GRAD_RANKS + 1]) sm;
+    float (*dys)[GRAD_ROWS + 1] = (float (*)[GRAD_ROWS + 1])(Bs + GRAD_ROWS);
+    float (*hs)[GRAD_RANKS] = (float (*)[GRAD_RANKS])(dys + GRAD_TOKENS);
     const int tid = threadIdx.x, R = p.R;
     const int n_first = (int)((long long)blockIdx.x * p.N / p.slices);
     const int n_end = (int)((long long)(blockIdx.x + 1) * p.N / p.slices);
@@ -121,7 +121,8 @@ __device__ __forceinline__ uint32_t dy2(const GradParams& p, int m, int n) {
     return low | high << 16;
 }
 
-// 16 rows of W of 64 columns: lane (g, t) holds columns 8 g .. 8 g + 7 of rows 2 t, 2 t + 1, 2 t + 8, 2 t + 9, and dy's.
+// 16 rows of W of 64 columns: lane (g, t) holds columns 8 g .. 8 g + 7 of rows 2 t, 2 t + 1, 2 t + 8, 2 t + 9, and
+// dy's.
 template <int NT>
 struct GradChunk {
     uint4 w[4];
@@ -162,9 +163,10 @@ __device__ __forceinline__ void wide_grad(const GradParams& p, float* sums, int 
         const int n0 = (first + it * GRAD_WARPS) * 16 + 2 * t;
         const bf16* w = p.W + k0 + 8 * g;
 #pragma unroll
-        for (int i = 0; i < 4; ++i)  // rows that are not there meet zeros of dy: any finite or not, they must not be NaN
+        for (int i = 0; i < 4;
+             ++i)  // rows that are not there meet zeros of dy: any finite or not, they must not be NaN
             f.w[i] = n0 + (i & 1) + 8 * (i >> 1) < p.N ? ldg_stream(w + (size_t)(n0 + (i & 1) + 8 * (i >> 1)) * p.K)
-                                                        : make_uint4(0, 0, 0, 0);
+                                                       : make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
             f.dy[nt][0] = dy2(p, nt * 8 + g, n0);
@@ -223,9 +225,9 @@ constexpr int LAST_SHARED =
 // 32 columns of dx and da. A word of the mask is 32 columns.
 __device__ __forceinline__ void last_grads(const LastParams& p) {
     LORA_SHARED_MEMORY(sm);
-    float* dh = (float*)sm;                                                         // (M, R)
-    float(*As)[LAST_COLUMNS] = (float(*)[LAST_COLUMNS])(dh + GRAD_TOKENS * GRAD_RANKS);
-    float(*xs)[LAST_COLUMNS + 1] = (float(*)[LAST_COLUMNS + 1])(As + GRAD_RANKS);
+    float* dh = (float*)sm;  // (M, R)
+    float (*As)[LAST_COLUMNS] = (float (*)[LAST_COLUMNS])(dh + GRAD_TOKENS * GRAD_RANKS);
+    float (*xs)[LAST_COLUMNS + 1] = (float (*)[LAST_COLUMNS + 1])(As + GRAD_RANKS);
     const int tid = threadIdx.x, k0 = (int)blockIdx.x * LAST_COLUMNS, R = p.R;
     if (p.dx)
         for (int i = tid; i < R * LAST_COLUMNS; i += GRAD_THREADS)

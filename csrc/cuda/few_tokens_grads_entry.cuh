@@ -13,10 +13,25 @@ extern "C" __global__ void __launch_bounds__(GRAD_THREADS, 2)
                            void* dh_parts, void* db, void* dbias, float scaling, int m, int n, int k, int r,
                            int stride_dy, int rank, int b_is_fp32, int bias_is_fp32, int slices, int splits,
                            const void*, const void*) {
-    const GradParams p = {(const bf16*)dy, (const bf16*)weight, lora_b,      h,     (float*)dx_parts,
-                          (float*)dh_parts, db,                 dbias,       m,     n,
-                          k,                r,                  stride_dy,   rank,  b_is_fp32,
-                          bias_is_fp32,     slices,             splits,      scaling};
+    const GradParams p = {(const bf16*)dy,
+                          (const bf16*)weight,
+                          lora_b,
+                          h,
+                          (float*)dx_parts,
+                          (float*)dh_parts,
+                          db,
+                          dbias,
+                          m,
+                          n,
+                          k,
+                          r,
+                          stride_dy,
+                          rank,
+                          b_is_fp32,
+                          bias_is_fp32,
+                          slices,
+                          splits,
+                          scaling};
     first_grads<LORA_TOKENS>(p);
 }
 
@@ -25,9 +40,23 @@ extern "C" __global__ void __launch_bounds__(GRAD_THREADS)
                           const void* words, void* dx, void* da, float scaling, float keep_scale, int m, int k, int r,
                           int stride_x, int row_words, int a_is_fp32, int slices, int splits, int early, const void*,
                           const void*) {
-    const LastParams p = {(const float*)dx_parts, (const float*)dh_parts, lora_a,    (const bf16*)x, (const unsigned*)words,
-                          (bf16*)dx,              da,                     m,         k,              r,
-                          stride_x,               row_words,              a_is_fp32, slices,         splits,
-                          early,                  scaling,                keep_scale};
+    const LastParams p = {(const float*)dx_parts,
+                          (const float*)dh_parts,
+                          lora_a,
+                          (const bf16*)x,
+                          (const unsigned*)words,
+                          (bf16*)dx,
+                          da,
+                          m,
+                          k,
+                          r,
+                          stride_x,
+                          row_words,
+                          a_is_fp32,
+                          slices,
+                          splits,
+                          early,
+                          scaling,
+                          keep_scale};
     last_grads(p);
 }

@@ -1,6 +1,7 @@
-// csrc/cuda/few_tokens_device.cuh, played on the host: every CUDA thread is a coroutine, the threads of a cluster's blocks
-// take turns between barriers, upwards or downwards, so that a missing barrier shows. Asynchronous copies happen at
-// cp_wait, as late as the device may do them; shared memory begins as NaN. The tensor core is the PTX manual's table.
+// csrc/cuda/few_tokens_device.cuh, played on the host: every CUDA thread is a coroutine, the threads of a cluster's
+// blocks take turns between barriers, upwards or downwards, so that a missing barrier shows. Asynchronous copies happen
+// at cp_wait, as late as the device may do them; shared memory begins as NaN. The tensor core is the PTX manual's
+// table.
 #pragma once
 
 #include <ucontext.h>

@@ -23,6 +23,8 @@ from lora_kernels.tuning.search import (
 from lora_kernels.tuning.session import Outcome
 from made_tables import CELL, CELLS, DEVICE, FEW, H200, KINDS, VERSIONS, FakeBench, FakeTrial, row, timing, write
 
+pytestmark = pytest.mark.usefixtures("without_nvrtc")  # what was measured, or is told, had no such plan
+
 A100 = Machine(capability=80, sm_count=108, shared_memory=166912)
 NO_ROOM = Refusal("does not run", "It raised OutOfResources: shared memory, Required: 300000")
 WRONG = Refusal("is wrong", "y FAILS: error 1.0e+00")

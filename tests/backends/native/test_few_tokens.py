@@ -344,3 +344,48 @@ def resources(code: bytes, folder: Path) -> dict[str, int]:
         [find_cuobjdump(), "--dump-resource-usage", str(path)], check=True, capture_output=True, text=True
     )
     return {name: int(amount) for name, amount in _USAGE.findall(told.stdout)}
+
+
+GRADS = [
+    (case_of(1, 64, 48, 16), 1, 1, True),
+    (case_of(8, 192, 100, 5, p=0.25, adapter_dtype=BF16), 3, 2, True),
+    (case_of(16, 128, 333, 64, p=0.1), 2, 3, False),
+    (case_of(13, 64, 1040, 33), 4, 2, True),
+    (case_of(3, 128, 7, 1, p=0.5), 1, 2, False),
+]
+
+
+def grads(library: ctypes.CDLL, case: Case, slices: int, splits: int, kept: bool, downwards: bool) -> dict[str, Tensor]:
+    """Every gradient by the two kernels; h is what forward's policy gives, as fp32 or as its operand."""
+    i, _, mask = inputs(case)
+    x, w, a, b, dy = (t.detach().contiguous() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.dy))
+    keep, operand = 1.0 / (1.0 - case.p), hidden_operand(case.dtype, case.r) if kept else None
+    h = keep * (x if mask is None else x * mask).float() @ a.to(BF16).float().t()
+    h = h if operand is None else operand.pack(case.scaling * h)
+    words = packed_keep_words(SEED, case.m, case.k, case.p) if case.p else None
+
+    def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype)
+
+    parts, dh = empty(splits, case.m, case.k), empty(slices, case.m, case.r)
+    found = {"dx": empty(case.m, case.k, dtype=BF16), "da": empty(*a.shape, dtype=a.dtype)}
+    found |= {"db": empty(*b.shape, dtype=b.dtype), "dbias": empty(case.n, dtype=BF16)}
+    rank, fp32 = 0 if operand is None else operand.rank, int(b.dtype is FP32)
+    first = GradParams(*map(pointer, (dy, w, b, h, parts, dh, found["db"], found["dbias"])))
+    first.M, first.N, first.K, first.R, first.ld_dy = case.m, case.n, case.k, case.r, case.n
+    first.rank, first.b32, first.slices, first.splits, first.s = rank, fp32, slices, splits, case.scaling
+    last = LastParams(*map(pointer, (parts, dh, a, x, words, found["dx"], found["da"])))
+    last.M, last.K, last.R, last.ldx, last.row_words = case.m, case.k, case.r, case.k, row_words(case.k)
+    last.a32, last.slices, last.splits, last.s, last.keep = fp32, slices, splits, case.scaling, keep
+    assert library.lora_few_grads(byref(first), byref(last), c_bool(downwards)) == 1
+    return found
+
+
+@pytest.mark.parametrize(("case", "slices", "splits", "kept"), GRADS, ids=str)
+@pytest.mark.parametrize("downwards", [False, True])
+def test_the_gradients_are_the_reference(
+    case: Case, slices: int, splits: int, kept: bool, downwards: bool, library: ctypes.CDLL
+) -> None:
+    i, _, mask = inputs(case)
+    exact, yardstick, errors = measures(case, i, mask)
+    check_all(grads(library, case, slices, splits, kept, downwards), exact, yardstick, case.dtype, expected=errors)

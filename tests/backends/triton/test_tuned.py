@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_kernels import nvrtc
 from lora_kernels.backends.triton.choose import candidates, kernel_files, ranking, table, tuned
 from lora_kernels.backends.triton.choose.blocks import INTERPRETER
 from lora_kernels.backends.triton.choose.plans import KINDS, Cell
@@ -217,11 +218,23 @@ def test_a_changed_kernel_file_passes_over_the_rows_that_use_it_and_no_others(tm
         path.write_bytes(kept)
         assert changed == {kind for kind in KINDS if path in used[kind]}, path
         assert path.name != "__init__.py" or not changed
-    assert all(folder / "common.py" in used[kind] for kind in KINDS if "hopper" not in kind and "inside" not in kind)
+    assert all(
+        folder / "common.py" in used[kind]
+        for kind in KINDS
+        if used[kind] and "hopper" not in kind and "inside" not in kind
+    )
+    assert [kind for kind in KINDS if not used[kind]] == ["ring"]  # CUDA C++: see the next test
     assert folder / "hopper" / "packed_draw.py" in used["hopper"]
     assert folder / "hopper" / "product.py" not in used["lora_first"]
     heads = [ast.parse(path.read_text()).body for path in folder.rglob("__init__.py")]
     assert all(isinstance(line, ast.Expr) for head in heads for line in head), "an __init__.py has code"
+
+
+def test_a_changed_cuda_file_passes_over_the_rows_that_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, source = kernel_files.digest_of("ring"), nvrtc.source
+    monkeypatch.setattr(nvrtc, "source", lambda name: source(name) + "// another")
+    assert kernel_files.digest_of("ring") != before
+    assert kernel_files.digest_of("fused") == kernel_files.digests()["fused"]
 
 
 def test_a_row_is_passed_over_where_its_own_kernels_changed(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:

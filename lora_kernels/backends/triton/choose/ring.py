@@ -38,7 +38,7 @@ HEADERS = ("few_tokens_device.cuh", "few_tokens.cuh")
 CHUNK, LEAST_CHUNKS, RANK, MAX_PRODUCERS = 64, 8, 64, 32
 WORKSPACE_BYTES = 1024 + MAX_PRODUCERS * FEW_TOKENS * RANK * 4
 _HELPERS = 4
-_CLUSTER = 2.8e-6  # what a cluster that splits K adds (4096 -> 1024)
+_CLUSTER = 2.1e-6  # what a cluster that splits K adds (4096 -> 1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +97,12 @@ CONFIGS = (
     RingConfig("cp2x8d2", 2, 8, 2, 2, True),
 )
 # Share of the bandwidth that other kernels reach, and seconds on top, for up to 8 tokens and for more: lines through
-# what was measured for 4096 -> 4096, 4096 -> 14336 and 14336 -> 4096.
+# what was measured for 4096 -> 4096, 4096 -> 14336 and 14336 -> 4096. What counts there is the ratio to the library's
+# product, so it is taken of that product's time as the model has it, which is 1.5 µs less than the log's.
 _MEASURED = {
-    "rg1x16d3": ((1.01, 2.5e-6), (0.98, 3.2e-6)),
-    "rg1x8d2": ((1.0, 2.5e-6), (0.79, 2.2e-6)),
-    "cp2x8d2": ((1.10, 5.1e-6), (1.10, 7.0e-6)),
+    "rg1x16d3": ((0.98, 1.05e-6), (0.955, 1.4e-6)),
+    "rg1x8d2": ((0.975, 1.15e-6), (0.77, 0.2e-6)),
+    "cp2x8d2": ((1.02, 2.7e-6), (1.02, 4.4e-6)),
 }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ....errors import InvalidArgumentError
 from ..choose.blocks import ExpandConfig, ShrinkConfig
-from ..choose.plans import BaseFirst, FewTokens, ForwardPlan, Fused, LoraFirst
+from ..choose.plans import BaseFirst, FewTokens, ForwardPlan, Fused, LoraFirst, Ring
 from ..kernels.few_tokens import few_tokens_kernel, sum_parts_kernel
 from ..kernels.forward import expand_kernel, forward_kernel
 from ..kernels.persistent import persistent_kernel
@@ -43,6 +43,8 @@ def ready(plan: ForwardPlan, call: Call) -> Run:
     """
     if isinstance(plan, FewTokens):
         return _few_tokens(plan, call)
+    if isinstance(plan, Ring):
+        raise AssertionError("run/ring.py makes it ready")
     shrink = _Shrink.of(plan.shrink, call, getattr(plan, "pdl", False))
     if isinstance(plan, BaseFirst):
         return _base_and_h(plan, shrink, call)

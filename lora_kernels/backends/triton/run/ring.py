@@ -59,14 +59,15 @@ def ring_launch(plan: Ring, c: Call, a_is_fp32: bool, b_is_fp32: bool) -> CudaLa
     else:
         room = max(1, c.machine.sm_count * plan.blocks_a_multiprocessor - plan.producers)
         blocks = cdiv(tiles, cdiv(tiles, room))
-    static = (c.keep_scale if c.dropout else 1.0, c.m, c.n, c.k, c.r, c.stride_x[0] if c.m > 1 else c.k, row_words(c.k))
-    static += (c.padded_rank, int(a_is_fp32), int(b_is_fp32), plan.producers, plan.splits, tiles, blocks)
+    static: tuple[Any, ...] = (c.keep_scale if c.dropout else 1.0, c.m, c.n, c.k, c.r)
+    static += (c.stride_x[0] if c.m > 1 else c.k, row_words(c.k), c.padded_rank, int(a_is_fp32), int(b_is_fp32))
+    static += (plan.producers, plan.splits, tiles, blocks, int(plan.pdl))
     return CudaLaunch(
         Source(_ENTRY, HEADERS, tuple(config.defines(c.m, c.n % config.rows != 0).items())),
         _NAME,
         _SIGNATURE,
         plan.producers + blocks * plan.splits,
-        (*static, int(plan.pdl)),
+        static,
         capability=c.machine.capability,
         threads=config.threads,
         shared_bytes=config.shared_memory(c.m),
