@@ -27,6 +27,8 @@ from lora_kernels.backends.triton.choose.ring import CONFIGS, WORKSPACE_BYTES, r
 from lora_kernels.backends.triton.run import cuda_kernels, ring
 from lora_kernels.backends.triton.run.call import Call
 from lora_kernels.backends.triton.run.cuda_kernels import CudaLaunch, cubin
+from lora_kernels.backends.triton.run.pass_words import Constant
+from lora_kernels.backends.triton.run.recording import Recorder
 from lora_kernels.benchmark.roofline import MACHINES
 from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.kept import row_words
@@ -389,3 +391,72 @@ def test_the_gradients_are_the_reference(
     i, _, mask = inputs(case)
     exact, yardstick, errors = measures(case, i, mask)
     check_all(grads(library, case, slices, splits, kept, downwards), exact, yardstick, case.dtype, expected=errors)
+
+
+def test_the_launcher_can_say_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorder makes a pass of it whose parameters are, byte for byte, what ctypes would give."""
+    case, plan = case_of(4, 1024, 40, 2), Ring(CONFIGS[1], 2, 4, 1, True)
+    i = make(case)
+    tensors = tuple(t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.bias))
+    launched: list[tuple[CudaLaunch, list[bytes]]] = []
+    monkeypatch.setattr(cuda_kernels, "_loaded", lambda *_: 0x77)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        CudaLaunch, "_launch", lambda self, f, stream, given: launched.append((self, self.parameters(given)))
+    )
+    call = replace(Call.forward(*tensors, 0.0, None), machine=SMALL, operand=hidden_operand(BF16, 2))
+    recorder = Recorder(("cpu", -1, 0), 7, (*tensors, 0.5, None, torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8)))
+    with recorder:
+        y, h, _ = ring._run(plan, call)(7, *recorder.arguments)
+    described = recorder.described((y, h))
+    assert recorder.fault is None
+    assert described is not None
+    ((launch, parameters),), (kernel,) = launched, described.steps
+    assert (kernel.function, kernel.threads, kernel.shared) == (0x77, launch.threads, launch.shared_bytes)
+    assert kernel.cluster * kernel.grid[0] == launch.grid
+    assert kernel.cluster == 2
+    assert kernel.dependent
+    said = [each.content for each in kernel.arguments if isinstance(each, Constant)]
+    assert [p for p, kind in zip(parameters, (*launch.signature, "*", "*"), strict=True) if kind == "i32"] == [
+        each for each in said if len(each) == 4
+    ][1:]
+    assert [type(each).__name__ for each in kernel.arguments[:11]] == [
+        *("Place",) * 5,
+        "Constant",
+        *("Place",) * 3,
+        "Number",
+        "Constant",
+    ]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_nvrtc_compiles_the_gradients(tokens: int, capability: int, tmp_path: Path) -> None:
+    if nvrtc.why_not() is not None:
+        pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
+    shared = max(8 * 8 * tokens * 65, 64 * 65 + 16 * 129) * 4
+    defines = {"LORA_TOKENS": tokens, "LORA_THREADS": 256, "LORA_SHARED_BYTES": shared}
+    defines["LORA_LAST_SHARED_BYTES"] = (16 * 64 + 64 * 32 + 16 * 33) * 4
+    headers = ("few_tokens_device.cuh", "few_tokens_grads.cuh")
+    usage = resources(nvrtc.compiled("few_tokens_grads_entry.cuh", headers, capability, defines), tmp_path)
+    assert usage["STACK"] == usage["LOCAL"] == 0
+
+
+def test_graphs_and_streams_have_their_own_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager streams apart; a graph's streams apart from those and from other graphs'; past the last, a cleared one."""
+    capture: list[int | None] = [None]
+    device = torch.device("cpu")
+    monkeypatch.setattr(ring, "_workspaces", {})
+    monkeypatch.setattr(ring, "_ready", {})
+    monkeypatch.setattr(ring, "capture_number", lambda stream: capture[0])
+    eager = [ring.workspace(device, stream) for stream in (1, 2, 1)]
+    assert eager[0] is eager[2]
+    assert eager[0] is not eager[1]
+    found = []
+    for capture[0] in (5, 6):
+        found += [ring._of_capture(device, 0, 1), ring._of_capture(device, 0, 2)]
+        assert ring._of_capture(device, 0, 1) is found[-2]
+    assert len({t.data_ptr() for t in (*eager, *found)}) == 6
+    monkeypatch.setattr(ring, "_ready", {0: []})
+    capture[0] = 9
+    assert ring._of_capture(device, 0, 1) is not ring._of_capture(device, 0, 1)
