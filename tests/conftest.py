@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,6 +106,28 @@ def parameters(item: pytest.Item) -> set[str]:
     """The texts among the values that the test is parametrised with."""
     values = getattr(getattr(item, "callspec", None), "params", {}).values()
     return {value for value in values if isinstance(value, str)}
+
+
+_dead: list[str] = []  # the tests that left the process without a CUDA context
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Notes a test that failed because, or so that, the device takes no more work from this process."""
+    report = yield
+    if report.failed and torch.cuda.is_available() and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            _dead.append(item.nodeid)
+    return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """One of several test processes ends there: another takes its place, and the tests after it are not blamed."""
+    if nodeid in _dead and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

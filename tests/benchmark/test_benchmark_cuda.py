@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -62,14 +63,16 @@ def test_a_graph_and_events_agree_on_a_large_product() -> None:
     timed = cell.providers[FLOOR].numbers
     a, b = (torch.randn(4096, 4096, device="cuda").bfloat16() for _ in range(2))
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for repeats in (20, 50):
+    least = math.inf
+    for _ in range(30):  # other test processes use the GPU too: the quickest ten were alone
         begin.record()
-        for _ in range(repeats):
+        for _ in range(10):
             torch.nn.functional.linear(a, b)
         end.record()
         end.synchronize()
+        least = min(least, begin.elapsed_time(end) * 1e3 / 10)
     assert timed["clock"] == "graph"
-    assert 0.7 < timed["us"] / (begin.elapsed_time(end) * 1e3 / 50) < 1.5
+    assert 0.7 < timed["us_p20"] / least < 1.5
 
 
 def test_the_gpu_tells_its_clock() -> None:

@@ -137,12 +137,15 @@ def test_create_graph(scale: str, backend: str, device: str) -> None:
 
 
 @every_backend
-def test_h_is_kept_in_fp32(backend: str, device: str) -> None:
+def test_h_is_kept_beyond_the_range_of_fp16(backend: str, device: str) -> None:
+    """In fp32, or in two parts of bf16, which has fp32's exponents."""
     dispatch.select(device, HALF, backend)
     table = ops.operators(backend)
     i = scaled(Case(m=5, r=3), "h", device)
     _, h, _ = table.forward(i.x.detach(), i.weight, i.lora_a.detach(), i.lora_b.detach(), None, 1.0, 0.0, None)
-    assert h.dtype is table.kept.hidden_dtype(HALF) is FLOAT
+    assert table.kept.hidden_dtype(HALF) is FLOAT
+    assert h.dtype is table.kept.h(i.x, i.weight.shape[0], 3)[1]
+    assert h.dtype in (FLOAT, torch.bfloat16)
     assert h.abs().max() > torch.finfo(HALF).max
 
 

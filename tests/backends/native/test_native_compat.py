@@ -21,6 +21,7 @@ from stand_in import PACKAGE, needs_a_compiler
 OTHER = "LORA_KERNELS_OTHER_PYTHON"
 SHIM = re.compile(r"(aoti_)?torch_[a-z0-9_]+")  # the C functions of LibTorch's stable ABI
 SYSTEM = re.compile(r"[A-Za-z0-9_]+@(GLIBC|GLIBCXX|CXXABI|GCC)_[0-9.]+")
+STANDARD = re.compile(r"_ZNK?S[tabiosd]\w+")  # of namespace std; weak ones have no version under some linkers
 WEAK = ("__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable")
 NEEDED = re.compile(r"lib(torch_cpu|torch_cuda|stdc\+\+|gcc_s|m|c|pthread|dl|rt)\.so[.0-9]*|ld-linux.*")
 
@@ -41,7 +42,7 @@ def output(*command: str) -> str:
 
 def foreign(symbols: list[str]) -> list[str]:
     """Those that are neither of the stable shim nor of the system's C and C++ libraries."""
-    known = (SHIM, SYSTEM)
+    known = (SHIM, SYSTEM, STANDARD)
     return [name for name in symbols if name not in WEAK and not any(pattern.fullmatch(name) for pattern in known)]
 
 

@@ -43,7 +43,7 @@ class FakeKernel:
     """Stands in for a Triton kernel of this signature, and counts what Python launches."""
 
     def __init__(self, *signature: Any, scratch: int = 0, **metadata: Any) -> None:
-        self.launched: list[tuple[Any, ...]] = []
+        self.__name__, self.launched = "fake_kernel", list[tuple[Any, ...]]()
         fixed = {"global_scratch_size": scratch, "launch_pdl": False, "launch_cooperative_grid": False, **metadata}
         self.compiled = SimpleNamespace(
             function=0x700,
@@ -51,6 +51,9 @@ class FakeKernel:
             metadata=SimpleNamespace(**fixed),
             src=SimpleNamespace(signature=dict(enumerate(signature))),
         )
+
+    def warmup(self, *arguments: Any, grid: tuple[int, ...], **options: Any) -> Any:
+        return self.compiled
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*arguments: Any, **options: Any) -> Any:
@@ -466,6 +469,10 @@ FAULTS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
 
 
 class Interpreted:
+    __name__ = "interpreted"
+
+    def warmup(self, *arguments: Any, grid: tuple[int, ...], **options: Any) -> None: ...
+
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *arguments, **options: None
 

@@ -17,7 +17,7 @@ from lora_kernels.backends.triton.choose.candidates import candidates
 from lora_kernels.backends.triton.choose.plans import BackwardPlan
 from lora_kernels.backends.triton.offline.compile_jobs import backward_plans_of
 from numerics import check_all, same_bits
-from test_triton_plans import SEED, Fault, _less, _without, cell_of, keep_mask, operand_of, seed_on
+from test_triton_plans import SEED, Fault, _less, _without, cell_of, keep_mask, launch_by_python, operand_of, seed_on
 from test_triton_plans import by_plan as forward_by_plan
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -142,6 +142,7 @@ def test_a_fault_is_caught(
         fault(grid, leading, static)
         return call(Launch(self.kernel, tuple(grid), tuple(static), **self.options), stream, *leading)
 
+    launch_by_python(monkeypatch)
     monkeypatch.setattr(Launch, "__call__", faulty)
     with pytest.raises(AssertionError, match="FAILS"):
         judge(plan, case, i)
@@ -154,6 +155,7 @@ def test_a_plan_launches_what_it_says(direction: str, m: int, monkeypatch: pytes
 
     case = Case(m=m, k=96, n=72, r=4)
     i, counted = make(case, "cpu"), []
+    launch_by_python(monkeypatch)
     monkeypatch.setattr(Launch, "__call__", lambda self, *arguments: counted.append(self.kernel))
     for plan in candidates(INTERPRETER, replace(cell_of(case), direction=direction)):
         counted.clear()

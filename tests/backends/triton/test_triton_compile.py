@@ -74,6 +74,7 @@ GOOD = Record("persistent_kernel", 90, "bf16", False, 250, 0, 0, 100_000, 232_44
         ({"tma_loads": 0}, "has no UTMALDG"),
         ({"waits": 0}, "has no ACQBULK"),
         ({"chained": True}, "adds all its products up in one chain"),
+        ({"overflows": 2}, "is compiled wrongly: 2 offsets"),
         ({"spills": 13}, "13 loads and stores"),
         ({"kernel": "hopper_product_kernel", "tma_loads": 0, "tma_stores": 1}, "has no UTMALDG"),
         ({"kernel": "hopper_product_kernel"}, "has no UTMASTG"),

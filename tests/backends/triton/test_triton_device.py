@@ -15,7 +15,7 @@ from lora_kernels.backends.triton import operators
 from lora_kernels.backends.triton.choose import tuned
 from lora_kernels.backends.triton.choose.blocks import machine_of
 from lora_kernels.backends.triton.choose.candidates import candidates
-from lora_kernels.backends.triton.choose.plans import GLUON_PLANS, BackwardPlan, Cell, FewTokens, Plan
+from lora_kernels.backends.triton.choose.plans import GLUON_PLANS, BackwardPlan, Cell, FewTokens, Plan, Ring
 from made_models import acting
 from numerics import same_bits
 from test_triton_backward import by_plan as backward_by_plan
@@ -37,7 +37,7 @@ def sample(case: Case) -> list[Plan]:
     """The best predicted plan of each kind, variant, launch, stream and split."""
     found: dict[Any, Plan] = {}
     for plan in plans_of(case, "cuda"):
-        config = plan if isinstance(plan, (FewTokens, *GLUON_PLANS)) else plan.shrink
+        config = plan if isinstance(plan, (FewTokens, Ring, *GLUON_PLANS)) else plan.shrink
         splits = getattr(config, "splits", 1)
         flavour = (getattr(plan, name, None) for name in ("kind", "variant", "pdl", "beside"))
         found.setdefault((*flavour, splits > 1), plan)
@@ -108,11 +108,12 @@ def test_a_second_call_does_without_triton_s_own_launch(
 
 
 def beside_plans(cell: Cell) -> list[BackwardPlan]:
-    """The best predicted of each kind of backward, beside: by dh alone, and by dh and db in one read."""
+    """The best predicted of each kind of backward, beside: of plain ones by dh alone, and by dh and db in one read."""
     found: dict[Any, BackwardPlan] = {}
     for plan in candidates(machine_of(torch.device("cuda", torch.cuda.current_device())), cell):
         if plan.beside:
-            found.setdefault((plan.kind, getattr(plan, "variant", ""), plan.hidden.joint), plan)
+            joint = isinstance(plan, GLUON_PLANS) or plan.hidden.joint
+            found.setdefault((plan.kind, getattr(plan, "variant", ""), joint), plan)
     return list(found.values())
 
 

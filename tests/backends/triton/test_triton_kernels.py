@@ -15,7 +15,7 @@ from torch import Tensor
 from cases import CUDA, HALF, Case, Inputs, make
 from lora_kernels import reference
 from numerics import check_all, same_bits, three_ways
-from test_triton_plans import by_plan, keep_mask, plans_of
+from test_triton_plans import by_plan, keep_mask, launch_by_python, operand_of, plans_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RANKS = [Case(m=m, k=48, n=40, r=r, dtype=torch.bfloat16, p=0.1) for r in (1, 2, 8, 16, 17, 64, 300) for m in (5, 35)]
@@ -47,6 +47,8 @@ def run(launch: ModuleType, case: Case, i: Inputs, dy: Tensor | None = None) -> 
     dy = i.dy if dy is None else dy
     state = torch.tensor(SEED, device=i.x.device) if case.p else None
     y, h, _ = launch.forward(i.x, i.weight, i.lora_a, i.lora_b, i.bias, case.scaling, case.p, state)
+    if (operand := operand_of(case, i.x.device)) is not None:  # the parts take a plain h
+        h = operand.unpack(h, case.r) / case.scaling
     dh, db, dbias = parts.output_grads(dy, i.lora_b, h, i.bias, case.scaling)
     dx = parts.input_grad([dy], [i.weight], [dh], [i.lora_a], case.p, [] if state is None else [state])
     da = parts.a_grad(dh, i.x, case.p, state)
@@ -193,6 +195,7 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that are launched from now on, by name."""
     from lora_kernels.backends.triton.run.prepared import Launch
 
+    launch_by_python(monkeypatch)
     launched: list[str] = []
     call = Launch.__call__
 

@@ -17,7 +17,7 @@ from lora_kernels.branches import Branch
 from lora_kernels.gate import run_branches
 from numerics import check_all
 from test_triton_kernels import count_launches
-from test_triton_plans import keep_mask
+from test_triton_plans import keep_mask, launch_by_python
 
 BF16, FP32 = torch.bfloat16, torch.float32
 WAYS = {"pointer": "forward_kernel", "persistent": "persistent_kernel", "base_first": "expand_kernel"}
@@ -205,6 +205,7 @@ def test_a_part_is_split_by_its_own_columns(
 
     grids = []
     monkeypatch.setattr(blocks, "machine_of", lambda device: ARCHITECTURES[90])
+    launch_by_python(monkeypatch)
     monkeypatch.setattr(Launch, "__call__", lambda self, *arguments: grids.append((self.kernel.__name__, self.grid)))
     part_operators.forget()
     for columns in (split, whole):

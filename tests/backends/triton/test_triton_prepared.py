@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from lora_kernels.backends.triton.choose.plans import Plan
 from lora_kernels.backends.triton.run import forward as forward_run
 from lora_kernels.backends.triton.run import steps
 from lora_kernels.backends.triton.run.call import Call
-from lora_kernels.backends.triton.run.prepared import Cache, Launch, ScratchLaunch
+from lora_kernels.backends.triton.run.prepared import Cache, Launch, ScratchLaunch, first_that_runs
+from lora_kernels.backends.triton.run.wrong_code import lanes_that_overflow
 
 BF16 = torch.bfloat16
 
@@ -36,8 +38,12 @@ class Compiled:
 class Kernel:
     """Stands in for a Triton kernel and counts how often it is bound."""
 
-    def __init__(self, name: str, calls: list[Any], returns: bool = True) -> None:
+    def __init__(self, name: str, calls: list[Any], returns: bool = True, ptx: str = "") -> None:
+        self.ptx = ptx
         self.__name__, self.calls, self.returns, self.bound = name, calls, returns, 0
+
+    def warmup(self, *arguments: Any, grid: tuple[int, ...], **options: Any) -> Any:
+        return SimpleNamespace(asm={"ptx": self.ptx})
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def run(*arguments: Any, **options: Any) -> Any:
@@ -178,6 +184,44 @@ def test_a_release_that_returns_something_else_still_launches() -> None:
     for _ in range(3):
         ready(None)
     assert kernel.bound == 3
+
+
+WRONG = """
+	mul.wide.u32 	%rd80, %r1, 2147483648;
+	shl.b64 	%rd82, %rd81, 34;
+	or.b64 	%rd83, %rd80, %rd82;
+	shl.b32 	%r96, %r3, 2;
+	mov.b64 	{_, %r10}, %rd83;
+"""  # Triton 3.6.0's of few_tokens_kernel, x in fp32 whose rows lie 80 numbers apart
+RIGHT = (
+    "",
+    WRONG.replace("2147483648", "16"),  # t * 16 fits; the compiler has made this of expand_kernel
+    WRONG.replace("{_, %r10}", "{%r10, _}"),
+    WRONG.replace("%rd83, %rd80", "%rd83, %rd79"),
+    WRONG.replace("2147483648", "3528531795"),  # Philox
+)
+
+
+@pytest.mark.parametrize(
+    "ptx", [WRONG, WRONG.replace("mul.wide.u32 	%rd80, %r1, 2147483648", "shl.b64 	%rd80, %rd7, 28")]
+)
+def test_what_is_compiled_wrongly_is_not_launched(ptx: str) -> None:
+    """The next plan serves; where there is none, a sentence says what to do."""
+    wrong, right = Kernel("wrong_kernel", [], ptx=ptx), Kernel("right_kernel", [], ptx=RIGHT[1])
+    runs = [Launch(kernel, (1, 1, 1), ()) for kernel in (wrong, right)]
+    run, _ = first_that_runs(runs, lambda launch: launch(None))
+    assert run is runs[1]
+    assert (wrong.bound, right.bound) == (0, 1)
+    with pytest.raises(RuntimeError, match=r"compiled wrong_kernel wrongly.*install triton 3.7 or later, or run within"):
+        first_that_runs(runs[:1], lambda launch: launch(None))
+
+
+@pytest.mark.parametrize("ptx", RIGHT)
+def test_what_is_compiled_rightly_is_launched(ptx: str) -> None:
+    assert lanes_that_overflow(ptx) == 0
+    kernel = Kernel("right_kernel", [], ptx=ptx)
+    Launch(kernel, (1, 1, 1), ())(None)
+    assert kernel.bound == 1
 
 
 def test_the_allocator_is_set_for_the_launch_alone() -> None:

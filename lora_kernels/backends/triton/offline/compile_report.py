@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from .... import env
+from ..run.wrong_code import lanes_that_overflow
 from .compile_jobs import ARCHITECTURES, CASES, QUICK, Case, Job, jobs_of
 from .hopper_jobs import GLUON_KERNELS, hopper_jobs
 
@@ -78,7 +79,8 @@ class Record:
 
     ``products``, ``tma_loads``, ``tma_stores``, ``waits`` and ``spills`` count HGMMA, UTMALDG, UTMASTG, ACQBULK, and
     STL and LDL in the machine code, on sm_90 for GEMMs and the Gluon kernels, and wherever there is a stack.
-    ``chained``: of the sums over blocks of IEEE products the compiler has made one chain.
+    ``chained``: of the sums over blocks of IEEE products the compiler has made one chain. ``overflows``: of
+    ``run.wrong_code``.
     """
 
     kernel: str
@@ -99,6 +101,7 @@ class Record:
     chained: bool = False
     tma_stores: int = 0
     spills: int = 0
+    overflows: int = 0
 
 
 def report(
@@ -136,6 +139,8 @@ def faults(records: list[Record]) -> list[str]:
             sentences.append(f"{where} uses {r.instruction or 'no tensor core'} where {' or '.join(wanted)} is meant.")
         if r.chained:
             sentences.append(f"{where} adds all its products up in one chain, where blocks are meant to be summed.")
+        if r.overflows:
+            sentences.append(f"{where} is compiled wrongly: {r.overflows} offsets are carried into others.")
         sentences += [f"{where} {lack}" for lack in _hopper_faults(r)]
     return sentences
 
@@ -253,6 +258,7 @@ def _compile(job: Job) -> Record:
         chained=job.exact and compiled.asm["ttgir"].count("arith.addf") < compiled.asm["ttgir"].count("= tt.dot "),
         tma_stores=code.count("UTMASTG"),
         spills=code.count("STL") + code.count("LDL"),
+        overflows=lanes_that_overflow(compiled.asm["ptx"]),
     )
 
 

@@ -19,6 +19,7 @@ from triton.runtime import driver
 
 from ....accuracy import tf32_allowed
 from . import recording
+from .wrong_code import check_code
 
 __all__ = [
     "Cache",
@@ -55,7 +56,10 @@ class Launch:
     def _first(self, stream: int | None, *arguments: Any) -> None:
         recorder = recording.current()
         given = arguments if recorder is None else recording.plain(arguments)
-        compiled = self.kernel[self.grid](*given, *self.static, enable_fp_fusion=True, **self.options)
+        options = {"enable_fp_fusion": True, **self.options}
+        compiled = self.kernel.warmup(*given, *self.static, grid=self.grid, **options)  # launches nothing
+        check_code(self.kernel.__name__, compiled)
+        compiled = self.kernel[self.grid](*given, *self.static, **options)
         if recorder is not None:
             recorder.note_kernel(compiled, self.grid, stream, (*arguments, *self.static))
         # Triton's interpreter returns None, and so could a release that works differently: both stay with this way.
@@ -121,7 +125,7 @@ def current_stream(index: int) -> int | None:
 # What a RuntimeError says where a plan cannot be compiled, or where the driver refuses to launch a kernel before any
 # of it has run: of a cooperative launch, programs that are not all resident at once (fewer multiprocessors than the
 # device has, under MPS or a green context), or a device that makes none; resources; a descriptor of TMA; a kernel in
-# CUDA C++ that NVRTC does not compile.
+# CUDA C++ that NVRTC does not compile; and what ``wrong_code`` says.
 _STEPPED_OVER = (
     "PassManager",
     "too many blocks in cooperative launch",
@@ -129,6 +133,7 @@ _STEPPED_OVER = (
     "operation not supported",
     "Failed to create tensor map descriptor",
     "NVRTC",
+    "wrongly",
 )
 
 
