@@ -13,8 +13,9 @@ shows a prediction alone, from a file that ``bench --predict`` wrote, and says s
 beside LoRA and PEFT beside this package, of the presets ``ratios`` and ``gpu-ratios``; ``subject=dora`` chooses.
 ``model:convergence``, ``model:memory`` and ``model:block-memory`` are what ``bench/convergence.py`` and
 ``bench/model_memory.py`` found of whole models, ``model:traffic`` what ``bench/dram_bytes.py`` counted or measured,
-``model:block`` what ``bench --preset gpu-block`` did, and ``model:headline`` one sentence of it. ``brief:`` is the
-short table of README.md: ``brief:DEVICE/PRESET/DIRECTION[/...][+DIRECTION[/...] ...]`` joins cells of several passes.
+``model:block`` what ``bench --preset gpu-block`` did, ``model:headline`` one sentence of it, and ``model:llama`` what
+``bench --preset gpu-llama`` did. ``brief:`` is the short table of README.md:
+``brief:DEVICE/PRESET/DIRECTION[/...][+DIRECTION[/...] ...]`` joins cells of several passes.
 A table of measurements shows no predicted number; only ``beside:`` and ``predicted:`` do, and they have no place in
 README.md.
 ``--check`` exits with 1 where a table is not what the results say; ``--write`` makes it so.
@@ -35,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench import convergence_report, dram_bytes, model_memory  # noqa: E402  (after the path)
 from bench.brief import brief, headline  # noqa: E402
-from lora_kernels.benchmark import block  # noqa: E402
+from lora_kernels.benchmark import block, llama_report  # noqa: E402
 from lora_kernels.benchmark.grid import grid  # noqa: E402
 from lora_kernels.benchmark.predicted_table import beside  # noqa: E402
 from lora_kernels.benchmark.ratios import ratios  # noqa: E402
@@ -53,11 +54,12 @@ _MODELS = {  # the result's file, what makes the table of it, what stands above
     "memory": ("model-memory.json", model_memory.table, ""),
     "block-memory": ("model-memory.json", model_memory.block_table, ""),
     "block": ("nvidia-h100/block.json", block.table, ""),
+    "llama": ("nvidia-h100/llama.json", llama_report.table, ""),
     "traffic": ("step-traffic.json", dram_bytes.table, ""),
 }
 _SENTENCES = {"headline": ("nvidia-h100/block.json", headline)}  # likewise, without a table
-# What other commands wrote: tune, verify, and the decoder block, which has a document of its own.
-_OTHERS = ("block.json", "hopper_step.json", "tune.json", "tuned.json", "verify.json")
+# What other commands wrote: tune, verify, the decoder block and the whole model, with a document each.
+_OTHERS = ("block.json", "hopper_step.json", "llama.json", "tune.json", "tuned.json", "verify.json")
 _MAKERS: dict[str, Callable[[Result, str, dict[str, tuple[str, ...]]], Table]] = {
     "table": partial(table, foreseen=False),
     "grid": grid,

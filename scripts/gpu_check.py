@@ -3,6 +3,7 @@
 ``make gpu-check`` is five minutes: the tests that a GPU changes something about, verification, tuning.
 ``make gpu-bench`` is six: the project's goals and their verdict, then what README's tables show.
 ``make gpu-grid`` is nine minutes a call: the grids of both passes, then what compiled rivals make of them.
+``make gpu-llama`` is four: a training step of all of Llama-3-8B, on 80 GB.
 
 Runs its stages with the interpreter it was started with, the checkout on PYTHONPATH: those that are slow to begin all
 at once in the background, the others one after the other. Each has its own time limit, so a hang costs one stage; each
@@ -14,6 +15,7 @@ is put where the package looks for it. Files, ten at most (what is small is in t
     gpu-check  tests.xml  tests.passed  verify.json  tune.json  tuned.json
     gpu-bench  tune.json  tuned.json  goals.json  goals-group.json  block.json  verdict.txt  quick.json
     gpu-grid   tune-grid.json  tuned.json  forward.json  step.json  compiled.json  step-compiled.json
+    gpu-llama  llama.json
     all        summary.json (what became of each stage; info, build, overhead)  log.txt (what the stages printed)
 
 Exit status: 0 if every stage passed, 1 otherwise.

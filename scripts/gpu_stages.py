@@ -23,8 +23,10 @@ __all__ = [
     "grid_stages",
     "judge_bench",
     "judge_json",
+    "judge_llama",
     "judge_tests",
     "judge_verify",
+    "llama_stages",
     "stages",
 ]
 
@@ -174,7 +176,7 @@ PACKAGE = (sys.executable, "-m", "lora_kernels")
 
 
 # Seconds that a call of each plan may take in all, on 16 cores.
-TOTALS = {"check": 300.0, "bench": 360.0, "grid": 530.0}
+TOTALS = {"check": 300.0, "bench": 360.0, "grid": 530.0, "llama": 240.0}
 
 
 def stages(pytest_args: Sequence[str] = ()) -> list[Stage]:
@@ -229,7 +231,13 @@ def grid_stages(pytest_args: Sequence[str] = ()) -> list[Stage]:
     ]
 
 
-PLANS = {"check": stages, "bench": bench_stages, "grid": grid_stages}
+def llama_stages(pytest_args: Sequence[str] = ()) -> list[Stage]:
+    """``gpu-llama``: a step of all of Llama-3-8B; its cells go by importance, and each is on disk when it is done."""
+    command = (*PACKAGE, "bench", "--preset", "gpu-llama", "--budget", "{limit}", "--json", "{result}")
+    return [_info(), Stage("llama", command, 200, "llama.json", False, judge_llama)]
+
+
+PLANS = {"check": stages, "bench": bench_stages, "grid": grid_stages, "llama": llama_stages}
 
 
 def _info() -> Stage:
@@ -259,6 +267,21 @@ def judge_block(path: Path) -> str:
     if failed := [cell["failed"] for cell in document["cells"] if cell["failed"]]:
         raise ValueError(failed[0])
     return document["left_out"] or f"{len(document['cells'])} cells"
+
+
+def judge_llama(path: Path) -> str:
+    """Counts the cells by what became of them; having no room or no time is no failure, another result is."""
+    document = json.loads(path.read_text())
+    cells = document["cells"]
+    if failed := [cell for cell in cells if cell["status"] == "failed"]:
+        raise ValueError(f"{failed[0]['provider']}: {failed[0]['reason']}")
+    count = {
+        status: sum(cell["status"] == status for cell in cells) for status in ("timed", "out of memory", "left out")
+    }
+    account = ", ".join(f"{number} {status}" for status, number in count.items() if number)
+    if not document["left_out"] and not count["timed"]:
+        raise ValueError(account or "no cell was timed")
+    return document["left_out"] or account
 
 
 def judge_dram(path: Path) -> str:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..console import Progress, check_plot, check_writable, names, progress_bars, progress_lines, stdout_console
 from ..errors import InvalidArgumentError
@@ -31,7 +31,10 @@ MACHINES_KNOWN = ("h100", "h200")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``bench`` to ``parser``."""
     listed = "; ".join(f"{p.name}: {p.describe}" for p in PRESETS.values())
-    block = "gpu-block: a decoder block of Llama-3-8B's sizes, trained for a step, beside PEFT's; on any device"
+    block = (
+        "gpu-block: a decoder block of Llama-3-8B's sizes, trained for a step, beside PEFT's; on any device; "
+        "gpu-llama: all of Llama-3-8B likewise, on a GPU of 80 GB; llama-small: a tiny one, on any device"
+    )
     rival = f"{rebuilt.NAME}, " if rebuilt.why_absent() is None else ""
     parser.add_argument(
         "--preset", default="quick", metavar="NAME", help=f"what to measure (default: quick). {listed}; {block}"
@@ -90,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.preset == "gpu-block":
         return _block(args)
+    if args.preset in ("gpu-llama", "llama-small"):
+        return _llama(args)
     shown = None if args.show is None else _load(args.show)
     chosen = _narrowed(preset(args.preset if shown is None else shown.preset), args)
     peers = names(args.peers) or None
@@ -135,18 +140,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _block(args: argparse.Namespace) -> int:
     """The decoder block: one JSON document of its own; 1 if ours computes something else."""
-    import torch
-
     from ..console import json_text
     from .block import run_block, sizes_of, told
 
     sizes = sizes_of(args.block)
-    if args.json is not None:
-        check_writable("--json", args.json)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InvalidArgumentError("--device cuda was given, and no CUDA device is visible: pass --device cpu.")
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    device, date = _device_and_date(args)
     with _progress() as progress:
         document = run_block(sizes, device, date, args.budget or 40.0, args.seed, progress)
     if args.json is not None:
@@ -154,6 +152,41 @@ def _block(args: argparse.Namespace) -> int:
     for line in told(document):
         print(line)
     return 1 if any(cell["failed"] for cell in document["cells"]) else 0
+
+
+def _llama(args: argparse.Namespace) -> int:
+    """The whole model, likewise; what was measured is on disk after each cell."""
+    from ..console import json_text
+    from .llama import BUDGET, run_llama
+    from .llama_report import told
+
+    device, date = _device_and_date(args)
+
+    def keep(document: dict[str, Any]) -> None:
+        if args.json is not None:
+            partial = args.json.with_name(f"{args.json.name}.tmp")
+            partial.write_text(json_text(document) + "\n", encoding="utf-8")
+            partial.replace(args.json)
+
+    budget = BUDGET if args.budget is None else args.budget
+    with _progress() as progress:
+        document = run_llama(args.preset, device, date, budget, args.seed, progress, keep)
+    keep(document)
+    for line in told(document):
+        print(line)
+    return 1 if any(cell["status"] == "failed" for cell in document["cells"]) else 0
+
+
+def _device_and_date(args: argparse.Namespace) -> tuple[str, str]:
+    """Of a run that writes a document of its own, whose file can be written."""
+    import torch
+
+    if args.json is not None:
+        check_writable("--json", args.json)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgumentError("--device cuda was given, and no CUDA device is visible: pass --device cpu.")
+    return device, datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _narrowed(chosen: Preset, args: argparse.Namespace) -> Preset:

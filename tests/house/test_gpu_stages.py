@@ -13,6 +13,7 @@ import pytest
 
 from lora_kernels import cli
 from lora_kernels.benchmark.block import BLOCK
+from lora_kernels.benchmark.llama_report import LARGE
 from lora_kernels.benchmark.presets import PRESETS
 from lora_kernels.tuning.cells import PRESETS as tuning_presets
 from lora_kernels.verify import checks as verify_checks
@@ -65,6 +66,14 @@ def test_the_goals_and_their_verdict_have_their_time_in_six_minutes() -> None:
     assert judged == {"goals.json", "goals-group.json", "block.json"}
 
 
+def test_the_whole_model_has_its_time_in_four_minutes() -> None:
+    planned = gpu_stages.llama_stages()
+    assert [s.name for s in planned] == ["info", "llama"]
+    assert gpu_stages.TOTALS["llama"] == 240
+    assert max(latest_ends(planned).values()) <= gpu_stages.TOTALS["llama"] - gpu_check.PATIENCE_SECONDS
+    assert "{limit}" in planned[-1].command  # its budget: no cell is begun that the stage would cut off
+
+
 def test_nothing_runs_beside_a_clock() -> None:
     for planned in (plan() for plan in gpu_stages.PLANS.values()):
         beside = {s.name: s.limit_s for s in planned if s.beside}
@@ -93,7 +102,7 @@ def test_the_stages_are_commands_that_exist(plan: str) -> None:
         module, *arguments = filled[2:]
         if module == "lora_kernels":
             args = cli._parser(arguments).parse_args(arguments)
-            known = tuning_presets if planned.name.startswith("tune") else {*PRESETS, BLOCK}
+            known = tuning_presets if planned.name.startswith("tune") else {*PRESETS, BLOCK, LARGE}
             assert "preset" not in args or args.preset in known
         else:
             helped = subprocess.run(
@@ -142,6 +151,23 @@ def test_cells_that_were_not_reached_do_not_count_as_tuned(tmp_path: Path) -> No
     path.write_text('{"cells": [{"row": null}]}')
     with pytest.raises(ValueError, match="no cell was tuned"):
         gpu_stages.judge_tune(path)
+
+
+def made_llama(path: Path, *cells: tuple[str, str | None], left_out: str | None = None) -> Path:
+    rows = [{"provider": "peft", "status": status, "reason": reason} for status, reason in cells]
+    path.write_text(json.dumps({"cells": rows, "left_out": left_out}))
+    return path
+
+
+def test_a_whole_model_without_room_or_time_is_no_failure_and_another_result_is(tmp_path: Path) -> None:
+    path = tmp_path / "llama.json"
+    cells = [("timed", None), ("out of memory", "CUDA out of memory."), ("left out", "No time.")]
+    assert gpu_stages.judge_llama(made_llama(path, *cells)) == "1 timed, 1 out of memory, 1 left out"
+    assert gpu_stages.judge_llama(made_llama(path, left_out="no transformers")) == "no transformers"
+    with pytest.raises(ValueError, match="^peft: something else$"):
+        gpu_stages.judge_llama(made_llama(path, *cells, ("failed", "something else")))
+    with pytest.raises(ValueError, match="^1 left out$"):
+        gpu_stages.judge_llama(made_llama(path, cells[-1]))
 
 
 # Verifying and warming up
