@@ -14,7 +14,8 @@ gpu-step-compile  120     900 forward and backward of r = 16 with PEFT under ``t
 gpu-ratios         18     300 LoRA beside DoRA, several adapters, three layers of one x, a decoder block
 =============== ===== ======= ======================================================================================
 
-All of them are meant to be run in parts: ``bench --preset gpu-forward --json FILE --resume --limit 330`` starts no cell
+``gpu-block`` (``block.py``) and ``gpu-llama`` (``llama.py``), a decoder block and a whole model, are no grids.
+The grids are meant to be run in parts: ``bench --preset gpu-forward --json FILE --resume --limit 330`` starts no cell
 after 330 seconds, and the next such call goes on after it. The cells of the targets come first (r = 16 at M = 8192;
 few tokens of 4096→4096), then the rest of r = 16, then the other ranks, so that a run that is cut off answers the most;
 ``gpu-compile`` goes layer by layer, r = 16 first, because a layer's cells share what was compiled for it.

@@ -191,7 +191,7 @@ def _measured(run: _Run, name: str, batch: int) -> dict[str, Any]:
     numbers = measured_steps(lambda: entry.step(tokens), tokens.numel(), run.device)
     flops = 4.0 * sum(p.numel() for p in run.base.parameters())  # of a token: forward, and backward to x
     numbers["tflops"] = flops * numbers["tokens_per_second"] / 1e12
-    return {"status": "timed", "reason": None, **told, "numbers": numbers}
+    return {"status": "timed", "reason": None, **told, "note": entry.note_of_calls(), "numbers": numbers}
 
 
 def _observed(run: _Run, entry: Built, batch: int, seed: int) -> dict[str, Tensor]:

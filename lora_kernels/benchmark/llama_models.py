@@ -78,6 +78,18 @@ class Built:
             self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
+    def note_of_calls(self) -> str:
+        """Where ours was fused: which of its calls PEFT's own forward ran after all, which would be PEFT's speed."""
+        if not self.note:
+            return ""
+        from ..peft import calls
+
+        own = calls(self.model).own
+        if not own:
+            return self.note
+        reason = max(own, key=own.__getitem__)
+        return f"{self.note}; PEFT's own forward ran {sum(own.values())} calls, first for: {reason}"
+
     def loss(self, tokens: Tensor) -> Tensor:
         """Cross entropy as transformers computes it; the logits are let go before backward begins."""
         found: Tensor = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss

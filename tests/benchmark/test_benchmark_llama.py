@@ -77,6 +77,15 @@ def test_ours_is_fused_whole(document: dict[str, Any]) -> None:
     assert notes == {f"{7 * SMALL.layers} layers, {2 * SMALL.layers} groups and {SMALL.layers} gated MLPs are fused"}
 
 
+def test_calls_that_pefts_own_forward_ran_are_told() -> None:
+    entry = llama_models.built("fused", llama_models.base_model(SMALL, "cpu", torch.float32), 0)
+    assert entry.note_of_calls() == entry.note
+    inner = entry.llama.model.layers[0].self_attn.q_proj.lora_A["default"]
+    inner.register_forward_hook(lambda module, args, y: None)
+    entry.step(torch.zeros(1, 8, dtype=torch.long))
+    assert "PEFT's own forward ran 1 calls" in entry.note_of_calls()
+
+
 def test_each_is_compared_with_peft_under_the_dropout_that_is_timed(document: dict[str, Any]) -> None:
     assert document["compared"] == "with PEFT"
     found = by_place(document)
@@ -307,7 +316,49 @@ def test_what_was_not_timed_has_no_ratio() -> None:
     assert "tokens/s over PEFT's: not measured (>= 1.35)" in llama_report.told(document)
 
 
-# The profile
+# The clock and the profile
+
+
+class Mark:
+    """A CUDA event whose time is the number of steps that were begun before it."""
+
+    steps = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = Mark.steps
+
+    def elapsed_time(self, other: Mark) -> float:
+        return 7.0 * (other.at - self.at)
+
+
+def test_steps_on_a_gpu_are_timed_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(steps.torch.cuda, "Event", Mark)
+    for name, value in (("synchronize", None), ("reset_peak_memory_stats", None), ("max_memory_allocated", 42)):
+        monkeypatch.setattr(steps.torch.cuda, name, lambda name=name, value=value: calls.append(name) or value)
+    monkeypatch.setattr(steps, "launched", lambda step, device, seconds: {"launches": 5})
+
+    def step() -> None:
+        Mark.steps += 1
+        calls.append("step")
+
+    found = steps.measured_steps(step, 70, "cuda")
+    assert found["tokens_per_second"] == pytest.approx(10000.0)
+    assert found["all_ms"] == pytest.approx([7.0] * steps._STEPS)
+    assert (found["peak_bytes"], found["launches"]) == (42, 5)
+    before = ["step"] * steps._WARM_UP + ["synchronize", "reset_peak_memory_stats"]
+    assert calls == [*before, *["step"] * steps._STEPS, "synchronize", "max_memory_allocated"]
+
+
+def test_what_liger_patches_is_put_back() -> None:
+    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
+    before = (modeling.apply_rotary_pos_emb, modeling.LlamaRMSNorm, modeling.LlamaMLP)
+    with llama_models.unpatched():
+        modeling.apply_rotary_pos_emb = modeling.LlamaRMSNorm = modeling.LlamaMLP = None
+    assert (modeling.apply_rotary_pos_emb, modeling.LlamaRMSNorm, modeling.LlamaMLP) == before
 
 
 @dataclass

@@ -164,9 +164,9 @@ def test_a_whole_model_without_room_or_time_is_no_failure_and_another_result_is(
     cells = [("timed", None), ("out of memory", "CUDA out of memory."), ("left out", "No time.")]
     assert gpu_stages.judge_llama(made_llama(path, *cells)) == "1 timed, 1 out of memory, 1 left out"
     assert gpu_stages.judge_llama(made_llama(path, left_out="no transformers")) == "no transformers"
-    with pytest.raises(ValueError, match="^peft: something else$"):
+    with pytest.raises(ValueError, match=r"^peft: something else$"):
         gpu_stages.judge_llama(made_llama(path, *cells, ("failed", "something else")))
-    with pytest.raises(ValueError, match="^1 left out$"):
+    with pytest.raises(ValueError, match=r"^1 left out$"):
         gpu_stages.judge_llama(made_llama(path, cells[-1]))
 
 
