@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import accuracy, reference
+from ..backends.triton import kept
 from ..backends.triton.choose.blocks import machine_of
 from ..backends.triton.choose.hidden_operand import operand_on
 from ..backends.triton.choose.plans import Cell, Plan
@@ -149,13 +150,16 @@ class ForwardPass(_Common):
 
 
 class BackwardPass(_Common):
-    """dx, da and db, from an h that forward has left."""
+    """dx, da and db, from the h and, of dropout, the words or the seed that forward has left."""
 
     def __init__(self, cell: Cell, sets: list[Inputs], scaling: float) -> None:
         from ..backends.triton.operators import run_backward
 
         super().__init__(cell, sets, scaling)
         self._run_backward = run_backward
+        self._kept = self._state
+        if self._state is not None and kept().prefers_words(cell.n):
+            self._kept = self._words(self._state)
         hs = [self._hidden(s, s.x.dtype).float() for s in sets]
         self._hs = hs if self._operand is None else [self._operand.pack(scaling * h) for h in hs]
 
@@ -164,7 +168,7 @@ class BackwardPass(_Common):
 
     def run(self, plan: Plan, i: int) -> Results:
         s = self._sets[i]
-        given = (s.dy, s.x, s.weight, s.lora_a, s.lora_b, None, self._hs[i], self._scaling, self._p, self._state)
+        given = (s.dy, s.x, s.weight, s.lora_a, s.lora_b, None, self._hs[i], self._scaling, self._p, self._kept)
         dx, da, db, _ = self._run_backward(plan, *given)  # type: ignore[arg-type]
         assert dx is not None
         assert da is not None
@@ -177,6 +181,13 @@ class BackwardPass(_Common):
         found = (results[0][self._rows], *results[1:])
         verdicts = map(self._judge, ("dx", "da", "db"), found, *self._expected)
         return next(filter(None, verdicts), None)
+
+    def _words(self, state: Tensor) -> Tensor:
+        from ..backends.triton.run.launcher import index_of, launched
+        from ..backends.triton.run.steps import draw_step
+
+        drawn: Tensor = launched(draw_step(self._cell.tokens, self._cell.k, self._p), index_of(state.device), state)
+        return drawn
 
     def _hidden(self, s: Inputs, dtype: torch.dtype) -> Tensor:
         x, a = (t.to(s.x.dtype).to(dtype) for t in (s.x, s.lora_a))

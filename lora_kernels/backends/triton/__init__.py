@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .choose.blocks import Machine
     from .choose.tuned import Loaded
 
-__all__ = ["BACKEND", "interpreter_fault", "plans_on"]
+__all__ = ["BACKEND", "interpreter_fault", "kept", "plans_on"]
 
 _WIDE = 8192  # output features from which on the mask is drawn again
 
@@ -78,7 +78,7 @@ class TritonBackend:
     def describe(self, problem: Problem) -> str:
         if problem.device_type == "cpu":
             return "Triton's interpreter (TRITON_INTERPRET=1): the kernels' logic on the CPU, for tests, very slow."
-        dropped = f" {_kept().tells(problem)}" if problem.dropout_p else ""
+        dropped = f" {kept().tells(problem)}" if problem.dropout_p else ""
         return (
             "Fused: x is read once for h. The plan for the size (measured, or predicted where nobody has tuned) adds "
             f"the low-rank term within its own product, or before or after the library's.{dropped}{_launches()}"
@@ -100,7 +100,7 @@ class TritonBackend:
         modules = (operators, part_operators, gated_operators, group_operators)
         names = (*OPERATOR_NAMES, *GROUP_OPERATOR_NAMES)
         own = {name: next(getattr(m, name) for m in modules if name in m.__all__) for name in names}
-        register(self.name, own, _kept())
+        register(self.name, own, kept())
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
         return draw_seed(x)
@@ -200,7 +200,7 @@ class _Kept(Kept):
 
 
 @cache
-def _kept() -> _Kept:
+def kept() -> _Kept:
     """Reads the environment once.
 
     Raises:

@@ -25,7 +25,7 @@ def test_the_option_decides_else_the_width(
     word: str, narrow: bool, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORA_KERNELS_DROPOUT_KEEPS", word)
-    kept = triton._kept()
+    kept = triton.kept()
     assert kept.packs_mask
     assert (kept.prefers_words(8191), kept.prefers_words(8192)) == (narrow, wide)
     assert ("K / 8 bytes" in kept.tells(PROBLEM)) == narrow

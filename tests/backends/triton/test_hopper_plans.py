@@ -26,6 +26,7 @@ from lora_kernels.backends.triton.choose.candidates import candidates
 from lora_kernels.backends.triton.choose.hidden_operand import hidden_operand
 from lora_kernels.backends.triton.choose.plans import Cell, DxHopper, DxInside, Hopper, HopperInside
 from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.kept import row_words
 from lora_kernels.tuning import passes
 from lora_kernels.tuning.passes import Inputs, pass_of
 from numerics import check_all, same_bits, three_ways
@@ -490,3 +491,6 @@ def test_the_tuner_judges_them(direction: str, p: float, monkeypatch: pytest.Mon
     results = judged.run(plan, 0)  # type: ignore[arg-type]
     assert judged.wrong(results) is None
     assert judged.wrong((results[0], 1.1 * results[1], *results[2:])) is not None
+    if isinstance(judged, passes.BackwardPass) and p:  # so narrow a layer keeps the mask: the pass does not draw it
+        assert judged._kept is not None
+        assert judged._kept.shape == (case.m, row_words(case.k))
