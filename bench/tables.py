@@ -59,7 +59,7 @@ _MODELS = {  # the result's file, what makes the table of it, what stands above
 }
 _SENTENCES = {"headline": ("nvidia-h100/block.json", headline)}  # likewise, without a table
 # What other commands wrote: tune, verify, the decoder block and the whole model, with a document each.
-_OTHERS = ("block.json", "hopper_step.json", "llama.json", "tune.json", "tuned.json", "verify.json")
+_OTHERS = ("block.json", "few-tokens.json", "hopper_step.json", "llama.json", "tune.json", "tuned.json", "verify.json")
 _MAKERS: dict[str, Callable[[Result, str, dict[str, tuple[str, ...]]], Table]] = {
     "table": partial(table, foreseen=False),
     "grid": grid,

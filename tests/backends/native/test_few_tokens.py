@@ -6,6 +6,7 @@ What a GPU alone can show is left out: that the asm does what the PTX manual say
 from __future__ import annotations
 
 import ctypes
+import json
 import subprocess
 from ctypes import Structure, byref, c_bool, c_float, c_int, c_void_p
 from dataclasses import replace
@@ -267,16 +268,20 @@ def test_a_fault_is_seen(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert seen
 
 
-def test_the_measured_choice() -> None:
-    """On an H100, at the sizes of few_tokens.log: the instance that was quickest there."""
-    best = {(4096, 4096): "rg1x16d3", (4096, 14336): "cp2x8d2", (14336, 4096): "cp2x8d2", (4096, 1024): "rg1x8d2"}
+MEASURED = json.loads((ROOT / "bench" / "results" / "nvidia-h100" / "few-tokens.json").read_text())["cells"]
+NEARLY = 1.05
+
+
+@pytest.mark.parametrize(
+    "cell", MEASURED, ids=lambda c: f"{c['tokens']} tokens, {c['in_features']}x{c['out_features']}"
+)
+def test_the_choice_is_nearly_the_quickest_measured(cell: dict[str, Any]) -> None:
+    """On an H100, untuned, of what was measured there."""
     if nvrtc.why_not() is not None:
         pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
-    for (k, n), name in best.items():
-        (plan, *_) = candidates.candidates(H100, Cell("forward", 1, k, n, 16, "bfloat16", False))
-        assert isinstance(plan, Ring), plan
-        assert plan.config.name in (name, "rg1x16d3"), plan
-        assert plan.splits == (2 if n == 1024 else 1)
+    sizes = cell["tokens"], cell["in_features"], cell["out_features"]
+    (plan, *_) = candidates.candidates(H100, Cell("forward", *sizes, 16, "bfloat16", False))
+    assert cell["plans"][str(plan)] <= NEARLY * min(cell["plans"].values()), plan
 
 
 @pytest.mark.parametrize(

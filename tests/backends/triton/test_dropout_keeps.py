@@ -15,9 +15,9 @@ PROBLEM = dispatch.Problem("cpu", torch.bfloat16, 64, 64, 8, dropout_p=0.1)
 
 @pytest.fixture(autouse=True)
 def read_anew() -> Iterator[None]:
-    triton._kept.cache_clear()
+    triton.kept.cache_clear()
     yield
-    triton._kept.cache_clear()
+    triton.kept.cache_clear()
 
 
 @pytest.mark.parametrize(("word", "narrow", "wide"), [("", True, False), ("mask", True, True), ("seed", False, False)])

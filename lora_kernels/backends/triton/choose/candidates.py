@@ -150,7 +150,8 @@ def _forward(machine: Machine, cell: Cell) -> Iterator[ForwardPlan]:
     early = (False,) if machine.capability < 90 else (False, True)
     if ring_fault(machine, cell) is None:
         for way in ring_ways(machine, cell):
-            yield from (Ring(*way, pdl) for pdl in ((False,) if way[0].copies else reversed(early)))
+            first = early if way[1] > 1 else tuple(reversed(early))  # a cluster gains nothing by an early launch
+            yield from (Ring(*way, pdl) for pdl in ((False,) if way[0].copies else first))
     if cell.tokens <= FEW_TOKENS:
         for config, splits in _few_tokens(machine, cell):
             yield from (FewTokens(config, splits, pdl) for pdl in (early if splits > 1 else (False,)))

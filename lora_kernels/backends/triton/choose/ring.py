@@ -38,7 +38,6 @@ HEADERS = ("few_tokens_device.cuh", "few_tokens.cuh")
 CHUNK, LEAST_CHUNKS, RANK, MAX_PRODUCERS = 64, 8, 64, 32
 WORKSPACE_BYTES = 1024 + MAX_PRODUCERS * FEW_TOKENS * RANK * 4
 _HELPERS = 4
-_CLUSTER = 2.1e-6  # what a cluster that splits K adds (4096 -> 1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +103,8 @@ _MEASURED = {
     "rg1x8d2": ((0.975, 1.15e-6), (0.77, 0.2e-6)),
     "cp2x8d2": ((1.02, 2.7e-6), (1.02, 4.4e-6)),
 }
+# What a cluster that splits K adds, in seconds, likewise: 4096 -> 1024 beside Triton's kernel for few tokens.
+_CLUSTER = {"rg1x16d3": (4.2e-6, 5.7e-6), "rg1x8d2": (2.6e-6, 4.6e-6), "cp2x8d2": (1.7e-6, 2.1e-6)}
 
 
 def _token_tiles(tokens: int) -> int:
@@ -157,5 +158,5 @@ def ring_seconds(machine: Machine, cell: Cell, plan: Ring) -> float:
     tiles = -(-cell.n // plan.config.rows)
     programs = min(tiles * plan.splits, machine.sm_count)
     moved = traffic.large(cell.tokens, cell.k, cell.n, cell.itemsize)
-    cluster = _CLUSTER if plan.splits > 1 else 0.0
+    cluster = _CLUSTER[plan.config.name][cell.tokens > 8] if plan.splits > 1 else 0.0
     return memory_seconds(machine, moved / share, programs) + start + cluster
