@@ -13,8 +13,8 @@ shows a prediction alone, from a file that ``bench --predict`` wrote, and says s
 beside LoRA and PEFT beside this package, of the presets ``ratios`` and ``gpu-ratios``; ``subject=dora`` chooses.
 ``model:convergence``, ``model:memory`` and ``model:block-memory`` are what ``bench/convergence.py`` and
 ``bench/model_memory.py`` found of whole models, ``model:traffic`` what ``bench/dram_bytes.py`` counted or measured,
-``model:block`` what ``bench --preset gpu-block`` did, ``model:headline`` one sentence of it, and ``model:llama`` what
-``bench --preset gpu-llama`` did. ``brief:`` is the short table of README.md:
+``model:block`` what ``bench --preset gpu-block`` did, ``model:headline`` one sentence of it, ``model:few-tokens`` each plan's time for 1
+to 16 tokens, and ``model:llama`` what ``bench --preset gpu-llama`` did. ``brief:`` is the short table of README.md:
 ``brief:DEVICE/PRESET/DIRECTION[/...][+DIRECTION[/...] ...]`` joins cells of several passes.
 A table of measurements shows no predicted number; only ``beside:`` and ``predicted:`` do, and they have no place in
 README.md.
@@ -34,7 +34,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import convergence_report, dram_bytes, model_memory  # noqa: E402  (after the path)
+from bench import convergence_report, dram_bytes, few_tokens, model_memory  # noqa: E402  (after the path)
 from bench.brief import brief, headline  # noqa: E402
 from lora_kernels.benchmark import block, llama_report  # noqa: E402
 from lora_kernels.benchmark.grid import grid  # noqa: E402
@@ -55,6 +55,7 @@ _MODELS = {  # the result's file, what makes the table of it, what stands above
     "block-memory": ("model-memory.json", model_memory.block_table, ""),
     "block": ("nvidia-h100/block.json", block.table, ""),
     "llama": ("nvidia-h100/llama.json", llama_report.table, ""),
+    "few-tokens": ("nvidia-h100/few-tokens.json", few_tokens.table, ""),
     "traffic": ("step-traffic.json", dram_bytes.table, ""),
 }
 _SENTENCES = {"headline": ("nvidia-h100/block.json", headline)}  # likewise, without a table
