@@ -13,8 +13,9 @@ shows a prediction alone, from a file that ``bench --predict`` wrote, and says s
 beside LoRA and PEFT beside this package, of the presets ``ratios`` and ``gpu-ratios``; ``subject=dora`` chooses.
 ``model:convergence``, ``model:memory`` and ``model:block-memory`` are what ``bench/convergence.py`` and
 ``bench/model_memory.py`` found of whole models, ``model:traffic`` what ``bench/dram_bytes.py`` counted or measured,
-``model:block`` what ``bench --preset gpu-block`` did, ``model:headline`` one sentence of it, ``model:few-tokens`` each plan's time for 1
-to 16 tokens, and ``model:llama`` what ``bench --preset gpu-llama`` did. ``brief:`` is the short table of README.md:
+``model:block`` what ``bench --preset gpu-block`` did, ``model:headline`` one sentence of it, ``model:llama`` what
+``bench --preset gpu-llama`` did, and ``model:few-tokens`` each plan's time for 1 to 16 tokens. ``brief:`` is the short
+table of README.md:
 ``brief:DEVICE/PRESET/DIRECTION[/...][+DIRECTION[/...] ...]`` joins cells of several passes.
 A table of measurements shows no predicted number; only ``beside:`` and ``predicted:`` do, and they have no place in
 README.md.
