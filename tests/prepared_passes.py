@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,17 @@ from cases import Case, make
 from driver_stand_in import NAME, DriverStandIn
 from lora_kernels.backends.triton import operators, part_operators
 from lora_kernels.backends.triton.choose import blocks, hopper_blocks
-from lora_kernels.backends.triton.choose.plans import BaseFirst, Cell
+from lora_kernels.backends.triton.choose.plans import BaseFirst, Cell, DxHopper, DxInside
 from lora_kernels.backends.triton.offline.compile_jobs import ARCHITECTURES, backward_plans_of, plans_of
-from lora_kernels.backends.triton.run import hopper, launcher, prepared
+from lora_kernels.backends.triton.run import hopper, hopper_backward, launcher, prepared, streams
 from lora_kernels.backends.triton.run.backward import ready_backward
 from lora_kernels.backends.triton.run.call import Call
 from lora_kernels.backends.triton.run.forward import ready
 from lora_kernels.backends.triton.run.recording import Recorder
 from lora_kernels.packed_mask import packed_keep_words
 
-STREAM, DEVICE = 0x77, ("cpu", -1, 0)
+STREAM, HIGH, DEVICE = 0x77, 0x55, ("cpu", -1, 0)
+WRITTEN = "cuLaunchKernelEx", "cuEventRecord", "cuStreamWaitEvent"
 CACHES = operators._runs, operators._backward_runs, part_operators._steps
 TIMED = "--time" in sys.argv
 SIZES = {"i1": 1, "u1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "fp32": 4, "fp64": 8}
@@ -47,11 +49,50 @@ class Driver(CudaDriver):
 
     def __init__(self) -> None:
         super().__init__()
+        self.stream = STREAM
         self.get_current_device = lambda: 0
-        self.get_current_stream = lambda device: STREAM
+        self.get_current_stream = lambda device: self.stream
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
+
+    @contextmanager
+    def current(self, stream: int) -> Iterator[None]:
+        """In the place of ``prepared._current``."""
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+
+class Stream:
+    """In the place of torch's, and waits as that does: by an event of the driver."""
+
+    events = 0x5000
+
+    def __init__(self, stand_in: DriverStandIn, number: int) -> None:
+        self.stand_in, self.cuda_stream = stand_in, number
+
+    def wait_stream(self, other: Stream) -> None:
+        Stream.events += 1
+        event = ctypes.c_void_p(Stream.events)
+        self.stand_in.library.cuEventRecord(event, ctypes.c_void_p(other.cuda_stream))
+        self.stand_in.library.cuStreamWaitEvent(ctypes.c_void_p(self.cuda_stream), event, 0)
+
+
+def roles(lines: list[list[str]]) -> list[list[str]]:
+    """With the streams as "main" and "beside" and the events numbered: what each means in its own run."""
+    events, found = dict[str, str](), list[list[str]]()
+    for line in lines:
+        told = list(line)
+        at = {"cuLaunchKernelEx": 9, "cuEventRecord": 2, "cuStreamWaitEvent": 1}[line[0]]
+        told[at] = "main" if line[at] == str(STREAM) else "beside"
+        if line[0] != "cuLaunchKernelEx":
+            event = 3 - at
+            told[event] = events.setdefault(line[event], f"event {len(events)}")
+        found.append(told)
+    return found
 
 
 def parameter_sizes(compiled: Any) -> list[int]:
@@ -89,10 +130,11 @@ def compare(stand_in: DriverStandIn, name: str, run: Callable[..., Any], argumen
     ready_pass(*other)
     stand_in.forget()
     stand_in.stream(0, STREAM)
-    expected_results = run(STREAM, *other)
-    by_triton = stand_in.take("cuLaunchKernelEx")
+    with Holding():
+        expected_results = run(STREAM, *other)
+    by_triton = roles(stand_in.take(*WRITTEN))
     found_results = ready_pass(*other)
-    by_pass = stand_in.take("cuLaunchKernelEx")
+    by_pass = roles(stand_in.take(*WRITTEN))
     known = {int(t.data_ptr()) for t in recorder.tensors if t is not None}
     same_shapes = [
         (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
@@ -103,6 +145,7 @@ def compare(stand_in: DriverStandIn, name: str, run: Callable[..., Any], argumen
         "fault": None,
         "launches": [len(by_triton), len(by_pass)],
         "differences": differences(by_triton, by_pass, known),
+        "order": [line[9] if line[0] == "cuLaunchKernelEx" else " ".join(line) for line in by_pass],
         "shapes": all(same_shapes),
         "dependent": sum("@6=" in " ".join(line) for line in by_pass),
         "descriptors": len(described.descriptors),
@@ -213,6 +256,22 @@ def of_hopper() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
     yield "hopper forward", run, (x, weight, lora_a, lora_b, 0.5, state)
 
 
+def of_hopper_backward() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+    """The plans that have dx on a stream of high priority."""
+    r = 16
+    outer, db = (hopper_blocks.outer_configs(r, masked)[0] for masked in (True, False))
+    joint, inside = hopper_blocks.dh_db_configs(r)[0], hopper_blocks.product_h_configs(r)[0]
+    plans = {0.1: DxHopper(joint, hopper_blocks.dx_configs(True)[0], outer, True), 0.0: DxInside(inside, db, db, True)}
+    for p, plan in plans.items():
+        case = Case(m=200, k=512, n=576, r=r, dtype=torch.bfloat16, adapter_dtype=torch.float32, p=p)
+        i, state = make(case), torch.tensor([1, 2]) if p else None
+        x, weight, a, b, dy = (t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.dy))
+        h = h_of(case)
+        call = Call.backward(dy, x, weight, a, b, None, h, p, state)
+        run = operators._whole_backward(plan, call, (True, True, True), state)
+        yield f"{plan.kind} beside", run, (dy, x, weight, a, b, h, 0.5, state)
+
+
 def calls_of(m: int, p: float) -> tuple[dict[str, Callable[[float], Any]], list[torch.Tensor]]:
     """Each operator as a layer calls it, and the tensors that they are given."""
     bf16, state, states = torch.bfloat16, torch.tensor([1, 2]), [torch.tensor([3, 4]), torch.tensor([5, 6])]
@@ -309,10 +368,16 @@ def main(path: str, folder: str) -> None:
     torch.ops.load_library(path)
     launcher._found = launcher._Found(launcher.Library(path, stand_in.path, stand_in.path), None)
     ctypes.CDLL(stand_in.path).cuCtxSetCurrent(ctypes.c_void_p(0xC000))
-    driver.set_active(Driver())
+    own = Driver()
+    driver.set_active(own)
+    prepared._current = own.current
     blocks.machine_of = lambda device: ARCHITECTURES[90]
     prepared._allocate = lambda size, alignment, stream: torch.empty(size, dtype=torch.int8)
-    found = [compare(stand_in, *each) for each in (*of_plans(), *of_hopper())]
+    torch.cuda.current_stream = lambda index: Stream(stand_in, STREAM)
+    streams._stream_beside = lambda index, main, priority: Stream(stand_in, HIGH if priority < 0 else 0)
+    high = streams.PriorityStream(torch.device("cuda", 0))
+    hopper_backward.ahead_on = lambda device, beside: high if beside else streams.in_turn
+    found = [compare(stand_in, *each) for each in (*of_plans(), *of_hopper(), *of_hopper_backward())]
     # The operators take the CPU's tensors for a GPU's.
     launcher.index_of, launcher._device_words = (lambda device: 0), (lambda index: DEVICE)
     launcher.current_stream, torch.cuda.current_device = (lambda index: STREAM), (lambda: 0)

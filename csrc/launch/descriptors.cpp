@@ -36,7 +36,7 @@ TensorMap encode(const Driver& driver, const Descriptor& of, uint64_t address) {
 
 struct SideStreams {
     std::mutex mutex;
-    std::map<std::tuple<std::shared_ptr<const Driver>, int, Stream>, SideStream> found;
+    std::map<std::tuple<std::shared_ptr<const Driver>, int, Stream, bool>, SideStream> found;
 };
 
 // Never destroyed: a thread may launch while the process ends.
@@ -60,15 +60,15 @@ void Pass::describe(size_t index, uint64_t address, TensorMap& out) const {
     known.emplace(address, out);
 }
 
-SideStream Pass::beside(Stream main) const {
+SideStream Pass::beside(Stream main, bool high) const {
     SideStreams& all = side_streams();
     const std::lock_guard<std::mutex> lock(all.mutex);
-    const auto key = std::make_tuple(driver, device, main);
+    const auto key = std::make_tuple(driver, device, main, high);
     const auto found = all.found.find(key);
     if (found != all.found.end()) return found->second;
     SideStream made{};
     do {  // PyTorch's pool goes round: the stream at hand may be one of it
-        if (driver->pooled_stream(false, ordinal, &made.stream) != AOTI_TORCH_SUCCESS) {
+        if (driver->pooled_stream(high, ordinal, &made.stream) != AOTI_TORCH_SUCCESS) {
             throw Refusal("PyTorch gives no stream beside the current one: the device may be lost.");
         }
     } while (made.stream == main);

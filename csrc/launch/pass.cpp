@@ -11,7 +11,7 @@ namespace launch {
 
 namespace {
 
-constexpr int64_t WORDS_VERSION = 2;  // pass_words.py has the same
+constexpr int64_t WORDS_VERSION = 3;  // pass_words.py has the same
 constexpr int64_t MAX_COUNT = 1 << 16;
 constexpr unsigned int PORTABLE_CLUSTER = 8;
 
@@ -192,7 +192,7 @@ void read_steps(Words& words, Pass& pass) {
     bool forked = false;
     const int64_t count = words.count();
     for (int64_t i = 0; i < count; ++i) {
-        const auto kind = static_cast<Step::Kind>(words.within(0, 4, "a step is of an unknown kind"));
+        const auto kind = static_cast<Step::Kind>(words.within(0, 5, "a step is of an unknown kind"));
         size_t index = 0;
         if (kind == Step::Kind::kernel) {
             index = pass.kernels.size();

@@ -78,7 +78,8 @@ struct Product {
 };
 
 struct Step {
-    enum class Kind { kernel = 0, product = 1, fork = 2, join = 3 } kind;
+    // The streams part to one beside of normal priority, or of high priority, and meet.
+    enum class Kind { kernel = 0, product = 1, fork = 2, join = 3, fork_high = 4 } kind;
     size_t index;
 };
 
@@ -107,8 +108,8 @@ class Pass {
 
     // The descriptor `index` at `address`: made once for each address, since all else of it is fixed by the pass.
     void describe(size_t index, uint64_t address, TensorMap& out) const;
-    // The stream beside `main`, with its events; one for each.
-    SideStream beside(Stream main) const;
+    // The stream beside `main` of this priority, with its events; one for each.
+    SideStream beside(Stream main, bool high) const;
 
   private:
     mutable std::mutex mutex_;

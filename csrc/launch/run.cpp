@@ -140,7 +140,8 @@ class Call {
             case Step::Kind::product:
                 return multiply(pass_.products[step.index]);
             case Step::Kind::fork:
-                side_ = pass_.beside(main_);
+            case Step::Kind::fork_high:
+                side_ = pass_.beside(main_, step.kind == Step::Kind::fork_high);
                 driver_.check(driver_.record_event(side_.forked, main_), "the streams cannot part");
                 driver_.check(driver_.wait_event(side_.stream, side_.forked, 0), "the streams cannot part");
                 forked_ = true;

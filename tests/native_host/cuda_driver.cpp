@@ -182,9 +182,9 @@ EXPORT int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream)
     *stream = all().streams[device];
     return 0;
 }
-EXPORT int32_t torch_get_cuda_stream_from_pool(bool, int32_t device, void** stream) {
+EXPORT int32_t torch_get_cuda_stream_from_pool(bool high, int32_t device, void** stream) {
     *stream = reinterpret_cast<Stream>(all().pool++);
-    return note("pool", words(device));
+    return note("pool", words(device, high));
 }
 
 // What Triton's own launcher calls besides.

@@ -82,6 +82,8 @@ def _fault(plan: Any, call: Call) -> str | None:
 
 def _kept_run(plan: ForwardPlan | Hopper | HopperInside, c: Call) -> PassRun:
     """``run(x, weight, lora_a, lora_b, bias, scaling, state)`` -> y, h, words."""
+    if isinstance(plan, Ring):
+        return ready_ring(plan, c)
     return PassRun(_whole(plan, c), c.device, (None, None, no_words(c.device)))
 
 
@@ -89,8 +91,6 @@ def _whole(plan: ForwardPlan | Hopper | HopperInside, c: Call) -> Step:
     """``whole(stream, x, weight, lora_a, lora_b, bias, scaling, state)`` -> y, h, words or None."""
     if isinstance(plan, (Hopper, HopperInside)):
         return _whole_hopper(plan, c)
-    if isinstance(plan, Ring):
-        return ready_ring(plan, c)
     run = ready(plan, c)
     if not c.dropout:
         return lambda stream, *arguments: (*run(stream, *arguments), None)

@@ -137,7 +137,7 @@ def forward(case: Case, plan: Ring, machine: Machine, kept: bool, monkeypatch: p
     operand = hidden_operand(case.dtype, case.r) if kept else None
     call = replace(call, machine=machine, operand=operand)
     monkeypatch.setattr(ring, "draw_step", lambda m, k, p: lambda stream, seed: packed_keep_words(seed, m, k, p))
-    y, h, words = ring.ready_ring(plan, call)(None, *tensors, case.scaling, state)
+    y, h, words = ring.ready_ring(plan, call)(*tensors, case.scaling, state)
     assert words.shape == ((case.m, row_words(case.k)) if case.p else (0,))
     if operand is not None:
         return {"y": y, "h": operand.unpack(h, case.r), "operand": h}

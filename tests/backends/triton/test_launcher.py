@@ -23,6 +23,7 @@ from lora_kernels.backends.native import load
 from lora_kernels.backends.triton.run import launcher
 from lora_kernels.backends.triton.run.pass_words import (
     FORK,
+    FORK_HIGH,
     JOIN,
     Constant,
     Descriptor,
@@ -360,11 +361,12 @@ def test_scratch_that_is_never_in_use_at_once_shares_its_bytes() -> None:
     assert scratch_of([uses(0, 1), uses(1, 2), uses(2)], [600, 500, 700]) == ([0, 768, 0], 1268)
 
 
-def test_what_runs_beside_or_early_shares_nothing() -> None:
-    beside = [FORK, uses(0, beside=True), uses(1), JOIN, uses(2)]
+@pytest.mark.parametrize("fork", [FORK, FORK_HIGH])
+def test_what_runs_beside_or_early_shares_nothing(fork: str) -> None:
+    beside = [fork, uses(0, beside=True), uses(1), JOIN, uses(2)]
     offsets, total = scratch_of(beside, [512, 512, 512])
     assert (sorted(offsets[:2]), total) == ([0, 512], 1024)
-    before = [uses(0), FORK, uses(1, beside=True), JOIN]
+    before = [uses(0), fork, uses(1, beside=True), JOIN]
     assert scratch_of(before, [512, 512]) == ([0, 0], 512)
     early = [uses(0), uses(1, dependent=True), uses(2)]
     assert scratch_of(early, [512, 512, 512]) == ([0, 512, 1024], 1536)
@@ -429,14 +431,18 @@ def test_a_product_that_fails_leaves_the_call_to_the_caller(library: launcher.Li
 # Streams
 
 
-def test_the_streams_part_and_meet_by_events(library: launcher.Library, driver: DriverStandIn) -> None:
+@pytest.mark.parametrize(("fork", "stream"), [(FORK, 0x1001), (FORK_HIGH, 0x1011)])  # no other test's
+def test_the_streams_part_and_meet_by_events(
+    library: launcher.Library, driver: DriverStandIn, fork: str, stream: int
+) -> None:
     x = torch.zeros(4, 8)
-    steps: list[Step] = [kernel(POINTER), FORK, kernel(beside=True), kernel(), JOIN, kernel()]
+    steps: list[Step] = [kernel(POINTER), fork, kernel(beside=True), kernel(), JOIN, kernel()]
     ready = launcher.PreparedPass(library, described([x], steps), (x,))
-    driver.stream(0, 0x1001)  # no other test's
+    driver.stream(0, stream)
     driver.take()
     ready(x)
     made = driver.take()
+    assert [line for line in made if line[0] == "pool"] == [["pool", "0", str(int(fork == FORK_HIGH))]]
     assert [line[0] for line in made].count("cuEventCreate") == 2
     assert {line[1] for line in made if line[0] == "cuEventCreate"} == {"2"}
     ready(x)
@@ -444,7 +450,7 @@ def test_the_streams_part_and_meet_by_events(library: launcher.Library, driver: 
     record, wait, launch = "cuEventRecord", "cuStreamWaitEvent", "cuLaunchKernelEx"
     assert [line[0] for line in again] == [launch, record, wait, launch, launch, record, wait, launch]
     streams = [line[9] for line in again if line[0] == launch]
-    main, side = str(0x1001), streams[1]
+    main, side = str(stream), streams[1]
     assert streams == [main, side, main, main]
     assert side != main
     (forked, joined) = (line[1] for line in again if line[0] == record)
@@ -453,10 +459,11 @@ def test_the_streams_part_and_meet_by_events(library: launcher.Library, driver: 
     assert forked != joined
 
 
-def test_each_stream_has_its_own_beside_it(library: launcher.Library, driver: DriverStandIn) -> None:
+@pytest.mark.parametrize("fork", [FORK, FORK_HIGH])
+def test_each_stream_has_its_own_beside_it(library: launcher.Library, driver: DriverStandIn, fork: str) -> None:
     """As a graph's capture needs it: its stream takes no other's launches."""
     x = torch.zeros(4, 8)
-    ready = launcher.PreparedPass(library, described([x], [FORK, kernel(beside=True), JOIN]), (x,))
+    ready = launcher.PreparedPass(library, described([x], [fork, kernel(beside=True), JOIN]), (x,))
     found = []
     for stream in (0x1002, 0x1003, 0x1002):
         driver.stream(0, stream)
@@ -465,13 +472,37 @@ def test_each_stream_has_its_own_beside_it(library: launcher.Library, driver: Dr
     assert found[0] == found[2] != found[1]
 
 
+def test_both_kinds_of_streams_in_one_pass(library: launcher.Library, driver: DriverStandIn) -> None:
+    """In turn: each has events of its own, and what runs beside goes to the one of the fork before it."""
+    x = torch.zeros(4, 8)
+    steps: list[Step] = [FORK, kernel(beside=True), JOIN, FORK_HIGH, kernel(beside=True), JOIN, FORK]
+    ready = launcher.PreparedPass(library, described([x], [*steps, kernel(beside=True), JOIN]), (x,))
+    driver.stream(0, 0x1004)
+    driver.take()
+    ready(x)
+    made = driver.take()
+    assert [line[2] for line in made if line[0] == "pool"] == ["0", "1"]
+    normal, high, again = (line[9] for line in made if line[0] == "cuLaunchKernelEx")
+    assert normal == again != high
+    events = [line[1] for line in made if line[0] == "cuEventRecord"]
+    assert (len(set(events)), events[:2]) == (4, events[4:])
+
+
+def test_streams_that_part_twice_are_refused(library: launcher.Library) -> None:
+    x = torch.zeros(4, 8)
+    for steps in ([FORK_HIGH, FORK], [FORK, FORK_HIGH], [FORK_HIGH, FORK, JOIN], [JOIN], [FORK_HIGH]):
+        with pytest.raises(BackendUnavailableError, match="the streams part"):
+            launcher.PreparedPass(library, described([x], [kernel(POINTER), *steps]), (x,))
+
+
+@pytest.mark.parametrize("fork", [FORK, FORK_HIGH])
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_a_launch_that_fails_is_a_sentence_and_the_streams_meet(
-    library: launcher.Library, driver: DriverStandIn, after: int
+    library: launcher.Library, driver: DriverStandIn, after: int, fork: str
 ) -> None:
     """400: the module of the kernel was unloaded."""
     x = torch.zeros(4, 8)
-    steps: list[Step] = [kernel(), FORK, kernel(beside=True), kernel(), JOIN]
+    steps: list[Step] = [kernel(), fork, kernel(beside=True), kernel(), JOIN]
     ready = launcher.PreparedPass(library, described([x], steps), (x,))
     ready(x)
     driver.take()
@@ -479,7 +510,11 @@ def test_a_launch_that_fails_is_a_sentence_and_the_streams_meet(
     words = r"a kernel could not be launched: CUDA_ERROR_INVALID_HANDLE \(400\), invalid resource handle\."
     with pytest.raises(BackendUnavailableError, match=words):
         ready(x)
-    entries = [line[0] for line in driver.take()]
+    made = driver.take()
+    entries = [line[0] for line in made]
+    if after:
+        (_, forked, _), (_, side, waited), (_, joined, met), last = *made[1:3], *made[-2:]
+        assert (waited, met, last) == (forked, side, ["cuStreamWaitEvent", str(0x77), joined])
     assert entries.count("cuLaunchKernelEx") == after + 1
     assert entries.count("cuEventRecord") == entries.count("cuStreamWaitEvent") == (2 if after else 0)
     assert len(ready(x)) == 1

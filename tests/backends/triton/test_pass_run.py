@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +22,18 @@ from torch import Tensor
 pytest.importorskip("triton")
 from triton import knobs
 
+from cases import Case, make
 from driver_stand_in import DriverStandIn, compile_driver
 from lora_kernels.backends.native import load
-from lora_kernels.backends.triton.run import launcher, pass_words, prepared, recording, streams
+from lora_kernels.backends.triton import operators
+from lora_kernels.backends.triton.choose.blocks import Machine
+from lora_kernels.backends.triton.choose.hidden_operand import hidden_operand
+from lora_kernels.backends.triton.choose.plans import Ring
+from lora_kernels.backends.triton.choose.ring import CONFIGS
+from lora_kernels.backends.triton.run import cuda_kernels, launcher, pass_words, prepared, recording, ring, streams
+from lora_kernels.backends.triton.run.call import Call
 from lora_kernels.backends.triton.run.launcher import PassRun
-from lora_kernels.backends.triton.run.pass_words import FORK, JOIN, Kernel, Own, Product, Scratch
+from lora_kernels.backends.triton.run.pass_words import FORK, FORK_HIGH, JOIN, Kernel, Own, Product, Scratch
 from lora_kernels.backends.triton.run.prepared import Launch
 from lora_kernels.backends.triton.run.recording import Recorder
 from lora_kernels.errors import BackendUnavailableError
@@ -35,7 +43,7 @@ from stand_in import needs_a_compiler
 pytestmark = pytest.mark.xdist_group("recorded launches")
 
 FOLDER = Path(__file__).resolve().parents[2]
-CUDA, CPU = torch.device("cuda", 0), ("cpu", -1, 0)
+CUDA, CPU_DEVICE, CPU = torch.device("cuda", 0), torch.device("cpu"), ("cpu", -1, 0)
 STREAM = 0x77
 
 
@@ -166,6 +174,11 @@ def test_a_pass_launches_what_triton_launches(compared: dict[str, dict[str, Any]
     assert any(found["dependent"] for found in said.values())
     assert said["hopper forward"]["descriptors"] >= 5
     assert said["hopper forward"]["scratch"] > 0
+    part = ["cuEventRecord event 0 main", "cuStreamWaitEvent beside event 0"]
+    meet = ["cuEventRecord event 1 beside", "cuStreamWaitEvent main event 1"]
+    mains = ["main"] * 4
+    assert said["dx_hopper beside"]["order"] == [*mains, *part, "beside", *mains[:2], *meet]  # the draw in front
+    assert said["dx_inside beside"]["order"] == ["main", *part, "beside", "main", *meet, *mains[:2]]
     assert said["base_first"]["products"] == 1
     assert said["with the mask's draw"]["launches"][0] == said["base_first"]["launches"][0] + 1
     assert said["dx_fused of a seed"]["launches"][0] == said["dx_fused"]["launches"][0] + 1
@@ -335,6 +348,104 @@ def test_threads_record_once_and_do_not_see_each_other(driver: DriverStandIn) ->
     assert launches(driver) == 1
 
 
+def test_what_cannot_be_recorded_does_not_ask_for_a_capture(
+    driver: DriverStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes host time on every call."""
+    run, asked = PassRun(lambda stream, x: x, CUDA), list[bool]()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(asked.append(True)))
+    for _ in range(launcher._ATTEMPTS + 3):
+        run(X)
+    assert (len(asked), run._attempts) == (launcher._ATTEMPTS, 0)
+
+
+# The kernel for few tokens
+
+
+class Entered:
+    """In the place of ``torch.cuda.device``."""
+
+    current, entered = 0, list[int]()
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __enter__(self) -> None:
+        self.before, Entered.current = Entered.current, self.index
+        Entered.entered.append(self.index)
+
+    def __exit__(self, *error: Any) -> None:
+        Entered.current = self.before
+
+
+@pytest.fixture
+def few(driver: DriverStandIn, monkeypatch: pytest.MonkeyPatch) -> tuple[PassRun, tuple[Any, ...], list[int]]:
+    """The kept run of one token, its arguments, and the workspaces that Python's launches had."""
+    machine = Machine(capability=90, sm_count=6, shared_memory=232448)
+    case = Case(m=1, k=1024, n=48, r=16, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    i, by_python = make(case), list[int]()
+    tensors = tuple(t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.bias))
+    driver.parameters(0x7F0, [8] * 9)
+    for name in ("_workspaces", "_ready"):
+        monkeypatch.setattr(ring, name, {})
+    monkeypatch.setattr(cuda_kernels, "_loaded", lambda *_: 0x7F0)
+    monkeypatch.setattr(cuda_kernels.CudaLaunch, "_launch", lambda *given: by_python.append(given[3][8].data_ptr()))
+    monkeypatch.setattr(launcher, "index_of", lambda device: 0)
+    call = replace(Call.forward(*tensors, 0.0, None), machine=machine, operand=hidden_operand(torch.bfloat16, 16))
+    run = operators._kept_run(Ring(CONFIGS[0], 1, 4, 1, True), call)
+    return run, (*tensors, 0.5, None), by_python
+
+
+def test_few_tokens_are_one_pass_with_the_stream_s_workspace(
+    few: tuple[PassRun, tuple[Any, ...], list[int]], driver: DriverStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python launches the first call alone; a call on another stream has its own workspace, by the same pass."""
+    run, arguments, by_python = few
+    first, found = run(*arguments), list[int]()
+    for stream in (STREAM, 0x99, STREAM):
+        monkeypatch.setattr(launcher, "current_stream", lambda index, stream=stream: stream)
+        y, h, words = run(*arguments)
+        (line,) = driver.take("cuLaunchKernelEx")
+        found.append(int.from_bytes(bytes.fromhex(line[-1]), "little"))
+        assert [t.shape for t in (y, h, words)] == [t.shape for t in first]
+        assert words is first[2]
+    assert (len(by_python), run.fault) == (1, None)
+    assert found[0] == found[2] == by_python[0] == ring._workspaces[0, STREAM].data_ptr()
+    assert found[1] == ring._workspaces[0, 0x99].data_ptr() != found[0]
+
+
+def test_the_workspace_of_few_tokens_is_of_their_device(
+    few: tuple[PassRun, tuple[Any, ...], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which capture its stream is in, and on which device its zeros are, torch answers for the current device."""
+    run, arguments, _ = few
+    run(*arguments)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: Entered.current)
+    monkeypatch.setattr(torch.cuda, "device", Entered)
+    monkeypatch.setattr(Entered, "entered", [])
+    asked: list[int] = []
+    run._workspace = lambda stream: (asked.append(Entered.current), ring.workspace(CPU_DEVICE, stream))[1]
+    run(*arguments)
+    monkeypatch.setattr(Entered, "current", 1)
+    run(*arguments)
+    assert (asked, Entered.entered, Entered.current) == ([0, 0], [0], 1)
+
+
+def test_a_workspace_that_a_capture_does_not_allow_is_a_sentence(
+    few: tuple[PassRun, tuple[Any, ...], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, arguments, _ = few
+    run(*arguments)
+
+    def refused(stream: int | None) -> Tensor:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    run._workspace = refused
+    with pytest.raises(BackendUnavailableError, match="the stream is being captured: make one call"):
+        run(*arguments)
+
+
 # What is recorded
 
 
@@ -396,7 +507,7 @@ def test_the_side_stream_tells_the_recorder(monkeypatch: pytest.MonkeyPatch) -> 
     assert (recorder.steps, recorder.fault) == ([FORK, JOIN], None)
     with recorder:
         streams.PriorityStream(CUDA)(STREAM, lambda stream: torch.empty(1), lambda stream: (None,))
-    assert recorder.fault == "it launches on a stream of high priority"
+    assert (recorder.steps, recorder.fault) == ([FORK, JOIN, FORK_HIGH, JOIN], None)
 
 
 def test_a_sum_in_place_is_a_product_that_adds(driver: DriverStandIn) -> None:

@@ -11,7 +11,6 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -257,27 +256,30 @@ def launched(run: Callable[..., Any], index: int, *arguments: Any) -> Any:
     Raises:
         BackendUnavailableError: a kernel must still be compiled or loaded, and the stream is being captured.
     """
-    elsewhere = index >= 0 and index != torch.cuda.current_device()
-    with torch.cuda.device(index) if elsewhere else nullcontext():  # Triton launches on the current device
-        try:
-            return run(current_stream(index), *arguments)
-        except RuntimeError as error:
-            if index >= 0 and "captur" in str(error) and torch.cuda.is_current_stream_capturing():
-                raise BackendUnavailableError(
-                    "a kernel of this call must still be compiled or loaded, and the stream is being captured: make "
-                    f"one call with such tensors before the capture. The driver says: {str(error).rstrip('.')}."
-                ) from error
-            raise
+    if index >= 0 and index != torch.cuda.current_device():  # Triton launches on the current device
+        with torch.cuda.device(index):
+            return launched(run, index, *arguments)
+    try:
+        return run(current_stream(index), *arguments)
+    except RuntimeError as error:
+        if index >= 0 and "captur" in str(error) and torch.cuda.is_current_stream_capturing():
+            raise BackendUnavailableError(
+                "a kernel of this call must still be compiled or loaded, and the stream is being captured: make "
+                f"one call with such tensors before the capture. The driver says: {str(error).rstrip('.')}."
+            ) from error
+        raise
 
 
 def _shaper(results: Any, absent: tuple[Any, ...] | None) -> Callable[[list[Tensor]], Any]:
     """What makes of a pass's list of tensors what the run returned, with ``absent`` in the place of None."""
     if not isinstance(results, tuple):
         return itemgetter(0)
-    if all(found is not None for found in results):
-        return tuple
     fill = absent or (None,) * len(results)
     present = tuple(found is not None for found in results)
+    count = sum(present)
+    if all(present[:count]):
+        rest = fill[count:]
+        return lambda tensors: (*tensors, *rest)
 
     def shaped(tensors: list[Tensor]) -> tuple[Any, ...]:
         left = iter(tensors)

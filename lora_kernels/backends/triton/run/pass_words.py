@@ -15,6 +15,7 @@ import torch
 
 __all__ = [
     "FORK",
+    "FORK_HIGH",
     "JOIN",
     "Argument",
     "Constant",
@@ -33,7 +34,7 @@ __all__ = [
     "places_of",
 ]
 
-_VERSION = 2  # pass.cpp has the same
+_VERSION = 3  # pass.cpp has the same
 _ALIGNMENT = 256  # of scratch buffers: more than any kernel asks for
 _DTYPES = {  # torch.headeronly.ScalarType
     torch.uint8: 0,
@@ -48,7 +49,8 @@ _DTYPES = {  # torch.headeronly.ScalarType
     torch.bfloat16: 15,
 }
 _NUMBERS = {"fp32": 0, "f32": 0, "fp64": 1, "i32": 2, "i64": 3}
-FORK, JOIN = "fork", "join"  # steps between which kernels with ``beside`` run on the side stream
+# Steps between which kernels with ``beside`` run on a side stream, of normal or of high priority.
+FORK, FORK_HIGH, JOIN = "fork", "fork_high", "join"
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ class Pass:
         spans: dict[int, tuple[int, int]] = {}
         fork = 0
         for i, step in enumerate(self.steps):
-            fork = i if step == FORK else fork
+            fork = i if step in (FORK, FORK_HIGH) else fork
             for number in places_of(step, self.descriptors, "buffer"):
                 spans[number] = min(i, spans.get(number, (i, i))[0]), i
             if step == JOIN:
@@ -264,7 +266,7 @@ def _argument_words(argument: Argument) -> list[int]:
 
 def _step_words(step: Step) -> list[int]:
     if isinstance(step, str):
-        return [{FORK: 2, JOIN: 3}[step]]
+        return [{FORK: 2, JOIN: 3, FORK_HIGH: 4}[step]]
     if isinstance(step, Product):
         return [1, step.out, int(step.add), *_operand_words(step.left), *_operand_words(step.right)]
     flags = [int(flag) for flag in (step.dependent, step.cooperative, step.beside)]

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .pass_words import (
     FORK,
+    FORK_HIGH,
     JOIN,
     Argument,
     Constant,
@@ -172,8 +173,9 @@ class Recorder(TorchDispatchMode):
         """A launch: of the kernel that Triton has compiled, with all its arguments in the signature's order."""
         self._guard(self._note_kernel, compiled, grid, stream, arguments)
 
-    def note_fork(self) -> None:
-        self.steps.append(FORK)
+    def note_fork(self, high: bool = False) -> None:
+        """What is launched on another stream, until the join, runs beside; ``high``: on one of high priority."""
+        self.steps.append(FORK_HIGH if high else FORK)
 
     def note_join(self) -> None:
         self.steps.append(JOIN)

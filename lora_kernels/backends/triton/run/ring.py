@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,10 @@ from ....errors import InvalidArgumentError
 from ....kept import no_words, row_words
 from ..choose.plans import Ring
 from ..choose.ring import CHUNK, HEADERS, RANK, WORKSPACE_BYTES
-from . import recording
 from .call import Call, cdiv
 from .cuda_kernels import CudaLaunch, Source, capture_number
 from .hopper_forward import as_products_take
-from .launcher import PassRun
+from .launcher import PassRun, launched
 from .steps import draw_step
 
 __all__ = ["ready_ring", "ring_call_fault", "ring_launch", "workspace"]
@@ -76,24 +76,28 @@ def ring_launch(plan: Ring, c: Call, a_is_fp32: bool, b_is_fp32: bool) -> CudaLa
     )
 
 
-def ready_ring(plan: Ring, c: Call) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """``whole(stream, x, weight, lora_a, lora_b, bias, scaling, state)`` -> y, h, words; compiled at its first use.
+class _RingRun(PassRun):
+    """Its run's last argument is the workspace, which depends on the stream and so is no part of the pass."""
+
+    __slots__ = ("_workspace",)
+
+    def __init__(self, run: Callable[..., Any], device: torch.device, absent: tuple[Any, ...]) -> None:
+        super().__init__(run, device, absent)
+        self._workspace = partial(workspace, device)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return PassRun.__call__(self, *arguments, launched(self._workspace, self._index))
+
+
+def ready_ring(plan: Ring, c: Call) -> PassRun:
+    """``run(x, weight, lora_a, lora_b, bias, scaling, state)`` -> y, h, words; compiled at its first use.
 
     Raises:
         InvalidArgumentError: the plan does not take the call.
     """
     if fault := ring_call_fault(plan, c):
         raise InvalidArgumentError(f"the plan {plan} does not run: {fault}.")
-    prepared = PassRun(_run(plan, c), c.device)
-
-    def whole(stream: int | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        recorder = recording.current() if recording.watching else None
-        if recorder is not None:  # it would see the memory and not the launch
-            recorder.note_fault("a part of it is a pass of its own")
-        y, h, words = prepared(*arguments, workspace(c.device, stream))
-        return y, h, no_words(c.device) if words is None else words
-
-    return whole
+    return _RingRun(_run(plan, c), c.device, (None, None, no_words(c.device)))
 
 
 def _run(plan: Ring, c: Call) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:

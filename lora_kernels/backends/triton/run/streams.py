@@ -77,14 +77,17 @@ class PriorityStream:
     def __call__(self, stream: int | None, large: Large, small: Small) -> tuple[Any, Any]:
         main = torch.cuda.current_stream(self._index)
         high = _stream_beside(self._index, main, _HIGH)
-        if (recorder := current()) is not None:
-            recorder.note_fault("it launches on a stream of high priority")
+        recorder = current()
+        if recorder is not None:
+            recorder.note_fork(high=True)
         high.wait_stream(main)
         try:
             left = large(high.cuda_stream)
             right = small(stream)
         finally:  # what has been launched still reads and writes memory of the current stream
             main.wait_stream(high)
+        if recorder is not None:
+            recorder.note_join()
         return left, right
 
 
