@@ -22,7 +22,8 @@ def table(document: dict[str, Any]) -> Table:
         f"Triton {document['triton']}, {document['date']}): time over F.linear's, of the quickest plan of each kind."
     )
     header = ["K→N", "tokens", "F.linear µs", "CUDA C++", "Triton"]
-    rows, winners = [], set()
+    rows: list[list[str]] = []
+    winners: set[tuple[int, int]] = set()
     for cell in document["cells"]:
         times = [_least(cell["plans"], kind) / cell["linear_us"] for kind in (RING, TRITON)]
         winners.add((len(rows), 3 + times.index(min(times))))

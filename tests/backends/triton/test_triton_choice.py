@@ -173,7 +173,7 @@ GOOD = plan_to_json(LoraFirst(ShrinkConfig(64, 128, 16, 4, 4), ExpandConfig(64, 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"kind": "magic"}, "one of ring, few_tokens, fused, .*, dx_fused, .*, dx_hopper, dx_inside, dx_hopper_group; got"),
+        ({"kind": "magic"}, "one of ring, few_tokens, fused, .*, dx_fused, .*, dx_hopper_group; got"),
         ({"pdl": 1}, "pdl of LoraFirst is 1 and must be true or false"),
         ({"pdl": None, "splits": 3}, "LoraFirst has the fields shrink, expand, pdl; got"),
         ({"shrink": 5}, "ShrinkConfig has the fields block_m, .*; got 5"),
