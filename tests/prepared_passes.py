@@ -28,12 +28,21 @@ from cases import Case, make
 from driver_stand_in import NAME, DriverStandIn
 from lora_kernels.backends.triton import operators, part_operators
 from lora_kernels.backends.triton.choose import blocks, hopper_blocks
+from lora_kernels.backends.triton.choose.candidates import candidates
+from lora_kernels.backends.triton.choose.group_plans import DxHopperGroup, HopperGroup
 from lora_kernels.backends.triton.choose.plans import BaseFirst, Cell, DxHopper, DxInside
 from lora_kernels.backends.triton.offline.compile_jobs import ARCHITECTURES, backward_plans_of, plans_of
-from lora_kernels.backends.triton.run import hopper, hopper_backward, launcher, prepared, streams
+from lora_kernels.backends.triton.run import hopper, hopper_backward, hopper_group_passes, launcher, prepared, streams
 from lora_kernels.backends.triton.run.backward import ready_backward
 from lora_kernels.backends.triton.run.call import Call
 from lora_kernels.backends.triton.run.forward import ready
+from lora_kernels.backends.triton.run.group_call import GroupCall
+from lora_kernels.backends.triton.run.hopper_group_passes import (
+    flat_backward,
+    flat_forward,
+    ready_group_backward,
+    ready_group_forward,
+)
 from lora_kernels.backends.triton.run.recording import Recorder
 from lora_kernels.packed_mask import packed_keep_words
 
@@ -125,7 +134,7 @@ def compare(stand_in: DriverStandIn, name: str, run: Callable[..., Any], argumen
         return {"name": name, "fault": recorder.fault}
     for compiled in recorder.kept:
         stand_in.parameters(compiled.function, parameter_sizes(compiled))
-    other = tuple(0.375 if isinstance(each, float) else each for each in arguments)
+    other = tuple(with_other_numbers(each) for each in arguments)
     ready_pass = launcher.PreparedPass(launcher.library(), described, arguments, recorder.kept)
     ready_pass(*other)
     stand_in.forget()
@@ -154,6 +163,12 @@ def compare(stand_in: DriverStandIn, name: str, run: Callable[..., Any], argumen
         "scratch": described.scratch()[1],
         "host": host(stand_in, run, ready_pass, other) if TIMED else None,
     }
+
+
+def with_other_numbers(argument: Any) -> Any:
+    if isinstance(argument, list):
+        return [with_other_numbers(each) for each in argument]
+    return 0.375 if isinstance(argument, float) else argument
 
 
 def as_tuple(results: Any) -> tuple[Any, ...]:
@@ -272,6 +287,36 @@ def of_hopper_backward() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, .
         yield f"{plan.kind} beside", run, (dy, x, weight, a, b, h, 0.5, state)
 
 
+def of_groups() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+    """Three layers of one x and four, with a bias and without; backward beside, of the words and of the seeds."""
+    for ns, p in (((576, 192, 192), 0.1), ((576, 192), 0.0), ((512, 256, 256, 256), 0.0)):
+        cases = [Case(m=200, k=512, n=n, r=16, dtype=torch.bfloat16, adapter_dtype=torch.float32, p=p) for n in ns]
+        made = [make(case, seed=i) for i, case in enumerate(cases)]
+        x = made[0].x.detach()
+        weights, lora_as, lora_bs, biases, dys = (
+            [getattr(i, name).detach() for i in made] for name in ("weight", "lora_a", "lora_b", "bias", "dy")
+        )
+        states = [torch.tensor([1, i]) for i in range(len(ns))] if p else []
+        scalings, absent = [0.5] * len(ns), [None] * len(ns)
+        of = f"{len(ns)} layers"
+        call = GroupCall.of(x, lora_as, lora_bs, biases, p, states, (x, *weights))
+        forward = next(q for q in candidates(ARCHITECTURES[90], call.cell("forward")) if isinstance(q, HopperGroup))
+        run = flat_forward(ready_group_forward(forward, call))
+        yield f"forward of {of}", run, (x, weights, lora_as, lora_bs, biases, scalings, states)
+        hs = [h_of(case) for case in cases]
+        call = GroupCall.of(dys[0], lora_as, lora_bs, absent, p, states, (*dys, x, *weights, *hs))
+        found = [q for q in candidates(ARCHITECTURES[90], call.cell("backward")) if isinstance(q, DxHopperGroup)]
+        for beside in (True, False):
+            plan = next(q for q in found if q.beside is beside)
+            kinds = {"": states}
+            if p:
+                kinds = {", seeds": states, ", words": [packed_keep_words(state, 200, 512, p) for state in states]}
+            for kind, given in kinds.items():
+                run = flat_backward(ready_group_backward(plan, call, True, True, given), len(ns))
+                name = f"backward of {of}{' beside' if beside else ''}{kind}"
+                yield name, run, (dys, x, weights, lora_as, lora_bs, hs, scalings, given)
+
+
 def calls_of(m: int, p: float) -> tuple[dict[str, Callable[[float], Any]], list[torch.Tensor]]:
     """Each operator as a layer calls it, and the tensors that they are given."""
     bf16, state, states = torch.bfloat16, torch.tensor([1, 2]), [torch.tensor([3, 4]), torch.tensor([5, 6])]
@@ -376,8 +421,9 @@ def main(path: str, folder: str) -> None:
     torch.cuda.current_stream = lambda index: Stream(stand_in, STREAM)
     streams._stream_beside = lambda index, main, priority: Stream(stand_in, HIGH if priority < 0 else 0)
     high = streams.PriorityStream(torch.device("cuda", 0))
-    hopper_backward.ahead_on = lambda device, beside: high if beside else streams.in_turn
-    found = [compare(stand_in, *each) for each in (*of_plans(), *of_hopper(), *of_hopper_backward())]
+    for module in (hopper_backward, hopper_group_passes):
+        module.ahead_on = lambda device, beside: high if beside else streams.in_turn
+    found = [compare(stand_in, *each) for each in (*of_plans(), *of_hopper(), *of_hopper_backward(), *of_groups())]
     # The operators take the CPU's tensors for a GPU's.
     launcher.index_of, launcher._device_words = (lambda device: 0), (lambda index: DEVICE)
     launcher.current_stream, torch.cuda.current_device = (lambda index: STREAM), (lambda: 0)

@@ -11,7 +11,7 @@
 namespace lora_kernels {
 namespace launch {
 
-constexpr size_t MAX_PARAMETER_BYTES = 4096, MAX_PARAMETERS = 256;
+constexpr size_t MAX_PARAMETER_BYTES = 8192, MAX_PARAMETERS = 512;
 
 // Where a pointer comes from: tensor `index` of the call, or buffer `index` of the pass, `offset` bytes on.
 enum class Memory { tensor = 0, buffer = 1 };

@@ -8,7 +8,7 @@ h, the words and the masks are the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +20,14 @@ from .choose.group_plans import Apart, DxHopperGroup, HopperGroup
 from .run.group_call import GroupCall, group_backward_key, group_forward_key
 from .run.hopper_group_passes import (
     backward_runs,
+    flat_backward,
+    flat_forward,
     forward_runs,
     group_plan_fault,
     ready_group_backward,
     ready_group_forward,
 )
-from .run.launcher import launched
+from .run.launcher import PassRun
 from .run.prepared import first_that_runs
 
 __all__ = ["group_backward", "group_forward", "run_group_backward", "run_group_forward"]
@@ -45,15 +47,15 @@ def group_forward(
 ) -> tuple[_Tensors, _Tensors, _Tensors]:
     key = group_forward_key(x, weights, lora_as, lora_bs, biases, p, states)
     arguments = (x, weights, lora_as, lora_bs, biases, [float(scaling) for scaling in scalings], states)
-    found = forward_runs.get(key)
-    if found is None:
-        call = GroupCall.of(x, lora_as, lora_bs, biases, p, states, (x, *weights))
-        runs = [_forward_of(plan, call) for plan in _plans(call, "forward")]
-        run, results = first_that_runs(runs, lambda run: launched(run, key[0], *arguments))
-        forward_runs.keep(key, run)
-    else:
-        results = launched(found, key[0], *arguments)
-    given: tuple[_Tensors, _Tensors, _Tensors] = results
+    given: tuple[_Tensors, _Tensors, _Tensors]
+    run = forward_runs.get(key)
+    if run is not None:
+        given = run(*arguments)
+        return given
+    call = GroupCall.of(x, lora_as, lora_bs, biases, p, states, (x, *weights))
+    runs = [_forward_of(plan, call) for plan in _plans(call, "forward")]
+    chosen, given = first_that_runs(runs, lambda run: run(*arguments))
+    forward_runs.keep(key, chosen)
     return given
 
 
@@ -65,12 +67,13 @@ def _plans(call: GroupCall, direction: str) -> list[Any]:
     return [plan for plan in plans if isinstance(plan, Apart) or group_plan_fault(plan, call) is None]
 
 
-def _forward_of(plan: Apart | HopperGroup, call: GroupCall) -> Any:
+def _forward_of(plan: Apart | HopperGroup, call: GroupCall) -> Callable[..., tuple[_Tensors, _Tensors, _Tensors]]:
+    """``run(x, weights, lora_as, lora_bs, biases, scalings, states)`` -> every y, every h, every mask's words."""
     if not isinstance(plan, Apart):
-        return ready_group_forward(plan, call)
+        return _by_passes(flat_forward(ready_group_forward(plan, call)), call)
     p = call.p
 
-    def run(stream: int | None, x: Tensor, *of_members: Any) -> tuple[_Tensors, _Tensors, _Tensors]:
+    def run(x: Tensor, *of_members: Any) -> tuple[_Tensors, _Tensors, _Tensors]:
         *tensors, states = of_members
         forward: Any = operators.forward
         found = [forward(x, *own, p, states[i] if states else None) for i, own in enumerate(zip(*tensors, strict=True))]
@@ -78,6 +81,17 @@ def _forward_of(plan: Apart | HopperGroup, call: GroupCall) -> Any:
         return ys, hs, words if states else []
 
     return run
+
+
+def _by_passes(flat: Callable[..., Any], call: GroupCall) -> Callable[..., tuple[_Tensors, _Tensors, _Tensors]]:
+    """``flat`` in one call into C++, its results by kind again."""
+    run, count = PassRun(flat, call.device), len(call.group)
+
+    def forward(*arguments: Any) -> tuple[_Tensors, _Tensors, _Tensors]:
+        found = run(*arguments)
+        return list(found[:count]), list(found[count : 2 * count]), list(found[2 * count :])
+
+    return forward
 
 
 def run_group_forward(
@@ -101,9 +115,8 @@ def run_group_forward(
     if run is None:
         call = GroupCall.of(x, lora_as, lora_bs, biases, p, states, (x, *weights))
         run = forward_runs.keep(key, _forward_of(plan, call))
-    given: tuple[_Tensors, _Tensors, _Tensors] = launched(
-        run, key[0], x, weights, lora_as, lora_bs, biases, [float(s) for s in scalings], states
-    )
+    given: tuple[_Tensors, _Tensors, _Tensors]
+    given = run(x, weights, lora_as, lora_bs, biases, [float(s) for s in scalings], states)
     return given
 
 
@@ -122,23 +135,22 @@ def group_backward(
     hs = [h.contiguous() for h in hs]
     key = group_backward_key(dys, x, weights, lora_as, lora_bs, biases, hs, p, states)
     arguments = (dys, x, weights, lora_as, lora_bs, biases, hs, [float(scaling) for scaling in scalings], states)
-    found = backward_runs.get(key)
-    if found is None:
+    run = backward_runs.get(key)
+    if run is None:
         call = _backward_call(dys, x, weights, lora_as, lora_bs, biases, hs, p, states)
         # Without db, or with nothing that waits for dh, the joint read of dy would make what nobody asks for.
         plans = _plans(call, "backward") if hs and (weights or x is not None) else [Apart()]
         due = bool(weights), x is not None
         runs = [_backward_of(plan, call, due, states) for plan in plans]
-        run, results = first_that_runs(runs, lambda run: launched(run, key[0], *arguments))
-        backward_runs.keep(key, run)
+        chosen, results = first_that_runs(runs, lambda run: run(*arguments))
+        backward_runs.keep(key, chosen)
     else:
-        results = launched(found, key[0], *arguments)
+        results = run(*arguments)
     dx, das, dbs, dbiases = results
-    count = len(dys)
     return (
         dys[0].new_empty(0) if dx is None else dx,
-        _filled(das or [None] * count, lora_as),
-        _filled(dbs or [None] * count, lora_bs),
+        _filled(das, lora_as),
+        _filled(dbs, lora_bs),
         _filled(dbiases, dys),
     )
 
@@ -165,12 +177,12 @@ def _backward_call(
 
 
 def _backward_of(plan: Apart | DxHopperGroup, call: GroupCall, due: tuple[bool, bool], states: _Tensors) -> Any:
-    """``run(stream, dys, x, weights, lora_as, lora_bs, biases, hs, scalings, states)`` -> what is due, else None."""
+    """``run(dys, x, weights, lora_as, lora_bs, biases, hs, scalings, states)`` -> what is due, else None."""
     if not isinstance(plan, Apart):
-        run = ready_group_backward(plan, call, *due, states)
+        count = len(call.group)
+        run = PassRun(flat_backward(ready_group_backward(plan, call, *due, states), count), call.device)
 
         def by_kernels(
-            stream: int | None,
             dys: _Tensors,
             x: Tensor | None,
             weights: _Tensors,
@@ -179,13 +191,13 @@ def _backward_of(plan: Apart | DxHopperGroup, call: GroupCall, due: tuple[bool, 
             biases: Sequence[Tensor | None],
             *others: Any,
         ) -> Any:
-            return run(stream, dys, x, weights, lora_as, lora_bs, *others)
+            dx, *found = run(dys, x, weights, lora_as, lora_bs, *others)
+            return dx, *(found[i * count : (i + 1) * count] for i in range(3))
 
         return by_kernels
     p = call.p
 
     def run_apart(
-        stream: int | None,
         dys: _Tensors,
         x: Tensor | None,
         weights: _Tensors,
@@ -234,7 +246,6 @@ def run_group_backward(
     if run is None:
         call = _backward_call(dys, x, weights, lora_as, lora_bs, biases, hs, p, states)
         run = backward_runs.keep(key, _backward_of(plan, call, (bool(weights), x is not None), states))
-    found: tuple[Any, ...] = launched(
-        run, key[0], dys, x, weights, lora_as, lora_bs, biases, hs, [float(s) for s in scalings], states
-    )
+    found: tuple[Any, ...]
+    found = run(dys, x, weights, lora_as, lora_bs, biases, hs, [float(s) for s in scalings], states)
     return found

@@ -184,6 +184,20 @@ def test_a_pass_launches_what_triton_launches(compared: dict[str, dict[str, Any]
     assert said["dx_fused of a seed"]["launches"][0] == said["dx_fused"]["launches"][0] + 1
 
 
+def test_each_pass_of_a_group_is_one_call(compared: dict[str, dict[str, Any]]) -> None:
+    """Two to four layers; and launches what Triton does, with as many streams."""
+    found = {name: of for name, of in compared.items() if name.endswith("layers") or " layers" in name}
+    assert len(found) == 11
+    assert [(name, of["fault"]) for name, of in found.items() if of["fault"]] == []
+    part = ["cuEventRecord event 0 main", "cuStreamWaitEvent beside event 0"]
+    meet = ["cuEventRecord event 1 beside", "cuStreamWaitEvent main event 1"]
+    mains = ["main"] * 3
+    assert found["forward of 3 layers"]["order"] == mains
+    assert found["backward of 3 layers, words"]["order"] == mains * 2
+    assert found["backward of 3 layers, seeds"]["order"] == mains * 3  # the draws in front
+    assert found["backward of 4 layers beside"]["order"] == [*mains, *part, "beside", *mains[:2], *meet]
+
+
 def test_what_a_pass_cannot_say_is_said(compared: dict[str, dict[str, Any]]) -> None:
     assert compared["with dbias"]["fault"] == "it calls aten.sum.dim_IntList"
 

@@ -38,6 +38,8 @@ __all__ = [
     "GroupBackwardRun",
     "GroupForwardRun",
     "backward_runs",
+    "flat_backward",
+    "flat_forward",
     "forget",
     "forward_runs",
     "group_plan_fault",
@@ -155,6 +157,27 @@ def ready_group_backward(
         return grad_x, *others
 
     return run
+
+
+def flat_forward(run: GroupForwardRun) -> Callable[..., tuple[Tensor, ...]]:
+    """Every y, then every h, then every mask's words, as a prepared pass returns them."""
+
+    def flat(stream: int | None, *arguments: Any) -> tuple[Tensor, ...]:
+        ys, hs, words = run(stream, *arguments)
+        return *ys, *hs, *words
+
+    return flat
+
+
+def flat_backward(run: GroupBackwardRun, count: int) -> Callable[..., tuple[Tensor | None, ...]]:
+    """dx, then ``count`` of da, of db and of dbias, likewise; None where one is not due."""
+    absent = (None,) * count
+
+    def flat(stream: int | None, *arguments: Any) -> tuple[Tensor | None, ...]:
+        dx, das, dbs, dbiases = run(stream, *arguments)
+        return dx, *(das or absent), *(dbs or absent), *dbiases
+
+    return flat
 
 
 def _itself(stream: int | None, words: Tensor) -> Tensor:
