@@ -178,7 +178,7 @@ def _run_branches(
     scalings = tuple(float(number(branch.scaling)) for branch in branches)
     activations = tuple(branch.activation for branch in branches)
     layouts, parts = _packed_parts(branches)
-    grouped = _group_fault(x, branches, bool(states), name) is None  # p may be symbolic
+    grouped = _group_fault(x, branches, len(states) > 0, name) is None  # p may be symbolic
     if torch.is_grad_enabled() and _any_requires_grad(x, *tensors):
         record = BranchesFunction.apply if torch.compiler.is_compiling() else apply_branches_function
         return list(record(x, name, p, scalings, activations, grouped, layouts, *tensors, *states, *parts))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import pissa, storage
 from .checkpoint import save_adapter
 from .errors import LoRAKernelsWarning, MissingExtraError
-from .models.layers import adapter_parameters, lora_layers
+from .models.layers import adapter_parameters, expert_layers, lora_layers
 from .sharded import is_sharded
 
 __all__ = ["SaveAdapterCallback"]
@@ -88,7 +88,7 @@ def _held(model: nn.Module) -> str | None:
 
 def _why_left(model: nn.Module, folder: Path, held: str | None) -> str | None:
     """Why the checkpoint stays as ``Trainer`` wrote it, the same in all processes where ``held`` is not None."""
-    if not adapter_parameters(model):
+    if not any(lora_layers(model)) and not any(expert_layers(model)):  # of FSDP1's flat Parameters they have none
         return f"{type(model).__name__} holds no FusedLoRALinear: call replace_linear before the Trainer."
     if isinstance(model, getattr(sys.modules.get("peft"), "PeftModel", ())):
         return (

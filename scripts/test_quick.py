@@ -64,6 +64,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "lora_kernels/__init__.py": (*_COMMANDS, "tests/house/test_doctests.py"),
     "lora_kernels/models/": ("tests/models",),
     "lora_kernels/experts/": ("tests/experts",),
+    "lora_kernels/weights/": ("tests/weights",),
     "lora_kernels/models/experts.py": ("tests/experts/test_models.py",),
     "lora_kernels/peft/": ("tests/peft",),
     "lora_kernels/checkpoint/": ("tests/checkpoint",),
