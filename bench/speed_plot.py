@@ -1,4 +1,4 @@
-"""Writes docs/h100.svg, README's picture: the forward passes that were measured on the H100, without predictions.
+"""Writes docs/h200.svg, README's picture: the forward passes that were measured on the H200, without predictions.
 
 python bench/speed_plot.py
 """
@@ -17,7 +17,7 @@ from lora_kernels.benchmark.plot import plot  # noqa: E402
 from lora_kernels.benchmark.results import Cell, Result  # noqa: E402
 
 SHAPES = ("4096→4096", "4096→14336", "4096→1024")  # the square layers, an MLP's and the keys' of a Llama
-TARGET = ROOT / "docs" / "h100.svg"
+TARGET = ROOT / "docs" / "h200.svg"
 
 
 def measured(result: Result) -> Result:
@@ -31,4 +31,4 @@ def _without_predictions(cell: Cell) -> Cell:
 
 
 if __name__ == "__main__":
-    plot(measured(newest(ROOT / "bench" / "results", "nvidia-h100", "gpu-quick")), TARGET)
+    plot(measured(newest(ROOT / "bench" / "results", "nvidia-h200", "gpu-quick")), TARGET)

@@ -55,13 +55,22 @@ _MODELS = {  # the result's file, what makes the table of it, what stands above
     "memory": ("model-memory.json", model_memory.table, ""),
     "block-memory": ("model-memory.json", model_memory.block_table, ""),
     "block": ("nvidia-h100/block.json", block.table, ""),
-    "llama": ("nvidia-h100/llama.json", llama_report.table, ""),
+    "llama": ("nvidia-h200/llama.json", llama_report.table, ""),
     "few-tokens": ("nvidia-h100/few-tokens.json", few_tokens.table, ""),
     "traffic": ("step-traffic.json", dram_bytes.table, ""),
 }
-_SENTENCES = {"headline": ("nvidia-h100/block.json", headline)}  # likewise, without a table
+_SENTENCES = {"headline": ("nvidia-h200/llama.json", headline)}  # likewise, without a table
 # What other commands wrote: tune, verify, the decoder block and the whole model, with a document each.
-_OTHERS = ("block.json", "few-tokens.json", "hopper_step.json", "llama.json", "tune.json", "tuned.json", "verify.json")
+_OTHERS = (
+    "block.json",
+    "checks.json",
+    "few-tokens.json",
+    "hopper_step.json",
+    "llama.json",
+    "tune.json",
+    "tuned.json",
+    "verify.json",
+)
 _MAKERS: dict[str, Callable[[Result, str, dict[str, tuple[str, ...]]], Table]] = {
     "table": partial(table, foreseen=False),
     "grid": grid,

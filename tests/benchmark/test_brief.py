@@ -61,21 +61,29 @@ def test_passes_are_joined_in_a_brief_table_alone(tmp_path: Path) -> None:
         tables.fill("<!-- table:box/smoke/step+forward -->\n<!-- /table -->\n", tmp_path)
 
 
-def test_the_first_number_is_the_range_of_all_rows() -> None:
-    rows = [{"failed": None, "reached": {"speed": s, "kept": k}} for s, k in ((1.42, 0.65), (1.01, 0.57))]
+def test_the_first_number_is_of_the_largest_batch_of_both() -> None:
+    cells = [
+        {"provider": name, "batch": batch, "again": False, "numbers": {"tokens_per_second": speed}}
+        for name, batch, speed in (("peft", 1, 9.0), ("fused", 1, 10.0), ("fused", 2, 12345.6), ("fused", 4, 99.0))
+    ]
     document = {
         "environment": {"device": "a card"},
-        "sizes": {"hidden": 4096},
-        "targets": {"speed": 1.25, "kept": 0.7},
-        "cells": [*rows, {"failed": "wrong", "reached": {}}],
+        "sizes": {"tokens": 4096},
+        "dropout": 0.1,
+        "reached": {"common": {"batch": 2, "over peft": 1.123, "over frozen": 0.945, "peak over peft": 0.661}},
+        "cells": cells,
     }
     sentence = " ".join(brief.headline(document).split())
-    assert "trained at 1.01 to 1.42 times PEFT's speed and kept 0.57 to 0.65 times its bytes for backward." in sentence
-    assert sentence.startswith("On one a card, a decoder block of hidden size 4096 ")
+    assert sentence.startswith("On one a card, Llama-3-8B with adapters of rank 16 ")
+    assert "dropout 0.1 trained at 12346 tokens a second, 2 x 4096 a step." in sentence
+    assert (
+        "1.12 times the speed of PEFT with 16-bit adapters, and 0.94 times the frozen model's, in 0.66 times"
+        in sentence
+    )
 
 
 def test_the_picture_holds_no_prediction() -> None:
-    result = speed_plot.measured(tables.newest(tables.ROOT / "bench" / "results", "nvidia-h100", "gpu-quick"))
+    result = speed_plot.measured(tables.newest(tables.ROOT / "bench" / "results", "nvidia-h200", "gpu-quick"))
     assert {cell.workload.shape for cell in result.cells} == set(speed_plot.SHAPES)
     assert {(cell.workload.direction, cell.workload.p) for cell in result.cells} == {("forward", 0.0)}
     assert not any(entry.predicted for cell in result.cells for entry in cell.providers.values())

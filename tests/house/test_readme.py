@@ -24,7 +24,7 @@ ORDER = (  # what a reader meets first, and what then
     "pip install",
     "First use",
     "SFTTrainer",
-    "docs/h100.svg",
+    "docs/h200.svg",
     "<!-- brief:",
     "## What is guaranteed",
     "## Limits",
@@ -52,10 +52,10 @@ def test_what_is_needed_first_comes_first() -> None:
 
 
 def test_one_picture_and_one_table_of_about_eight_measured_rows() -> None:
-    assert re.findall(r"!\[[^\]]*\]\(([^)]*)\)", README) == ["docs/h100.svg"]
+    assert re.findall(r"!\[[^\]]*\]\(([^)]*)\)", README) == ["docs/h200.svg"]
     rows = [line for line in README.splitlines() if line.startswith("|")]
     assert 6 <= len(rows) - 2 <= 10
-    assert "predicted" not in (ROOT / "docs" / "h100.svg").read_text(encoding="utf-8").lower()
+    assert "predicted" not in (ROOT / "docs" / "h200.svg").read_text(encoding="utf-8").lower()
 
 
 def test_the_first_commands_are_those_for_a_clone() -> None:
