@@ -35,7 +35,8 @@ def headline(document: dict[str, Any]) -> str:
         f"On one {document['environment']['device']}, Llama-3-8B with adapters of rank 16 on all seven projections and "
         f"dropout {document['dropout']:g} trained at {speed:.0f} tokens a second, {common['batch']} x "
         f"{sizes['tokens']} a step. That is {common['over peft']:.2f} times the speed of PEFT with 16-bit adapters, "
-        f"and {common['over frozen']:.2f} times the frozen model's, in {common['peak over peft']:.2f} times PEFT's memory."
+        f"and {common['over frozen']:.2f} times the frozen model's, "
+        f"in {common['peak over peft']:.2f} times PEFT's memory."
     )
 
 
