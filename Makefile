@@ -88,7 +88,7 @@ tables: $(STAMP) ## write the tables in README.md and docs/, and README's pictur
 
 GPU = $(PYTHON) scripts/gpu_check.py --out "$(OUT)" $(if $(RESUME),--resume $(filter-out 1,$(RESUME)))
 
-gpu-check: ## on a machine with a GPU, with its own python3 and no network: tests, verify, tune, in five minutes, into $OUT
+gpu-check: ## on a machine with a GPU, with its own python3 and no network: tests, verify, tune, in seven minutes, into $OUT
 	$(GPU)
 
 gpu-bench: ## likewise: tune, the project's goals and their verdict, then README's cells, in six minutes

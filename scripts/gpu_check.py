@@ -1,6 +1,6 @@
 """Everything that wants a GPU, in commands that need no network and install nothing.
 
-``make gpu-check`` is five minutes: the tests that a GPU changes something about, verification, tuning.
+``make gpu-check`` is seven minutes: the tests that a GPU changes something about, verification, tuning.
 ``make gpu-bench`` is six: the project's goals and their verdict, then what README's tables show.
 ``make gpu-grid`` is nine minutes a call: the grids of both passes, then what compiled rivals make of them.
 ``make gpu-llama`` is four: a training step of all of Llama-3-8B, on 80 GB.

@@ -46,10 +46,10 @@ def latest_ends(planned: list[Stage]) -> dict[str, float]:
     return ends
 
 
-def test_every_stage_of_the_check_has_its_time_in_five_minutes() -> None:
+def test_every_stage_of_the_check_has_its_time_in_seven_minutes() -> None:
     planned = gpu_stages.stages()
     assert [s.name for s in planned] == ["build", "warm-up", "info", "tests", "verify", "tune"]
-    assert gpu_stages.TOTALS["check"] == 300
+    assert gpu_stages.TOTALS["check"] == 430
     assert max(latest_ends(planned).values()) <= gpu_stages.TOTALS["check"] - gpu_check.PATIENCE_SECONDS
 
 
