@@ -20,6 +20,7 @@ from lora_kernels.backends.triton.choose.candidates import candidates
 from lora_kernels.backends.triton.choose.plans import Cell, Plan
 from lora_kernels.backends.triton.choose.table import read, running_versions
 from lora_kernels.benchmark.timing import Candidate, Timing
+from lora_kernels.packed_mask import unpack
 from lora_kernels.tuning import bench as device_bench
 from lora_kernels.tuning.bench import DeviceBench, DeviceLostError, DeviceTrial
 from lora_kernels.tuning.search import NothingToStoreError
@@ -180,8 +181,8 @@ def test_a_backward_plan_that_is_wrong_is_refused(fault: Callable[..., Any], mon
     every = candidates(INTERPRETER, BACKWARD)
 
     def run_backward(plan: Plan, dy: Tensor, x: Tensor, w: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Any:
-        _, _, s, p, state = rest
-        g = reference.backward(dy, x, w, a, b, s, reference.philox_keep_mask(state, *x.shape, p), p)
+        _, _, s, p, words = rest  # so narrow a layer keeps the words
+        g = reference.backward(dy, x, w, a, b, s, unpack(words, x.shape[1]), p)
         return (*(fault if plan == every[1] else lambda *right: right)(g.dx, g.da, g.db), None)
 
     monkeypatch.setattr(operators, "run_backward", run_backward)
