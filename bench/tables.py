@@ -66,6 +66,7 @@ _OTHERS = (
     "checks.json",
     "few-tokens.json",
     "hopper_step.json",
+    "host.json",
     "llama.json",
     "tune.json",
     "tuned.json",

@@ -275,12 +275,13 @@ NEARLY = 1.05
 @pytest.mark.parametrize(
     "cell", MEASURED, ids=lambda c: f"{c['tokens']} tokens, {c['in_features']}x{c['out_features']}"
 )
-def test_the_choice_is_nearly_the_quickest_measured(cell: dict[str, Any]) -> None:
-    """On an H100, untuned, of what was measured there."""
-    if nvrtc.why_not() is not None:
-        pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
+def test_the_choice_is_nearly_the_quickest_measured(cell: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H100, untuned, of what was measured there; to choose takes no NVRTC."""
+    monkeypatch.setattr(nvrtc, "why_not", lambda: None)
+    candidates.candidates.cache_clear()
     sizes = cell["tokens"], cell["in_features"], cell["out_features"]
     (plan, *_) = candidates.candidates(H100, Cell("forward", *sizes, 16, "bfloat16", False))
+    candidates.candidates.cache_clear()  # what it holds is of a machine with NVRTC
     assert cell["plans"][str(plan)] <= NEARLY * min(cell["plans"].values()), plan
 
 

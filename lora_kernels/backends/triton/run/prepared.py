@@ -133,7 +133,7 @@ _STEPPED_OVER = (
     "operation not supported",
     "Failed to create tensor map descriptor",
     "NVRTC",
-    "wrongly",
+    "Triton has compiled",
 )
 
 

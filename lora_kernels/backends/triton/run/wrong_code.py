@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import re
 
+from ....errors import BackendUnavailableError
+
 __all__ = ["check_code", "lanes_that_overflow"]
 
 _TAKEN_APART = re.compile(r"\bmov\.b64\s+\{_, %r\d+\}, (%rd\d+);")
@@ -41,11 +43,11 @@ def check_code(kernel: str, compiled: object) -> None:
     """Refuses what ``compiled``'s PTX shows to be wrong; nothing where there is none, as in the interpreter.
 
     Raises:
-        RuntimeError: the kernel was compiled wrongly. Another plan may serve: ``prepared.first_that_runs``.
+        BackendUnavailableError: the kernel was compiled wrongly. Another plan may serve: ``prepared.first_that_runs``.
     """
     ptx = getattr(compiled, "asm", {}).get("ptx", "")
     if lanes_that_overflow(ptx):
-        raise RuntimeError(
+        raise BackendUnavailableError(
             f"Triton has compiled {kernel} wrongly for these strides, and no other kernel serves: install triton 3.7 "
             "or later, or run within use_backend('native')."
         )
