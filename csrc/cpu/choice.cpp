@@ -28,6 +28,7 @@ std::atomic<int> forced{read_choice()};
 // What the model knows of a machine.
 struct Processor {
     bool own_tiles;               // the kernels multiply 16-bit matrices by tiles (AMX)
+    bool own_pairs;               // bf16 in pairs (AVX512-BF16)
     bool own_wide;                // they have AVX-512 for fp32
     bool intel;                   // MKL's fp32 and fp64 products are tuned for this maker's machines
     bool pairs_bf16, pairs_fp16;  // the library has vector instructions made for the dtype,
@@ -45,6 +46,7 @@ bool has(const char* words, const char* word) {
 Processor read(const char* words) {
     const bool own_tiles = has(words, "own=amx");
     return {own_tiles,
+            has(words, "own=avx512_bf16"),
             own_tiles || has(words, "own=avx512") || has(words, "own=avx512_bf16"),
             has(words, "intel"),
             has(words, "avx512_bf16"),
@@ -88,9 +90,11 @@ Rate library_rate(const Processor& p, Dtype dtype) {
 // Fitted on three machines at r = 16; times are the layer's over the frozen layer's, own against library.
 // - AMD with AVX2 (bench/results/amd-epyc): 16-bit library products take 3 to 60 times as long as own ones; own fp32 is
 //   the quicker one up to 128 tokens.
-// - AMD with AVX512-BF16: bf16 of 2048x2048 at 8 tokens 1.05 against 1.20 forward, 1.02 against 1.19 backward; at 16
-//   tokens 1.25 against 1.17, 1.68 against 1.27; from 32 on 2.1 against 1.1. fp32 at 512 to 2048 tokens 0.86 to 0.99
-//   against 1.00 to 1.09.
+// - AMD with AVX512-BF16, own in pairs: bf16 of 2048x2048 at 16 tokens 0.84 against 1.06 forward, 0.69 against 1.09
+//   backward; of 4096x4096 0.93 and 0.49; 1024x1024 0.99 and 0.83, at 24 tokens 1.11. fp32 at 512 to 2048 tokens
+//   0.86 to 0.99 against 1.00 to 1.09.
+// - The same without pairs: at 8 tokens 1.05 against 1.20 forward, 1.02 against 1.19 backward; at 16 tokens 1.25
+//   against 1.17, 1.68 against 1.27.
 // - Intel with AMX, own in vectors throughout: bf16 0.43 at one token, 2.65 at 16, where the library's time hardly
 //   depends on so few tokens: about 5 are the border. fp32 1.10 and 1.20; around the library's product some 0.05
 //   remain.
@@ -104,6 +108,7 @@ bool own_by_model(const Processor& p, Dtype dtype, int64_t m, int64_t n, int64_t
             const Rate rate = library_rate(p, dtype);
             if (rate == Rate::slow) return true;
             if (rate == Rate::tiles && p.own_tiles && dtype == Dtype::bf16) return m <= 16 || work <= (1 << 21);
+            if (rate == Rate::vectors && p.own_pairs && dtype == Dtype::bf16) return m <= 16 || work <= (1 << 21);
             return m <= (rate == Rate::tiles ? 4 : 8) || work <= (1 << (rate == Rate::tiles ? 20 : 21));
         }
         case Dtype::fp32:

@@ -35,6 +35,13 @@ struct Forms<float, bf16> {
     using Hidden = TiledShrink;
     using Sums = TiledTokenSums;
 };
+#elif LORA_PAIRS
+template <>
+struct Forms<float, bf16> {
+    using Output = Product<float, bf16>;
+    using Hidden = PairedShrink;
+    using Sums = PairedTokenSums;
+};
 #endif
 
 template <class T, class E>
@@ -46,7 +53,7 @@ struct Driver {
 
     // h = (x * D) Aᵀ.
     static int64_t threads_of(const ShrinkCall& f) { return useful_threads(f.threads, f.m * f.k * f.r); }
-    static bool few(const ShrinkCall& f) { return f.m <= FEW_TOKENS_FORWARD; }
+    static bool few(const ShrinkCall& f) { return f.m <= FEW_TOKENS_SHRINK<E>; }
     static typename Many::Hidden many(const ShrinkCall& f) {
         return {f.m, f.k, f.r, matrix(f.x), f.ldx, adapter(f.lora_a), f.dropout, static_cast<T*>(f.h)};
     }
@@ -59,21 +66,8 @@ struct Driver {
         T* scratch = static_cast<T*>(f.scratch);
         if (!few(f)) return many(f).run(threads_of(f), scratch);
         widen_block(matrix(f.x), f.ldx, f.m, f.k, scratch, f.k, f.dropout, 0, 0);
-        const FewForward<T, T, T> product = {f.m,
-                                             f.r,
-                                             f.k,
-                                             0,
-                                             scratch,
-                                             nullptr,
-                                             0,
-                                             adapter(f.lora_a),
-                                             f.k,
-                                             nullptr,
-                                             nullptr,
-                                             nullptr,
-                                             nullptr,
-                                             nullptr,
-                                             static_cast<T*>(f.h)};
+        const FewForward<T, T, T> product = {f.m,     f.r,     f.k,     0,       scratch, adapter(f.lora_a),   f.k,
+                                             nullptr, nullptr, nullptr, nullptr, nullptr, static_cast<T*>(f.h)};
         product.run(threads_of(f), nullptr);
     }
 
@@ -91,7 +85,7 @@ struct Driver {
             if (f.terms[t].weight == nullptr) return false;
         }
         if (tiled_few(f)) return true;
-        return f.m <= (f.transposed ? FEW_TOKENS_FORWARD : FEW_TOKENS_BACKWARD);
+        return f.m <= (f.transposed ? FEW_TOKENS_FORWARD<E> : FEW_TOKENS_INPUT_GRAD<E>);
     }
 #if LORA_TILES
     static bool tiled_few(const ProductCall& f) {
@@ -136,6 +130,25 @@ struct Driver {
         product.plan(threads_of(f));
         return product;
     }
+#if LORA_PAIRS
+    static PairedForward few_in_pairs(const ProductCall& f, const float* low) {
+        const Term& term = f.terms[0];
+        return {f.m,
+                f.n,
+                term.depth,
+                term.r,
+                static_cast<const bf16*>(term.left),
+                term.ldl,
+                static_cast<const bf16*>(term.weight),
+                term.ldw,
+                low,
+                static_cast<const float*>(term.adapter),
+                static_cast<const float*>(f.bias),
+                static_cast<const float*>(f.gain),
+                static_cast<bf16*>(f.linear),
+                static_cast<bf16*>(f.out)};
+    }
+#endif
     static FewInputGradient<T, E> few_dx(const ProductCall& f) {
         return {f.m, f.n, f.terms, f.count, static_cast<E*>(f.out)};
     }
@@ -148,6 +161,9 @@ struct Driver {
         if (tiled_few(f)) return bytes(few_in_tiles(f).scratch(threads));
 #endif
         const Term& term = f.terms[0];
+#if LORA_PAIRS
+        if (in_pairs<E>) return bytes(f.m * term.r) + threads * few_in_pairs(f, nullptr).copied() * sizeof(bf16);
+#endif
         return bytes(f.m * (term.depth + term.r) + threads * WEIGHT_ROWS * term.depth);
     }
     static void product(const ProductCall& f) {
@@ -160,19 +176,21 @@ struct Driver {
 #endif
         const Term& term = f.terms[0];
         const int64_t k = term.depth, r = term.r;
-        T* low = scratch + f.m * k;
-        widen_block(matrix(term.left), term.ldl, f.m, k, scratch, k);
+        T* low = in_pairs<E> ? scratch : scratch + f.m * k;
         for (int64_t i = 0; i < f.m; ++i) {
             const T* h = adapter(term.low) + i * term.ldlow;
             for (int64_t q = 0; q < r; ++q) low[i * r + q] = h[q] * static_cast<T>(f.factor);
         }
+#if LORA_PAIRS
+        if constexpr (in_pairs<E>)
+            return few_in_pairs(f, low).run(threads_of(f), reinterpret_cast<bf16*>(low + f.m * r));
+#endif
+        widen_block(matrix(term.left), term.ldl, f.m, k, scratch, k);
         const FewForward<T, E, E> output = {f.m,
                                             f.n,
                                             k,
                                             r,
                                             scratch,
-                                            matrix(term.left),
-                                            term.ldl,
                                             matrix(term.weight),
                                             term.ldw,
                                             low,

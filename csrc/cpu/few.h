@@ -4,13 +4,19 @@
 // dx), so both read W in its own order.
 #pragma once
 
-#include "products.h"
+#include "pairs.h"
 
 namespace lora_kernels {
 namespace LORA_CAPABILITY {
 
-// Above these many tokens packing W pays.
-constexpr int64_t FEW_TOKENS_FORWARD = 16, FEW_TOKENS_BACKWARD = 8;
+// Above these many tokens packing W pays, or the adapter.
+constexpr int64_t FEW_TOKENS_BACKWARD = 8;
+template <class E>
+constexpr int64_t FEW_TOKENS_FORWARD = in_pairs<E> ? 32 : 16;
+template <class E>
+constexpr int64_t FEW_TOKENS_INPUT_GRAD = in_pairs<E> ? 32 : FEW_TOKENS_BACKWARD;
+template <class E>
+constexpr int64_t FEW_TOKENS_SHRINK = in_pairs<E> ? 4 : 16;
 
 #if LORA_VECTOR_BYTES == 64
 constexpr int WEIGHT_ROWS = 6;
@@ -42,57 +48,11 @@ LORA_INLINE void dot_rows(int64_t k, const T* x, int64_t ldx, const E* w, int64_
     }
 }
 
-// Where the machine multiplies pairs of bf16 (AVX512-BF16), products of W read both sides as they are stored.
-// LORA_PAIRS=1 takes that way on any machine, with the instruction written out: for tests.
-#ifndef LORA_PAIRS
-#if defined(__AVX512BF16__)
-#define LORA_PAIRS 1
-#else
-#define LORA_PAIRS 0
-#endif
-#endif
-template <class E>
-constexpr bool in_pairs = LORA_PAIRS && __is_same(E, bf16);
-
-LORA_INLINE FloatVector add_pairs(FloatVector sum, const bf16* a, const bf16* b) {
-#if defined(__AVX512BF16__)
-    return (FloatVector)_mm512_dpbf16_ps((__m512)sum, read<__m512bh>(a), read<__m512bh>(b));
-#else
-    sum += load(a) * load(b);
-    return sum + load(a + lanes<float>) * load(b + lanes<float>);
-#endif
-}
-
-template <int MR, int NR>
-LORA_INLINE void dot_pairs(int64_t k, const bf16* x, int64_t ldx, const bf16* w, int64_t ldw,
-                           FloatVector (&sums)[MR][NR]) {
-    constexpr int STEP = 2 * lanes<float>;
-    int64_t at = 0;
-    for (; at + STEP <= k; at += STEP) {
-#pragma GCC unroll 4
-        for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 8
-            for (int j = 0; j < NR; ++j) sums[i][j] = add_pairs(sums[i][j], x + i * ldx + at, w + j * ldw + at);
-        }
-    }
-    for (int i = 0; at < k && i < MR; ++i) {
-        bf16 left[STEP] = {};
-        __builtin_memcpy(left, x + i * ldx + at, static_cast<size_t>(k - at) * sizeof(bf16));
-        for (int j = 0; j < NR; ++j) {
-            bf16 right[STEP] = {};
-            __builtin_memcpy(right, w + j * ldw + at, static_cast<size_t>(k - at) * sizeof(bf16));
-            sums[i][j] = add_pairs(sums[i][j], left, right);
-        }
-    }
-}
-
 // out (m, n) = gain * l + bias with l = x weightᵀ + low lora_bᵀ, rounded once from T.
 template <class T, class E, class Out>
 struct FewForward {
     int64_t m, n, k, r;
-    const T* x;       // (m, k), widened, contiguous; not read where W is multiplied in pairs
-    const E* stored;  // (m, k), as it came; read only there
-    int64_t ldx;
+    const T* x;  // (m, k), widened, contiguous
     const E* weight;
     int64_t ldw;
     const T *low, *lora_b;  // low = s h (m, r)
@@ -102,11 +62,7 @@ struct FewForward {
     template <int MR, int NR, class W>
     void block(int64_t i, int64_t j, const W* rows, int64_t ldr) const {
         Vector<T> sums[MR][NR] = {};
-        if constexpr (in_pairs<W>) {
-            dot_pairs<MR, NR>(k, stored + i * ldx, ldx, rows, ldr, sums);
-        } else {
-            dot_rows<T, W, MR, NR>(k, x + i * k, k, rows, ldr, sums);
-        }
+        dot_rows<T, W, MR, NR>(k, x + i * k, k, rows, ldr, sums);
         if (r > 0) dot_rows<T, T, MR, NR>(r, low + i * r, r, lora_b + j * r, r, sums);
         for (int row = 0; row < MR; ++row) {
             for (int column = 0; column < NR; ++column) {
@@ -130,7 +86,7 @@ struct FewForward {
     template <int NR>
     void columns(int64_t j, T* widened) const {
         const E* rows = weight + j * ldw;
-        if (sizeof(E) == sizeof(T) || in_pairs<E> || m <= 3) return tokens<NR>(j, rows, ldw);
+        if (sizeof(E) == sizeof(T) || m <= 3) return tokens<NR>(j, rows, ldw);
         widen_block(rows, ldw, NR, k, widened, k);
         tokens<NR>(j, widened, k);
     }
@@ -248,7 +204,7 @@ struct FewAdapterGradient {
 // a time. Every term has its weight.
 template <class T, class E>
 struct FewInputGradient {
-    static constexpr int64_t SPAN = 8192;
+    static constexpr int64_t SPAN = in_pairs<E> ? 32768 : 8192;
     static constexpr int STEP = 8;
 
     int64_t m, k;
@@ -289,7 +245,7 @@ struct FewInputGradient {
     template <class L, class S>
     void add_product(int64_t columns, int64_t depth, const L* left, int64_t ldl, const S* rows, int64_t ldr,
                      T* sums) const {
-        T factors[FEW_TOKENS_BACKWARD * STEP];
+        T factors[FEW_TOKENS_INPUT_GRAD<E> * STEP];
         for (int64_t s = 0; s < depth; s += STEP) {
             const int steps = static_cast<int>(least(STEP, depth - s));
             for (int64_t i = 0; i < m; ++i) {
@@ -316,14 +272,21 @@ struct FewInputGradient {
             }
             for (int64_t t = 0; t < count; ++t) {
                 const Term& term = terms[t];
-                add_product(columns, term.depth, static_cast<const E*>(term.left), term.ldl,
-                            static_cast<const E*>(term.weight) + j, term.ldw, sums);
+                const E *left = static_cast<const E*>(term.left), *weight = static_cast<const E*>(term.weight) + j;
+#if LORA_PAIRS
+                if constexpr (in_pairs<E>) {
+                    add_row_pairs(m, columns, term.depth, left, term.ldl, weight, term.ldw, sums, span());
+                    continue;
+                }
+#endif
+                add_product(columns, term.depth, left, term.ldl, weight, term.ldw, sums);
             }
             narrow_block(sums, span(), m, columns, dx + j, k);
         }
     }
 
-    int64_t span() const { return round_up(SPAN / m, 64); }
+    // A line more than a power of two, where all of W's pairs go down the same columns of the sums.
+    int64_t span() const { return round_up(SPAN / m, 64) + (in_pairs<E> ? DROPOUT_WORD : 0); }
     int64_t scratch_per_task() const { return (any_apart(terms, count) ? 2 : 1) * m * span(); }
     void run(int64_t threads, T* scratch) const {
         const int64_t tasks = least(threads, ceil_div(k, 64));

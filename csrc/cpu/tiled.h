@@ -5,7 +5,7 @@
 // zeros where a depth is no multiple of TILE_DEPTH; c is padded to whole tiles, and what stands there is of no account.
 #pragma once
 
-#include "products.h"
+#include "pairs.h"
 #include "tiles.h"
 
 #if LORA_TILES
@@ -70,37 +70,6 @@ static void multiply_strip(int64_t rows, int64_t columns, int64_t depth, const b
     }
 }
 
-// DROPOUT_WORD values: where the bit of `word` is 0, finite ones become 0, and NaN and infinities NaN, as 0 times them
-// is.
-LORA_INLINE void copy_kept(const bf16* from, uint32_t word, bf16* to) {
-#if defined(__AVX512BW__) && LORA_VECTOR_BYTES == 64
-    const __m512i values = read<__m512i>(from), exponent = _mm512_set1_epi16(0x7F80);
-    const __mmask32 endless = _mm512_cmpeq_epi16_mask(_mm512_and_si512(values, exponent), exponent);
-    write(to, _mm512_mask_mov_epi16(_mm512_maskz_set1_epi16(endless, 0x7FC0), word, values));
-#else
-    for (int i = 0; i < DROPOUT_WORD; ++i) {
-        const uint16_t value = from[i].bits, dropped = (value & 0x7F80u) == 0x7F80u ? 0x7FC0u : 0u;
-        to[i].bits = word >> i & 1 ? value : dropped;
-    }
-#endif
-}
-
-// out (rows, columns), row distance ldo: source's block, 0 where it is dropped; 1 / (1 - p) is left to the sums.
-static void copy_kept(const bf16* source, int64_t lds, int64_t rows, int64_t columns, bf16* out, int64_t ldo,
-                      const Dropout& dropout, int64_t row, int64_t column) {
-    with_mask(dropout, row, column, rows, columns, [&](int64_t i, int64_t j, int64_t count, const uint64_t* words) {
-        const bf16* from = source + i * lds + j;
-        bf16* to = out + i * ldo + j;
-        for (; count >= DROPOUT_WORD; count -= DROPOUT_WORD, from += DROPOUT_WORD, to += DROPOUT_WORD, ++words)
-            copy_kept(from, static_cast<uint32_t>(*words), to);
-        if (count == 0) return;
-        bf16 rest[DROPOUT_WORD] = {};
-        __builtin_memcpy(rest, from, static_cast<size_t>(count) * sizeof(bf16));
-        copy_kept(rest, static_cast<uint32_t>(*words), rest);
-        __builtin_memcpy(to, rest, static_cast<size_t>(count) * sizeof(bf16));
-    });
-}
-
 // out (round_up(rows, TILE_SIDE), padded_depth(columns)), row distance ldo: source's block, dropped where it is to be,
 // and zeros around it. (row, column) is its place in the matrix.
 static void copy_padded(const bf16* source, int64_t lds, int64_t rows, int64_t columns, bf16* out, int64_t ldo,
@@ -132,10 +101,6 @@ static void multiply_tiled(int64_t rows, int64_t columns, int64_t depth, const b
         copy_padded(from, ldl, height, depth, strip, lds, dropout, row + i, column);
         multiply_strip<false>(height, columns, padded, strip, lds, panels, padded, c + i * ldc, ldc);
     }
-}
-
-LORA_INLINE FloatVector load_some(const bf16* p, int64_t count) {  // count may be beyond the lanes, or below 0
-    return count >= WORDS ? load(p) : load_part(p, count < 0 ? 0 : count);
 }
 
 // Panels of source (depth, columns), row distance lds.

@@ -181,6 +181,13 @@ LORA_INLINE auto load_part(const E* p, int64_t count) {
     return load(padded);
 }
 
+// As many as there are, when count may be beyond the lanes, or below 0.
+template <class E>
+LORA_INLINE auto load_some(const E* p, int64_t count) {
+    constexpr int64_t all = sizeof(load(p)) / sizeof(load(p)[0]);
+    return count >= all ? load(p) : load_part(p, count < 0 ? 0 : count);
+}
+
 template <class V>
 LORA_INLINE auto sum_lanes(V v) {
     constexpr int count = sizeof(V) / sizeof(v[0]);

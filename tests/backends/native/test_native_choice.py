@@ -198,7 +198,7 @@ XEON, HELD_DOWN = f"own=amx {TILES}", f"own=avx512_bf16 {TILES}"  # where this p
 MODEL = [
     *[(AVX2, dtype, m, "own") for dtype in ("bfloat16", "float16") for m in (1, 16, 17, 4096)],
     *[("own=portable", "bfloat16", 4096, "own"), ("own=avx512 intel avx512", "bfloat16", 4096, "own")],
-    *[(ZEN4, "bfloat16", m, "own" if m <= 8 else "library") for m in (1, 8, 9, 16, 17, 4096)],
+    *[(ZEN4, "bfloat16", m, "own" if m <= 16 else "library") for m in (1, 8, 9, 16, 17, 4096)],
     *[(ZEN4, "float16", m, "own") for m in (1, 16, 4096)],
     *[(HELD_DOWN, "bfloat16", m, "own" if m <= 4 else "library") for m in (1, 4, 5, 16, 17, 4096)],
     *[(XEON, "bfloat16", m, "own" if m <= 16 else "library") for m in (1, 16, 17, 4096)],
