@@ -18,8 +18,9 @@ from torch import Tensor
 from . import reference
 from .activations import activate, activate_backward
 from .errors import UnsupportedTransformError
-from .ops import operators
+from .ops import is_watched, operators
 from .tensors import as_dtype, flatten, unflatten
+from .weights import four_bits
 from .weights.packed import Layout, values_of
 
 __all__ = [
@@ -79,13 +80,17 @@ def forward_only(
         ys, zs, kept = _forward_of_group(ops, flat, members, p, scalings, states)
         return [unflatten(y, x.shape) for y in ys], zs, [None] * count, kept
     zs = _shrink_all(ops, flat, [member.lora_a for member in members], p, states)
-    ys, linears = [], []
+    ys, linears, codes = [], [], bool(layouts) and backend_name == "native" and not is_watched()
     for i, (member, z, scaling, activation, with_linear) in enumerate(
         zip(members, zs, scalings, activations, with_linears, strict=True)
     ):
-        weight, h = _values(i, member.weight, layouts, parts, x.dtype, flat), activate(activation, z)
-        y, linear = ops.product(flat, weight, member.lora_b, h, member.bias, member.gain, scaling, with_linear)
-        del weight  # or the next one's values would be made beside these
+        rest = member.lora_b, activate(activation, z), member.bias, member.gain, scaling, with_linear
+        found = four_bits.product(flat, layouts[i], parts[i], *rest) if codes else None
+        if found is None:
+            weight = _values(i, member.weight, layouts, parts, x.dtype, flat)
+            found = ops.product(flat, weight, *rest)
+            del weight  # or the next one's values would be made beside these
+        y, linear = found
         ys.append(unflatten(y, x.shape))
         linears.append(linear)
     return ys, zs, linears, states

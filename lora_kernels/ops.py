@@ -78,6 +78,10 @@ are fp32 (fp64 for fp64).
 ``dequantize`` is no backend's: the values (N,K) of a weight in a quantised form (``weights/``), which alone knows what
 the parts are. ``after`` is not read.
 
+``native_four_bit_values`` and ``native_four_bit_product`` are what the C++ library has for weights of 4-bit codes on
+CPUs: the values, and product's y of few tokens, which reads the codes. Nothing that watches sees them: the first runs
+within ``dequantize``, the second where nobody watches.
+
 The overload ``.Tensor`` of an operator takes its numbers as 0-dim fp64 tensors: see ``graph_numbers.py``. What each
 operator counts for PyTorch's ``FlopCounterMode`` is in ``flops.py``.
 """
@@ -103,6 +107,10 @@ __all__ = [
     "OPERATOR_NAMES",
     "Operators",
     "dequantize",
+    "four_bit_product",
+    "four_bit_values",
+    "has_four_bit_kernels",
+    "is_watched",
     "operators",
     "register",
     "register_form",
@@ -266,6 +274,15 @@ _DEQUANTIZE = (
     "dequantize(Tensor[] parts, str form, str spec, SymInt rows, SymInt columns, ScalarType dtype, Tensor? after) -> "
     "Tensor"
 )
+_FOUR_BITS = {
+    "native_four_bit_values": "(Tensor[] parts, Tensor table, int blocksize, int nested_blocksize, int rows, "
+    "int columns, ScalarType dtype) -> Tensor",
+    "native_four_bit_product": "(Tensor x, Tensor[] parts, Tensor table, int blocksize, int nested_blocksize, "
+    "Tensor lora_b, Tensor h, Tensor? bias, Tensor? gain, float scaling, bool with_linear) -> (Tensor y, "
+    "Tensor linear)",
+}
+for _name, _schema in _FOUR_BITS.items():
+    _library.define(f"{_name}{_schema}")
 _forms: dict[str, Callable[..., Tensor]] = {}
 
 
@@ -296,3 +313,29 @@ def dequantize(
     """The values (N, K) of a weight in a form that :func:`register_form` was told of."""
     values: Tensor = torch.ops.lora_kernels.dequantize.default(parts, form, spec, rows, columns, dtype, after)
     return values
+
+
+def has_four_bit_kernels() -> bool:
+    """Whether the C++ library for CPUs is loaded, which has :func:`four_bit_values` and :func:`four_bit_product`."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::native_four_bit_values", "CPU")
+
+
+def four_bit_values(*arguments: Any) -> Tensor:
+    """The values (N, K) of 4-bit codes, by the C++ library: see the schema."""
+    values: Tensor = torch.ops.lora_kernels.native_four_bit_values.default(*arguments)
+    return values
+
+
+def four_bit_product(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """What ``product`` gives for a weight of 4-bit codes and few tokens; not where somebody watches."""
+    found: tuple[Tensor, Tensor] = torch.ops.lora_kernels.native_four_bit_product.default._op(*arguments)
+    return found
+
+
+def is_watched() -> bool:
+    """Whether a compiler, a tracer or a dispatch mode sees the operators that are called."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )

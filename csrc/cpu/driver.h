@@ -2,7 +2,7 @@
 // lies.
 #pragma once
 
-#include "few.h"
+#include "four_bits_few.h"
 #include "gains.h"
 #include "gated.h"
 #include "tiled_few.h"
@@ -10,14 +10,6 @@
 
 namespace lora_kernels {
 namespace LORA_CAPABILITY {
-
-constexpr int64_t WORK_PER_THREAD = 1 << 18;  // multiply-adds below which another thread costs more than it saves
-constexpr int64_t WORK_PER_ELEMENT = 8;       // in multiply-adds, of one that is read from memory, changed and written
-
-LORA_INLINE int64_t useful_threads(int64_t threads, int64_t work) {
-    const int64_t most = work / WORK_PER_THREAD + 1;
-    return least(threads, most);
-}
 
 LORA_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -435,6 +427,9 @@ constexpr Kernels KERNELS = {Driver<T, E>::shrink_scratch,
                              Driver<T, E>::row_norms_scratch,
                              Driver<T, E>::row_norms,
                              Driver<T, E>::gated,
+                             FourBitDriver<T, E>::values,
+                             FourBitDriver<T, E>::scratch,
+                             FourBitDriver<T, E>::product,
                              Conversion<T, E>::adapter,
                              Conversion<T, E>::gradient,
                              draw_mask};

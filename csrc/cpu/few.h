@@ -9,6 +9,14 @@
 namespace lora_kernels {
 namespace LORA_CAPABILITY {
 
+constexpr int64_t WORK_PER_THREAD = 1 << 18;  // multiply-adds below which another thread costs more than it saves
+constexpr int64_t WORK_PER_ELEMENT = 8;       // in multiply-adds, of one that is read from memory, changed and written
+
+LORA_INLINE int64_t useful_threads(int64_t threads, int64_t work) {
+    const int64_t most = work / WORK_PER_THREAD + 1;
+    return least(threads, most);
+}
+
 // Above these many tokens packing W pays, or the adapter.
 constexpr int64_t FEW_TOKENS_BACKWARD = 8;
 template <class E>
@@ -33,7 +41,7 @@ LORA_INLINE void dot_rows(int64_t k, const T* x, int64_t ldx, const E* w, int64_
         Vector<T> right[NR];
 #pragma GCC unroll 8
         for (int j = 0; j < NR; ++j) right[j] = load(w + j * ldw + at);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < MR; ++i) {
             const Vector<T> left = load(x + i * ldx + at);
 #pragma GCC unroll 8
@@ -63,6 +71,12 @@ struct FewForward {
     void block(int64_t i, int64_t j, const W* rows, int64_t ldr) const {
         Vector<T> sums[MR][NR] = {};
         dot_rows<T, W, MR, NR>(k, x + i * k, k, rows, ldr, sums);
+        finish(i, j, sums);
+    }
+
+    // The low-rank part onto the sums, and the results.
+    template <int MR, int NR>
+    void finish(int64_t i, int64_t j, Vector<T> (&sums)[MR][NR]) const {
         if (r > 0) dot_rows<T, T, MR, NR>(r, low + i * r, r, lora_b + j * r, r, sums);
         for (int row = 0; row < MR; ++row) {
             for (int column = 0; column < NR; ++column) {

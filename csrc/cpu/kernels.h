@@ -128,6 +128,39 @@ struct GatedCall {         // a = σ(gate) * up; or dgate = da * up * σ'(gate),
     int64_t ldout, threads;
 };
 
+// W (n, k) of 4-bit codes: value i of its rows, one after the other, is table[code i] * absmax[i / blocksize].
+struct FourBits {
+    int64_t n, k, blocksize;
+    const uint8_t* codes;  // two a byte, the first in the high half
+    const float* table;    // (16)
+    const float*
+        absmax;  // null where it is nested: nested_table[nested[b]] * nested_absmax[b / nested_blocksize] + offset
+    const uint8_t* nested;
+    const float *nested_table, *nested_absmax;
+    int64_t nested_blocksize;
+    float offset;
+};
+
+struct FourBitValuesCall {
+    FourBits weight;
+    void* out;  // E (n, k)
+    int64_t threads;
+};
+
+struct FourBitProductCall {  // out = gain * (x Wᵀ + factor low lora_bᵀ) + bias, for few tokens; k a multiple of 32
+    FourBits weight;
+    int64_t m, r;
+    const void* x;  // E (m, k)
+    int64_t ldx;
+    const void* low;  // T (m, r)
+    int64_t ldlow;
+    double factor;
+    const void *lora_b, *bias, *gain;  // T (n, r), (n) or null
+    void *linear, *out;                // E (m, n); linear may be null
+    int64_t threads;
+    void* scratch;
+};
+
 enum class Dtype { fp32, bf16, fp16, fp64 };
 
 struct Kernels {
@@ -144,6 +177,9 @@ struct Kernels {
     size_t (*row_norms_scratch)(const RowNormsCall&);
     void (*row_norms)(const RowNormsCall&);
     void (*gated)(const GatedCall&);
+    void (*four_bit_values)(const FourBitValuesCall&);
+    size_t (*four_bit_scratch)(const FourBitProductCall&);
+    void (*four_bit_product)(const FourBitProductCall&);
     // out (rows, columns), contiguous T: a matrix of any dtype and strides, rounded to the compute dtype.
     void (*adapter)(const void* source, Dtype dtype, int64_t row_stride, int64_t column_stride, int64_t rows,
                     int64_t columns, int64_t threads, void* out);

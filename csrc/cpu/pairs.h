@@ -140,12 +140,11 @@ LORA_INLINE void each_block(int64_t rows, const F& body) {
     }
 }
 
-// left (m, depth) against NR rows of right from j on, read once; finish.block<MR, NR>(i, j, sums) takes the vectors.
+// left (m, depth) against NR rows, of right from j on, read once; finish.block<MR, NR>(i, j, sums) takes the vectors.
 template <int NR, class Finish>
-static void multiply_pairs(int64_t m, int64_t j, int64_t depth, const bf16* left, int64_t ldl, const bf16* right,
+static void multiply_pairs(int64_t m, int64_t j, int64_t depth, const bf16* left, int64_t ldl, const bf16* rows,
                            int64_t ldr, const Finish& finish) {
     constexpr int64_t MOST = NR > 4 ? SQUARE / NR : PAIRED_TOKENS;
-    const bf16* rows = right + j * ldr;
     for (int64_t first = 0; first < m; first += MOST) {
         const int64_t tokens = least(MOST, m - first);
         FloatVector sums[MOST * NR];
@@ -169,9 +168,10 @@ template <class Finish>
 static void multiply_pairs(int64_t m, const Range& range, int64_t depth, const bf16* left, int64_t ldl,
                            const bf16* right, int64_t ldr, const Finish& finish) {
     int64_t j = range.begin;
-    for (; m <= 2 && j + 8 <= range.end; j += 8) multiply_pairs<8>(m, j, depth, left, ldl, right, ldr, finish);
-    for (; j + 4 <= range.end; j += 4) multiply_pairs<4>(m, j, depth, left, ldl, right, ldr, finish);
-    for (; j < range.end; ++j) multiply_pairs<1>(m, j, depth, left, ldl, right, ldr, finish);
+    for (; m <= 2 && j + 8 <= range.end; j += 8)
+        multiply_pairs<8>(m, j, depth, left, ldl, right + j * ldr, ldr, finish);
+    for (; j + 4 <= range.end; j += 4) multiply_pairs<4>(m, j, depth, left, ldl, right + j * ldr, ldr, finish);
+    for (; j < range.end; ++j) multiply_pairs<1>(m, j, depth, left, ldl, right + j * ldr, ldr, finish);
 }
 
 // out[i * NR + j] = the lanes of sums[i * NR + j], added up.

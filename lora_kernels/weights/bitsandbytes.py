@@ -1,6 +1,6 @@
 """bitsandbytes' forms: NF4 and FP4 (``Linear4bit``, also with nested statistics) and int8 (``Linear8bitLt``).
 
-The values are those that the package's own layer multiplies with, bit for bit: its operator makes them.
+The values are those that the package means, bit for bit: its operator makes them, or on CPUs the kernels in C++.
 
 On CPUs with AVX512-BF16 the package lays a 4-bit weight out otherwise when its own layer is called in evaluation, with
 the statistics rounded to bf16 and stored by columns. Both layouts are read. A layer that is replaced gets the usual
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidTypeError, LoRAStateError
 from ..ops import register_form
+from . import four_bits
 from .packed import Layout, Packed
 
 __all__ = ["EIGHT_BITS", "FOUR_BITS"]
@@ -161,16 +162,21 @@ def _usual_absmax(absmax: Tensor) -> Tensor:
 def _four_bit_values(parts: list[Tensor], spec: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     quant_type, blocksize, nested, layout = spec.split("/")
     data, absmax = parts[0], parts[1]
-    operators = torch.ops.bitsandbytes
+    narrow = torch.float32 if dtype is _UNSUPPORTED else dtype
     if layout == _CPU:
         data, absmax = _usual_codes(data, rows, columns).reshape(-1, 1), _usual_absmax(absmax)
-    elif nested != "0":
+        parts, nested = [data, absmax], "0"
+    found = four_bits.values(parts, quant_type, int(blocksize), int(nested), rows, columns, narrow)
+    if found is not None:
+        return found.to(dtype)
+    operators = torch.ops.bitsandbytes
+    if nested != "0":
         absmax = operators.dequantize_blockwise.default(absmax, parts[2], parts[3], int(nested), torch.float32)
         absmax = absmax + parts[4]
-    narrow = torch.float32 if dtype is _UNSUPPORTED else dtype
-    shape = (rows, columns)
+    # Of rows that are not whole blocks the package's AVX-512 code takes other blocks' absmax, but not of one long row.
+    shape = (rows, columns) if columns % int(blocksize) == 0 else (1, rows * columns)
     values: Tensor = operators.dequantize_4bit.default(data, absmax, int(blocksize), quant_type, shape, narrow)
-    return values.to(dtype)
+    return values.view(rows, columns).to(dtype)
 
 
 class _EightBits:

@@ -1,0 +1,188 @@
+// A weight of 4-bit codes: a block's values, how codes look them up, and all values in their order.
+//
+// Value i of W, its rows one after the other, is table[code i] * absmax[i / blocksize], rounded to E. A block has one
+// absmax, so its 16 values are made and rounded once, and a code looks its value up.
+#pragma once
+
+#include "few.h"
+
+namespace lora_kernels {
+namespace LORA_CAPABILITY {
+
+constexpr int CODES = 16;
+constexpr int64_t CODE_UNIT = 32;  // blocks are multiples of it, and so is k of a product
+
+#if LORA_VECTOR_BYTES == 64
+constexpr int CODE_ROWS = 4;
+#else
+constexpr int CODE_ROWS = 2;
+#endif
+
+// A byte for each lane, widened with zeros.
+LORA_INLINE WordVector widen_bytes(const uint8_t* p) {
+#if defined(__AVX512F__) && LORA_VECTOR_BYTES == 64
+    return (WordVector)_mm512_maskz_cvtepu8_epi32(0xFFFF, read<__m128i>(p));
+#elif defined(__AVX2__) && LORA_VECTOR_BYTES == 32
+    return (WordVector)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+    WordVector words;
+    for (int i = 0; i < lanes<float>; ++i) words[i] = p[i];
+    return words;
+#endif
+}
+
+// A block's 16 values, rounded to E.
+template <class E>
+struct BlockValues {
+    static constexpr int PARTS = CODES / lanes<float>;
+    FloatVector parts[PARTS];
+
+    __attribute__((always_inline)) BlockValues(const float* table, float absmax) {
+#pragma GCC unroll 4
+        for (int i = 0; i < PARTS; ++i) {
+            parts[i] = load(table + i * lanes<float>) * absmax;
+            if constexpr (sizeof(E) == 2) {
+                E rounded[lanes<float>];
+                store(parts[i], rounded);
+                parts[i] = load(rounded);
+            }
+        }
+    }
+
+    // Of the low four bits of each lane.
+    __attribute__((always_inline)) FloatVector operator[](WordVector code) const {
+#if defined(__AVX512F__) && LORA_VECTOR_BYTES == 64
+        return (FloatVector)_mm512_maskz_permutexvar_ps(0xFFFF, (__m512i)code, (__m512)parts[0]);
+#elif defined(__AVX2__) && LORA_VECTOR_BYTES == 32
+        const __m256 low = _mm256_permutevar8x32_ps((__m256)parts[0], (__m256i)code);
+        const __m256 high = _mm256_permutevar8x32_ps((__m256)parts[1], (__m256i)code);
+        return (FloatVector)_mm256_blendv_ps(low, high, (__m256)(code << 28));
+#else
+        float values[CODES];
+        __builtin_memcpy(values, parts, sizeof values);
+        FloatVector found;
+        for (int i = 0; i < lanes<float>; ++i) found[i] = values[code[i] & 15u];
+        return found;
+#endif
+    }
+};
+
+// Where E has 16 bits and a vector 32 of them, a block's values in both halves of it: the fifth bit of an index, which
+// is the next code's, does not matter then.
+#if LORA_VECTOR_BYTES == 64 && defined(__AVX512BW__)
+#define LORA_HALF_LOOKUP 1
+template <class E>
+LORA_INLINE __m512i half_values(const float* table, float absmax) {
+    const FloatVector values = load(table) * absmax;
+    E rounded[CODES];
+#if defined(__AVX512BF16__)
+    if constexpr (__is_same(E, bf16)) {
+        write(rounded, _mm512_cvtneps_pbh((__m512)values));
+    } else {
+        store(values, rounded);
+    }
+#else
+    store(values, rounded);
+#endif
+    return _mm512_maskz_broadcast_i64x4(0xFF, read<__m256i>(rounded));
+}
+LORA_INLINE __m512i look_up(__m512i values, __m512i codes) {
+    return _mm512_maskz_permutexvar_epi16(0xFFFFFFFFu, codes, values);
+}
+LORA_INLINE __m512i widen_codes(const uint8_t* p) { return _mm512_maskz_cvtepu8_epi16(0xFFFFFFFFu, read<__m256i>(p)); }
+LORA_INLINE __m512i next_codes(__m512i bytes) { return _mm512_maskz_srli_epi16(0xFFFFFFFFu, bytes, 4); }
+#else
+#define LORA_HALF_LOOKUP 0
+#endif
+
+// table[index] of each lane.
+LORA_INLINE FloatVector gather(const float* table, WordVector index) {
+#if defined(__AVX512F__) && LORA_VECTOR_BYTES == 64
+    return (FloatVector)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xFFFF, (__m512i)index, table, 4);
+#elif defined(__AVX2__) && LORA_VECTOR_BYTES == 32
+    return (FloatVector)_mm256_i32gather_ps(table, (__m256i)index, 4);
+#else
+    FloatVector found;
+    for (int i = 0; i < lanes<float>; ++i) found[i] = table[index[i]];
+    return found;
+#endif
+}
+
+// v, of which the compiler may not know that it was a product: a sum with it is not made a multiply-add.
+template <class V>
+LORA_INLINE V rounded(V v) {
+#if defined(__x86_64__)
+    __asm__("" : "+x"(v));
+#else
+    __asm__("" : "+m"(v));
+#endif
+    return v;
+}
+
+// The absmax of blocks first .. first + count. A nested one is made in two steps, each rounded, as its package does.
+LORA_INLINE const float* statistics(const FourBits& w, int64_t first, int64_t count, float* made) {
+    if (w.nested == nullptr) return w.absmax + first;
+    for (int64_t i = 0; i < count;) {
+        const int64_t block = (first + i) / w.nested_blocksize;
+        const int64_t end = least(count, (block + 1) * w.nested_blocksize - first);
+        const float absmax = w.nested_absmax[block];
+        for (; i + lanes<float> <= end; i += lanes<float>)
+            store(rounded(gather(w.nested_table, widen_bytes(w.nested + first + i)) * absmax) + w.offset, made + i);
+        for (; i < end; ++i) made[i] = rounded(w.nested_table[w.nested[first + i]] * absmax) + w.offset;
+    }
+    return made;
+}
+
+// All values, in their order: out (n, k).
+template <class E>
+struct FourBitValues {
+    static constexpr int64_t BLOCKS = 64;  // whose statistics are made at a time
+
+    FourBits w;
+    E* out;
+
+    void block(int64_t first, int64_t count, float absmax) const {
+        const uint8_t* codes = w.codes + first / 2;
+        E* to = out + first;
+        int64_t at = 0;
+#if LORA_HALF_LOOKUP
+        if constexpr (sizeof(E) == 2) {
+            const __m512i values = half_values<E>(w.table, absmax);
+            for (; at + 32 <= count; at += 32) {
+                const WordVector bytes = widen_bytes(codes + at / 2);
+                write(to + at, look_up(values, (__m512i)((bytes >> 4) | (bytes << 16))));
+            }
+        }
+#endif
+        constexpr int VL = lanes<float>;
+        const BlockValues<E> values(w.table, absmax);
+        for (; at + 2 * VL <= count; at += 2 * VL) {
+            const WordVector bytes = widen_bytes(codes + at / 2);
+            const FloatVector even = values[bytes >> 4], odd = values[bytes];
+            store(interleave<0>(even, odd), to + at);
+            store(interleave<1>(even, odd), to + at + VL);
+        }
+        float scaled[CODES];
+        __builtin_memcpy(scaled, values.parts, sizeof scaled);
+        for (; at < count; ++at) narrow(scaled[at % 2 == 0 ? codes[at / 2] >> 4 : codes[at / 2] & 15], to + at);
+    }
+
+    void run(int64_t threads) const {
+        const int64_t total = w.n * w.k, blocks = ceil_div(total, w.blocksize), tasks = least(threads, blocks);
+        run_tasks(tasks, [&](int64_t task) {
+            const Range range = share(blocks, 1, tasks, task);
+            float made[BLOCKS];
+            for (int64_t b = range.begin; b < range.end; b += BLOCKS) {
+                const int64_t count = least(BLOCKS, range.end - b);
+                const float* absmax = statistics(w, b, count, made);
+                for (int64_t i = 0; i < count; ++i) {
+                    const int64_t first = (b + i) * w.blocksize;
+                    block(first, least(w.blocksize, total - first), absmax[i]);
+                }
+            }
+        });
+    }
+};
+
+}  // namespace LORA_CAPABILITY
+}  // namespace lora_kernels

@@ -1,0 +1,280 @@
+// The product of few tokens with a weight of 4-bit codes, which reads the codes themselves.
+#pragma once
+
+#include "four_bits.h"
+
+namespace lora_kernels {
+namespace LORA_CAPABILITY {
+
+// out = gain * (x Wᵀ + low lora_bᵀ) + bias for few tokens. A row of W is cut into segments of one absmax each. Codes
+// come two a byte, the even one in the high half: x has, in each piece of columns that a step takes, the even ones
+// first, so that values need no sorting.
+template <class E>
+struct FewFourBits {
+    static constexpr int VL = lanes<float>;
+    static constexpr int64_t PAIRS_STEP = 64;
+    static constexpr int64_t DIRECT = 4;  // tokens for which values are used as they are made; for more they are stored
+
+    FourBits w;
+    FewForward<float, E, E> output;  // its x is arranged; its weight is not read
+    int64_t segment, segments;       // columns of one, and how many there are in a row
+    bool pairs;
+
+    static int64_t segment_of(const FourBits& w) {
+        int64_t a = w.k, b = w.blocksize;
+        while (b != 0) {
+            const int64_t rest = a % b;
+            a = b, b = rest;
+        }
+        return a;
+    }
+    static bool takes_pairs(int64_t segment) { return LORA_HALF_LOOKUP && in_pairs<E> && segment % PAIRS_STEP == 0; }
+
+    // x (m, k), arranged: as it is stored for pairs, else widened.
+    static void arrange_pairs(const E* x, int64_t ldx, int64_t m, int64_t k, E* out) {
+        constexpr int HALF = PAIRS_STEP / 2;
+        for (int64_t i = 0; i < m; ++i) {
+            for (int64_t at = 0; at < k; at += PAIRS_STEP) {
+                uint32_t words[HALF];
+                uint16_t arranged[PAIRS_STEP];
+                __builtin_memcpy(words, x + i * ldx + at, sizeof words);
+                for (int q = 0; q < HALF; ++q) arranged[q] = static_cast<uint16_t>(words[q]);
+                for (int q = 0; q < HALF; ++q) arranged[HALF + q] = static_cast<uint16_t>(words[q] >> 16);
+                __builtin_memcpy(out + i * k + at, arranged, sizeof arranged);
+            }
+        }
+    }
+    static void arrange(const E* x, int64_t ldx, int64_t m, int64_t k, float* out) {
+        for (int64_t i = 0; i < m; ++i) {
+            for (int64_t at = 0; at < k; at += 2 * VL) {
+                float wide[2 * VL], *to = out + i * k + at;
+                store(load(x + i * ldx + at), wide);
+                store(load(x + i * ldx + at + VL), wide + VL);
+                for (int q = 0; q < VL; ++q) to[q] = wide[2 * q], to[VL + q] = wide[2 * q + 1];
+            }
+        }
+    }
+
+    const uint8_t* codes_of(int64_t row) const { return w.codes + row * w.k / 2; }
+
+    // The absmax of each segment of a row; `scales` is room for them.
+    const float* scales_of(int64_t row, float* scales) const {
+        const int64_t start = row * w.k, first = start / w.blocksize;
+        if (segment == w.blocksize) return statistics(w, first, segments, scales);
+        for (int64_t s = 0; s < segments; ++s)
+            scales[s] = *statistics(w, (start + s * segment) / w.blocksize, 1, scales + s);
+        return scales;
+    }
+
+    template <int MR, int NR>
+    void add_segment(int64_t i, const uint8_t* codes, int64_t begin, const BlockValues<E>& values, int row,
+                     FloatVector (&sums)[MR][NR]) const {
+        for (int64_t at = begin; at < begin + segment; at += 2 * VL, codes += VL) {
+            const WordVector bytes = widen_bytes(codes);
+            const FloatVector even = values[bytes >> 4], odd = values[bytes];
+#pragma GCC unroll 4
+            for (int token = 0; token < MR; ++token) {
+                const float* x = output.x + (i + token) * w.k + at;
+                sums[token][row] += load(x) * even;
+                sums[token][row] += load(x + VL) * odd;
+            }
+        }
+    }
+
+    template <int MR, int NR>
+    void add_row_by_row(int64_t i, int64_t j, const float* const* scales, FloatVector (&sums)[MR][NR]) const {
+        const uint8_t* codes[NR];
+        for (int row = 0; row < NR; ++row) codes[row] = codes_of(j + row);
+        for (int64_t s = 0; s < segments; ++s) {
+#pragma GCC unroll 4
+            for (int row = 0; row < NR; ++row) {
+                const BlockValues<E> values(w.table, scales[row][s]);
+                add_segment<MR, NR>(i, codes[row] + s * segment / 2, s * segment, values, row, sums);
+            }
+        }
+    }
+#if LORA_HALF_LOOKUP && LORA_PAIRS
+    const bf16* arranged() const { return reinterpret_cast<const bf16*>(output.x); }  // in pairs
+    PairedForward in_pairs_output() const {
+        const FewForward<float, E, E>& o = output;
+        return {o.m, o.n, o.k, o.r, arranged(), w.k, nullptr, 0, o.low, o.lora_b, o.bias, o.gain, o.linear, o.out};
+    }
+    template <int MR, int NR>
+    void add_pairs_of(int64_t i, int64_t j, const float* const* scales, FloatVector (&sums)[MR][NR]) const {
+        const uint8_t* codes[NR];
+        const float* absmax[NR];
+        for (int row = 0; row < NR; ++row) codes[row] = codes_of(j + row), absmax[row] = scales[row];
+        const bf16* x = arranged() + i * w.k;
+        const size_t step = PAIRS_STEP / 2, bytes_of_segment = static_cast<size_t>(segment) / 2;
+        for (size_t at = 0, s = 0, end = static_cast<size_t>(w.k) / 2; at < end; ++s) {
+            __m512i values[NR];
+#pragma GCC unroll 4
+            for (int row = 0; row < NR; ++row) values[row] = half_values<E>(w.table, absmax[row][s]);
+            for (const size_t next = at + bytes_of_segment; at < next; at += step) {
+#pragma GCC unroll 4
+                for (int row = 0; row < NR; ++row) {
+                    const __m512i bytes = widen_codes(codes[row] + at);
+                    const __m512i even = look_up(values[row], next_codes(bytes)), odd = look_up(values[row], bytes);
+#pragma GCC unroll 4
+                    for (int token = 0; token < MR; ++token) {
+                        const bf16* of = x + token * w.k + 2 * at;
+                        sums[token][row] = add_pairs(sums[token][row], read_pairs(of), (FloatVector)even);
+                        sums[token][row] = add_pairs(sums[token][row], read_pairs(of + step), (FloatVector)odd);
+                    }
+                }
+            }
+        }
+    }
+#endif
+
+    template <int MR, int NR>
+    void direct(int64_t i, int64_t j, const float* const* scales) const {
+        FloatVector sums[MR][NR] = {};
+#if LORA_HALF_LOOKUP && LORA_PAIRS
+        if constexpr (in_pairs<E>) {
+            if (pairs) {
+                add_pairs_of<MR, NR>(i, j, scales, sums);
+                return in_pairs_output().template block<MR, NR>(i, j, &sums[0][0]);
+            }
+        }
+#endif
+        add_row_by_row<MR, NR>(i, j, scales, sums);
+        output.finish(i, j, sums);
+    }
+
+    // A row's values, arranged as x is: E (k) for pairs, else widened.
+    void values_of(int64_t row, const float* scales, float* out) const {
+        const uint8_t* codes = codes_of(row);
+        for (int64_t s = 0; s < segments; ++s) {
+            const int64_t begin = s * segment, end = begin + segment;
+#if LORA_HALF_LOOKUP && LORA_PAIRS
+            if constexpr (in_pairs<E>) {
+                if (pairs) {
+                    const __m512i values = half_values<E>(w.table, scales[s]);
+                    E* to = reinterpret_cast<E*>(out);
+                    for (int64_t at = begin; at < end; at += PAIRS_STEP, codes += PAIRS_STEP / 2) {
+                        const __m512i bytes = widen_codes(codes);
+                        write(to + at, look_up(values, next_codes(bytes)));
+                        write(to + at + PAIRS_STEP / 2, look_up(values, bytes));
+                    }
+                    continue;
+                }
+            }
+#endif
+            const BlockValues<E> values(w.table, scales[s]);
+            for (int64_t at = begin; at < end; at += 2 * VL, codes += VL) {
+                const WordVector bytes = widen_bytes(codes);
+                store(values[bytes >> 4], out + at);
+                store(values[bytes], out + at + VL);
+            }
+        }
+    }
+
+    // All tokens by rows that are stored: more at a time than of a weight in memory, for these are near.
+    template <int NR, class W>
+    void tokens(int64_t j, const W* rows) const {
+        constexpr int WIDE = LORA_VECTOR_BYTES == 64 ? 6 : 3;
+        int64_t i = 0;
+        for (; i + WIDE <= output.m; i += WIDE) output.template block<WIDE, NR>(i, j, rows, w.k);
+        for (; i + 3 <= output.m && output.m - i != 4; i += 3) output.template block<3, NR>(i, j, rows, w.k);
+        for (; i + 2 <= output.m; i += 2) output.template block<2, NR>(i, j, rows, w.k);
+        if (i < output.m) output.template block<1, NR>(i, j, rows, w.k);
+    }
+
+    template <int NR>
+    void columns(int64_t j, float* scratch) const {
+        const float* scales[NR];
+        float* rows = scratch + CODE_ROWS * segments;
+        for (int row = 0; row < NR; ++row) scales[row] = scales_of(j + row, scratch + row * segments);
+        if (output.m == 1) return direct<1, NR>(0, j, scales);
+        if (output.m == 2) return direct<2, NR>(0, j, scales);
+        if (output.m == 3) return direct<3, NR>(0, j, scales);
+        if (output.m == DIRECT) return direct<4, NR>(0, j, scales);
+#if LORA_HALF_LOOKUP && LORA_PAIRS
+        if constexpr (in_pairs<E>) {
+            if (pairs) {
+                E* halves = reinterpret_cast<E*>(rows);
+                for (int row = 0; row < NR; ++row)
+                    values_of(j + row, scales[row], reinterpret_cast<float*>(halves + row * w.k));
+                return multiply_pairs<NR>(output.m, j, w.k, arranged(), w.k, halves, w.k, in_pairs_output());
+            }
+        }
+#endif
+        for (int row = 0; row < NR; ++row) values_of(j + row, scales[row], rows + row * w.k);
+        tokens<NR>(j, rows);
+    }
+
+    int64_t scratch_per_task() const { return round_up(CODE_ROWS * (segments + (output.m <= DIRECT ? 0 : w.k)), 16); }
+    void run(int64_t threads, float* scratch) const {
+        const int64_t tasks = least(threads, ceil_div(w.n, CODE_ROWS));
+        run_tasks(tasks, [&](int64_t task) {
+            const Range range = share(w.n, CODE_ROWS, tasks, task);
+            float* own = scratch + task * scratch_per_task();
+            int64_t j = range.begin;
+            for (; j + CODE_ROWS <= range.end; j += CODE_ROWS) columns<CODE_ROWS>(j, own);
+            for (; j < range.end; ++j) columns<1>(j, own);
+        });
+    }
+};
+
+// The kernels of a compute dtype; fp64 has none, for the packages make no values of it.
+template <class T, class E>
+struct FourBitDriver {
+    static void values(const FourBitValuesCall& f) {
+        if constexpr (sizeof(T) == 4) {
+            const int64_t work = f.weight.n * f.weight.k * 4;
+            FourBitValues<E>{f.weight, static_cast<E*>(f.out)}.run(useful_threads(f.threads, work));
+        }
+    }
+    static size_t scratch(const FourBitProductCall& f) {
+        if constexpr (sizeof(T) == 4) {
+            const FewFourBits<E> few = few_of(f, nullptr);
+            return sizeof(T) * static_cast<size_t>(f.m * (f.weight.k + f.r) + 16 + f.threads * few.scratch_per_task());
+        }
+        return 0;
+    }
+    static void product(const FourBitProductCall& f) {
+        if constexpr (sizeof(T) == 4) {
+            if (f.m == 0) return;
+            float* x = static_cast<float*>(f.scratch);
+            const E* given = static_cast<const E*>(f.x);
+            const int64_t k = f.weight.k;
+            const FewFourBits<E> few = few_of(f, x);
+            if (few.pairs) {
+                FewFourBits<E>::arrange_pairs(given, f.ldx, f.m, k, reinterpret_cast<E*>(x));
+            } else {
+                FewFourBits<E>::arrange(given, f.ldx, f.m, k, x);
+            }
+            float* low = x + f.m * k;
+            for (int64_t i = 0; i < f.m; ++i) {
+                const float* h = static_cast<const float*>(f.low) + i * f.ldlow;
+                for (int64_t q = 0; q < f.r; ++q) low[i * f.r + q] = h[q] * static_cast<float>(f.factor);
+            }
+            few.run(useful_threads(f.threads, f.m * f.weight.n * k), x + round_up(f.m * (k + f.r), 16));
+        }
+    }
+
+  private:
+    static FewFourBits<E> few_of(const FourBitProductCall& f, const float* x) {
+        const auto adapter = [](const void* p) { return static_cast<const float*>(p); };
+        const int64_t k = f.weight.k;
+        const FewForward<float, E, E> output = {f.m,
+                                                f.weight.n,
+                                                k,
+                                                f.r,
+                                                x,
+                                                nullptr,
+                                                0,
+                                                x == nullptr ? nullptr : x + f.m * k,
+                                                adapter(f.lora_b),
+                                                adapter(f.bias),
+                                                adapter(f.gain),
+                                                static_cast<E*>(f.linear),
+                                                static_cast<E*>(f.out)};
+        const int64_t segment = FewFourBits<E>::segment_of(f.weight);
+        return {f.weight, output, segment, k / segment, FewFourBits<E>::takes_pairs(segment)};
+    }
+};
+
+}  // namespace LORA_CAPABILITY
+}  // namespace lora_kernels

@@ -1,0 +1,198 @@
+"""The kernels in C++ that read 4-bit codes: their values are the package's, and few tokens' product is theirs."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_kernels import ops
+from lora_kernels.backends.native import load
+from lora_kernels.weights import four_bits, known
+from lora_kernels.weights.packed import Layout
+from numerics import check_all, same_bits, three_ways
+from quantised import adapted, bnb, check_beside, results_of, twin, values
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+SIZES = ((8, 64), (7, 96), (5, 51), (3, 18), (37, 480), (9, 4112), (16, 4096), (3, 17))
+RAGGED = 2.0  # the sizes' rows differ in magnitude by as much, so that another block's absmax shows
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _library() -> None:
+    if reasons := load.why_not("cpu"):
+        pytest.skip(" ".join(reasons))
+    load.load("cpu")
+
+
+def _packed(quant_type: str, blocksize: int, nested: bool, n: int, k: int) -> tuple[list[Tensor], int]:
+    """The parts of a random weight, and how many of absmax make a block."""
+    weight = torch.randn(n, k) * RAGGED ** torch.randn(n, 1)
+    codes, state = bnb.functional.quantize_4bit(
+        weight, blocksize=blocksize, quant_type=quant_type, compress_statistics=nested
+    )
+    if not nested:
+        return [codes, state.absmax], 0
+    return [codes, state.absmax, state.state2.absmax, state.state2.code, state.offset], state.state2.blocksize
+
+
+def _by_the_package(
+    parts: list[Tensor], nested: int, quant_type: str, blocksize: int, n: int, k: int, dtype: torch.dtype
+) -> Tensor:
+    """The package's values; as one long row, whose blocks it never takes for another row's."""
+    operators, absmax = torch.ops.bitsandbytes, parts[1]
+    if nested:
+        absmax = operators.dequantize_blockwise.default(absmax, parts[2], parts[3], nested, torch.float32) + parts[4]
+    blocks = -(-n * k // blocksize)
+    padded = torch.zeros(blocks * blocksize // 2, dtype=torch.uint8)  # an odd number of columns runs its slow code
+    padded[: parts[0].numel()] = parts[0].flatten()
+    shape = (blocks, min(blocksize, 1024))
+    absmax = absmax.repeat_interleave(blocksize // shape[1])
+    flat: Tensor = operators.dequantize_4bit.default(
+        padded, absmax, shape[1], quant_type, (absmax.numel(), shape[1]), dtype
+    )
+    return flat.flatten()[: n * k].view(n, k)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("blocksize", BLOCKS)
+@pytest.mark.parametrize("quant_type", four_bits.TABLES)
+def test_values_are_bit_for_bit_the_packages(quant_type: str, blocksize: int, nested: bool) -> None:
+    for (n, k), dtype in itertools.product(SIZES, DTYPES):
+        parts, outer = _packed(quant_type, blocksize, nested, n, k)
+        found = four_bits.values(parts, quant_type, blocksize, outer, n, k, dtype)
+        assert found is not None
+        expected = _by_the_package(parts, outer, quant_type, blocksize, n, k, dtype)
+        assert same_bits(found + 0.0, expected + 0.0), (n, k, dtype)  # the package has zeros of both signs
+
+
+@pytest.mark.parametrize("quant_type", four_bits.TABLES)
+def test_the_table_is_the_packages(quant_type: str) -> None:
+    table = bnb.functional.get_4bit_type(quant_type, device="cpu")
+    assert torch.equal(table, torch.tensor(four_bits.TABLES[quant_type], dtype=torch.float32))
+
+
+def test_rows_that_are_not_whole_blocks_have_their_own_absmax() -> None:
+    """Through the seam, with the kernels and without: bitsandbytes' AVX-512 code takes other blocks' there."""
+    parts, _ = _packed("nf4", 64, False, 7, 96)
+    layout = Layout("bitsandbytes-4bit", "nf4/64/0/", 7, 96, 2)
+    expected = _by_the_package(parts, 0, "nf4", 64, 7, 96, torch.float32)
+    of = parts, layout.form, layout.spec, 7, 96, torch.float32, None
+    assert torch.equal(ops.dequantize(*of), expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "has_four_bit_kernels", lambda: False)
+        assert torch.equal(ops.dequantize(*of), expected)
+
+
+def _swapped_nibbles(parts: list[Tensor]) -> list[Tensor]:
+    return [(parts[0] >> 4) | (parts[0] << 4), *parts[1:]]
+
+
+def _last_absmax_of_the_one_before(parts: list[Tensor]) -> list[Tensor]:
+    absmax = parts[1].clone()
+    absmax[-1] = absmax[-2]
+    return [parts[0], absmax, *parts[2:]]
+
+
+def _last_columns_lost(parts: list[Tensor]) -> list[Tensor]:
+    codes = parts[0].clone()
+    codes[-1] = 0x77  # two zeros
+    return [codes, *parts[1:]]
+
+
+@pytest.mark.parametrize("fault", [_swapped_nibbles, _last_absmax_of_the_one_before, _last_columns_lost])
+def test_each_kind_of_fault_shows_in_the_values_and_in_the_product(fault: Any) -> None:
+    n, k, dtype = 7, 96, torch.float32
+    parts, _ = _packed("nf4", 32, False, n, k)
+    expected = _by_the_package(parts, 0, "nf4", 32, n, k, dtype)
+    found = four_bits.values(fault(parts), "nf4", 32, 0, n, k, dtype)
+    assert found is not None
+    assert not same_bits(found, expected)
+    with pytest.raises(AssertionError):
+        _check_product(fault(parts), expected, "nf4", 32, 0, 1, 4, dtype)
+
+
+def _check_product(
+    parts: list[Tensor], weight: Tensor, quant_type: str, blocksize: int, outer: int, m: int, r: int, dtype: torch.dtype
+) -> None:
+    """y and l = x Wᵀ + s h Bᵀ beside the product by the values, PyTorch's, in the same dtype."""
+    n, k = weight.shape
+    x, h, lora_b = torch.randn(m, k).to(dtype), torch.randn(m, r), torch.randn(n, r).to(dtype)
+    bias, gain = torch.randn(n).to(dtype), torch.rand(n) + 0.5
+    layout = Layout("bitsandbytes-4bit", f"{quant_type}/{blocksize}/{outer}/", n, k, len(parts))
+    product = four_bits.product(x, layout, tuple(parts), lora_b, h, bias, gain, 0.5, True)
+    assert product is not None
+
+    plain = four_bits.product(x, layout, tuple(parts), lora_b, h, None, None, 0.5, False)
+    assert plain is not None
+
+    def formulas(number: Any) -> dict[str, Any]:
+        linear = number(x) @ number(weight).t() + (number(h) @ number(lora_b).t()) * 0.5
+        return {"y": linear * number(gain) + number(bias), "linear": linear, "plain": linear}
+
+    exact, yardstick, errors = three_ways(dtype, formulas)
+    found = dict(zip(exact, (*product, plain[0]), strict=True))
+    check_all(found, exact, yardstick, dtype, expected=errors)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+@pytest.mark.parametrize("quant_type", four_bits.TABLES)
+def test_few_tokens_are_multiplied_as_by_the_values(quant_type: str, blocksize: int, nested: bool) -> None:
+    for (n, k), dtype in itertools.product(((13, 64), (7, 96), (37, 480), (9, 4096), (2, 4128)), DTYPES):
+        parts, outer = _packed(quant_type, blocksize, nested, n, k)
+        weight = _by_the_package(parts, outer, quant_type, blocksize, n, k, dtype)
+        for m, r in ((1, 4), (2, 1), (3, 16), (4, 5), (5, 8), (16, 0)):
+            _check_product(parts, weight, quant_type, blocksize, outer, m, r, dtype)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["nf4", "nf4-nested", "fp4"])
+def test_a_layer_reads_the_codes_of_few_tokens(
+    kind: str, dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = adapted(kind, 64, 96, dtype, **options)
+    other, x, dy = twin(layer, values(layer), dtype), torch.randn(3, 64).to(dtype), torch.randn(3, 96).to(dtype)
+    calls: list[str] = []
+    for name in ("four_bit_product", "four_bit_values"):
+        monkeypatch.setattr(ops, name, _noting(name, calls, getattr(ops, name)))
+    found = results_of(layer, x, dy)
+    assert "four_bit_product" in calls
+    check_beside(found, results_of(other, x, dy), results_of(other.double(), x, dy))
+    with torch.no_grad():
+        assert torch.equal(layer.eval()(x), layer(x))
+    calls.clear()
+    layer(torch.randn(17, 64).to(dtype))
+    assert set(calls) == {"four_bit_values"}
+
+
+def _noting(name: str, calls: list[str], function: Any) -> Any:
+    def noted(*arguments: Any) -> Any:
+        calls.append(name)
+        return function(*arguments)
+
+    return noted
+
+
+def test_what_the_kernels_do_not_read_is_left_to_the_package() -> None:
+    parts, _ = _packed("nf4", 64, False, 4, 64)
+    of = "nf4", 64, 0, 4, 64
+    assert four_bits.values(parts, *of, torch.float64) is None
+    assert four_bits.values([parts[0], parts[1].bfloat16()], *of, torch.float32) is None
+    assert four_bits.values(parts, "nf4", 48, 0, 4, 64, torch.float32) is None
+    layer = adapted("nf4", 64, 96, torch.float32)
+    packed = known.read(layer, layer.weight)
+    of_layer = packed.layout, packed.parts, layer.lora_B, torch.randn(17, 4), None, None, 1.0, False
+    assert four_bits.product(torch.randn(17, 64), *of_layer) is None
+
+
+def test_parts_that_are_too_short_are_refused() -> None:
+    parts, _ = _packed("nf4", 64, False, 4, 64)
+    for wrong in ([parts[0][:-1], parts[1]], [parts[0], parts[1][:-1]]):
+        with pytest.raises(RuntimeError, match="of a 4-bit weight must be contiguous"):
+            four_bits.values(wrong, "nf4", 64, 0, 4, 64, torch.float32)
