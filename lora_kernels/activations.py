@@ -10,16 +10,23 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import InvalidArgumentError
 
-__all__ = ["ACTIVATIONS", "GATES", "activate", "activate_backward", "check_activation", "check_gate"]
+__all__ = ["ACTIVATIONS", "GATES", "activate", "activate_backward", "check_activation", "check_gate", "gate_of"]
 
 ACTIVATIONS = ("identity", "relu", "gelu", "silu")
 # Of a gated MLP's gate (``ops.py``), by their numbers there: SwiGLU, and GeGLU with the error function or with tanh.
 GATES = ("silu", "gelu", "gelu_tanh")
 
+_OF_TRANSFORMERS = {
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+}
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
@@ -57,3 +64,17 @@ def activate_backward(activation: str, dh: Tensor, z: Tensor) -> Tensor:
     else:
         dz = dh
     return dz
+
+
+def gate_of(act: object) -> str | None:
+    """Which of ``GATES`` the module ``act`` computes, and nothing else; None: another."""
+    if not isinstance(act, nn.Module) or "forward" in act.__dict__:
+        return None
+    if act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks:
+        return None
+    kind = type(act)
+    if kind is nn.SiLU:
+        return None if act.inplace else "silu"
+    if kind is nn.GELU:
+        return "gelu" if act.approximate == "none" else "gelu_tanh"
+    return _OF_TRANSFORMERS.get(kind.__name__) if kind.__module__ == "transformers.activations" else None

@@ -143,9 +143,44 @@ def fakes(kept: Kept) -> dict[str, Callable[..., Any]]:
         m, f = gate.shape
         return gate.new_empty((m, 2 * f if joined else f)), gate.new_empty(0 if joined else (m, f))
 
+    def experts_forward(
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        offsets: Tensor,
+        tokens: Tensor | None,
+        scaling: float,
+        p: float,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        m = (x if tokens is None else tokens).shape[0]
+        h = (0,) if lora_a is None else (m, lora_a.shape[1])
+        return x.new_empty((m, weight.shape[1])), x.new_empty(h, dtype=kept.hidden_dtype(x.dtype))
+
+    def experts_backward(
+        dy: Tensor,
+        x: Tensor | None,
+        weight: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        offsets: Tensor,
+        tokens: Tensor | None,
+        h: Tensor | None,
+        scaling: float,
+        p: float,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        a, b = (dy if own is None else own for own in (lora_a, lora_b))
+        return (
+            dy.new_empty(0 if weight is None else (dy.shape[0], weight.shape[2])),
+            a.new_empty(0 if x is None or lora_a is None else a.shape),
+            b.new_empty(0 if h is None or lora_b is None else b.shape),
+        )
+
     functions = (
         forward, backward, mask, shrink, product, output_grads, input_grad, a_grad, gain_grad, row_norms,
-        gated, gated_grad, group_forward, group_backward,
+        gated, gated_grad, group_forward, group_backward, experts_forward, experts_backward,
     )  # fmt: skip
     return {function.__name__: function for function in functions}
 

@@ -93,6 +93,38 @@ def _group_backward(
     return sum(of_members)
 
 
+def _experts_forward(
+    x: _Shape,
+    weight: _Shape,
+    lora_a: _Shape | None,
+    lora_b: _Shape | None,
+    offsets: _Shape,
+    tokens: _Shape | None,
+    *_: Any,
+    **__: Any,
+) -> int:
+    m = (x if tokens is None else tokens)[0]
+    n, k = weight[1:]
+    return 2 * m * n * k + (0 if lora_a is None else 2 * m * lora_a[1] * (n + k))
+
+
+def _experts_backward(
+    dy: _Shape,
+    x: _Shape | None,
+    weight: _Shape | None,
+    lora_a: _Shape | None,
+    lora_b: _Shape | None,
+    offsets: _Shape,
+    tokens: _Shape | None,
+    h: _Shape | None,
+    *_: Any,
+    **__: Any,
+) -> int:
+    if lora_a is None or lora_b is None:
+        return 0 if weight is None else 2 * dy[0] * weight[1] * weight[2]
+    return _backward(dy, x, weight, lora_a[1:], lora_b[1:], None, h)
+
+
 # By the operators' names; each takes the operator's arguments, shapes in the place of tensors. ``mask``,
 # ``gain_grad``, ``gated`` and ``gated_grad`` multiply no matrices.
 FORMULAS: Mapping[str, Callable[..., int]] = {
@@ -106,6 +138,8 @@ FORMULAS: Mapping[str, Callable[..., int]] = {
     "row_norms": _row_norms,
     "group_forward": _group_forward,
     "group_backward": _group_backward,
+    "experts_forward": _experts_forward,
+    "experts_backward": _experts_backward,
 }
 
 

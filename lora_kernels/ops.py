@@ -59,6 +59,22 @@ group_backward dys [(M,N_i)], x (M,K)?, weights [], lora_as,      dx (M,K) = Σ_
                states []
 ============== ================================================== ======================================================
 
+A mixture's stacked experts have these in ``eager``, and on CPUs in ``native``. Rows are sorted by expert, those of
+expert e end at ``offsets[e]`` (int32), and rows after the last belong to no expert: their results are zero. Everything
+is as in ``forward`` and ``backward`` of each expert's rows, without bias; D is drawn for all rows at once:
+
+================ ================================================ ======================================================
+operator         arguments                                        returns
+================ ================================================ ======================================================
+experts_forward  x (M,K), or (T,K) with tokens, weight (E,N,K),   y (M,N); h (M,R), or empty without an adapter
+                 lora_a (E,R,K)?, lora_b (E,N,R)?, offsets (E),
+                 tokens (M)?, s, p, state?
+experts_backward dy (M,N), x?, weight?, lora_a?, lora_b?,         dx (M,K), a row for each of dy's; da (E,R,K);
+                 offsets, tokens?, h?, s, p, state?               db (E,N,R)
+================ ================================================ ======================================================
+
+``tokens`` (int64) has the row of x that each sorted row is. ``native`` takes no absent adapter.
+
 Of ``group_backward`` dx is due iff there are ``weights``, every da iff ``x``, every db iff there are ``hs``.
 
 ``dh`` (M,R) is s dy B, and ``D`` is mask / (1 - p), or 1 where ``state`` is None. ``backward`` gives what it can from
@@ -102,6 +118,7 @@ from .graph_numbers import by_numbers, tensor_schema, with_numbers
 from .kept import Kept
 
 __all__ = [
+    "EXPERTS_OPERATOR_NAMES",
     "GROUP_OPERATOR_NAMES",
     "NAMESPACE",
     "OPERATOR_NAMES",
@@ -145,7 +162,14 @@ _GROUP_SCHEMAS = {
     "Tensor?[] biases, Tensor[] hs, float[] scalings, float p, Tensor[] states) -> (Tensor dx, Tensor[] das, "
     "Tensor[] dbs, Tensor[] dbiases)",
 }
+_EXPERTS_SCHEMAS = {
+    "experts_forward": "(Tensor x, Tensor weight, Tensor? lora_a, Tensor? lora_b, Tensor offsets, Tensor? tokens, "
+    "float scaling, float p, Tensor? state) -> (Tensor y, Tensor h)",
+    "experts_backward": "(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_a, Tensor? lora_b, Tensor offsets, "
+    "Tensor? tokens, Tensor? h, float scaling, float p, Tensor? state) -> (Tensor dx, Tensor da, Tensor db)",
+}
 OPERATOR_NAMES = tuple(_SCHEMAS)
+EXPERTS_OPERATOR_NAMES = tuple(_EXPERTS_SCHEMAS)  # of eager and native
 GROUP_OPERATOR_NAMES = tuple(_GROUP_SCHEMAS)  # of a backend that has kernels for groups
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -157,6 +181,10 @@ _packets: dict[str, dict[str, Any]] = {}  # all overloads of each operator
 
 def _no_group(*arguments: Any) -> Any:
     raise AssertionError("kept.group_fault says before that this backend has no group operators")
+
+
+def _no_experts(*arguments: Any) -> Any:
+    raise AssertionError("only eager and native have the operators of stacked experts")
 
 
 @dataclass(frozen=True)
@@ -178,18 +206,21 @@ class Operators:
     kept: Kept
     group_forward: Callable[..., tuple[list[Tensor], list[Tensor], list[Tensor]]] = _no_group
     group_backward: Callable[..., tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]] = _no_group
+    experts_forward: Callable[..., tuple[Tensor, Tensor]] = _no_experts
+    experts_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = _no_experts
 
 
 def register(
     backend: str,
     implementations: Mapping[str, Callable[..., Any]],
     kept: Kept,
+    experts: bool = False,
 ) -> None:
     """Define, implement and fake the operators of ``backend``; calling it again does nothing.
 
     An operator that ``implementations`` leaves out is one that a C++ library has registered, or will. One that it has
     for such a backend serves the devices that the library has no kernel for. ``kept`` tells what forward leaves for
-    backward.
+    backward, ``experts`` whether there are the operators of stacked experts.
     """
     if backend in _registered:
         return
@@ -198,6 +229,7 @@ def register(
     direct: dict[str, Any] = {}
     packets = _packets[backend] = {}
     schemas = _SCHEMAS | {name: schema for name, schema in _GROUP_SCHEMAS.items() if name in implementations}
+    schemas |= _EXPERTS_SCHEMAS if experts else {}
     known = fakes(kept)
     for name, schema in schemas.items():
         qualified = f"{backend}_{name}"

@@ -31,13 +31,15 @@ inline void expect(const std::optional<Tensor>& tensor, const char* name, std::i
     if (tensor.has_value()) expect(*tensor, name, sizes);
 }
 
-inline Dropout dropout_of(const Tensor* state, double p) {
+// `row`: where the call's rows begin in the matrix that the mask is drawn for.
+inline Dropout dropout_of(const Tensor* state, double p, int64_t row = 0) {
     if (state == nullptr) return {false, 0, 0, 0, 1.0};
     STD_TORCH_CHECK(state->numel() == 2 && state->scalar_type() == ScalarType::Long,
                     "dropout's state must be the int64 (2,) seed that the native backend draws.");
     const Tensor seed = torch::stable::contiguous(*state);
     const int64_t* words = static_cast<const int64_t*>(seed.const_data_ptr());
-    return {true, static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[1]), dropout_keep(p), 1.0 / (1.0 - p)};
+    return {true, static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[1]), dropout_keep(p), 1.0 / (1.0 - p),
+            row};
 }
 
 inline const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor.has_value() ? &*tensor : nullptr; }

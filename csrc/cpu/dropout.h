@@ -68,7 +68,7 @@ static void draw_words(const Dropout& dropout, int64_t row, int64_t column, int6
     uint64_t next = 0, down = 0;
     for (int lane = 0; lane < PHILOX_LANES; ++lane) {
         place[lane] = next;
-        line[lane] = static_cast<uint64_t>(row) + down;
+        line[lane] = static_cast<uint64_t>(dropout.row + row) + down;
         if (++next == static_cast<uint64_t>(across)) next = 0, ++down;
     }
     const uint64_t first = static_cast<uint64_t>(column / DROPOUT_WORD);

@@ -15,6 +15,7 @@ struct Dropout {
     uint64_t key, stream;  // the seed's two words
     uint32_t keep;         // 65536 times the probability that an element is kept, at least 1
     double scale;          // 1 / (1 - p)
+    int64_t row = 0;       // of the mask, where the call's own rows begin
 };
 
 // T is the accumulation type (float, or double for fp64), E the compute dtype's storage. Matrices are row-major with

@@ -1,11 +1,8 @@
-// The operators for CPU tensors; lora_kernels/ops.py defines their schemas. Torch's part of the work: shapes,
-// allocation, and the base product where the library's own is the quicker one. Forward and backward of a whole layer
-// are made of the parts.
+// The operators of a layer for CPU tensors; lora_kernels/ops.py defines their schemas, layer.h has the parts.
 #include <algorithm>
 #include <vector>
 
-#include "arguments.h"
-#include "choice.h"
+#include "layer.h"
 
 namespace lora_kernels {
 
@@ -27,113 +24,8 @@ void parallel(int64_t tasks, void (*body)(void*, int64_t), void* context) {
 
 namespace {
 
-// The library's product, accumulated onto out (m, n): out += left (m, k) right (k, n).
-void accumulate_product(const Tensor& out, const Tensor& left, const Tensor& right) {
-    const auto sizes = left.sizes();
-    if (out.numel() == 0 || sizes[1] == 0) return;
-    const bool copied =
-        sizes[1] % TILE_ROW != 0 && !left.is_contiguous() && library_reads_past_rows(dtype_of(left, "x"));
-    const Tensor whole = copied ? torch::stable::contiguous(left) : left;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), whole.get(), right.get(), 1.0, 1.0));
-}
-
-// Whether W is multiplied by the kernels. One whose rows do not lie in one piece (Conv1D stores it as (K, N)) they
-// would have to copy: that pays where the library's product is slow, and else the library's takes any strides.
-bool multiplies(const Tensor& weight, Dtype compute, Pass pass, int64_t m, int64_t n, int64_t k) {
-    const bool in_place = k <= 1 || weight.stride(1) == 1;
-    return own_product(compute, pass, m, n, k) && (in_place || library_is_slow(compute));
-}
-
-Tensor transposed(const Tensor& matrix) {
-    const auto sizes = matrix.sizes();
-    const auto strides = matrix.strides();
-    const int64_t turned_sizes[2] = {sizes[1], sizes[0]}, turned_strides[2] = {strides[1], strides[0]};
-    AtenTensorHandle handle;  // an offset would be added to the tensor's own
-    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(matrix.get(), 2, turned_sizes, turned_strides, 0, &handle));
-    return Tensor(handle);
-}
-
-int64_t rows_of(const Tensor& matrix, const char* name) {
-    STD_TORCH_CHECK(matrix.dim() == 2, name, " must be a matrix, and it has ", matrix.dim(), " dimensions.");
-    return matrix.sizes()[0];
-}
-int64_t columns_of(const Tensor& matrix, const char* name) {
-    rows_of(matrix, name);
-    return matrix.sizes()[1];
-}
-
-Tensor shrink_by(const Tensor& x, const Tensor& lora_a, double p, const Tensor* state) {
-    const Dtype compute = dtype_of(x, "x");
-    const Matrix tokens(x, "x");
-    const int64_t m = tokens.rows, k = tokens.columns, r = rows_of(lora_a, "lora_a");
-    expect(lora_a, "lora_a", {r, k});
-    const Kernels& kernels = kernels_for(compute);
-    const Adapter a(lora_a, "lora_a", adapter_of(compute));
-    Tensor h = empty({m, r}, scalar_type_of(hidden_of(compute)));
-    ShrinkCall call = {
-        m,      k, r, tokens.data, tokens.stride, a.data, dropout_of(state, p), h.mutable_data_ptr(), thread_count(),
-        nullptr};
-    Scratch scratch(kernels.shrink_scratch(call));
-    call.scratch = scratch.get();
-    kernels.shrink(call);
-    return h;
-}
-
 Tensor shrink(const Tensor& x, const Tensor& lora_a, double p, const std::optional<Tensor>& state) {
     return shrink_by(x, lora_a, p, pointer(state));
-}
-
-// y; `linear`, where it is not null, is given what the gain acts on.
-Tensor product_with(const Tensor& x, const Tensor& weight, const Tensor& lora_b, const Tensor& h,
-                    const std::optional<Tensor>& bias, const std::optional<Tensor>& gain, double scaling,
-                    std::optional<Tensor>* linear) {
-    const Dtype compute = dtype_of(x, "x"), wide = hidden_of(compute);
-    const Matrix tokens(x, "x"), low(h, "h");
-    const int64_t m = tokens.rows, k = tokens.columns, r = columns_of(lora_b, "lora_b"), n = lora_b.sizes()[0];
-    expect(weight, "weight", {n, k}, compute);
-    expect(h, "h", {m, r}, wide);
-    expect(bias, "bias", {n});
-    expect(gain, "gain", {n});
-    const Kernels& kernels = kernels_for(compute);
-    const Adapter b(lora_b, "lora_b", adapter_of(compute));
-    const OptionalAdapter offset(bias, "bias", compute), factor(gain, "gain", wide);
-    const bool own = multiplies(weight, compute, Pass::forward, m, n, k), gained = gain.has_value(),
-               kept = gained && linear != nullptr;
-    std::optional<Matrix> base;
-    if (own) base.emplace(weight, "weight");
-    Tensor y = empty({m, n}, x.scalar_type());
-    if (kept) linear->emplace(empty({m, n}, x.scalar_type()));
-    const Term term = {
-        k,        r,          tokens.data, tokens.stride,           own ? base->data : nullptr, own ? base->stride : 0,
-        low.data, low.stride, b.data,      dropout_of(nullptr, 0.0)};
-    ProductCall call = {m,
-                        n,
-                        &term,
-                        1,
-                        true,
-                        scaling,
-                        offset.data,
-                        factor.data,
-                        kept ? (*linear)->mutable_data_ptr() : nullptr,
-                        y.mutable_data_ptr(),
-                        thread_count(),
-                        nullptr};
-    const Tensor& sums = kept ? **linear : y;
-    if (!own && gained) {  // both come after the library's product
-        call.bias = call.gain = call.linear = nullptr;
-        call.out = sums.mutable_data_ptr();
-    }
-    Scratch scratch(kernels.product_scratch(call));
-    call.scratch = scratch.get();
-    kernels.product(call);
-    if (!own) {
-        accumulate_product(sums, tokens.tensor, transposed(weight));
-        if (gained) {
-            kernels.apply_gain(
-                {m, n, sums.const_data_ptr(), factor.data, offset.data, y.mutable_data_ptr(), thread_count()});
-        }
-    }
-    return y;
 }
 
 std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& weight, const Tensor& lora_b, const Tensor& h,
@@ -144,90 +36,9 @@ std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& weight, const 
     return {y, linear.has_value() ? *linear : empty({0}, x.scalar_type())};
 }
 
-// dh where it is due, else empty; db where h is there; dbias where bias is.
-std::tuple<Tensor, Tensor, Tensor> grads_of_output(const Tensor& dy, const Tensor& lora_b,
-                                                   const std::optional<Tensor>& h, const std::optional<Tensor>& bias,
-                                                   double scaling, bool need_dh) {
-    const Dtype compute = dtype_of(dy, "dy"), wide = hidden_of(compute);
-    const Matrix outer(dy, "dy");
-    const int64_t m = outer.rows, n = outer.columns, r = columns_of(lora_b, "lora_b");
-    expect(lora_b, "lora_b", {n, r});
-    expect(bias, "bias", {n});
-    std::optional<Matrix> hidden;
-    if (h.has_value()) {
-        expect(*h, "h", {m, r}, wide);
-        hidden.emplace(*h, "h");
-    }
-    const Kernels& kernels = kernels_for(compute);
-    const Adapter b(lora_b, "lora_b", adapter_of(compute));
-    Tensor dh = need_dh ? empty({m, r}, scalar_type_of(wide)) : empty({0}, scalar_type_of(wide));
-    const AdapterGradient db(Result::db, h.has_value(), {n, r}, dtype_of(lora_b, "lora_b"), compute);
-    const AdapterGradient dbias(Result::dbias, bias.has_value(), {n},
-                                bias.has_value() ? dtype_of(*bias, "bias") : compute, compute);
-    OutputGradsCall call = {m,
-                            n,
-                            r,
-                            outer.data,
-                            outer.stride,
-                            b.data,
-                            hidden ? hidden->data : nullptr,
-                            hidden ? hidden->stride : 0,
-                            scaling,
-                            need_dh ? dh.mutable_data_ptr() : nullptr,
-                            db.data,
-                            dbias.data,
-                            thread_count(),
-                            nullptr};
-    Scratch scratch(kernels.output_grads_scratch(call));
-    call.scratch = scratch.get();
-    if (need_dh || h.has_value() || bias.has_value()) kernels.output_grads(call);
-    db.finish(kernels);
-    dbias.finish(kernels);
-    return {dh, db.result, dbias.result};
-}
-
 std::tuple<Tensor, Tensor, Tensor> output_grads(const Tensor& dy, const Tensor& lora_b, const std::optional<Tensor>& h,
                                                 const std::optional<Tensor>& bias, double scaling) {
     return grads_of_output(dy, lora_b, h, bias, scaling, true);
-}
-
-// dx of `count` layers, one at least; states is null where nothing is dropped.
-Tensor sum_of_input_grads(int64_t count, const Tensor* dys, const Tensor* weights, const Tensor* dhs,
-                          const Tensor* lora_as, double p, const Tensor* states) {
-    const Dtype compute = dtype_of(dys[0], "dy");
-    const int64_t m = rows_of(dys[0], "dy"), k = columns_of(weights[0], "weight");
-    const Kernels& kernels = kernels_for(compute);
-    std::vector<Matrix> matrices;
-    std::vector<Adapter> adapters;
-    std::vector<Term> terms;
-    std::vector<const Tensor*> lefts;
-    matrices.reserve(3 * count), adapters.reserve(count), terms.reserve(count), lefts.reserve(count);
-    for (int64_t i = 0; i < count; ++i) {
-        const Matrix& outer = matrices.emplace_back(dys[i], "dy");
-        lefts.push_back(&outer.tensor);
-        const int64_t n = outer.columns, r = rows_of(lora_as[i], "lora_a");
-        expect(dys[i], "dy", {m, n}, compute);
-        expect(weights[i], "weight", {n, k}, compute);
-        expect(dhs[i], "dh", {m, r}, hidden_of(compute));
-        expect(lora_as[i], "lora_a", {r, k});
-        const Matrix& low = matrices.emplace_back(dhs[i], "dh");
-        const Matrix* base = multiplies(weights[i], compute, Pass::backward, m, n, k)
-                                 ? &matrices.emplace_back(weights[i], "weight")
-                                 : nullptr;
-        adapters.emplace_back(lora_as[i], "lora_a", adapter_of(compute));
-        terms.push_back({n, r, outer.data, outer.stride, base ? base->data : nullptr, base ? base->stride : 0, low.data,
-                         low.stride, adapters.back().data, dropout_of(states == nullptr ? nullptr : states + i, p)});
-    }
-    Tensor dx = empty({m, k}, dys[0].scalar_type());
-    ProductCall call = {m,       k,       terms.data(),          count,          false,  1.0, nullptr,
-                        nullptr, nullptr, dx.mutable_data_ptr(), thread_count(), nullptr};
-    Scratch scratch(kernels.product_scratch(call));
-    call.scratch = scratch.get();
-    kernels.product(call);
-    for (int64_t i = 0; i < count; ++i) {
-        if (terms[i].weight == nullptr) accumulate_product(dx, *lefts[i], weights[i]);
-    }
-    return dx;
 }
 
 Tensor input_grad(const std::vector<Tensor>& dys, const std::vector<Tensor>& weights, const std::vector<Tensor>& dhs,
@@ -238,24 +49,6 @@ Tensor input_grad(const std::vector<Tensor>& dys, const std::vector<Tensor>& wei
                     "dys, weights, dhs and lora_as must be as long as each other, and so must states be, or empty.");
     return sum_of_input_grads(static_cast<int64_t>(count), dys.data(), weights.data(), dhs.data(), lora_as.data(), p,
                               states.empty() ? nullptr : states.data());
-}
-
-// da in the dtype `own`.
-Tensor a_grad_in(Dtype own, const Tensor& dh, const Tensor& x, double p, const Tensor* state) {
-    const Dtype compute = dtype_of(x, "x");
-    const Matrix tokens(x, "x"), low(dh, "dh");
-    const int64_t m = tokens.rows, k = tokens.columns, r = low.columns;
-    expect(dh, "dh", {m, r}, hidden_of(compute));
-    const Kernels& kernels = kernels_for(compute);
-    const AdapterGradient da(Result::da, true, {r, k}, own, compute);
-    AGradCall call = {
-        m,      k, r, tokens.data, tokens.stride, low.data, low.stride, dropout_of(state, p), da.data, thread_count(),
-        nullptr};
-    Scratch scratch(kernels.a_grad_scratch(call));
-    call.scratch = scratch.get();
-    kernels.a_grad(call);
-    da.finish(kernels);
-    return da.result;
 }
 
 Tensor a_grad(const Tensor& dh, const Tensor& x, double p, const std::optional<Tensor>& state) {

@@ -57,11 +57,14 @@ inline Dtype hidden_of(Dtype compute) { return compute == Dtype::fp64 ? Dtype::f
 // What lora_a and lora_b are rounded to: fp16's range is too small for them (lora_kernels/reference.py, adapter_dtype).
 inline Dtype adapter_of(Dtype compute) { return compute == Dtype::fp16 ? Dtype::fp32 : compute; }
 
-// A fresh contiguous CPU tensor.
+// A fresh contiguous CPU tensor of at most three dimensions.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-    int64_t strides[2] = {1, 1};
+    int64_t strides[3] = {1, 1, 1}, step = 1;
     const int64_t dims = static_cast<int64_t>(sizes.size());
-    if (dims == 2) strides[0] = sizes.begin()[1] > 1 ? sizes.begin()[1] : 1;
+    for (int64_t i = dims - 1; i >= 0; --i) {
+        strides[i] = step;
+        step *= sizes.begin()[i] > 1 ? sizes.begin()[i] : 1;
+    }
     AtenTensorHandle handle;
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
         dims, sizes.begin(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),

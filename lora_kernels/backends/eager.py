@@ -19,7 +19,7 @@ from ..explaining.report import PassPlan
 from ..kept import Kept, no_words
 from ..ops import register
 from ..reference import adapter_dtype, dropout_threshold
-from . import draw_seed
+from . import composed_experts, draw_seed
 from .composed import Composition, in_one_piece, sum_of_rows
 
 __all__ = ["BACKEND"]
@@ -117,11 +117,12 @@ class EagerBackend:
         return composed_plan.plans(problem, tokens)
 
     def register(self, device_type: str) -> None:
-        register(self.name, self.operators(), _Kept())
+        register(self.name, self.operators(), _Kept(), experts=True)
 
     def operators(self) -> dict[str, Callable[..., Any]]:
         """Its implementations of the operators of ``ops.py``, by name."""
-        return {"forward": forward, "backward": backward, "mask": mask, **_composition.operators}
+        experts = composed_experts.operators(mask)
+        return {"forward": forward, "backward": backward, "mask": mask, **_composition.operators, **experts}
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
         if x.device.type == "cpu":

@@ -14,7 +14,6 @@ W is frozen. Saved: x before it is spread over its experts, the parameters, h, a
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,13 +22,13 @@ from torch import Tensor
 from ..dispatch import backend, select
 from ..errors import InvalidTypeError, UnsupportedTransformError
 from ..ops import operators
-from . import grouped, loop, native
+from . import grouped
 from .problem import Adapter, Drop
-from .routing import Routing
+from .routing import Routing, sum_of_slots
 
 __all__ = ["project"]
 
-_BACKEND = "eager"  # whose operators draw the mask
+_GROUPED = "grouped"  # by torch's grouped_mm, whose mask eager draws
 
 
 def project(
@@ -39,7 +38,7 @@ def project(
     routing: Routing,
     p: float = 0.0,
     spread: bool = False,
-    way: ModuleType | None = None,
+    way: str | None = None,
 ) -> Tensor:
     """y (M, N) in x's dtype, rows sorted by expert; those of sentinels are zero.
 
@@ -48,7 +47,7 @@ def project(
         weight: (E, N, K), a view where it is stored transposed; frozen.
         adapter: its A (E, R, K), B (E, N, R) and s; None where there is none.
         p: dropout's probability, 0 where it does not act. A mask is drawn for each slot, from one seed.
-        way: :mod:`.loop`, :mod:`.native` or :mod:`.grouped`; None is what suits the device.
+        way: "eager" or "native", whose operators run, or "grouped"; None is what suits the device.
 
     Raises:
         InvalidTypeError: ``weight`` requires a gradient.
@@ -65,16 +64,27 @@ def project(
             "gradient of its size is never made. Call requires_grad_(False) on it, or train it without an adapter."
         )
     if way is None:
-        on_device = grouped.runs(x, weight)
-        way = grouped if on_device else native if native.runs(x, adapter, p) else loop
+        way = _way_for(x, weight, adapter)
+    drawn = "eager" if way == _GROUPED else way
+    select("cpu" if x.is_cpu else x.device.type, x.dtype, drawn)
     state = None
     if p != 0.0 and adapter is not None:
-        select("cpu" if x.is_cpu else x.device.type, x.dtype, _BACKEND)
         rows = routing.slots.shape[0]
-        state = backend(_BACKEND).dropout_state(x.new_empty(()).expand(rows, weight.shape[2]), p)
+        state = backend(drawn).dropout_state(x.new_empty(()).expand(rows, weight.shape[2]), p)
     a, b, scaling = (None, None, 0.0) if adapter is None else adapter
-    y: Tensor = _Project.apply(x, weight, a, b, scaling, p, state, routing, spread, way)
+    tokens, places = (routing.tokens, routing.places) if spread else (None, None)
+    x = x if spread else x.contiguous()
+    y: Tensor = _Project.apply(
+        x, weight, a, b, state, routing.offsets, routing.present, tokens, places, scaling, p, routing.k, way
+    )
     return y
+
+
+def _way_for(x: Tensor, weight: Tensor, adapter: Adapter | None) -> str:
+    if grouped.runs(x, weight):
+        return _GROUPED
+    native = x.is_cpu and adapter is not None and select("cpu", x.dtype, None) == "native"
+    return "native" if native else "eager"
 
 
 class _Project(torch.autograd.Function):
@@ -85,16 +95,22 @@ class _Project(torch.autograd.Function):
         weight: Tensor,
         a: Tensor | None,
         b: Tensor | None,
+        state: Tensor | None,
+        offsets: Tensor,
+        present: Tensor | None,
+        tokens: Tensor | None,
+        places: Tensor | None,
         scaling: float,
         p: float,
-        state: Tensor | None,
-        routing: Routing,
-        spread: bool,
-        way: ModuleType,
+        k: int,
+        way: str,
     ) -> Tensor:
-        adapter = None if a is None or b is None else Adapter(a, b, scaling)
-        rows = _rows(x, routing, spread)
-        y, h = way.forward(rows, weight, adapter, _drop(state, rows.shape, p), routing)
+        if way == _GROUPED:
+            rows = x if tokens is None else x.index_select(0, tokens)
+            adapter = None if a is None or b is None else Adapter(a, b, scaling)
+            y, h = grouped.forward(rows, weight, adapter, _drop(state, rows.shape, p), offsets, present)
+        else:
+            y, h = operators(way).experts_forward(x, weight, a, b, offsets, tokens, scaling, p, state)
         need_x, _, need_a, need_b = ctx.needs_input_grad[:4]
         ctx.save_for_backward(
             x if need_a else None,
@@ -103,33 +119,39 @@ class _Project(torch.autograd.Function):
             b,
             h if need_b else None,
             state if need_x or need_a else None,
+            offsets,
+            present,
+            tokens,
+            places,
         )
-        ctx.settings = scaling, p, routing, spread, way, weight.shape[2]
-        return y  # type: ignore[no-any-return]
+        ctx.settings = scaling, p, k, way, weight.shape[2]
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise UnsupportedTransformError(
                 "a double backward (create_graph=True) was asked for through LoRA on stacked experts, which has first "
                 "derivatives alone. Differentiate once, or merge the adapter into the weights first."
             )
         (dy,) = grad_outputs
         dy = dy.contiguous()
-        x, weight, a, b, h, state = ctx.saved_tensors
-        scaling, p, routing, spread, way, k = ctx.settings
-        adapter = None if a is None else Adapter(a, b, scaling)
-        drop = _drop(state, torch.Size((dy.shape[0], k)), p)
-        rows = None if x is None else _rows(x, routing, spread)
-        dx, da, db = way.backward(dy, rows, weight, adapter, h, drop, routing)
-        if dx is not None and spread:
-            dx = routing.sum_of_slots(dx)
-        return dx, None, da, db, None, None, None, None, None, None
-
-
-def _rows(x: Tensor, routing: Routing, spread: bool) -> Tensor:
-    return x.index_select(0, routing.tokens) if spread else x.contiguous()
+        x, weight, a, b, h, state, offsets, present, tokens, places = ctx.saved_tensors
+        scaling, p, k, way, columns = ctx.settings
+        if way == _GROUPED:
+            rows = x if x is None or tokens is None else x.index_select(0, tokens)
+            adapter = None if a is None else Adapter(a, b, scaling)
+            drop = _drop(state, torch.Size((dy.shape[0], columns)), p)
+            dx, da, db = grouped.backward(dy, rows, weight, adapter, h, drop, offsets, present)
+        else:
+            run = operators(way).experts_backward
+            dx, da, db = run(dy, x, weight, a, b, offsets, tokens, h, scaling, p, state)
+        need_x, _, need_a, need_b = ctx.needs_input_grad[:4]
+        if dx is not None and need_x and places is not None:
+            dx = sum_of_slots(dx, places, k)
+        due = (dx if need_x else None, None, da if need_a else None, db if need_b else None)
+        return *due, *[None] * 9
 
 
 def _drop(state: Tensor | None, shape: torch.Size, p: float) -> Drop | None:
-    return None if state is None else Drop(operators(_BACKEND).mask(state, *shape, p), 1.0 / (1.0 - p))
+    return None if state is None else Drop(operators("eager").mask(state, *shape, p), 1.0 / (1.0 - p))

@@ -6,19 +6,23 @@ expert that another process has) come last and belong to no expert.
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["Routing", "combine"]
+__all__ = ["Routing", "combine", "sum_of_slots"]
+
+_CHUNK = 2048  # rows whose products are in memory at a time
 
 
 class Routing:
     """The slots of ``top_k_index`` (T, k), sorted by expert; equal ones keep their order, so a run can be repeated.
+
+    Nothing here reads values on the host, so a compiled graph holds for every routing.
 
     Attributes:
         tokens: the token of each sorted slot, int64 (M,).
@@ -26,7 +30,7 @@ class Routing:
         places: where each slot stands in the sorted order, int64 (M,).
         experts: the expert of each sorted slot, (M,); of a sentinel some expert, to be read from and not meant.
         offsets: where the slots of each expert end, int32 (E,).
-        skips: whether there may be sentinels.
+        present: bool (M, 1), False for sentinels; None on a GPU, where there are none unless ``skips``.
     """
 
     def __init__(self, top_k_index: Tensor, num_experts: int, skips: bool) -> None:
@@ -34,35 +38,31 @@ class Routing:
         self.k = top_k_index.shape[1]
         index = top_k_index.detach().reshape(-1)
         order, self.slots = torch.sort(index, stable=True)
-        self.tokens = self.slots.div(max(self.k, 1), rounding_mode="floor")
-        self.places = torch.empty_like(self.slots)
-        self.places[self.slots] = torch.arange(index.numel(), device=index.device)
+        self.tokens = self.slots.div(self.k, rounding_mode="floor")
+        positions = torch.arange(index.numel(), device=index.device)
+        self.places = torch.empty_like(self.slots).scatter_(0, self.slots, positions)
         experts = torch.arange(num_experts, dtype=order.dtype, device=order.device)
         self.offsets = torch.searchsorted(order, experts, right=True, out_int32=True)
-        self.skips = skips or (index.is_cpu and self.ends[-1] < index.numel())
-        self.present = (order < num_experts).unsqueeze(1) if self.skips else None  # (M, 1)
+        self.present = (order < num_experts).unsqueeze(1) if skips or index.is_cpu else None
         self.experts = order.clamp(max=num_experts - 1)
 
-    @cached_property
-    def ends(self) -> list[int]:
-        """``offsets`` on the host: on a GPU reading them waits for it."""
-        ends: list[int] = self.offsets.tolist()
-        return ends
 
-    def parts(self) -> list[tuple[int, slice]]:
-        """``(expert, its rows)`` of each expert that has any."""
-        starts = [0, *self.ends[:-1]]
-        return [(e, slice(s, t)) for e, (s, t) in enumerate(zip(starts, self.ends, strict=True)) if t > s]
+def sum_of_slots(rows: Tensor, places: Tensor, k: int, weights: Tensor | None = None) -> Tensor:
+    """(M, F) in sorted order -> (T, F): each token's k rows, times its weights (T, k), in the order of its slots.
 
-    def sum_of_slots(self, rows: Tensor) -> Tensor:
-        """(M, F) in sorted order -> (T, F): each token's rows, added in fp32 in the order of its slots."""
-        by_slot = rows.index_select(0, self.places)
-        return by_slot.view(-1, self.k, rows.shape[1]).sum(1)
+    They are added in fp32 (fp64 for fp64). Weights are taken on a CPU alone, in rows' dtype.
+    """
+    if rows.is_cpu:  # one pass, where a gather and a sum write (M, F) in between
+        found: Tensor = F.embedding_bag(places.view(-1, k), rows, mode="sum", per_sample_weights=weights)
+        return found
+    return rows.index_select(0, places).view(-1, k, rows.shape[1]).sum(1)
 
 
 def combine(rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
     """(T, F): the rows (M, F) of each token's experts, times its ``weights`` (T, k), added up."""
-    combined: Tensor = _Combine.apply(rows, weights, routing)
+    combined: Tensor = _Combine.apply(
+        rows, weights, routing.slots, routing.tokens, routing.places, routing.present, routing.k
+    )
     return combined
 
 
@@ -70,32 +70,53 @@ class _Combine(torch.autograd.Function):
     """By gathers and sums alone: autograd's own gradient of an indexed read adds by atomics on a GPU."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
-        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights)
-        ctx.routing, ctx.dtype = routing, rows.dtype
-        return routing.sum_of_slots(rows * _sorted(weights, routing))
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weights: Tensor,
+        slots: Tensor,
+        tokens: Tensor,
+        places: Tensor,
+        present: Tensor | None,
+        k: int,
+    ) -> Tensor:
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights, slots, tokens, places, present)
+        ctx.dtype = rows.dtype
+        sorted_weights = _sorted(weights, slots, present)
+        if rows.is_cpu and rows.dtype is weights.dtype:
+            return sum_of_slots(rows, places, k, sorted_weights.reshape(-1).index_select(0, places).view(-1, k))
+        return sum_of_slots(rows * sorted_weights, places, k)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
-        routing: Routing = ctx.routing
-        rows, weights = ctx.saved_tensors
-        d_rows = dy.index_select(0, routing.tokens)
+        rows, weights, slots, tokens, places, present = ctx.saved_tensors
+        d_rows = dy.index_select(0, tokens)
         d_weights = None
         if ctx.needs_input_grad[1]:
-            products = (d_rows * rows).sum(1, keepdim=True)
-            if routing.present is not None:
-                products = products.masked_fill(~routing.present, 0.0)
-            d_weights = products.index_select(0, routing.places).view_as(weights).to(weights.dtype)
+            d_weights = _row_products(d_rows, rows)
+            if present is not None:
+                d_weights = d_weights.masked_fill(~present, 0.0)
+            d_weights = d_weights.index_select(0, places).view_as(weights).to(weights.dtype)
         if not ctx.needs_input_grad[0]:
-            return None, d_weights, None
-        return (d_rows * _sorted(weights, routing)).to(ctx.dtype), d_weights, None
+            return None, d_weights, None, None, None, None, None
+        factors = _sorted(weights, slots, present)
+        d_rows = d_rows.mul_(factors) if d_rows.dtype is factors.dtype else (d_rows * factors).to(ctx.dtype)
+        return d_rows.to(ctx.dtype), d_weights, None, None, None, None, None
 
 
-def _sorted(weights: Tensor, routing: Routing) -> Tensor:
+def _row_products(left: Tensor, right: Tensor) -> Tensor:
+    """(M, 1): the inner product of each row with the other's."""
+    if not left.is_cpu or torch.compiler.is_compiling():
+        return (left * right).sum(1, keepdim=True)
+    pairs = zip(left.split(_CHUNK), right.split(_CHUNK), strict=True)  # products stay in the cache
+    return torch.cat([(one * other).sum(1, keepdim=True) for one, other in pairs])
+
+
+def _sorted(weights: Tensor, slots: Tensor, present: Tensor | None) -> Tensor:
     """(M, 1): zero for sentinels, whatever their weight."""
-    found = weights.reshape(-1).index_select(0, routing.slots).unsqueeze(1)
-    return found if routing.present is None else found.masked_fill(~routing.present, 0.0)
+    found = weights.reshape(-1).index_select(0, slots).unsqueeze(1)
+    return found if present is None else found.masked_fill(~present, 0.0)
 
 
 def _check(top_k_index: Tensor) -> None:
@@ -106,7 +127,9 @@ def _check(top_k_index: Tensor) -> None:
         )
     if top_k_index.is_floating_point() or top_k_index.dtype is torch.bool:
         raise InvalidTypeError(f"top_k_index of {top_k_index.dtype} was given: it must hold integers, such as int64.")
-    if top_k_index.is_cpu and top_k_index.numel() and int(top_k_index.min()) < 0:
+    if torch.compiler.is_compiling():
+        torch._assert_async((top_k_index >= 0).all(), "top_k_index holds a negative index: experts count from 0.")
+    elif top_k_index.is_cpu and top_k_index.numel() and int(top_k_index.min()) < 0:
         raise InvalidArgumentError(
             f"top_k_index holds {int(top_k_index.min())}: experts are counted from 0. Give num_experts for a slot that "
             "no expert here serves."

@@ -12,6 +12,7 @@ from ..errors import InvalidArgumentError, LoRAStateError
 from ..gate import autocast_input, device_type_of, is_autocast_enabled
 from ..tensors import PLAIN_TENSORS, as_dtype
 from .autograd import project
+from .gate import apply_gate
 from .problem import Adapter
 from .routing import Routing, combine
 from .suitable import DOWN, UP
@@ -71,7 +72,7 @@ def run(
 
     up = UP[getattr(module, "has_gate", True)]
     x = projected(hidden_states, up, True)
-    x = module._apply_gate(x) if up == "gate_up_proj" else module.act_fn(x)
+    x = apply_gate(module, x) if up == "gate_up_proj" else module.act_fn(x)
     x = projected(x, DOWN, False)
     if getattr(module, "has_post_expert_norm", False):
         x = module.post_expert_norm(x)

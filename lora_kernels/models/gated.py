@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..activations import check_gate
+from ..activations import check_gate, gate_of
 from ..branches import Branch, PackedBranch
 from ..dispatch import Problem
 from ..errors import InvalidArgumentError, InvalidTypeError
@@ -217,27 +217,7 @@ def _activation_of(mlp: Any) -> str | None:
     if "act" not in mlp._roles:
         return "silu"
     act = getattr(mlp, mlp._roles["act"])
-    if not isinstance(act, nn.Module):
-        return None
-    if act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks:
-        return None
-    return None if "forward" in act.__dict__ else _gate_of(act)
-
-
-def _gate_of(act: Any) -> str | None:
-    kind = type(act)
-    if kind is nn.SiLU:
-        return None if act.inplace else "silu"
-    if kind is nn.GELU:
-        return "gelu" if act.approximate == "none" else "gelu_tanh"
-    if kind.__module__ != "transformers.activations":
-        return None
-    name = kind.__name__
-    if name in ("SiLUActivation", "NewGELUActivation"):
-        return "silu" if name == "SiLUActivation" else "gelu_tanh"
-    if name in ("GELUTanh", "PytorchGELUTanh"):
-        return "gelu_tanh"
-    return "gelu" if name == "GELUActivation" else None
+    return gate_of(act)
 
 
 def _why_sizes(mlp: Any) -> str | None:

@@ -88,8 +88,38 @@ def _parts(device: str) -> dict[str, tuple[tuple[Any, ...], Callable[[], Any]]]:
     }
 
 
+def _parts_of_experts() -> dict[str, tuple[tuple[Any, ...], Callable[[], Any]]]:
+    """The same of two experts' operators, all of whose rows but the first are the second's."""
+    t = _tensors("cpu")
+    x, w, a, b = (torch.stack([t[name]] * (1 + (name != "x"))) for name in ("x", "weight", "lora_a", "lora_b"))
+    x, offsets, dy, h = x[0], torch.tensor([1, M], dtype=torch.int32), torch.randn(M, N), torch.randn(M, R)
+    tokens = torch.arange(M).flip(0)
+    return {
+        "experts_forward": (
+            (x, w, a, b, offsets, tokens, 0.5, 0.0, None),
+            lambda: (x @ w[0].t(), x @ a[0].t() @ b[0].t()),
+        ),
+        "experts_backward": (
+            (dy, x, w, a, b, offsets, None, h, 0.5, 0.0, None),
+            lambda: (dy @ w[0], dy @ b[0] @ a[0], h.t() @ x, dy.t() @ h),
+        ),
+    }
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("name", ops.EXPERTS_OPERATOR_NAMES)
+def test_experts_count_as_layers(name: str, backend: str) -> None:
+    dispatch.select("cpu", torch.float32, backend)
+    arguments, products = _parts_of_experts()[name]
+    with torch.no_grad():
+        assert count(lambda: getattr(ops._registered[backend], name)(*arguments)) == count(products) > 0
+
+
+SEVERAL = (*ops.GROUP_OPERATOR_NAMES, *ops.EXPERTS_OPERATOR_NAMES)
+
+
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
-@pytest.mark.parametrize("name", [name for name in FORMULAS if name not in ops.GROUP_OPERATOR_NAMES])
+@pytest.mark.parametrize("name", [name for name in FORMULAS if name not in SEVERAL])
 def test_each_operator_counts_the_products_of_its_formula(name: str, backend: str, device: str) -> None:
     dispatch.select(device, torch.float32, backend)
     arguments, products = _parts(device)[name]

@@ -218,8 +218,13 @@ def test_a_new_adapter_adds_nothing_and_trains_alone() -> None:
     plain = copy.deepcopy(module)
     layer = around_experts(module, dict.fromkeys(names_of(module), OPTIONS))
     x, index, weights, _ = inputs(layer, torch.float32)
+    wide = copy.deepcopy(plain).double()
     plain.config._experts_implementation = "grouped_mm"
-    assert torch.equal(layer(x, index, weights), plain(x, index, weights))
+    wide.config = copy.deepcopy(plain.config)
+    wide.config._experts_implementation = "eager"  # grouped_mm has no fp64
+    exact = wide(x.double(), index, weights.double())
+    verdict = judge("y", layer(x, index, weights), exact, plain(x, index, weights), torch.float32, depth=2)
+    assert verdict.passed, str(verdict)
     assert all(a.any(dim=-1).all() for a in layer.lora_A.values())
     trained = [name for name, p in layer.named_parameters() if p.requires_grad]
     assert trained == [f"{m}.{p}" for m in ("lora_A", "lora_B") for p in names_of(module)]

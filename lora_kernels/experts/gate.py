@@ -1,0 +1,60 @@
+"""Between the projections: the module's own gate, or σ(gate) * up and its gradients in one pass each.
+
+The one pass is a backend's ``gated`` (``ops.py``). It takes the place of transformers' own default gate, where the
+activation is one of ``activations.GATES``. It keeps what the projection gave, and no value between.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..activations import GATES, gate_of
+from ..dispatch import select
+from ..errors import UnsupportedTransformError
+from ..ops import operators
+
+__all__ = ["apply_gate"]
+
+_DEFAULT = ("transformers.integrations.moe", "_default_apply_gate")
+
+
+def apply_gate(module: Any, joined: Tensor) -> Tensor:
+    """(M, I) of ``joined`` (M, 2 I), what gate_up_proj gave, as ``module._apply_gate`` has it."""
+    activation = gate_of(module.act_fn) if _is_default(module) else None
+    if activation is not None:
+        name = select(joined.device.type, joined.dtype, None)
+        if name != "eager":
+            gated: Tensor = _Gated.apply(joined, GATES.index(activation), name)
+            return gated
+    y: Tensor = module._apply_gate(joined)
+    return y
+
+
+def _is_default(module: Any) -> bool:
+    found = getattr(type(module), "_apply_gate", None)
+    named = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
+    return named == _DEFAULT and "_apply_gate" not in vars(module)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, joined: Tensor, number: int, name: str) -> Tensor:
+        ctx.save_for_backward(joined)
+        ctx.settings = number, name
+        return operators(name).gated(*joined.chunk(2, dim=1), number)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise UnsupportedTransformError(
+                "a double backward (create_graph=True) was asked for through the gate of stacked experts, which has "
+                "first derivatives alone. Differentiate once, or call the model within use_backend('eager')."
+            )
+        (joined,) = ctx.saved_tensors
+        number, name = ctx.settings
+        gate, up = joined.chunk(2, dim=1)
+        d_joined, _ = operators(name).gated_grad(grad_outputs[0].contiguous(), gate, up, number, True)
+        return d_joined, None, None
