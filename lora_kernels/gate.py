@@ -35,6 +35,7 @@ __all__ = [
     "autocast_input",
     "check",
     "check_dropout_p",
+    "chosen",
     "device_type_of",
     "draw_state",
     "group_fault",
@@ -291,8 +292,13 @@ def prepare(x: Tensor, backend_name: str | None) -> tuple[Tensor, str]:
                 "lora_kernels.reference.forward, which is plain PyTorch."
             )
         x = torch._C._functorch.unwrap_if_dead(x)  # one that leaked out of a transform that is over
-    choose = _select_constant if compiling else select
-    return x, choose(device_type_of(x), x.dtype, backend_name)
+    return x, chosen(x, backend_name)
+
+
+def chosen(x: Tensor, backend_name: str | None = None) -> str:
+    """The backend that runs problems of x's device and dtype, as :func:`.dispatch.select` has it."""
+    choose = _select_constant if torch.compiler.is_compiling() else select
+    return choose(device_type_of(x), x.dtype, backend_name)
 
 
 def _select_constant(device_type: str, dtype: torch.dtype, backend_name: str | None) -> str:

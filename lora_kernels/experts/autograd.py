@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import backend, select
+from ..dispatch import backend
 from ..errors import InvalidTypeError, UnsupportedTransformError
+from ..gate import chosen
 from ..ops import operators
 from . import grouped
 from .problem import Adapter, Drop
@@ -66,7 +67,7 @@ def project(
     if way is None:
         way = _way_for(x, weight, adapter)
     drawn = "eager" if way == _GROUPED else way
-    select("cpu" if x.is_cpu else x.device.type, x.dtype, drawn)
+    chosen(x, drawn)
     state = None
     if p != 0.0 and adapter is not None:
         rows = routing.slots.shape[0]
@@ -83,7 +84,7 @@ def project(
 def _way_for(x: Tensor, weight: Tensor, adapter: Adapter | None) -> str:
     if grouped.runs(x, weight):
         return _GROUPED
-    native = x.is_cpu and adapter is not None and select("cpu", x.dtype, None) == "native"
+    native = x.is_cpu and adapter is not None and chosen(x) == "native"
     return "native" if native else "eager"
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..activations import GATES, gate_of
-from ..dispatch import select
 from ..errors import UnsupportedTransformError
+from ..gate import chosen
 from ..ops import operators
 
 __all__ = ["apply_gate"]
@@ -25,7 +25,7 @@ def apply_gate(module: Any, joined: Tensor) -> Tensor:
     """(M, I) of ``joined`` (M, 2 I), what gate_up_proj gave, as ``module._apply_gate`` has it."""
     activation = gate_of(module.act_fn) if _is_default(module) else None
     if activation is not None:
-        name = select(joined.device.type, joined.dtype, None)
+        name = chosen(joined)
         if name != "eager":
             gated: Tensor = _Gated.apply(joined, GATES.index(activation), name)
             return gated
@@ -34,9 +34,15 @@ def apply_gate(module: Any, joined: Tensor) -> Tensor:
 
 
 def _is_default(module: Any) -> bool:
-    found = getattr(type(module), "_apply_gate", None)
-    named = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
-    return named == _DEFAULT and "_apply_gate" not in vars(module)
+    return "_apply_gate" not in module.__dict__ and _has_default(type(module))
+
+
+def _has_default(kind: type) -> bool:
+    found = getattr(kind, "_apply_gate", None)
+    return (getattr(found, "__module__", None), getattr(found, "__qualname__", None)) == _DEFAULT
+
+
+_has_default._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see gate._select_constant
 
 
 class _Gated(torch.autograd.Function):
