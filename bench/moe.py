@@ -31,12 +31,14 @@ sys.path.insert(0, str(ROOT))
 from lora_kernels import FusedLoRALinear, LoRAConfig, replace_linear  # noqa: E402  (after the path)
 from lora_kernels.accuracy import judge  # noqa: E402
 from lora_kernels.benchmark.memory import peak_of  # noqa: E402
+from lora_kernels.benchmark.report import Table  # noqa: E402
 from lora_kernels.benchmark.results import environment  # noqa: E402
 from lora_kernels.experts.peft_form import to_peft  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "moe-cpu.json"
 TARGETS = ["gate_up_proj", "down_proj"]
 PROVIDERS = ("frozen", "ours", "loop", "peft")
+NAMES = {"frozen": "frozen experts", "ours": "lora_kernels", "loop": "loop over FusedLoRALinear", "peft": "PEFT"}
 
 
 @dataclass(frozen=True)
@@ -179,12 +181,54 @@ def measure(sizes: Sizes, dtype: torch.dtype, rounds: int) -> list[dict[str, Any
     return rows
 
 
+def table(result: dict[str, Any]) -> Table:
+    """A row for each provider and dtype, and whether the goals were reached."""
+    sizes, machine = Sizes(**result["sizes"]), result["environment"]
+    versions = machine["versions"]
+    caption = (
+        f"A training step of one layer of {sizes.experts} experts, {sizes.hidden} → 2 x {sizes.intermediate} → "
+        f"{sizes.hidden}, {sizes.k} for each of {sizes.tokens} tokens, r = {sizes.r}. Ratio: time over the frozen "
+        f"experts' of the same round, median (20th to 80th percentile). {machine['device']}, {machine['threads']} "
+        f"threads; torch {versions['torch']}, peft {versions['peft']}; lora_kernels at commit "
+        f"{machine['git']}. {result.get('context', '')}"
+    ).strip()
+    rows = [
+        [
+            row["dtype"],
+            NAMES[row["provider"]],
+            f"{row['seconds'] * 1e3:.0f}",
+            f"{row['ratio']:.2f} ({row['p20']:.2f}-{row['p80']:.2f})",
+            f"{row['peak_bytes'] / 2**20:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    notes = [_verdict(dtype, result["rows"]) for dtype in dict.fromkeys(row["dtype"] for row in result["rows"])]
+    return Table(caption, ["dtype", "who", "ms", "ratio", "peak, MiB"], rows, frozenset(), frozenset(), notes)
+
+
+def _verdict(dtype: str, rows: Sequence[dict[str, Any]]) -> str:
+    """What the goals were, and what came of each."""
+    of = {row["provider"]: row for row in rows if row["dtype"] == dtype}
+    ours, peft, loop = of["ours"], of["peft"], of["loop"]
+    goals = {
+        f"{ours['ratio']:.2f} of the frozen experts' time (at most 1.12)": ours["ratio"] <= 1.12,
+        f"PEFT takes {peft['ratio'] / ours['ratio']:.2f} times as long (at least 1.4)": peft["ratio"]
+        >= 1.4 * ours["ratio"],
+        f"{ours['ratio'] / loop['ratio']:.2f} of the loop's time (at most 1)": ours["ratio"] <= loop["ratio"],
+        f"{ours['peak_bytes'] / peft['peak_bytes']:.2f} of PEFT's peak (at most 0.5)": ours["peak_bytes"]
+        <= 0.5 * peft["peak_bytes"],
+    }
+    told = "; ".join(f"{words}: {'reached' if reached else '**missed**'}" for words, reached in goals.items())
+    return f"{dtype}: {told}."
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, and write the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--small", action="store_true", help="sizes for a test")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--context", default="", help="a sentence about the run, for the table")
     parser.add_argument("--json", type=Path, default=RESULT, help="where to write")
     given = parser.parse_args(arguments)
     sizes = SMALL if given.small else Sizes()
@@ -194,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{row['dtype']:9} {row['provider']:7} {row['seconds'] * 1e3:9.1f} ms  {row['ratio']:6.2f} of frozen "
             f"({row['p20']:.2f}-{row['p80']:.2f})  peak {row['peak_bytes'] / 2**20:8.1f} MiB"
         )
-    result = {"sizes": asdict(sizes), "rows": rows, "environment": environment("cpu")}
+    result = {"sizes": asdict(sizes), "context": given.context, "rows": rows, "environment": environment("cpu")}
     given.json.write_text(json.dumps(result, indent=1))
     return 0
 

@@ -14,8 +14,8 @@ beside LoRA and PEFT beside this package, of the presets ``ratios`` and ``gpu-ra
 ``model:convergence``, ``model:memory`` and ``model:block-memory`` are what ``bench/convergence.py`` and
 ``bench/model_memory.py`` found of whole models, ``model:traffic`` what ``bench/dram_bytes.py`` counted or measured,
 ``model:block`` what ``bench --preset gpu-block`` did, ``model:headline`` one sentence of it, ``model:llama`` what
-``bench --preset gpu-llama`` did, and ``model:few-tokens`` each plan's time for 1 to 16 tokens. ``brief:`` is the short
-table of README.md:
+``bench --preset gpu-llama`` did, ``model:few-tokens`` each plan's time for 1 to 16 tokens, and ``model:moe`` what
+``bench/moe.py`` measured of stacked experts. ``brief:`` is the short table of README.md:
 ``brief:DEVICE/PRESET/DIRECTION[/...][+DIRECTION[/...] ...]`` joins cells of several passes.
 A table of measurements shows no predicted number; only ``beside:`` and ``predicted:`` do, and they have no place in
 README.md.
@@ -35,7 +35,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import convergence_report, dram_bytes, few_tokens, model_memory  # noqa: E402  (after the path)
+from bench import convergence_report, dram_bytes, few_tokens, model_memory, moe  # noqa: E402  (after the path)
 from bench.brief import brief, headline  # noqa: E402
 from lora_kernels.benchmark import block, llama_report  # noqa: E402
 from lora_kernels.benchmark.grid import grid  # noqa: E402
@@ -57,6 +57,7 @@ _MODELS = {  # the result's file, what makes the table of it, what stands above
     "block": ("nvidia-h100/block.json", block.table, ""),
     "llama": ("nvidia-h200/llama.json", llama_report.table, ""),
     "few-tokens": ("nvidia-h100/few-tokens.json", few_tokens.table, ""),
+    "moe": ("moe-cpu.json", moe.table, ""),
     "traffic": ("step-traffic.json", dram_bytes.table, ""),
 }
 _SENTENCES = {"headline": ("nvidia-h200/llama.json", headline)}  # likewise, without a table

@@ -23,7 +23,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("distributed_layers", "distributed_crossings", "distributed_training", "distributed_fsdp1")
+FILES = (
+    *("distributed_layers", "distributed_crossings", "distributed_training"),
+    *("distributed_fsdp1", "distributed_experts"),
+)
 PATIENCE = 45  # seconds that a collective waits for the other processes
 LIMIT = 300  # seconds for all checks of one world size, on a machine that does other things too
 START = 60  # seconds for the imports
@@ -37,6 +40,7 @@ ONCE = (
     *("check_fsdp1_is_refused_outside_its_context", "check_fsdp1_gives_and_takes_adapters_in_its_context"),
     *("check_fsdp1_trains_like_one_process", "check_fsdp1_has_the_groups_of_the_plain_model"),
     *("check_fsdp1_gathers_layers_of_one_input_apart", "check_fsdp1_has_trainers_callback_save_once"),
+    "check_experts_that_are_sharded_by_hand_are_refused",
 )
 
 Outcomes = dict[tuple[int, str], str]

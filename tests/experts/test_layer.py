@@ -15,6 +15,7 @@ from lora_kernels import use_backend
 from lora_kernels.accuracy import judge
 from lora_kernels.config import AdapterOptions
 from lora_kernels.errors import InvalidArgumentError, LoRAStateError
+from lora_kernels.experts import autograd, routing, run
 from lora_kernels.experts.layer import FusedLoRAExperts, around_experts
 from lora_kernels.models.disabling import adapters_disabled
 from lora_kernels.reference import adapter_dtype
@@ -112,6 +113,62 @@ def compare(layer: FusedLoRAExperts, given: Any, dtype: torch.dtype) -> None:
 def test_as_if_each_experts_weight_were_made(kind: str, dtype: torch.dtype) -> None:
     layer = adapted(kind, dtype)
     compare(layer, inputs(layer, dtype), dtype)
+
+
+def _forget_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_ones(weights: Tensor, slots: Tensor, present: Tensor | None) -> Tensor:
+        return torch.ones_like(weights).reshape(-1, 1)
+
+    monkeypatch.setattr(routing, "_sorted", of_ones)
+
+
+def _skip_the_last_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = routing.Routing.__init__
+
+    def without_last(self: Any, *arguments: Any) -> None:
+        whole(self, *arguments)
+        self.offsets[-1] = self.offsets[-2]
+
+    monkeypatch.setattr(routing.Routing, "__init__", without_last)
+
+
+def _exchange(monkeypatch: pytest.MonkeyPatch, factor: str) -> None:
+    """Two experts' A or B are exchanged."""
+    plain = run.project
+
+    def exchanged(x: Tensor, weight: Tensor, adapter: Any, *arguments: Any) -> Tensor:
+        order = torch.tensor([1, 0, *range(2, weight.shape[0])])
+        other = adapter._replace(**{factor: getattr(adapter, factor)[order]})
+        return plain(x, weight, other, *arguments)
+
+    monkeypatch.setattr(run, "project", exchanged)
+
+
+def _take_another_tokens_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = autograd.sum_of_slots
+    monkeypatch.setattr(autograd, "sum_of_slots", lambda rows, places, k: plain(rows, places.roll(1), k))
+
+
+FAULTS = {
+    "a token's weight forgotten": (_forget_weights, "y"),
+    "the last expert skipped": (_skip_the_last_expert, "y"),
+    "two experts' A exchanged": (lambda patch: _exchange(patch, "a"), "y"),
+    "two experts' B exchanged": (lambda patch: _exchange(patch, "b"), "y"),
+    "another token's gradient": (_take_another_tokens_gradient, "dx"),
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_seen(fault: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inject, seen_in = FAULTS[fault]
+    layer = adapted("qwen3_moe")
+    with use_backend(backend):
+        compare(layer, inputs(layer, torch.float32), torch.float32)
+        layer.zero_grad()
+        inject(monkeypatch)
+        with pytest.raises(AssertionError, match=rf"(?m)^{seen_in}\b"):
+            compare(layer, inputs(layer, torch.float32), torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
