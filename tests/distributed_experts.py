@@ -6,19 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import mixtures
 from distributed_layers import whole, world
-from lora_kernels import LoRAConfig, mark_only_lora_as_trainable, replace_linear
+from lora_kernels import LoRAConfig, mark_only_lora_as_trainable, merge_lora, replace_linear, save_adapter
 from lora_kernels.errors import LoRAStateError
 from lora_kernels.experts.layer import FusedLoRAExperts
-from numerics import check_all
+from numerics import check_all, same_bits
 
 FP64 = torch.float64
+FILE = "adapter_model.safetensors"
 
 
 def adapted(device: str) -> nn.Module:
@@ -51,6 +53,15 @@ def check_experts_under_fsdp_give_what_they_give_alone(device: str, folder: Path
     found = results(model, device)
     assert found.keys() == exact.keys()
     check_all(found, exact, exact, FP64)
+    with pytest.raises(LoRAStateError, match=r"sharded over processes.*save_adapter"):
+        merge_lora(model)
+    rank = distributed.get_rank()
+    save_adapter(model, folder / "experts" / "sharded")
+    distributed.barrier()
+    save_adapter(adapted(device), folder / "experts" / f"whole {rank}")
+    one, other = (load_file(folder / "experts" / n / FILE) for n in ("sharded", f"whole {rank}"))
+    assert one.keys() == other.keys()
+    assert all(same_bits(one[name], other[name]) for name in other)
 
 
 def check_experts_that_are_sharded_by_hand_are_refused(device: str, folder: Path) -> None:

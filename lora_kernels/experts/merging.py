@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .. import dora, telling
+from .. import dora, storage, telling
 from .. import merging as of_linear
 from ..errors import LoRAStateError
+from ..tensors import is_plain
 from .run import stacked
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def merge(layer: FusedLoRAExperts) -> None:
     """What :meth:`FusedLoRAExperts.merge` says."""
     if layer.merged:
         raise LoRAStateError("merge was called on experts that are merged already. Call unmerge() first.")
+    own = list(layer.options)
+    storage.check_here("merge", [("", part, own) for part in (layer, layer.lora_A, layer.lora_B)])
     merged = {name: _merged(layer, name) for name in layer.options}
     for name, values in merged.items():
         layer.register_buffer(buffer_name(name), values, persistent=False)
@@ -55,6 +58,11 @@ def _merged(layer: FusedLoRAExperts, name: str) -> Tensor:
     a, b, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling(name)
     if stored.is_meta or a.is_meta:
         raise LoRAStateError("merge was called on experts on the meta device. Load their weights first.")
+    if not is_plain(stored):
+        raise LoRAStateError(
+            f"merge was called on experts whose {name} is a {type(stored).__name__}, sharded over processes. Save the "
+            "adapter by save_adapter(model, folder), and merge it into the whole model in one process."
+        )
     merged = torch.empty_like(stored)
     rows = merged.transpose(1, 2) if getattr(layer, "is_transposed", False) else merged
     for e, weight in enumerate(stacked(layer, name)):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import storage
 from ..errors import InvalidArgumentError, LoRAStateError
 from ..gate import autocast_input, device_type_of, is_autocast_enabled
 from ..tensors import PLAIN_TENSORS, as_dtype
@@ -24,9 +25,15 @@ def stacked(module: Any, name: str) -> Tensor:
     """The weight that ``module`` calls ``name``, as (E, N, K): the one place where experts' weights are read.
 
     Raises:
-        LoRAStateError: it is no plain tensor.
+        LoRAStateError: it is no plain tensor, or its values are not gathered here.
     """
     weight = getattr(module, name)
+    if weight.dim() != 3:
+        raise LoRAStateError(
+            f"{type(module).__name__}.{name} is {tuple(weight.shape)}: {storage.owner(module) or 'something else'} "
+            "holds its values, and they are not gathered here. Call the module within the model that gathers them, or "
+            "within deepspeed.zero.GatheredParameters or FSDP.summon_full_params."
+        )
     if type(weight) not in PLAIN_TENSORS:
         raise LoRAStateError(
             f"{type(module).__name__}.{name} is a {type(weight).__name__}: LoRA on stacked experts needs whole plain "

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .. import storage
 from ..config import LoRAConfig, as_tuple
 from ..errors import LoRAStateError
 from ..experts.layer import FusedLoRAExperts, around_experts
@@ -117,6 +118,8 @@ def _why_left(match: ExpertMatch, own: str, config: LoRAConfig, alone: set[nn.Mo
         return f"modules_to_save names its module ({whole!r}), so it trains whole."
     if isinstance(module, nn.Linear):
         return f"it is the {own} of a {kind}: name the module in target_modules, which means the same."
+    if reason := storage.why_not_free(module):
+        return f"{kind} cannot be adapted: {reason}"
     if parameter is not None and parameter.dim() != 3:
         return (
             f"{kind}.{own} is {tuple(parameter.shape)}: only experts that are stacked to (experts, rows, columns) are "

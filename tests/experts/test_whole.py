@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mixtures
+import zero3
 from lora_kernels import (
     FusedLoRAExperts,
     LoRAConfig,
@@ -26,7 +29,7 @@ from lora_kernels import (
     unmerge_lora,
 )
 from lora_kernels.accuracy import judge
-from lora_kernels.errors import InvalidArgumentError, LoRAKernelsWarning, LoRAStateError
+from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsWarning, LoRAStateError
 from mixtures import TARGETS, TOKENS, logits
 from numerics import same_bits
 
@@ -159,6 +162,27 @@ def test_a_merged_model_restores_to_the_merged_weights() -> None:
     assert list(model.state_dict()) == list(plain.state_dict())
     assert same_bits(logits(model), before)
     assert not any("lora" in name or "merged" in name for m in model.modules() for name in vars(m))
+
+
+def test_what_zero_3_has_partitioned_is_never_taken_for_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its placeholders are empty: nothing is computed of them, and within its context all is as before."""
+    with pytest.raises(InvalidTypeError, match=r"DeepSpeed ZeRO-3 holds.*before deepspeed\.initialize"):
+        replace_linear(zero3.partition(mixtures.made("qwen3_moe")), LoRAConfig(r=2, target_parameters=TARGETS))
+    model = adapted()
+    before = logits(model)
+    zero3.partition(model)
+    layer = layers_of(model)[0]
+    index = torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises(LoRAStateError, match=r"gate_up_proj is \(0,\): DeepSpeed ZeRO-3.*not gathered"):
+        layer(torch.ones(3, 16), index, torch.ones(3, 2))
+    with pytest.raises(LoRAStateError, match="merge was called on a model where DeepSpeed ZeRO-3"):
+        layer.merge()
+    with pytest.raises(LoRAStateError, match="DeepSpeed ZeRO-3"):
+        merge_lora(model)
+    assert not any(each.merged for each in layers_of(model))
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero3))
+    with zero3.GatheredParameters(model.parameters()):
+        assert same_bits(logits(model), before)
 
 
 def test_training_while_merged_is_told() -> None:
