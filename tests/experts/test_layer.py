@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from typing import Any
 
@@ -113,6 +114,18 @@ def compare(layer: FusedLoRAExperts, given: Any, dtype: torch.dtype) -> None:
 def test_as_if_each_experts_weight_were_made(kind: str, dtype: torch.dtype) -> None:
     layer = adapted(kind, dtype)
     compare(layer, inputs(layer, dtype), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="it needs a GPU and torch sees no CUDA device")
+def test_as_if_each_experts_weight_were_made_on_a_gpu() -> None:
+    """bf16 by ``grouped_mm`` on the device, fp32 expert by expert; a run gives the same bits as the run before."""
+    for kind, dtype in itertools.product(["qwen3_moe", "gpt_oss"], [torch.bfloat16, torch.float32]):
+        layer = adapted(kind, dtype).cuda()
+        moved = (tensor.detach().cuda().requires_grad_(tensor.requires_grad) for tensor in inputs(layer, dtype))
+        given = tuple(moved)
+        compare(layer, given, dtype)
+        assert same_bits(layer(*given[:3]), layer(*given[:3]))
 
 
 def _forget_weights(monkeypatch: pytest.MonkeyPatch) -> None:
