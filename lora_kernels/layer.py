@@ -476,6 +476,7 @@ class LoRALayer(nn.Module):
         plain = pissa.before_loading(self, state_dict, prefix)
         with assigning.allowed(self):
             super()._load_from_state_dict(state_dict, prefix, *args)
+        known.recover(self)
         self._load_packed(state_dict, prefix, *args)
         pissa.after_loading(self, state_dict, prefix, plain)
         if prefix + "weight" in state_dict and prefix + "lora_magnitude_vector" not in state_dict:

@@ -174,6 +174,8 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         linear.register_parameter("bias", self.bias)
         if self._plain_class is not nn.Linear:
             _hand_over_own(self, linear)
+        if (form := known.form_of(linear._parameters["weight"])) is not None:
+            form.settle(linear)
         hand_over(self, linear)
         return linear
 

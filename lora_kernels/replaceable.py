@@ -23,6 +23,7 @@ from .weights.packed import Form
 __all__ = ["computes_otherwise", "is_conv1d", "not_linear", "own_state", "plain_kind", "why_not_replaceable"]
 
 _SAME = (("transformers.models.falcon.modeling_falcon", "FalconLinear"),)  # x @ W.T + b, written out
+_PEFTS = ("gptqmodel", "auto_gptq", "awq", "hqq", "aqlm", "eetq", "optimum")  # packages of quantised layers
 _COMPUTING = ("__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl", "bias", "weight")
 _COPYING = ("__copy__", "__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__", "__setstate__")
 _MAKING = (*_COPYING, "__init_subclass__", "__slots__")
@@ -121,6 +122,12 @@ def _why_not_of_its_kind(module: nn.Module, kind: str, form: Form | None) -> str
     plain = plain_kind(type(module))
     if plain is None and not hasattr(module, "in_features"):  # quantized linear layers have it
         return f"{not_linear(module)}. Or exclude it."
+    package = type(module).__module__.split(".")[0]
+    if package in _PEFTS:
+        return (
+            f"{kind} is {package}'s quantized layer, whose weight has no form here. peft.get_peft_model adapts it, and "
+            "fuse_peft leaves it to PEFT; or quantize the model with bitsandbytes or torchao instead."
+        )
     own_classes = _own_classes(type(module))
     plain_name = "torch.nn.Linear" if plain is None or plain is nn.Linear else "Conv1D"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):

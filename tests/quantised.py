@@ -1,7 +1,8 @@
-"""Layers and models over bitsandbytes' weights, for the tests; without the package those are skipped, and say so."""
+"""Layers and models over quantised weights, for the tests; a package that is missing takes its kinds away."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -14,12 +15,35 @@ from numerics import check_all, three_ways
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'lora-kernels[quant]'")
 import bitsandbytes as bnb
 
-KINDS = ("nf4", "nf4-nested", "fp4", "int8")
+BITSANDBYTES = ("nf4", "nf4-nested", "fp4", "int8")
+TORCHAO = ("ao-int8", "ao-int8-group", "ao-int4", "ao-float8", "ao-nvfp4", "ao-mxfp4", "ao-mxfp8")
+FP8 = ("fp8", "fp8-power", "fp8-whole")
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+_WITH_TENSORS = "torchao.quantization.quantize_.workflows.int8.int8_tensor"  # torchao 0.15 has others
+OTHERS = (
+    *(TORCHAO if _is_there(_WITH_TENSORS) else ()),
+    *(FP8 if _is_there("transformers.integrations.finegrained_fp8") else ()),
+)
+KINDS = (*BITSANDBYTES, *OTHERS)
+CALLABLE = tuple(kind for kind in KINDS if kind != "int8" and not kind.startswith(("fp8", "ao-mx")))  # on a CPU
+_BLOCK = (32, 24)  # of FP8: the last one is a part
 
 
 def quantised(kind: str, k: int, n: int, dtype: torch.dtype | None = None, bias: bool = True, **options: Any) -> Any:
-    """bitsandbytes' own layer K -> N with random weights; ``dtype`` is that of its weight and its products."""
+    """A package's own layer K -> N with random weights; ``dtype`` is that of its weight and its products."""
     linear = nn.Linear(k, n, bias, dtype=dtype)
+    if kind.startswith("ao-"):
+        return _of_torchao(kind, linear)
+    if kind.startswith("fp8"):
+        return block_fp8(linear, *{"fp8": (_BLOCK,), "fp8-power": (_BLOCK, True), "fp8-whole": (None,)}[kind])
     if kind == "int8":
         made: Any = bnb.nn.Linear8bitLt(k, n, bias, has_fp16_weights=False, **options)
         made.weight = bnb.nn.Int8Params(linear.weight.data, has_fp16_weights=False, requires_grad=False)
@@ -33,14 +57,72 @@ def quantised(kind: str, k: int, n: int, dtype: torch.dtype | None = None, bias:
     return made.to("cpu")
 
 
+def _of_torchao(kind: str, linear: nn.Linear) -> Any:
+    from torchao import quantization as ao
+    from torchao.prototype.mx_formats import NVFP4WeightOnlyConfig
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor
+    from torchao.quantization.granularity import PerGroup
+
+    given = linear.weight.data
+    if given.dtype is torch.float16 and kind.startswith(("ao-nv", "ao-mx")):  # not of torchao's
+        given = given.float()
+    linear.weight = nn.Parameter(given, requires_grad=False)
+    if kind.startswith("ao-mx"):
+        of = torch.float4_e2m1fn_x2 if kind == "ao-mxfp4" else torch.float8_e4m3fn
+        linear.weight = nn.Parameter(MXTensor.to_mx(given, of, block_size=16), requires_grad=False)
+        return linear
+    ao.quantize_(
+        linear,
+        {
+            "ao-int8": ao.Int8WeightOnlyConfig(),
+            "ao-int8-group": ao.Int8WeightOnlyConfig(granularity=PerGroup(16)),
+            "ao-int4": ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16)),
+            "ao-float8": ao.Float8WeightOnlyConfig(),
+            "ao-nvfp4": NVFP4WeightOnlyConfig(),
+        }[kind],
+    )
+    return linear
+
+
+def block_fp8(linear: nn.Linear, block: tuple[int, int] | None, power: bool = False) -> Any:
+    """transformers' FP8 layer of ``linear``'s values: one scale a ``block``, of the whole where that is None."""
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    (n, k), has_bias = linear.weight.shape, linear.bias is not None
+    made = FP8Linear(k, n, block_size=block, scale_fmt="ue8m0" if power else "float", has_bias=has_bias)
+    high, wide = block or (n, k)
+    most = torch.zeros(-(-n // high), -(-k // wide))
+    weight = linear.weight.detach().float()
+    for i in range(most.shape[0]):
+        for j in range(most.shape[1]):
+            most[i, j] = weight[i * high : (i + 1) * high, j * wide : (j + 1) * wide].abs().max()
+    scale = most / torch.finfo(torch.float8_e4m3fn).max
+    scale = torch.exp2(torch.ceil(torch.log2(scale))) if power else scale
+    spread = scale.repeat_interleave(high, 0)[:n].repeat_interleave(wide, 1)[:, :k]
+    made.weight = nn.Parameter((weight / spread).to(torch.float8_e4m3fn), requires_grad=False)
+    stored = scale.to(made.weight_scale_inv.dtype)
+    made.weight_scale_inv = nn.Parameter(stored if block else stored.reshape(()), requires_grad=False)
+    made.bias = linear.bias
+    return made
+
+
 def values(layer: Any) -> Tensor:
-    """W (N, K) as bitsandbytes gives it, in the dtype that its layer multiplies in."""
+    """W (N, K) as its package gives it, in the dtype that its layer multiplies in."""
     weight = layer.weight
     if isinstance(weight, bnb.nn.Params4bit):
         found: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
         return found
-    scales = weight.SCB if weight.SCB is not None else layer.state.SCB
-    return weight.data.float() * scales.mul(1.0 / 127.0).unsqueeze(1)
+    if isinstance(weight, bnb.nn.Int8Params):
+        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+        return weight.data.float() * scales.mul(1.0 / 127.0).unsqueeze(1)
+    if hasattr(layer, "weight_scale_inv"):
+        scale, (n, k) = layer.weight_scale_inv.data.float(), weight.shape
+        if layer.block_size is not None:
+            high, wide = layer.block_size
+            scale = scale.repeat_interleave(high, 0)[:n].repeat_interleave(wide, 1)[:, :k]
+        return weight.data.float() * scale
+    found = weight.dequantize()
+    return found
 
 
 def adapted(kind: str, k: int, n: int, dtype: torch.dtype | None = None, **options: Any) -> Any:

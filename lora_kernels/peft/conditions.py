@@ -60,14 +60,14 @@ def why_call(x: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> s
 
 def why_base(base: nn.Module) -> str | None:
     """Why the layer around ``base`` is PEFT's own for good: it is no linear layer with a plain weight."""
-    kind = type(base)
-    if kind is not nn.Linear and kind is not Conv1D:
+    kind, weight = type(base), own_parameter(base, "weight")
+    if (kind is not nn.Linear and kind is not Conv1D) or not is_plain(weight):
         if (form := known.form_of_module(base)) is not None:
             reason = form.why_not(base)
             return None if reason is None else f"its base is not ready: {reason.rstrip('.')}"
         if computes_otherwise(kind):
             return f"its base layer is a {kind.__name__}, which computes in a way of its own"
-    return why_weight(own_parameter(base, "weight"))
+    return why_weight(weight)
 
 
 def why_weight(weight: Any) -> str | None:
@@ -107,7 +107,9 @@ def why_dtypes(layer: Any, x: Tensor, weight: Tensor, adapters: Sequence[str]) -
     """Why x, the base weight and the adapters cannot be multiplied, as PEFT will say better."""
     device = x.device.type
     differ = weight.dtype is not x.dtype and (device == "meta" or not torch.is_autocast_enabled(device))
-    if differ and not known.is_packed(weight):  # a packed one has a compute dtype of its own
+    if (
+        differ and known.form_of_module(layer._modules["base_layer"]) is None
+    ):  # those have a dtype of their own, or none
         return f"the input is {x.dtype}, the base weight {weight.dtype}, and autocast is off"
     if not layer.cast_input_dtype_enabled:
         lora_a = layer._modules["lora_A"]._modules

@@ -17,6 +17,7 @@ from ..dispatch import Problem
 from ..explaining.report import IN_PARTS, PACKED
 from ..gate import run_branch
 from ..shared_input import NO_OTHERS, SharedInput
+from ..tensors import PLAIN_TENSORS
 from ..weights import known
 from . import dora as peft_dora
 from .conditions import is_transposed, own_parameter, why_adapter, why_base, why_call, why_dtypes
@@ -90,12 +91,11 @@ class FusedForward(_Behind):  # type: ignore[misc]
             return None
         if adapters[0] in self.lora_variant:
             return "DoRA with dropout takes two products"
-        base = self.get_base_layer()
-        weight = own_parameter(base, "weight")
-        if x is None or not known.is_packed(weight):
+        packed = known.packed(self.get_base_layer())
+        if x is None or packed is None:
             return None
         # Dropout's state is drawn for x as it is multiplied.
-        return "x is multiplied in another dtype" if known.compute_dtype(base, weight) not in (None, x.dtype) else None
+        return "x is multiplied in another dtype" if packed.dtype not in (None, x.dtype) else None
 
     def note_pass(self) -> None:
         """Counts a call that ran in a pass with others."""
@@ -162,9 +162,9 @@ class FusedForward(_Behind):  # type: ignore[misc]
         base = self._modules["base_layer"]
         weight, bias = own_parameter(base, "weight"), own_parameter(base, "bias")
         kind: type[Branch] = Branch
-        if type(base) is not nn.Linear:
-            if known.is_packed(weight):
-                weight, kind = known.read(base, weight), PackedBranch
+        if type(base) is not nn.Linear or type(weight) not in PLAIN_TENSORS:
+            if (packed := known.packed(base)) is not None:
+                weight, kind = packed, PackedBranch
             elif is_transposed(base):
                 weight = weight.t()
         lora_a, lora_b, scaling = self._factors(adapters)
@@ -254,8 +254,8 @@ class FusedForward(_Behind):  # type: ignore[misc]
         base = self.get_base_layer()
         weight, p = own_parameter(base, "weight"), max((self._p(name) for name in adapters), default=0.0)
         sizes = self.in_features, self.out_features, r
-        if known.is_packed(weight):
-            dtype = known.compute_dtype(base, weight) or next(self.lora_A.parameters()).dtype
+        if (packed := known.packed(base)) is not None:
+            dtype = packed.dtype or next(self.lora_A.parameters()).dtype
             return Problem(weight.device.type, dtype, *sizes, p, False, f"{IN_PARTS} {PACKED}")
         aside, others = IN_PARTS if any(name in self.lora_variant for name in adapters) else "", NO_OTHERS
         if not aside and self._shared is not None:
@@ -296,11 +296,16 @@ _CLASSES: dict[type, type] = {
     ParamWrapper: FusedParamWrapper,
 }  # by PEFT's class, the fused one
 
+_QUANTIZED = (
+    ("peft.tuners.lora.bnb", "Linear4bit"),
+    ("peft.tuners.lora.bnb", "Linear8bitLt"),
+    ("peft.tuners.lora.torchao", "TorchaoLoraLinear"),
+)
+
 
 def _fused_class(kind: type) -> type | None:
     """The fused class for a class of PEFT's; None where there is none. Nothing is imported for it."""
-    quantized = sys.modules.get("peft.tuners.lora.bnb")
-    if kind not in _CLASSES and kind in (getattr(quantized, name, None) for name in ("Linear4bit", "Linear8bitLt")):
+    if kind not in _CLASSES and kind in (getattr(sys.modules.get(place), name, None) for place, name in _QUANTIZED):
         name = f"FusedLora{kind.__name__}"
         own = {"__module__": __name__, "_pefts": kind, **OVER_PEFTS}
         globals()[name] = _CLASSES[kind] = type(name, (kind, FusedForward), own)  # where a pickle looks

@@ -10,6 +10,7 @@ not nested.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -118,6 +119,9 @@ class _FourBits:
         state.absmax, state.dtype = _usual_absmax(state.absmax), state.original_dtype
         state.nested, state.state2, state.offset = False, None, None  # the values stay those of the other layout
         state.packing_format_for_cpu = False
+
+    def settle(self, module: Any) -> None:
+        module.quant_state = module._parameters["weight"].quant_state
 
     def load(self, module: Any, weight: Any, state_dict: Mapping[str, Any], prefix: str) -> set[str]:
         before = f"{prefix}weight."
@@ -229,6 +233,9 @@ class _EightBits:
 
     def prepare(self, module: Any) -> None:
         """Nothing: the package has one layout."""
+
+    def settle(self, module: Any) -> None:
+        module.state = copy.copy(module.state)  # a call of the package's layer writes to it
 
     def load(self, module: Any, weight: Any, state_dict: Mapping[str, Any], prefix: str) -> set[str]:
         key = f"{prefix}SCB"

@@ -1,4 +1,4 @@
-"""Which form a weight is in. The class tells it; whoever has such a weight has loaded its package."""
+"""Which form a weight is in. Its class tells it, or its layer's; whoever has such a weight has loaded its package."""
 
 from __future__ import annotations
 
@@ -8,35 +8,55 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import bitsandbytes
+from . import bitsandbytes, block_fp8, torchao
 from .packed import Form, Packed
 
 __all__ = [
     "FORMS",
+    "LAYERS",
     "compute_dtype",
     "form_of",
     "form_of_module",
     "is_packed",
     "is_readable",
     "logical_shape",
+    "packed",
     "read",
     "recover",
 ]
 
-FORMS: dict[str, Form] = {"Params4bit": bitsandbytes.FOUR_BITS, "Int8Params": bitsandbytes.EIGHT_BITS}  # by class
+FORMS: dict[str, Form] = {  # by the class of the weight
+    "Params4bit": bitsandbytes.FOUR_BITS,
+    "Int8Params": bitsandbytes.EIGHT_BITS,
+    "BlockScaled": block_fp8.BLOCK_FP8,
+    **torchao.FORMS,
+}
+LAYERS: dict[str, Form] = {
+    "FP8Linear": block_fp8.BLOCK_FP8
+}  # by the class of a layer whose weight is a plain Parameter
+_OWN = __name__.split(".")[0]
 
 
 def form_of(weight: Any) -> Form | None:
     """The form of ``weight``; None of a plain tensor and of what is not known."""
     kind = type(weight)
     form = FORMS.get(kind.__name__)
-    return form if form is not None and kind.__module__.split(".")[0] == form.package else None
+    return form if form is not None and kind.__module__.split(".")[0] in (form.package, _OWN) else None
 
 
 def form_of_module(module: nn.Module) -> Form | None:
     """The form of the weight of ``module``, if that is a package's linear layer; None of others."""
-    form = form_of(module._parameters.get("weight"))
+    weight, kind = module._parameters.get("weight"), type(module)
+    form = form_of(weight)
+    if form is None and type(weight) is nn.Parameter and (named := LAYERS.get(kind.__name__)) is not None:
+        form = named if kind.__module__.split(".")[0] == named.package else None
     return form if form is not None and form.knows(module) else None
+
+
+def packed(module: nn.Module) -> Packed | None:
+    """The weight of a package's linear layer, as it is stored; None of every other module's."""
+    form, weight = form_of_module(module), module._parameters.get("weight")
+    return None if form is None or weight is None else form.read(module, weight)
 
 
 def is_packed(weight: Any) -> bool:
@@ -65,6 +85,8 @@ def recover(module: nn.Module) -> None:
     for form in FORMS.values():
         if form.package in sys.modules and form.stands_in(module):
             module._parameters["weight"] = form.recover(module, weight)
+            if module._parameters["weight"] is not weight:
+                return
 
 
 def logical_shape(module: nn.Module, weight: Tensor) -> torch.Size:

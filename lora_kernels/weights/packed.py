@@ -109,5 +109,8 @@ class Form(Protocol):
     def prepare(self, module: Any) -> None:
         """Brings a module that is about to be replaced into the form's usual state."""
 
+    def settle(self, module: Any) -> None:
+        """Brings what a package's layer holds into line with the weight that a LoRA layer has just left to it."""
+
     def load(self, module: Any, weight: Tensor, state_dict: Mapping[str, Any], prefix: str) -> set[str]:
         """Takes what ``state_dict`` has of the weight besides its own tensor; returns the keys."""

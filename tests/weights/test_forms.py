@@ -1,8 +1,9 @@
-"""LoRA layers over bitsandbytes' weights: values, gradients, what is kept, state dicts, copies, refusals."""
+"""LoRA layers over quantised weights: values, gradients, what is kept, state dicts, copies, refusals."""
 
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from typing import Any
 
@@ -17,17 +18,31 @@ from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, LoRAStat
 from lora_kernels.models.model import lora_layers
 from lora_kernels.weights import known
 from numerics import check_linear, same_bits
-from quantised import KINDS, adapted, bnb, check_beside, check_layer, quantised, results_of, twin, values
+from quantised import (
+    BITSANDBYTES,
+    CALLABLE,
+    KINDS,
+    OTHERS,
+    adapted,
+    bnb,
+    check_beside,
+    check_layer,
+    quantised,
+    results_of,
+    twin,
+    values,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize("sizes", [(64, 96), (72, 50)], ids=str)
+@pytest.mark.parametrize("sizes", [(64, 96), (80, 50)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients_are_those_of_the_dequantised_weight(
     kind: str, dtype: torch.dtype, sizes: tuple[int, int]
 ) -> None:
+    sizes = (sizes[0], sizes[1] // 16 * 16) if kind == "ao-nvfp4" else sizes  # torchao makes no other
     layer = adapted(kind, *sizes, dtype)
     x, dy = torch.randn(2, 40, sizes[0], dtype=dtype), torch.randn(2, 40, sizes[1], dtype=dtype)
     check_layer(layer, x.flatten(0, 1), dy.flatten(0, 1), values(layer).to(dtype))
@@ -86,7 +101,11 @@ def test_nothing_of_the_values_is_kept_for_backward(kind: str, options: dict[str
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = layer(x)
-    owned = [*layer.parameters(), *known.read(layer, layer.weight).parts, x]
+    owned = [
+        *(p for p in layer.parameters() if not hasattr(p, "__tensor_flatten__")),
+        *known.read(layer, layer.weight).parts,
+        x,
+    ]
     of_layer = {tensor.untyped_storage().data_ptr() for tensor in owned}
     more = sum(size for place, size in kept.items() if place not in of_layer)
     row = 4 * (512 if layer.use_dora else 0)
@@ -119,6 +138,14 @@ def test_at_most_one_weight_is_dequantised_at_a_time(members: int, monkeypatch: 
     assert len(alive) == 2 * members
     assert most == 1
     assert all(ref() is None for ref in alive)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same bits; of one that holds others, these."""
+    if hasattr(one, "__tensor_flatten__"):
+        names, _ = one.__tensor_flatten__()
+        return type(one) is type(other) and all(_same(getattr(one, name), getattr(other, name)) for name in names)
+    return one.shape == other.shape and same_bits(one.reshape(-1), other.reshape(-1))
 
 
 def _counting(counted: Any) -> Any:
@@ -194,9 +221,15 @@ def test_a_double_backward_is_that_of_the_values() -> None:
 def test_copies_and_pickles_compute_the_same(kind: str) -> None:
     layer = adapted(kind, 64, 96, torch.float32)
     x = torch.randn(8, 64)
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.to("cpu"), layer.float()):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    others = [copy.deepcopy(layer), loaded, layer.to("cpu")]
+    if kind in BITSANDBYTES:  # of float8 tensors PyTorch makes no pickle but in a file of its own
+        others += [pickle.loads(pickle.dumps(layer)), layer.float()]
+    for other in others:
         assert torch.equal(other(x), layer(x))
-        assert isinstance(other, type(quantised(kind, 8, 8)))
+        assert isinstance(other, type(quantised(kind, 64, 96)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -206,7 +239,7 @@ def test_a_state_dict_loads_with_all_that_a_weight_is_read_by(kind: str) -> None
     assert not torch.equal(one(x), other(x))
     other.load_state_dict(one.state_dict())
     assert torch.equal(one(x), other(x))
-    assert all(same_bits(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+    assert all(_same(value, other.state_dict()[name]) for name, value in one.state_dict().items())
 
 
 def test_a_state_dict_of_another_shape_is_refused() -> None:
@@ -218,18 +251,19 @@ def test_a_state_dict_of_another_shape_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_restoring_gives_bitsandbytes_own_layer_back(kind: str) -> None:
+def test_restoring_gives_the_packages_own_layer_back(kind: str) -> None:
     model = nn.Sequential(quantised(kind, 64, 96, torch.float32))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    own, x = type(model[0]), torch.randn(8, 64)
-    expected = copy.deepcopy(model).train()(x) if kind != "int8" else None
+    own, weight, x = type(model[0]), type(model[0].weight), torch.randn(8, 64)
+    expected = copy.deepcopy(model).train()(x) if kind in CALLABLE else None
     replace_linear(model, LoRAConfig(r=2, target_modules=["0"]))
     model(x).sum().backward()
     lora_kernels.restore_linear(model)
     assert type(model[0]) is own
+    assert type(model[0].weight) is weight
     after = model.state_dict()
     assert list(after) == list(before)
-    assert all(same_bits(after[name], value) for name, value in before.items())
+    assert all(_same(after[name], value) for name, value in before.items())
     assert expected is None or torch.equal(model.train()(x), expected)
 
 
@@ -283,7 +317,53 @@ def _own() -> Any:
     return _Own(64, 96).to("cpu")
 
 
+def _of_another_package() -> Any:
+    class HQQLinear(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    HQQLinear.__module__ = "hqq.core.quantize"
+    return HQQLinear(64, 96)
+
+
+def _quantising_x() -> Any:
+    ao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    layer = nn.Sequential(nn.Linear(64, 96))
+    ao.quantize_(layer, ao.Int8DynamicActivationInt8WeightConfig())
+    return layer[0]
+
+
+def _fp8(**changes: Any) -> Any:
+    if "fp8" not in KINDS:
+        pytest.skip("this version of transformers has no FP8Linear")
+    layer = quantised("fp8", 64, 96)
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    return layer
+
+
+def _torchao(**changes: Any) -> Any:
+    if "ao-int8" not in KINDS:
+        pytest.skip("this version of torchao has other tensors")
+    layer = quantised("ao-int8", 64, 96)
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    return layer
+
+
+def _parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
+
+
 REFUSED = {
+    "of another package": (_of_another_package, "fuse_peft leaves it to PEFT"),
+    "quantises x too": (_quantising_x, "weight-only"),
+    "FP8, on meta": (lambda: _fp8().to("meta"), "on the meta device"),
+    "FP8, of 4 bits": (lambda: _fp8(weight=_parameter(96, 32, dtype=torch.int8)), "a weight in torch.int8"),
+    "FP8, a part": (lambda: _fp8(out_features=48), "it is a part"),
+    "FP8, other blocks": (lambda: _fp8(block_size=(64, 64)), "is expected for blocks of"),
+    "torchao, on meta": (lambda: _torchao().to("meta"), "on the meta device"),
+    "torchao, a part": (lambda: _torchao(out_features=48), "it is a part"),
     "not quantised": (_not_quantised, "not quantized yet"),
     "on meta": (lambda: bnb.nn.Linear4bit(64, 96, device="meta"), "not quantized yet"),
     "unknown type": (_unknown, "quant_type='int3'"),
@@ -300,6 +380,21 @@ def test_what_cannot_be_replaced_is_told_in_a_sentence(case: str) -> None:
     made, sentence = REFUSED[case]
     with pytest.raises(InvalidTypeError, match=sentence):
         FusedLoRALinear.from_linear(made(), r=2)
+
+
+@pytest.mark.skipif("fp8" not in KINDS, reason="this version of transformers has no FP8Linear")
+def test_an_fp8_weight_that_lost_its_scales_is_told_of() -> None:
+    layer = adapted("fp8", 64, 96, torch.float32).to(torch.bfloat16)
+    with pytest.raises(LoRAStateError, match="without its scales"):
+        layer(torch.randn(8, 64))
+
+
+@pytest.mark.skipif("ao-int8" not in KINDS, reason="this version of torchao has other tensors")
+def test_a_weight_of_torchaos_that_trains_is_told_of() -> None:
+    layer = adapted("ao-int8", 64, 96, torch.float32)
+    layer.weight.requires_grad_(True)
+    with pytest.raises(LoRAStateError, match="only adapters train"):
+        layer(torch.randn(8, 64))
 
 
 def test_merging_is_refused_and_changes_nothing() -> None:
@@ -329,11 +424,13 @@ def test_a_wrong_x_is_told_in_a_sentence() -> None:
         layer(torch.randn(8, 63))
 
 
-def test_a_compiler_makes_the_values_again_in_backward() -> None:
+@pytest.mark.parametrize("kinds", [("nf4-nested", "int8"), *zip(OTHERS, reversed(OTHERS), strict=True)], ids=str)
+def test_a_compiler_makes_the_values_again_in_backward(kinds: tuple[str, str]) -> None:
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-    model = nn.Sequential(adapted("nf4-nested", 64, 96, torch.float32), adapted("int8", 96, 64, torch.float32))
+    one, other = kinds
+    model = nn.Sequential(adapted(one, 64, 96, torch.float32), adapted(other, 96, 64, torch.float32))
     kept: dict[str, list[Any]] = {"forward": [], "backward": []}
 
     def keeping(name: str) -> Any:

@@ -1,0 +1,121 @@
+"""transformers' block-scaled FP8 (``FP8Linear``): e4m3 numbers, and an inverse scale of each block, often 128x128.
+
+The values are those of transformers' own conversion to 16 bits: the product in fp32, rounded once. Its layer quantises
+x as well, and runs on GPUs only; here x is multiplied as it is.
+
+The layer's weight is a plain Parameter, whose scales another Parameter of the module holds. A LoRA layer marks it by a
+class of its own, so that nobody takes it for its values; ``settle`` takes the mark away.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LoRAStateError
+from ..ops import register_form
+from .packed import Layout, Packed
+
+__all__ = ["BLOCK_FP8", "BlockScaled"]
+
+_FP8 = torch.float8_e4m3fn
+_WHOLE = "whole"  # one scale of the whole weight
+_PART = 1 << 22  # how many fp32 numbers are made at a time
+
+
+class BlockScaled(nn.Parameter):
+    """An FP8 weight of a LoRA layer."""
+
+
+class _BlockFp8:
+    name = "transformers-fp8"
+    package = "transformers"
+
+    def knows(self, module: nn.Module) -> bool:
+        return type(module).forward is _linear().forward
+
+    def stands_in(self, module: nn.Module) -> bool:
+        return (kind := _linear()) is not None and isinstance(module, kind)
+
+    def recover(self, module: Any, weight: Any) -> nn.Parameter:
+        return BlockScaled(weight.data, requires_grad=False)
+
+    def why_not(self, module: Any) -> str | None:
+        weight, kind = module._parameters["weight"], type(module).__name__
+        if weight.is_meta:
+            return f"{kind} is on the meta device. Load its weights first."
+        if weight.dtype is not _FP8:
+            return (
+                f"{kind} has a weight in {weight.dtype}: only FP8 in the form {_FP8} is known here. Load the model "
+                "with dequantize=True, or keep these layers as they are."
+            )
+        if tuple(weight.shape) != (module.out_features, module.in_features):
+            return (
+                f"{kind} has a weight of shape {tuple(weight.shape)} where ({module.out_features}, "
+                f"{module.in_features}) is expected: it is a part. Gather the whole weight."
+            )
+        expected, scale = _grid(module), module._parameters["weight_scale_inv"]
+        if scale.numel() != 1 if module.block_size is None else tuple(scale.shape) != expected:
+            return (
+                f"{kind} has scales of shape {tuple(scale.shape)} where {expected} is expected for blocks of "
+                f"{module.block_size}. Load weight and scales of the same checkpoint."
+            )
+        return None
+
+    def read(self, module: Any, weight: Any) -> Packed:
+        if weight.dtype is not _FP8:
+            raise LoRAStateError(
+                f"an FP8 weight was converted to {weight.dtype} without its scales, so its values are lost. Load the "
+                "model again, and convert only its other Parameters; adapter_dtype sets that of the adapters."
+            )
+        parts = (weight.data, module._parameters["weight_scale_inv"].data)
+        size = module.block_size
+        spec = _WHOLE if size is None else f"{size[0]}/{size[1]}"
+        return Packed(Layout(self.name, spec, weight.shape[0], weight.shape[1], len(parts)), parts)
+
+    def prepare(self, module: Any) -> None:
+        own = module._parameters
+        own["weight"] = BlockScaled(own["weight"].data, requires_grad=False)
+        for name in ("weight_scale_inv", "activation_scale"):
+            if own.get(name) is not None:
+                own[name].requires_grad_(False)
+
+    def settle(self, module: Any) -> None:
+        weight = module._parameters["weight"]
+        module._parameters["weight"] = nn.Parameter(weight.data, requires_grad=False)
+
+    def load(self, module: Any, weight: Any, state_dict: Mapping[str, Any], prefix: str) -> set[str]:
+        return set()  # the scales are a Parameter, and are loaded as one
+
+
+def _linear() -> Any:
+    return getattr(sys.modules.get("transformers.integrations.finegrained_fp8"), "FP8Linear", None)
+
+
+def _grid(module: Any) -> tuple[int, ...]:
+    """The shape of the scales."""
+    if module.block_size is None:
+        return ()
+    (rows, columns), size = (module.out_features, module.in_features), module.block_size
+    return -(-rows // size[0]), -(-columns // size[1])
+
+
+def _values(parts: list[Tensor], spec: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    data, scale = parts[0], parts[1].float()
+    high, wide = (rows, columns) if spec == _WHOLE else map(int, spec.split("/"))
+    scale = scale.reshape(-(-rows // high), -(-columns // wide)).repeat_interleave(wide, 1)[:, :columns]
+    values = torch.empty((rows, columns), dtype=dtype, device=data.device)
+    step = high * max(1, _PART // (high * columns))
+    for start in range(0, rows, step):
+        end = min(rows, start + step)
+        own = scale[start // high : -(-end // high)].repeat_interleave(high, 0)[: end - start]
+        values[start:end] = own.mul_(data[start:end].float())
+    return values
+
+
+BLOCK_FP8 = _BlockFp8()
+register_form(BLOCK_FP8.name, _values)

@@ -1,0 +1,150 @@
+"""torchao's forms: weight-only tensors of 1 to 8 bits, of float8, NVFP4 and MX, in a plain ``nn.Linear``.
+
+The values are those of the tensor's own ``dequantize``, in the dtype that x is multiplied in. A tensor that quantises x
+as well, or scales it, stands for more than a weight; those are refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LoRAStateError
+from ..ops import register_form
+from .packed import Layout, Packed
+
+__all__ = ["FORMS"]
+
+_UNSUPPORTED = torch.float64  # torchao makes values of up to 32 bits
+_OF_INPUTS = ("act_quant_kwargs", "activation_quantization", "act_pre_scale", "act_quant_scale")
+Rebuild = Callable[[Any, list[Tensor], list[str], torch.dtype], Any]
+
+
+class _TensorForm:
+    """A class of torchao's: ``qdata``, ``scale`` and what else its tensors have, and what they are read by."""
+
+    package = "torchao"
+
+    def __init__(self, kind: str, tensors: tuple[str, ...], settings: tuple[str, ...], rebuild: Rebuild) -> None:
+        self.kind, self.tensors, self.settings, self.rebuild = kind, tensors, settings, rebuild
+        self.name = f"torchao-{kind}"
+        register_form(self.name, self.values)
+
+    def knows(self, module: nn.Module) -> bool:
+        return type(module).forward is nn.Linear.forward
+
+    def stands_in(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear)
+
+    def recover(self, module: Any, weight: Any) -> nn.Parameter:
+        kept: nn.Parameter = weight  # conversions and pickles keep the class of a tensor that holds others
+        return kept
+
+    def why_not(self, module: Any) -> str | None:
+        weight = module._parameters["weight"]
+        kind = f"{type(module).__name__} with a {self.kind}"
+        if weight.is_meta or getattr(weight, self.tensors[0]).is_meta:
+            return f"{kind} is on the meta device. Load its weights first."
+        if reason := self._why_not_weight_only(weight):
+            return f"{kind} {reason}"
+        if tuple(weight.shape) != (module.out_features, module.in_features):
+            return (
+                f"{kind} has a weight of shape {tuple(weight.shape)} where ({module.out_features}, "
+                f"{module.in_features}) is expected: it is a part. Gather the whole weight."
+            )
+        return None
+
+    @staticmethod
+    def _why_not_weight_only(weight: Any) -> str | None:
+        for name in _OF_INPUTS:
+            if getattr(weight, name, None) is not None:
+                return (
+                    f"quantizes or scales its input too ({name}). Quantize with one of torchao's weight-only "
+                    "configurations, or have PEFT adapt it: fuse_peft then leaves it to PEFT."
+                )
+        return None
+
+    def read(self, module: Any, weight: Any) -> Packed:
+        if weight.requires_grad:
+            raise LoRAStateError(
+                f"a {self.kind} has requires_grad=True, and only adapters train. Call weight.requires_grad_(False)."
+            )
+        found = (getattr(weight, name, None) for name in self.tensors)
+        parts = tuple(part for part in found if part is not None)
+        spec = "/".join(_told(getattr(weight, name)) for name in self.settings)
+        return Packed(Layout(self.name, spec, weight.shape[0], weight.shape[1], len(parts)), parts)
+
+    def prepare(self, module: Any) -> None:
+        """Nothing: the tensor stays as it is."""
+
+    def settle(self, module: Any) -> None:
+        """Nothing: the tensor holds all that is known of it."""
+
+    def load(self, module: Any, weight: Any, state_dict: Mapping[str, Any], prefix: str) -> set[str]:
+        return set()  # a state dict has the tensor itself
+
+    def values(self, parts: list[Tensor], spec: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        narrow = torch.float32 if dtype is _UNSUPPORTED else dtype
+        values: Tensor = self.rebuild(_class(self.kind), parts, spec.split("/"), narrow).dequantize()
+        return values.to(dtype)
+
+
+def _told(setting: Any) -> str:
+    """A block's sizes, a dtype or a flag as a word."""
+    if isinstance(setting, (list, tuple)):
+        return ",".join(map(str, setting))
+    return str(setting).removeprefix("torch.")
+
+
+def _class(kind: str) -> Any:
+    prototype = sys.modules.get("torchao.prototype.mx_formats.nvfp4_tensor")
+    places = (sys.modules.get("torchao.quantization"), prototype, sys.modules.get(f"{_MX}.mx_tensor"))
+    return next(found for place in places if (found := getattr(place, kind, None)) is not None)
+
+
+_MX = "torchao.prototype.mx_formats"
+
+
+def _block(word: str) -> list[int]:
+    return [int(size) for size in word.split(",")]
+
+
+def _int8(kind: Any, parts: list[Tensor], words: list[str], dtype: torch.dtype) -> Any:
+    return kind(parts[0], parts[1], _block(words[0]), dtype, zero_point=parts[2] if len(parts) > 2 else None)
+
+
+def _intx(kind: Any, parts: list[Tensor], words: list[str], dtype: torch.dtype) -> Any:
+    return kind(*parts, getattr(torch, words[1]), tuple(_block(words[0])), dtype, None)
+
+
+def _float8(kind: Any, parts: list[Tensor], words: list[str], dtype: torch.dtype) -> Any:
+    return kind(*parts, dtype=dtype)
+
+
+def _nvfp4(kind: Any, parts: list[Tensor], words: list[str], dtype: torch.dtype) -> Any:
+    whole = parts[2] if len(parts) > 2 else None
+    return kind(parts[0], parts[1], int(words[0]), dtype, whole, is_swizzled_scales=words[1] == "True")
+
+
+def _mx(kind: Any, parts: list[Tensor], words: list[str], dtype: torch.dtype) -> Any:
+    return kind(*parts, getattr(torch, words[0]), int(words[1]), dtype, None, None, words[2] == "True")
+
+
+FORMS = {
+    form.kind: form
+    for form in (
+        _TensorForm("Int8Tensor", ("qdata", "scale", "zero_point"), ("block_size",), _int8),
+        _TensorForm(
+            "IntxUnpackedToInt8Tensor", ("qdata", "scale", "zero_point"), ("block_size", "target_dtype"), _intx
+        ),
+        _TensorForm("Float8Tensor", ("qdata", "scale"), (), _float8),
+        _TensorForm(
+            "NVFP4Tensor", ("qdata", "scale", "per_tensor_scale"), ("block_size", "is_swizzled_scales"), _nvfp4
+        ),
+        _TensorForm("MXTensor", ("qdata", "scale"), ("elem_dtype", "block_size", "is_swizzled_scales"), _mx),
+    )
+}
