@@ -267,7 +267,7 @@ class LoRALayer(nn.Module):
         """What PiSSA or OLoRA took of the weight, by name: lora_initial_A and lora_initial_B; else nothing."""
         return {name: buffer for name, buffer in self.named_buffers(recurse=False) if name in pissa.NAMES}
 
-    def merge(self) -> None:
+    def merge(self, quantize: bool = False) -> None:
         """Puts W + s B A (DoRA: its rows rescaled), computed in fp32 and rounded once, in the place of ``weight``.
 
         With ``lora_bias``, bias + s b_B in the place of ``bias`` as well; a layer without one then has one while it is
@@ -277,14 +277,27 @@ class LoRALayer(nn.Module):
         were computed from cannot be assigned to until :meth:`unmerge`; assigning the very same Parameter, as
         transformers' ``tie_weights`` does, changes nothing.
 
+        A quantised weight is merged only with ``quantize=True``: W + s B A is quantised again, with the same settings.
+        :attr:`merge_error` then says how far that is from W + s B A. The original packed tensors are kept.
+
+        Args:
+            quantize: quantise the merged values again where the weight is quantised; of other weights it says nothing.
+
         Raises:
-            LoRAStateError: merged already, on the meta device, with an activation between A and B, managed by
+            LoRAStateError: a quantised weight without ``quantize=True``; merged already, on the meta device,
+                with an activation between A and B, managed by
                 ``fully_shard`` (:func:`merge_lora` does those), or the merged values are not finite where the base's
                 are; or FSDP1 or ZeRO-3 would not keep the merged values. The layer is left as it was.
         """
         fsdp.check_own(self, "merge")
         storage.check_merging("merge", [("", self)])
-        merging.merge(self)
+        merging.merge(self, quantize)
+
+    @property
+    def merge_error(self) -> float | None:
+        """‖Q(W + s B A) - (W + s B A)‖ / ‖W + s B A‖ of a merged weight that was quantised again; None of others."""
+        base = merging.base_of(self)
+        return None if base is None else getattr(base, "error", None)
 
     def check_is_lora(self, function: str) -> None:
         """Raises ``LoRAStateError`` where an activation stands between A and B: ``function`` needs ``W + s B A``."""
@@ -403,14 +416,17 @@ class LoRALayer(nn.Module):
         if self.merged:
             for name in merging.BUFFERS:
                 state.pop(name, None)
-        return state
+        return state if self.merge_error is None else merging.to_merge_again(state)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        again = state.pop(merging.AGAIN, False)
         super().__setstate__(state)
         known.recover(self)
         merging.adopt(self)
         merging.show(self)
         assigning.watch(LoRALayer)
+        if again:
+            merging.merge(self, quantize=True)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in assigning.WATCHED and "lora_B" in self.__dict__.get("_parameters", ()):
@@ -440,8 +456,9 @@ class LoRALayer(nn.Module):
             merging.follow(self, dispatched=False)
 
     def _apply(self: Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
-        super()._apply(fn, recurse)
-        known.recover(self)
+        with merging.aside(self):
+            super()._apply(fn, recurse)
+            known.recover(self)
         if self._base is not None and self._base.in_place:
             self._base._apply(fn)
         merging.show(self)
@@ -455,7 +472,12 @@ class LoRALayer(nn.Module):
         return replica
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        shown = self.__dict__.pop("weight", None)  # packages read the statistics of self.weight: the base's are meant
+        try:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        finally:
+            if shown is not None:
+                self.__dict__["weight"] = shown
         if self._base is not None and self._base.in_place:
             self._base._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -469,7 +491,7 @@ class LoRALayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.check_rank(state_dict, prefix)
-        merged = self.merged
+        merged, quantize = self.merged, self.merge_error is not None
         if merged:
             storage.check_merging("load_state_dict", [(prefix.rstrip("."), self)])
             merging.unmerge(self)
@@ -482,7 +504,7 @@ class LoRALayer(nn.Module):
         if prefix + "weight" in state_dict and prefix + "lora_magnitude_vector" not in state_dict:
             self.reset_magnitude()
         if merged:
-            merging.merge(self)
+            merging.merge(self, quantize)
 
     def _load_packed(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """What belongs to a packed weight in ``state_dict``, beside its own tensor."""

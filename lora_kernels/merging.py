@@ -5,6 +5,9 @@ not. The merged values are buffers that no state dict has, ``merged_weight`` and
 compile and are exported with the layer. Parameters around their memory stand in the layer's ``__dict__``, where
 ``layer.weight`` finds them before the registered ones.
 
+The merged values of a quantised weight are quantised again. What copies, moves or loads such a layer merges it anew, so
+that each package's statistics need not be followed.
+
 FSDP, ZeRO-3 and accelerate exchange registered Parameters around each forward. What they manage holds the merged values
 in them, and copies of the base's stand aside.
 """
@@ -26,19 +29,23 @@ if TYPE_CHECKING:
     from .layer import LoRALayer
 
 __all__ = [
+    "AGAIN",
     "BUFFERS",
     "Base",
     "acting",
     "adopt",
+    "aside",
     "base_of",
     "follow",
     "merge",
     "show",
+    "to_merge_again",
     "unmerge",
     "with_offset",
 ]
 
 BUFFERS = {"weight": "merged_weight", "bias": "merged_bias"}
+AGAIN = "_merge_again"  # in the state of a copy of a layer whose merged weight is quantised
 TRAINING = "training"  # the key of what is told of training that cannot be; merging and switching off ask for it anew
 
 
@@ -48,42 +55,46 @@ class Base(nn.Module):
     def __init__(self, layer: LoRALayer, names: tuple[str, ...], in_place: bool) -> None:
         super().__init__()
         self.in_place = in_place
+        self.error: float | None = None  # of quantising the merged weight again
         for name in names:
             self.register_parameter(name, storage.at_rest(layer, name))
 
 
 @torch.no_grad()
-def merge(layer: LoRALayer) -> None:
+def merge(layer: LoRALayer, quantize: bool = False) -> None:
     """What :meth:`LoRALayer.merge` says; the caller has checked that the Parameters may be changed here."""
     with storage.onloaded(layer):
-        _merge_here(layer)
+        _merge_here(layer, quantize)
 
 
-def _merge_here(layer: LoRALayer) -> None:
+def _merge_here(layer: LoRALayer, quantize: bool) -> None:
     if layer.merged:
         raise LoRAStateError("merge was called on a layer that is merged already. Call unmerge() first.")
     if layer.weight.is_meta:
         raise LoRAStateError("merge was called on a layer on the meta device. Load its weights first.")
     layer.check_is_lora("merge")
-    if known.is_packed(layer.weight):
-        raise LoRAStateError(
-            "merge was called on a layer with a quantized weight, which cannot hold W + s B A: quantizing that again "
-            "would lose most of a small adapter. Save the adapter with save_adapter(model, folder), load it onto the "
-            "model in 16 bits, and merge there."
-        )
+    packed = known.is_packed(layer.weight)
+    if packed and (reason := _why_not_packed(layer, quantize)):
+        raise LoRAStateError(reason)
     if "weight" not in layer._parameters or "bias" not in layer._parameters:
         raise LoRAStateError(
             "merge was called on a layer whose weight or bias is parametrized or pruned, so nothing can be put in "
             "its place. Call torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove "
             "first."
         )
-    weight, bias = _merged_weight(layer), _merged_bias(layer)
-    _check_finite("weight", weight, layer.weight)
+    error = None
+    if packed:
+        weight, error = _merged_packed(layer)
+    else:
+        weight = _merged_weight(layer)
+        _check_finite("weight", weight, layer.weight)
+    bias = _merged_bias(layer)
     if bias is not None:
         _check_finite("bias", bias, layer.bias)
     names = ("weight",) if bias is layer.bias else ("weight", "bias")
     offloaded = storage.owner(layer) == storage.OFFLOADED
     base = Base(layer, names, in_place=offloaded or fsdp.in_place(layer))
+    base.error = error
     if offloaded:  # accelerate's map takes the merged Parameters in the place of these
         exchange(layer, weight, bias)
     elif base.in_place:
@@ -93,6 +104,38 @@ def _merge_here(layer: LoRALayer) -> None:
     object.__setattr__(layer, "_base", base)
     show(layer)
     telling.forget(TRAINING)
+
+
+def _why_not_packed(layer: LoRALayer, quantize: bool) -> str | None:
+    """Why a layer with a quantised weight cannot be merged, in a sentence."""
+    if not quantize:
+        return (
+            "merge was called on a layer with a quantized weight, which cannot hold W + s B A: quantizing that again "
+            "may lose a small adapter. Call it with quantize=True to do that, and read merge_error; or save the "
+            "adapter with save_adapter(model, folder), load it onto the model in 16 bits, and merge there."
+        )
+    if storage.owner(layer) is not None or fsdp.is_managed(layer):
+        holder = storage.owner(layer) or "fully_shard (FSDP2)"
+        return (
+            f"merge was called on a layer with a quantized weight that {holder} holds, and would not know of another. "
+            "Save the adapter, and merge it on the plain model."
+        )
+    return None
+
+
+def _merged_packed(layer: LoRALayer) -> tuple[Tensor, float]:
+    """The merged weight in the form of the base's, and the relative error that this makes."""
+    packed = known.read(layer, layer.weight)
+    magnitude = layer.lora_magnitude_vector
+    norms = None if magnitude is None else layer.row_norms()
+    values = packed.dequantize(torch.float32)
+    values = dora.merged(values, layer.lora_A, layer.lora_B, layer.scaling, magnitude, norms)
+    _check_finite("weight", values, None)
+    weight = known.quantized(layer, layer.weight, values)
+    made = known.read(layer, weight).dequantize(torch.float32)
+    _check_finite("weight", made, None)
+    error = torch.linalg.vector_norm(made.sub_(values)) / torch.linalg.vector_norm(values).clamp_min(1e-30)
+    return weight, float(error)
 
 
 def unmerge(layer: LoRALayer) -> None:
@@ -143,9 +186,10 @@ def _merged_bias(layer: LoRALayer) -> Tensor | None:
     bias: nn.Parameter | None = layer.bias
     if layer.lora_bias is None:
         return bias
-    wide = torch.promote_types(layer.weight.dtype, torch.float32)
+    own = layer.lora_bias.dtype if known.is_packed(layer.weight) else layer.weight.dtype
+    wide = torch.promote_types(own, torch.float32)
     total = with_offset(None if bias is None else bias.to(wide), layer.lora_bias.to(wide), layer.scaling)
-    return total.to(layer.weight.dtype if bias is None else bias.dtype)
+    return total.to(own if bias is None else bias.dtype)
 
 
 def _check_finite(name: str, merged: Tensor, base: Tensor | None) -> None:
@@ -211,7 +255,8 @@ def show(layer: LoRALayer) -> None:
     for name, buffer in BUFFERS.items():
         value = layer._buffers.get(buffer)
         if value is not None:
-            layer.__dict__[name] = nn.Parameter(value, requires_grad=False)
+            packed = known.is_packed(value)  # the package's own Parameter, which is one already
+            layer.__dict__[name] = value if packed else nn.Parameter(value, requires_grad=False)
             base.register_parameter(name, layer._parameters.get(name))
 
 
@@ -250,6 +295,8 @@ def acting(layer: LoRALayer, on: bool) -> tuple[Any, Any]:
         return own["weight"], own.get("bias")
     weight: Any = layer._buffers["merged_weight"]
     bias: Any = layer._buffers.get("merged_bias", own.get("bias"))
+    if known.is_packed(weight):
+        return weight, bias
     if outside and (now := own.get("weight")) is not None and not now.is_meta:  # gathered, in FSDP2's dtype
         weight, bias = weight.to(now.dtype), None if bias is None else bias.to(now.dtype)
     return weight, bias
@@ -278,6 +325,30 @@ def _exchanged() -> LoRAStateError:
         "like do that), and the merged values are those of the former one. Call unmerge() first, exchange the "
         "weight and merge() again; or call restore_linear(model) for a plain nn.Linear with the merged weight."
     )
+
+
+def to_merge_again(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a layer, with what tells a copy of it to merge again in the place of its merged values."""
+    merged = set(BUFFERS.values())
+    buffers = {name: value for name, value in state["_buffers"].items() if name not in merged}
+    others = state["_non_persistent_buffers_set"] - merged
+    return state | {"_buffers": buffers, "_non_persistent_buffers_set": others, "_base": None, AGAIN: True}
+
+
+class aside:
+    """A merged layer with a quantised weight, unmerged for a block and merged anew after it; others as they are."""
+
+    def __init__(self, layer: LoRALayer) -> None:
+        base = base_of(layer)
+        self.layer = layer if base is not None and base.error is not None else None
+
+    def __enter__(self) -> None:
+        if self.layer is not None:
+            unmerge(self.layer)
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self.layer is not None and kind is None:
+            merge(self.layer, quantize=True)
 
 
 def tell_of_training(layer: Any) -> None:

@@ -163,8 +163,9 @@ def _why_not_of_its_kind(module: nn.Module, kind: str, form: Form | None) -> str
 def own_state(module: nn.Module) -> dict[str, Any]:
     """What an instance of a subclass holds beside an ``nn.Linear``'s state, by name."""
     tables = (module._parameters, module._buffers, module._modules)
-    held = {name: value for table in tables for name, value in table.items() if name not in ("weight", "bias")}
-    return held | {name: value for name, value in vars(module).items() if name not in _EVERY_MODULE}
+    held = {name: value for table in tables for name, value in table.items()}
+    held |= {name: value for name, value in vars(module).items() if name not in _EVERY_MODULE}
+    return {name: value for name, value in held.items() if name not in ("weight", "bias")}  # merged ones too
 
 
 def _own_classes(kind: type) -> list[type]:

@@ -37,9 +37,19 @@ CALLABLE = tuple(kind for kind in KINDS if kind != "int8" and not kind.startswit
 _BLOCK = (32, 24)  # of FP8: the last one is a part
 
 
-def quantised(kind: str, k: int, n: int, dtype: torch.dtype | None = None, bias: bool = True, **options: Any) -> Any:
-    """A package's own layer K -> N with random weights; ``dtype`` is that of its weight and its products."""
+def quantised(
+    kind: str,
+    k: int,
+    n: int,
+    dtype: torch.dtype | None = None,
+    bias: bool = True,
+    of: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    """A package's own layer K -> N of random weights or of ``of``; ``dtype``: that of its weight and its products."""
     linear = nn.Linear(k, n, bias, dtype=dtype)
+    if of is not None:
+        linear.weight.data.copy_(of)
     if kind.startswith("ao-"):
         return _of_torchao(kind, linear)
     if kind.startswith("fp8"):
@@ -125,6 +135,18 @@ def values(layer: Any) -> Tensor:
     return found
 
 
+def bits_of(layer: nn.Module) -> dict[str, bytes]:
+    """The bytes of all that ``layer``'s state dict holds; of a tensor that holds others, theirs."""
+    found, left = {}, list(layer.state_dict().items())
+    while left:
+        name, tensor = left.pop()
+        if hasattr(tensor, "__tensor_flatten__"):
+            left += [(f"{name}.{inner}", getattr(tensor, inner)) for inner in tensor.__tensor_flatten__()[0]]
+        else:
+            found[name] = tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return found
+
+
 def adapted(kind: str, k: int, n: int, dtype: torch.dtype | None = None, **options: Any) -> Any:
     """A LoRA layer over :func:`quantised` whose adapter's term is about as large as the base's."""
     layer = FusedLoRALinear.from_linear(quantised(kind, k, n, dtype), r=4, lora_alpha=4, **options)
@@ -139,7 +161,14 @@ def twin(layer: Any, weight: Tensor, dtype: torch.dtype) -> FusedLoRALinear:
     """The same LoRA layer over the dequantised weight in ``dtype``."""
     n, k = weight.shape
     made = FusedLoRALinear(
-        k, n, layer.r, layer.lora_alpha, layer.lora_dropout, layer.bias is not None, use_dora=layer.use_dora
+        k,
+        n,
+        layer.r,
+        layer.lora_alpha,
+        layer.lora_dropout,
+        layer.bias is not None,
+        use_dora=layer.use_dora,
+        lora_bias=layer.lora_bias is not None,
     )
     with torch.no_grad():
         made.weight.data = weight.to(dtype)

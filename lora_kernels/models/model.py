@@ -18,6 +18,7 @@ from ..config import LoRAConfig, as_tuple
 from ..errors import InvalidTypeError, LoRAKernelsError, LoRAKernelsWarning, LoRAStateError
 from ..experts.layer import FusedLoRAExperts
 from ..layer import LoRALayer
+from ..weights import known
 from .adapter import Adapter, forget, remember, remember_bias, remembered_within
 from .experts import build_experts, decide_experts, expert_rows, find_experts, notes_of_experts
 from .grouping import share_found, unshare_inputs
@@ -26,7 +27,7 @@ from .matching import find_matches, listed, trained_whole
 from .names import compiled_alone, joined, plain_modules
 from .pretrained import tell_of_saving
 from .replacing import build, check_model, decide, make_report, nothing_to_replace
-from .report import ReplaceReport, RestoredLayer, RestoreReport, ShareReport
+from .report import MergeReport, ReplaceReport, RestoredLayer, RestoreReport, ShareReport
 from .trained import (
     biases,
     check_bias,
@@ -160,19 +161,27 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str | None = None) -> No
     remember_bias(model, bias)
 
 
-def merge_lora(model: nn.Module) -> None:
+def merge_lora(model: nn.Module, quantize: bool = False) -> MergeReport:
     """Merges every ``FusedLoRALinear`` and ``FusedLoRAExperts``; see :meth:`FusedLoRALinear.merge`.
 
     It costs one more copy of their weights in memory. If one layer cannot be merged, none is.
 
+    Args:
+        quantize: quantise merged values again where a weight is quantised; without it such a layer is refused.
+
+    Returns:
+        A report to print: which layers were merged, and the relative error of those that were quantised again.
+
     Raises:
-        LoRAStateError: the model holds no LoRA layer; one is merged already; one cannot be merged, because its weights
+        LoRAStateError: the model holds no LoRA layer; one has a quantised weight and ``quantize`` is False; one
+            is merged already; one cannot be merged, because its weights
             are on the meta device or would not be finite; or FSDP1 or ZeRO-3 would not keep merged values now.
 
     Example:
         >>> from lora_kernels import FusedLoRALinear
         >>> model = nn.Sequential(FusedLoRALinear(4, 4, r=2))
-        >>> merge_lora(model)
+        >>> print(merge_lora(model))
+        merged 1 layer
         >>> model[0].merged
         True
     """
@@ -190,11 +199,11 @@ def merge_lora(model: nn.Module) -> None:
         if fsdp.in_place(layer):
             fsdp.check_untied(name, layer, _untied_from(model, layer))
     done: list[LoRALayer | FusedLoRAExperts] = []
+    every: list[tuple[str, LoRALayer | FusedLoRAExperts]] = [*layers, *experts]
     try:
-        every: list[tuple[str, LoRALayer | FusedLoRAExperts]] = [*layers, *experts]
         for name, each in every:
             try:
-                _merge(each)
+                _merge(each, quantize)
             except LoRAKernelsError as error:
                 raise LoRAStateError(f"layer {name!r} cannot be merged, so none is: {error}") from error
             done.append(each)
@@ -202,12 +211,13 @@ def merge_lora(model: nn.Module) -> None:
         for each in done:
             _unmerge(each)
         raise
+    return MergeReport({name: getattr(each, "merge_error", None) for name, each in every})
 
 
-def _merge(layer: LoRALayer | FusedLoRAExperts) -> None:
+def _merge(layer: LoRALayer | FusedLoRAExperts, quantize: bool) -> None:
     """Where the whole model was checked: a layer's own method would refuse what ``fully_shard`` manages."""
     if isinstance(layer, LoRALayer):
-        merging.merge(layer)
+        merging.merge(layer, quantize)
     else:
         layer.merge()
 
@@ -229,7 +239,7 @@ def unmerge_lora(model: nn.Module) -> None:
     Example:
         >>> from lora_kernels import FusedLoRALinear
         >>> model = nn.Sequential(FusedLoRALinear(4, 4, r=2))
-        >>> merge_lora(model)
+        >>> report = merge_lora(model)
         >>> unmerge_lora(model)
         >>> model[0].merged
         False
@@ -298,9 +308,11 @@ def restore_linear(model: nn.Module) -> RestoreReport:
     storage.check_free("restore_linear", every)
     moved = [name for name, layer in layers if not layer.merged and has_moved(layer)]
     if dropped := moved + [name for name, layer in experts if not layer.merged and layer.has_moved]:
+        packed = any(known.is_packed(layer.weight) for _, layer in layers)
+        merging_call = f"merge_lora(model{', quantize=True' if packed else ''})"
         warnings.warn(
             f"restore_linear drops the adapters of {listed(dropped)}, which add to the base weights that remain. Call "
-            "merge_lora(model) first to keep what they do, or save_adapter(model, folder) to keep them.",
+            f"{merging_call} first to keep what they do, or save_adapter(model, folder) to keep them.",
             LoRAKernelsWarning,
             stacklevel=2,
         )

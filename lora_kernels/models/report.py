@@ -19,6 +19,7 @@ from .watch import Watch
 
 __all__ = [
     "LoadReport",
+    "MergeReport",
     "ReplaceReport",
     "ReplacedLayer",
     "Report",
@@ -245,6 +246,36 @@ class RestoredLayer:
     def _outcome(self, untied_from: Sequence[str]) -> str:
         text = "adapter merged into the weight" if self.merged else "base weight; adapter dropped"
         return f"{text}; no longer shares its weight with {', '.join(untied_from)}" if untied_from else text
+
+
+@dataclass(frozen=True, repr=False)
+class MergeReport(Report):
+    """What :func:`lora_kernels.merge_lora` did. ``len`` and iteration go over the names of the merged layers.
+
+    Printed, it tells the largest error; ``details()`` has a line for each layer.
+
+    Attributes:
+        errors: by name, ‖Q(W + s B A) - (W + s B A)‖ / ‖W + s B A‖ where the merged weight was quantised again, else
+            None.
+    """
+
+    errors: dict[str, float | None]
+
+    def __len__(self) -> int:
+        return len(self.errors)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.errors)
+
+    def _lines(self, full: bool) -> Iterator[str]:
+        made = {name: error for name, error in self.errors.items() if error is not None}
+        text = f"merged {count(len(self.errors), 'layer')}"
+        if made:
+            worst = max(made, key=made.__getitem__)
+            text += f"; {len(made)} quantized again, relative error of W + s B A at most {made[worst]:.2g} ({worst})"
+        yield text
+        if full:
+            yield from (f"  {name}" + (f": {made[name]:.2g}" if name in made else "") for name in self.errors)
 
 
 @dataclass(frozen=True, repr=False)

@@ -51,16 +51,7 @@ class _FourBits:
         state = _state_of(module, weight)
         if state is None:
             raise LoRAStateError(f"the 4-bit weight of a layer cannot be read: {self._lost(weight)}")
-        made: nn.Parameter = _package().nn.Params4bit(
-            weight.data,
-            quant_state=state,
-            blocksize=state.blocksize,
-            compress_statistics=state.nested,
-            quant_type=state.quant_type,
-            quant_storage=weight.dtype,
-            bnb_quantized=True,
-        )
-        return made
+        return _four_bit_parameter(weight.data, state)
 
     def why_not(self, module: nn.Module) -> str | None:
         weight: Any = module._parameters["weight"]
@@ -120,6 +111,13 @@ class _FourBits:
         state.nested, state.state2, state.offset = False, None, None  # the values stay those of the other layout
         state.packing_format_for_cpu = False
 
+    def quantize(self, module: Any, weight: Any, values: Tensor) -> nn.Parameter:
+        state, storage = _state_of(module, weight), weight.dtype
+        settings = state.blocksize, state.nested, state.quant_type, storage
+        data, made = _package().functional.quantize_4bit(values, None, None, *settings)
+        made.dtype = state.dtype
+        return _four_bit_parameter(data, made)
+
     def settle(self, module: Any) -> None:
         module.quant_state = module._parameters["weight"].quant_state
 
@@ -139,6 +137,19 @@ class _FourBits:
         weight.blocksize, weight.compress_statistics = state.blocksize, state.nested
         weight.quant_type = state.quant_type
         return set(own)
+
+
+def _four_bit_parameter(data: Tensor, state: Any) -> nn.Parameter:
+    made: nn.Parameter = _package().nn.Params4bit(
+        data,
+        quant_state=state,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=data.dtype,
+        bnb_quantized=True,
+    )
+    return made
 
 
 def _state_of(module: Any, weight: Any) -> Any:
@@ -233,6 +244,12 @@ class _EightBits:
 
     def prepare(self, module: Any) -> None:
         """Nothing: the package has one layout."""
+
+    def quantize(self, module: Any, weight: Any, values: Tensor) -> nn.Parameter:
+        data, scales, _ = _package().functional.int8_vectorwise_quant(values.half())  # as the package's own Parameter
+        kept = {"CB": data, "SCB": scales}
+        made: nn.Parameter = _package().nn.Int8Params(data, requires_grad=False, has_fp16_weights=False, **kept)
+        return made
 
     def settle(self, module: Any) -> None:
         module.state = copy.copy(module.state)  # a call of the package's layer writes to it

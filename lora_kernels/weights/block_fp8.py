@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LoRAStateError
@@ -28,7 +29,9 @@ _PART = 1 << 22  # how many fp32 numbers are made at a time
 
 
 class BlockScaled(nn.Parameter):
-    """An FP8 weight of a LoRA layer."""
+    """An FP8 weight of a LoRA layer; a merged one has scales of its own."""
+
+    scale: Tensor | None = None
 
 
 class _BlockFp8:
@@ -72,7 +75,8 @@ class _BlockFp8:
                 f"an FP8 weight was converted to {weight.dtype} without its scales, so its values are lost. Load the "
                 "model again, and convert only its other Parameters; adapter_dtype sets that of the adapters."
             )
-        parts = (weight.data, module._parameters["weight_scale_inv"].data)
+        scale = getattr(weight, "scale", None)
+        parts = (weight.data, module._parameters["weight_scale_inv"].data if scale is None else scale)
         size = module.block_size
         spec = _WHOLE if size is None else f"{size[0]}/{size[1]}"
         return Packed(Layout(self.name, spec, weight.shape[0], weight.shape[1], len(parts)), parts)
@@ -84,8 +88,25 @@ class _BlockFp8:
             if own.get(name) is not None:
                 own[name].requires_grad_(False)
 
+    def quantize(self, module: Any, weight: Any, values: Tensor) -> nn.Parameter:
+        scale = module._parameters["weight_scale_inv"]
+        high, wide = module.block_size or values.shape
+        rows, columns = values.shape
+        padded = F.pad(values, (0, -columns % wide, 0, -rows % high))
+        blocks = padded.view(padded.shape[0] // high, high, padded.shape[1] // wide, wide)
+        own = blocks.abs().amax((1, 3)).div_(torch.finfo(_FP8).max)
+        own = torch.where(own > 0, own, 1.0)
+        if scale.dtype.itemsize == 1:  # powers of two
+            own = torch.exp2(torch.ceil(torch.log2(own)))
+        data = (blocks / own[:, None, :, None]).view(padded.shape)[:rows, :columns].to(_FP8)
+        made = BlockScaled(data.contiguous(), requires_grad=False)
+        made.scale = own.to(scale.dtype).reshape(scale.shape)
+        return made
+
     def settle(self, module: Any) -> None:
         weight = module._parameters["weight"]
+        if getattr(weight, "scale", None) is not None:
+            module._parameters["weight_scale_inv"] = nn.Parameter(weight.scale, requires_grad=False)
         module._parameters["weight"] = nn.Parameter(weight.data, requires_grad=False)
 
     def load(self, module: Any, weight: Any, state_dict: Mapping[str, Any], prefix: str) -> set[str]:

@@ -21,6 +21,7 @@ __all__ = [
     "is_readable",
     "logical_shape",
     "packed",
+    "quantized",
     "read",
     "recover",
 ]
@@ -75,6 +76,13 @@ def read(module: nn.Module, weight: Tensor) -> Packed:
     form = form_of(weight)
     assert form is not None
     return form.read(module, weight)
+
+
+def quantized(module: nn.Module, weight: Tensor, values: Tensor) -> nn.Parameter:
+    """``values`` (N, K) as another weight of the form and the settings of ``weight``, which stays."""
+    form = form_of(weight)
+    assert form is not None
+    return form.quantize(module, weight, values)
 
 
 def recover(module: nn.Module) -> None:

@@ -109,6 +109,9 @@ class Form(Protocol):
     def prepare(self, module: Any) -> None:
         """Brings a module that is about to be replaced into the form's usual state."""
 
+    def quantize(self, module: Any, weight: Any, values: Tensor) -> nn.Parameter:
+        """``values`` (N, K) in fp32 in this form, with the settings of ``weight``; that stays as it is."""
+
     def settle(self, module: Any) -> None:
         """Brings what a package's layer holds into line with the weight that a LoRA layer has just left to it."""
 

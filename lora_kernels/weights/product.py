@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, autograd
 
@@ -15,18 +16,24 @@ __all__ = ["linear"]
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     """y (..., N) in x's dtype for x (..., K), multiplied in that dtype."""
+    if not torch.is_grad_enabled() or not (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _product(x, bias, weight.layout, weight.parts)
     y: Tensor = _Linear.apply(x, bias, weight.layout, *weight.parts)
     return y
+
+
+def _product(x: Tensor, bias: Tensor | None, layout: Layout, parts: tuple[Tensor, ...]) -> Tensor:
+    flat = flatten(x)
+    values = values_of(layout, parts, x.dtype, flat)
+    return unflatten(F.linear(flat, values, None if bias is None else as_dtype(bias, x.dtype)), x.shape)
 
 
 class _Linear(autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layout: Layout, *parts: Tensor) -> Tensor:
-        flat = flatten(x)
-        values = values_of(layout, parts, x.dtype, flat)
         ctx.save_for_backward(*parts)
         ctx.settings = x.shape, layout, None if bias is None else bias.dtype
-        return unflatten(F.linear(flat, values, None if bias is None else as_dtype(bias, x.dtype)), x.shape)
+        return _product(x, bias, layout, parts)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:

@@ -22,6 +22,7 @@ __all__ = ["FORMS"]
 _UNSUPPORTED = torch.float64  # torchao makes values of up to 32 bits
 _OF_INPUTS = ("act_quant_kwargs", "activation_quantization", "act_pre_scale", "act_quant_scale")
 Rebuild = Callable[[Any, list[Tensor], list[str], torch.dtype], Any]
+Again = Callable[[Any, Any, Tensor], Any]  # a class, a weight of it, values to quantise as that was
 
 
 class _TensorForm:
@@ -29,8 +30,10 @@ class _TensorForm:
 
     package = "torchao"
 
-    def __init__(self, kind: str, tensors: tuple[str, ...], settings: tuple[str, ...], rebuild: Rebuild) -> None:
-        self.kind, self.tensors, self.settings, self.rebuild = kind, tensors, settings, rebuild
+    def __init__(
+        self, kind: str, tensors: tuple[str, ...], settings: tuple[str, ...], rebuild: Rebuild, again: Again
+    ) -> None:
+        self.kind, self.tensors, self.settings, self.rebuild, self.again = kind, tensors, settings, rebuild, again
         self.name = f"torchao-{kind}"
         register_form(self.name, self.values)
 
@@ -81,6 +84,10 @@ class _TensorForm:
     def prepare(self, module: Any) -> None:
         """Nothing: the tensor stays as it is."""
 
+    def quantize(self, module: Any, weight: Any, values: Tensor) -> nn.Parameter:
+        made = self.again(_class(self.kind), weight, values.to(weight.dtype))
+        return nn.Parameter(made, requires_grad=False)
+
     def settle(self, module: Any) -> None:
         """Nothing: the tensor holds all that is known of it."""
 
@@ -117,12 +124,42 @@ def _int8(kind: Any, parts: list[Tensor], words: list[str], dtype: torch.dtype) 
     return kind(parts[0], parts[1], _block(words[0]), dtype, zero_point=parts[2] if len(parts) > 2 else None)
 
 
+def _int8_again(kind: Any, weight: Any, values: Tensor) -> Any:
+    mapping, granularity = _mapping(weight), _granularity(weight.block_size, values.shape)
+    return kind.from_hp(values, granularity, mapping, reduce_range=weight.reduce_range)
+
+
+def _mapping(weight: Any) -> Any:
+    """How its zeros were chosen: a symmetric range has none."""
+    kinds, zeros = sys.modules["torchao.quantization.quant_primitives"].MappingType, weight.zero_point
+    return kinds.SYMMETRIC if zeros is None or not bool(zeros.any()) else kinds.ASYMMETRIC
+
+
+def _granularity(block: Any, shape: torch.Size) -> Any:
+    kinds = sys.modules["torchao.quantization.granularity"]
+    if tuple(block) == tuple(shape):
+        return kinds.PerTensor()
+    if tuple(block) == (1, shape[1]):
+        return kinds.PerRow()
+    return kinds.PerGroup(block[1]) if block[0] == 1 else kinds.PerBlock(tuple(block))
+
+
 def _intx(kind: Any, parts: list[Tensor], words: list[str], dtype: torch.dtype) -> Any:
     return kind(*parts, getattr(torch, words[1]), tuple(_block(words[0])), dtype, None)
 
 
+def _intx_again(kind: Any, weight: Any, values: Tensor) -> Any:
+    return kind.from_hp(values, weight.block_size, weight.target_dtype, mapping_type=_mapping(weight))
+
+
 def _float8(kind: Any, parts: list[Tensor], words: list[str], dtype: torch.dtype) -> Any:
     return kind(*parts, dtype=dtype)
+
+
+def _float8_again(kind: Any, weight: Any, values: Tensor) -> Any:
+    block = weight.block_size or values.shape
+    granularity, ways = _granularity(block, values.shape), (weight.mm_config, None, None, weight.kernel_preference)
+    return kind.from_hp(values, weight.qdata.dtype, granularity, *ways)
 
 
 def _nvfp4(kind: Any, parts: list[Tensor], words: list[str], dtype: torch.dtype) -> Any:
@@ -130,21 +167,43 @@ def _nvfp4(kind: Any, parts: list[Tensor], words: list[str], dtype: torch.dtype)
     return kind(parts[0], parts[1], int(words[0]), dtype, whole, is_swizzled_scales=words[1] == "True")
 
 
+def _nvfp4_again(kind: Any, weight: Any, values: Tensor) -> Any:
+    whole = weight.per_tensor_scale
+    if whole is not None:
+        whole = sys.modules[f"{_MX}.nvfp4_tensor"].per_tensor_amax_to_scale(values.abs().max())
+    ways = {name: getattr(weight, name) for name in ("is_swizzled_scales", "use_triton_kernel")}
+    return kind.to_nvfp4(values, weight.block_size, whole, **ways)
+
+
 def _mx(kind: Any, parts: list[Tensor], words: list[str], dtype: torch.dtype) -> Any:
     return kind(*parts, getattr(torch, words[0]), int(words[1]), dtype, None, None, words[2] == "True")
+
+
+def _mx_again(kind: Any, weight: Any, values: Tensor) -> Any:
+    """By the choice of scales that is torchao's default: the tensor does not say which one it was made with."""
+    ways = {name: getattr(weight, name) for name in ("kernel_preference", "is_swizzled_scales")}
+    return kind.to_mx(values, weight.elem_dtype, weight.block_size, **ways)
 
 
 FORMS = {
     form.kind: form
     for form in (
-        _TensorForm("Int8Tensor", ("qdata", "scale", "zero_point"), ("block_size",), _int8),
+        _TensorForm("Int8Tensor", ("qdata", "scale", "zero_point"), ("block_size",), _int8, _int8_again),
         _TensorForm(
-            "IntxUnpackedToInt8Tensor", ("qdata", "scale", "zero_point"), ("block_size", "target_dtype"), _intx
+            "IntxUnpackedToInt8Tensor",
+            ("qdata", "scale", "zero_point"),
+            ("block_size", "target_dtype"),
+            _intx,
+            _intx_again,
         ),
-        _TensorForm("Float8Tensor", ("qdata", "scale"), (), _float8),
+        _TensorForm("Float8Tensor", ("qdata", "scale"), (), _float8, _float8_again),
         _TensorForm(
-            "NVFP4Tensor", ("qdata", "scale", "per_tensor_scale"), ("block_size", "is_swizzled_scales"), _nvfp4
+            "NVFP4Tensor",
+            ("qdata", "scale", "per_tensor_scale"),
+            ("block_size", "is_swizzled_scales"),
+            _nvfp4,
+            _nvfp4_again,
         ),
-        _TensorForm("MXTensor", ("qdata", "scale"), ("elem_dtype", "block_size", "is_swizzled_scales"), _mx),
+        _TensorForm("MXTensor", ("qdata", "scale"), ("elem_dtype", "block_size", "is_swizzled_scales"), _mx, _mx_again),
     )
 }

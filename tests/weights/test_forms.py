@@ -89,6 +89,13 @@ def test_the_base_alone_is_the_dequantised_product(kind: str) -> None:
     check_linear(x.grad, torch.ones(8, 96), values(layer).t())
 
 
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_the_base_alone_compiles(needs_grad: bool) -> None:
+    layer, x = adapted("nf4", 64, 96, torch.float32), torch.randn(8, 64, requires_grad=needs_grad)
+    with layer.enable_lora(False):
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_of_the_values_is_kept_for_backward(kind: str, options: dict[str, Any]) -> None:
@@ -395,17 +402,6 @@ def test_a_weight_of_torchaos_that_trains_is_told_of() -> None:
     layer.weight.requires_grad_(True)
     with pytest.raises(LoRAStateError, match="only adapters train"):
         layer(torch.randn(8, 64))
-
-
-def test_merging_is_refused_and_changes_nothing() -> None:
-    model = nn.Sequential(adapted("nf4", 64, 96))
-    x = torch.randn(8, 64)
-    y = model(x)
-    with pytest.raises(LoRAStateError, match="quantized weight"):
-        model[0].merge()
-    with pytest.raises(LoRAStateError, match="quantized weight"):
-        lora_kernels.merge_lora(model)
-    assert torch.equal(model(x), y)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
