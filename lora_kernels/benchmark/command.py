@@ -16,7 +16,7 @@ from ..console import Progress, check_plot, check_writable, names, progress_bars
 from ..errors import InvalidArgumentError
 from . import rebuilt
 from .presets import PRESETS, preset
-from .workloads import DIRECTIONS, DTYPES, FIELDS, LAYER
+from .workloads import DIRECTIONS, DTYPES, FIELDS, LAYERS
 
 if TYPE_CHECKING:
     from .preset import Preset
@@ -279,7 +279,7 @@ def _print(result: Result) -> None:
     from .ratios import ratios
     from .report import legend, markdown, reasons, rich_table, table
 
-    of_models = any(cell.workload.subject != LAYER for cell in result.cells)
+    of_models = any(cell.workload.subject not in LAYERS for cell in result.cells)
     maker = ratios if of_models else beside if result.predicted else table
     console = stdout_console() if _rich() else None
     for sentence in result.environment.get("left_out", {}).values():

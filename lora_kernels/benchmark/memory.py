@@ -36,7 +36,12 @@ def bytes_kept(layer: Layer, setup: Setup) -> Kept:
     x = setup.x
     with layer.context():
         saved = storages_kept(lambda: layer.call(x))
-    owned = [setup.linear.weight, *([] if setup.linear.bias is None else [setup.linear.bias]), *layer.trainable]
+    owned = [
+        setup.linear.weight,
+        *([] if setup.linear.bias is None else [setup.linear.bias]),
+        *layer.trainable,
+        *layer.owned,
+    ]
     of_x = x.untyped_storage().data_ptr()
     of_parameters = {t.untyped_storage().data_ptr() for t in owned}
     sizes = {address: tensor.untyped_storage().nbytes() for address, tensor in saved.items()}

@@ -10,9 +10,10 @@ from typing import Any
 from ..errors import InvalidArgumentError
 from .workloads import FIELDS, Workload
 
-__all__ = ["MODEL_PEERS", "Preset", "grid"]
+__all__ = ["MODEL_PEERS", "QLORA_PEERS", "Preset", "grid"]
 
 MODEL_PEERS = ("peft-lora", "peft-dora", "fused-lora", "fused-dora", "ours-lora", "ours-dora", "group")
+QLORA_PEERS = ("nf4", "peft-nf4", "ours-nf4")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from ..errors import InvalidArgumentError
 from .gpu_presets import GPU_PRESETS
-from .preset import MODEL_PEERS, Preset, grid
-from .workloads import LAYER, SUBJECTS, Workload
+from .preset import MODEL_PEERS, QLORA_PEERS, Preset, grid
+from .workloads import LAYERS, NF4, SUBJECTS, Workload
 
 __all__ = ["PRESETS", "preset"]
 
@@ -62,6 +62,14 @@ def _cpu_goals() -> Iterator[Workload]:
                 *((768, (3072, 3072), 64), (768, (2048, 6144), 8)),
             ):
                 yield from grid((direction,), (m,), (shape,), (r,), (dtype,), adapter_dtype=adapters)
+
+
+def _qlora() -> Iterator[Workload]:
+    """The sizes of a projection in bf16: forward of few tokens, a step of many, and what a step holds."""
+    shapes, bf16 = ((2048, 2048), (4096, 4096)), ("bfloat16",)
+    yield from grid(("forward",), (1, 16, 512, 2048), shapes, (16,), bf16, subject=NF4)
+    yield from grid(("step",), (1, 16, 512, 2048), shapes, (16,), bf16, subject=NF4)
+    yield from grid(("memory",), (2048,), shapes, (16,), bf16, subject=NF4)
 
 
 PRESETS = {
@@ -132,9 +140,26 @@ PRESETS = {
             tuple(
                 Workload("forward" if s == "mixed-batch" else "step", 8, 64, 48, 4, bias=s == "dora", subject=s)
                 for s in SUBJECTS
-                if s != LAYER
+                if s not in LAYERS
             ),
             MODEL_PEERS,
+            budget=1.0,
+            min_rounds=2,
+        ),
+        Preset(
+            "qlora",
+            "LoRA over a weight in NF4, beside PEFT + bitsandbytes, the frozen NF4 layer and the frozen bf16 layer",
+            tuple(_qlora()),
+            QLORA_PEERS,
+            budget=150.0,
+            min_rounds=5,
+            max_call=5.0,
+        ),
+        Preset(
+            "smoke-qlora",
+            "every path of 'qlora' in small: for tests, its numbers mean nothing",
+            tuple(grid(("forward", "step", "memory"), (24,), ((64, 48),), (4,), ("bfloat16",), subject=NF4)),
+            QLORA_PEERS,
             budget=1.0,
             min_rounds=2,
         ),

@@ -16,6 +16,7 @@ from ..nn import FusedLoRALinear
 from . import rebuilt
 from .model_providers import MODEL_PROVIDERS, why_not_peft
 from .models import ModelSetup
+from .nf4_providers import NF4_PROVIDERS
 from .setups import FLOOR, Layer, Provider, Setup, make_setups
 from .workloads import Workload
 
@@ -209,5 +210,6 @@ PROVIDERS = {
             for name in dispatch.ORDER
         ),
         *MODEL_PROVIDERS,
+        *NF4_PROVIDERS,
     )
 }

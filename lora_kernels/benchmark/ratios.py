@@ -7,7 +7,7 @@ import statistics
 from .report import SHORT, Table, caption
 from .results import Cell, Result
 from .verdict import SLACK
-from .workloads import LAYER, SUBJECTS
+from .workloads import LAYERS, SUBJECTS
 
 __all__ = ["ratios"]
 
@@ -22,7 +22,7 @@ def ratios(result: Result, direction: str, conditions: dict[str, tuple[str, ...]
     takes one of them, so the best of them is nobody's. The notes sum up each, with the cells where PEFT is ahead.
     """
     wanted = {"direction": (direction,), **(conditions or {})}
-    chosen = [c for c in result.cells if c.workload.subject != LAYER and not c.left_out]
+    chosen = [c for c in result.cells if c.workload.subject not in LAYERS and not c.left_out]
     cells = [c for c in chosen if all(c.workload.has(name, values) for name, values in wanted.items())]
     kinds = [n.removesuffix(_LORA) for n in result.titles if n.endswith(_LORA) or n == "group"]
     kinds = [k for k in kinds if any(_ratio(c, k + _LORA) or _ratio(c, k) for c in cells)]

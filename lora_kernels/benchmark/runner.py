@@ -26,7 +26,7 @@ from .preset import Preset
 from .providers import FLOOR, PROVIDERS, Layer, Provider, Setup, make_setups
 from .results import Cell, Entry, Result, environment
 from .timing import Candidate, Timing, first_call, measure
-from .workloads import LAYER, SUBJECTS, Workload
+from .workloads import LAYER, LAYERS, Workload
 
 __all__ = ["admit", "candidate", "expand_peers", "providers_of", "run_cell", "run_preset"]
 
@@ -182,8 +182,8 @@ def _is_slow(cell: Cell) -> bool:
 def admit(provider: Provider, setups: list[Setup]) -> tuple[Entry, list[Layer]]:
     """Builds a layer on every set and gates the first; the entry says why there is none."""
     setup = setups[0]
-    if provider.name != FLOOR and provider.of_models == (setup.workload.subject == LAYER):
-        return Entry("unavailable", f"It is not made for {SUBJECTS[setup.workload.subject]}."), []
+    if reason := provider.why_not_subject(setup.workload.subject):
+        return Entry("unavailable", reason), []
     if reason := provider.why_not(setup):
         return Entry("unavailable", reason), []
     if provider.backend is not None and provider.backend == _automatic(setup):
@@ -204,7 +204,7 @@ def _raised(name: str, error: Exception, setup: Setup) -> Entry:
 
 
 def _make(workload: Workload, device: str, count: int, seed: int) -> list[Setup]:
-    if workload.subject == LAYER:
+    if workload.subject in LAYERS:
         return make_setups(workload, device, count, seed)
     return [*make_model_setups(workload, device, count, seed)]
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .workloads import Workload
+from ..weights import samples
+from .workloads import LAYERS, NF4, SUBJECTS, Workload
 
 __all__ = ["FLOOR", "Layer", "Provider", "Setup", "make_setups"]
 
@@ -70,7 +71,7 @@ class Layer:
     """A layer ready to be called: y = call(x); ``trainable``: A, B and the bias if it trains; the floor has none.
 
     Of a model with several layers or adapters, y may be a tuple, and what trains comes in the order of
-    ``models.names``; ``dora`` says whether its magnitudes act.
+    ``models.names``; ``dora`` says whether its magnitudes act. ``owned``: the tensors of a quantised weight.
     """
 
     call: Callable[[Tensor], Any]
@@ -78,6 +79,7 @@ class Layer:
     module: nn.Module | None = None
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     dora: bool = False
+    owned: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Provider:
         build: makes its layer.
         backend: for ours, the backend's name; None is the automatic choice.
         of_models: whether it is for the subjects with several layers or adapters, or with DoRA.
+        of_nf4: whether it is for a weight in NF4, which it makes of the setup's.
+        frozen: whether it has no adapter, so that there is nothing to check.
     """
 
     name: str
@@ -100,6 +104,23 @@ class Provider:
     ours: bool = False
     backend: str | None = None
     of_models: bool = False
+    of_nf4: bool = False
+    frozen: bool = False
+
+    def why_not_subject(self, subject: str) -> str | None:
+        """A sentence where it is not made for this subject."""
+        made = (self.of_models, self.of_nf4) == (subject not in LAYERS, subject == NF4)
+        return None if made or self.name == FLOOR else f"It is not made for {SUBJECTS[subject]}."
+
+
+def nf4_values(weight: Tensor) -> Tensor:
+    """What NF4 makes of ``weight``, and makes of that again: so every provider quantises to the same values.
+
+    Twice, because a block's largest magnitude is rounded to the weight's dtype at first.
+    """
+    for _ in range(2):
+        weight = samples.packed(NF4, weight).dequantize(weight.dtype)
+    return weight
 
 
 def make_setups(workload: Workload, device: str, count: int = 1, seed: int = 0) -> list[Setup]:
@@ -112,6 +133,8 @@ def make_setups(workload: Workload, device: str, count: int = 1, seed: int = 0) 
         return torch.randn(shape, generator=generator, device=device).mul_(scale).to(dtype)
 
     weight, bias = draw(n, k, scale=k**-0.5), draw(n) if workload.bias else None
+    if workload.subject == NF4:
+        weight = nf4_values(weight)
     lora_a, lora_b = draw(r, k, scale=k**-0.5), draw(n, r, scale=r**-0.5 / _ALPHA_OVER_R)
     x = draw(m, k)
     dy = draw(m, n) if workload.has_backward else x.new_empty(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-__all__ = ["DIRECTIONS", "DTYPES", "FIELDS", "LAYER", "SUBJECTS", "Workload"]
+__all__ = ["DIRECTIONS", "DTYPES", "FIELDS", "LAYER", "LAYERS", "NF4", "SUBJECTS", "Workload"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 DIRECTIONS = {
@@ -16,9 +16,11 @@ DIRECTIONS = {
     "overhead-grad": "host time of a forward that records a graph",
     "memory": "bytes kept for backward, and the peak of a step",
 }
-LAYER = "layer"
+LAYER, NF4 = "layer", "nf4"
+LAYERS = (LAYER, NF4)  # the subjects that are one layer with one adapter
 SUBJECTS = {
     LAYER: "one layer with LoRA",
+    NF4: "one layer with LoRA over a weight in bitsandbytes' NF4",
     "dora": "one layer, LoRA and DoRA",
     "two-adapters": "one layer, two active adapters of rank r",
     "three-adapters": "one layer, three active adapters of rank r",

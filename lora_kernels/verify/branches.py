@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..accuracy import Accuracy, expected_errors, judge, run_reference
-from ..branches import Branch
+from ..branches import Branch, PackedBranch
 from ..gate import run_branches
+from ..weights import samples
 from .cases import SCALING, Case, Inputs, make
 from .draws import drawn_masks, seeded
 
@@ -20,11 +22,19 @@ _LEAVES = {"da": "lora_a", "db": "lora_b", "dbias": "bias", "dgain": "gain"}
 
 
 def judge_case(
-    name: str, case: Case, dtype: torch.dtype, device: torch.device, seed: int, tf32: bool
+    name: str, case: Case, dtype: torch.dtype, device: torch.device, seed: int, tf32: bool, weights: str = ""
 ) -> list[Accuracy]:
-    """The verdicts on every output: dx once, for it is the branches' sum, and the others for each branch."""
+    """The verdicts on every output: dx once, for it is the branches' sum, and the others for each branch.
+
+    ``weights`` is a form that W is quantised in; all is then measured beside the same layer over its values.
+    """
     x, branches, dys = _drawn(case, dtype, device, seed)
-    actual = _outputs(name, x, branches, dys, case.p, seed)
+    given: Sequence[Branch] = branches
+    if weights:
+        packed = [samples.packed(weights, b.weight) for b in branches]
+        given = [PackedBranch(w, *list(vars(b).values())[1:]) for w, b in zip(packed, branches, strict=True)]
+        branches = [replace(b, weight=w.dequantize(dtype)) for w, b in zip(packed, branches, strict=True)]
+    actual = _outputs(name, x, given, dys, case.p, seed)
     masks: list[Tensor | None] = [None] * len(branches)
     if case.p:
         masks = [*drawn_masks(name, x, case.p, seed, len(branches))]
@@ -62,7 +72,7 @@ def _drawn(
 
 
 def _outputs(
-    name: str, x: Tensor, branches: list[Branch], dys: list[Tensor], p: float, seed: int
+    name: str, x: Tensor, branches: Sequence[Branch], dys: list[Tensor], p: float, seed: int
 ) -> dict[tuple[str, int], Tensor]:
     """y and every gradient by backend ``name``, by name and the branch's number."""
     due = {("dx", 0): x.detach().requires_grad_()}

@@ -17,6 +17,7 @@ from ..console import Progress, one_thread
 from ..errors import BackendUnavailableError, InvalidArgumentError
 from ..functional import lora_linear
 from ..info import versions
+from ..weights import samples
 from . import branches
 from .cases import CASES, SCALING, Case, Inputs, make
 from .draws import drawn_mask, seeded
@@ -43,6 +44,7 @@ def run(
     device: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    weights: Sequence[str] | None = None,
 ) -> Report:
     """Runs forward and every gradient of the backends, in every dtype they take, on every case of ``CASES``.
 
@@ -59,12 +61,15 @@ def run(
         device: "cpu", "cuda" or "cuda:N"; None is the GPU where there is one.
         seed: of the tensors and of dropout.
         progress: called as ``progress(label, done, total)``.
+        weights: forms of a quantised W, such as "nf4": these are verified, and plain weights are not. Everything is
+            then measured beside the same layer over the dequantised W. Sizes are rounded up to the form's blocks.
 
     Returns:
         A report; ``report.passed`` is the verdict.
 
     Raises:
-        InvalidArgumentError: an unknown backend, dtype or device.
+        InvalidArgumentError: an unknown backend, dtype, device or form of W.
+        MissingExtraError: a form of W whose package is not installed.
         BackendUnavailableError: a backend was named that takes none of the dtypes here.
 
     Example:
@@ -81,18 +86,62 @@ def run(
         raise InvalidArgumentError(f"dtype {unknown[0]!r} was given: it must be one of {', '.join(DTYPES)}.")
     report = Report(versions=versions(), device=str(place), seed=seed)
     explicit = backends is not None
-    with InterpretedTriton(names, shorts, place, seed, progress) as child:
+    if weights:
+        samples.check_kinds(tuple(weights))
         for name in names:
-            if name != child.backend:
-                report = _verify_backend(report, name, shorts, explicit, progress)
-        if report.rows:
-            report = replace(report, rounding=_rounding(report))
-        report = child.add_to(report, explicit)
+            report = _verify_weights(report, name, shorts, tuple(dict.fromkeys(weights)), explicit, progress)
+    else:
+        report = _verify_plain(report, names, shorts, explicit, progress)
     if not report.rows and not report.failures:
         raise BackendUnavailableError(
             f"nothing was verified: {' '.join(item.reasons for item in report.not_run)} Name another backend or dtype."
         )
     return replace(report, seconds=round(time.monotonic() - started, 1))
+
+
+def _verify_plain(
+    report: Report, names: tuple[str, ...], shorts: tuple[str, ...], explicit: bool, progress: Progress | None
+) -> Report:
+    place = torch.device(report.device)
+    with InterpretedTriton(names, shorts, place, report.seed, progress) as child:
+        for name in names:
+            if name != child.backend:
+                report = _verify_backend(report, name, shorts, explicit, progress)
+        if report.rows:
+            report = replace(report, rounding=_rounding(report))
+        return child.add_to(report, explicit)
+
+
+def _verify_weights(
+    report: Report,
+    name: str,
+    shorts: tuple[str, ...],
+    weights: tuple[str, ...],
+    explicit: bool,
+    progress: Progress | None,
+) -> Report:
+    """``report`` with what ``name`` gave over each quantised form of W, in each dtype that it takes."""
+    if name == "triton" and torch.device(report.device).type == "cpu":
+        reason = "Triton's interpreter multiplies the same values as over a plain W; verify without weights runs it."
+        return replace(report, not_run=(*report.not_run, NotRun(name, shorts, reason)))
+    report, taken = _taken(report, name, shorts, explicit)
+    for kind in weights:
+        for short in taken:
+            report = _verify_dtype(report, name, short, progress, kind)
+    return report
+
+
+def _taken(report: Report, name: str, shorts: Sequence[str], explicit: bool) -> tuple[Report, list[str]]:
+    """The dtypes that ``name`` takes here; ``report`` has the reasons for the others."""
+    device = torch.device(report.device)
+    reasons = {s: " ".join(dispatch.backend(name).why_not(dispatch.Problem(device.type, DTYPES[s]))) for s in shorts}
+    taken = [short for short in shorts if not reasons[short]]
+    if explicit and not taken:
+        raise BackendUnavailableError(f"backend {name!r} cannot run here: {reasons[shorts[0]]}")
+    for text in dict.fromkeys(filter(None, reasons.values())):
+        refused = tuple(short for short in shorts if reasons[short] == text)
+        report = replace(report, not_run=(*report.not_run, NotRun(name, refused, text)))
+    return report, taken
 
 
 def _device(name: str | None) -> torch.device:
@@ -115,57 +164,73 @@ def _verify_backend(
     report: Report, name: str, shorts: Sequence[str], explicit: bool, progress: Progress | None
 ) -> Report:
     """``report`` with what ``name`` gave in each dtype that it takes, or with the reasons why it takes none."""
-    device = torch.device(report.device)
-    reasons = {s: " ".join(dispatch.backend(name).why_not(dispatch.Problem(device.type, DTYPES[s]))) for s in shorts}
-    taken = [short for short in shorts if not reasons[short]]
-    if explicit and not taken:
-        raise BackendUnavailableError(f"backend {name!r} cannot run here: {reasons[shorts[0]]}")
-    for text in dict.fromkeys(filter(None, reasons.values())):
-        refused = tuple(short for short in shorts if reasons[short] == text)
-        report = replace(report, not_run=(*report.not_run, NotRun(name, refused, text)))
+    report, taken = _taken(report, name, shorts, explicit)
     for short in taken:
         report = _verify_dtype(report, name, short, progress)
     if taken:
+        device = torch.device(report.device)
         check = _guarded_check(name, taken[0], "dropout keeps 1 - p", lambda: _keep_share(name, device, report.seed))
         report = replace(report, checks=(*report.checks, check))
     return report
 
 
-def _verify_dtype(report: Report, name: str, short: str, progress: Progress | None) -> Report:
+def _verify_dtype(report: Report, name: str, short: str, progress: Progress | None, weights: str = "") -> Report:
     dtype, device, seed = DTYPES[short], torch.device(report.device), report.seed
     interpreted = name == "triton" and device.type == "cpu"
     cases = [case for case in CASES if case.applies(dtype) and not (case.large and interpreted)]
-    repeated = _REPEATED_INTERPRETED if interpreted else _REPEATED
+    if weights:
+        cases = [_fitting(case, samples.multiple(weights)) for case in cases if case.zero != "weight"]
+    label = f"{name} {short}{f' over {weights}' if weights else ''}"
     judged: list[tuple[str, Accuracy]] = []
     failures: list[Failure] = []
     raised = 0
     for done, case in enumerate(cases):
         if progress is not None:
-            progress(f"{name} {short}", done, len(cases))
+            progress(label, done, len(cases))
         try:
             with nullcontext() if case.large else one_thread():
-                verdicts = _judge_case(name, case, dtype, device, seed)
+                verdicts = _judge_case(name, case, dtype, device, seed, weights=weights)
         except Exception as error:  # noqa: BLE001 (a kernel that raises, in whatever way, is a failed case, not the end)
             raised += 1
-            failures.append(Failure(name, short, case.name, f"raised {type(error).__name__}: {error}"))
+            sentence = f"raised {type(error).__name__}: {error}"
+            failures.append(Failure(name, short, _named(case.name, weights), sentence))
             continue
         judged += [(case.name, verdict) for verdict in verdicts]
-        failures += [Failure(name, short, case.name, str(verdict)) for verdict in verdicts if not verdict.passed]
-    checks = [
-        _guarded_check(name, short, "the same bits twice", lambda: _same_twice(name, repeated, dtype, device, seed))
-    ]
-    if dtype == torch.float64:
-        checks.append(_guarded_check(name, short, "gradcheck", lambda: _gradcheck(name, device, seed)))
-        checks.append(_guarded_check(name, short, "gradgradcheck", lambda: _gradgradcheck(name, device, seed)))
+        told = _named(case.name, weights)
+        failures += [Failure(name, short, told, str(verdict)) for verdict in verdicts if not verdict.passed]
+    checks = [] if weights else _checks_of(name, short, device, seed)
     if progress is not None:
-        progress(f"{name} {short}", len(cases), len(cases))
-    rows = [_row(name, report.device, short, output, judged, raised) for output in OUTPUTS]
+        progress(label, len(cases), len(cases))
+    rows = [replace(_row(name, report.device, short, each, judged, raised), weights=weights) for each in OUTPUTS]
     return replace(
         report,
         rows=(*report.rows, *rows),
         failures=(*report.failures, *failures),
         checks=(*report.checks, *checks),
     )
+
+
+def _named(case: str, weights: str) -> str:
+    return f"{case}, over {weights}" if weights else case
+
+
+def _fitting(case: Case, multiple: int) -> Case:
+    """``case`` with K and N rounded up to what a form's blocks take."""
+    up = [-(-size // multiple) * multiple for size in (case.k, case.n, *(n for n, _ in case.beside))]
+    beside = tuple(zip(up[2:], (r for _, r in case.beside), strict=True))
+    return replace(case, k=up[0], n=up[1], beside=beside)
+
+
+def _checks_of(name: str, short: str, device: torch.device, seed: int) -> list[Check]:
+    dtype, interpreted = DTYPES[short], name == "triton" and device.type == "cpu"
+    repeated = _REPEATED_INTERPRETED if interpreted else _REPEATED
+    checks = [
+        _guarded_check(name, short, "the same bits twice", lambda: _same_twice(name, repeated, dtype, device, seed))
+    ]
+    if dtype == torch.float64:
+        checks.append(_guarded_check(name, short, "gradcheck", lambda: _gradcheck(name, device, seed)))
+        checks.append(_guarded_check(name, short, "gradgradcheck", lambda: _gradgradcheck(name, device, seed)))
+    return checks
 
 
 def _row(name: str, device: str, short: str, output: str, judged: Sequence[tuple[str, Accuracy]], raised: int) -> Row:
@@ -188,12 +253,18 @@ def _pressure(verdict: Accuracy) -> float:
 
 
 def _judge_case(
-    name: str, case: Case, dtype: torch.dtype, device: torch.device, seed: int, create_graph: bool = False
+    name: str,
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    create_graph: bool = False,
+    weights: str = "",
 ) -> list[Accuracy]:
     """The verdicts on all outputs of one case; dbias and dgain only where there is a bias, a gain."""
     tf32 = dtype == torch.float32 and device.type == "cuda" and tf32_allowed()
-    if case.branched:
-        return branches.judge_case(name, case, dtype, device, seed, tf32)
+    if case.branched or weights:
+        return branches.judge_case(name, case, dtype, device, seed, tf32, weights)
     inputs = make(case, dtype, device, seed)
     actual = outputs(name, inputs, case.p, seed, create_graph)
     mask = drawn_mask(name, inputs.x, case.p, seed) if case.p > 0.0 else None

@@ -19,6 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lora-kernels verify``."""
     parser.add_argument("--backend", nargs="+", metavar="NAME", help="backends; by default every one that is available")
     parser.add_argument("--dtype", nargs="+", metavar="DTYPE", help="of fp32, bf16, fp16, fp64; by default all")
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        metavar="FORM",
+        help="quantised forms of W, in the place of a plain one: nf4, nf4-nested, fp4, int8 (bitsandbytes), "
+        "torchao-int8, torchao-int4, torchao-float8, nvfp4, mxfp4, mxfp8 (torchao), fp8 (transformers)",
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N; by default the GPU where there is one")
     parser.add_argument("--seed", type=int, default=0, help="of the tensors and of dropout (0)")
     parser.add_argument("--json", action="store_true", help="print JSON, and progress as lines on stderr")
@@ -28,7 +35,7 @@ def run_command(args: argparse.Namespace) -> int:
     """Prints the report; 1 if anything failed."""
     from .checks import run
 
-    chosen = {"backends": names(args.backend), "dtypes": names(args.dtype)}
+    chosen = {"backends": names(args.backend), "dtypes": names(args.dtype), "weights": names(args.weights)}
     options = {**chosen, "device": args.device, "seed": args.seed}
     if args.json:
         report = run(**options, progress=progress_lines("verify"))
@@ -43,7 +50,9 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def _tables(report: Report) -> list[RenderableType]:
-    parts = [_rows_table(report), _checks_table(report), _rounding_table(report)]
+    parts = [_rows_table(report)]
+    parts += [_checks_table(report)] if report.checks else []
+    parts += [_rounding_table(report)] if report.rounding else []
     parts += [
         f"[yellow]{i.backend} in {', '.join(i.dtypes)} was not run:[/] {_plain(i.reasons)}" for i in report.not_run
     ]
@@ -59,7 +68,8 @@ def _rows_table(report: Report) -> RenderableType:
         caption="ratio: the largest error over the cases, in units of plain PyTorch's own in the same dtype (–: that "
         "is float64 itself).\nerror and limit (relative, Frobenius): of the case that came closest to its limit.",
     )
-    for name in ("backend", "device", "dtype", "output"):
+    quantised = any(row.weights for row in report.rows)
+    for name in ("backend", "device", *(["weights"] if quantised else []), "dtype", "output"):
         table.add_column(name)
     for name in ("ratio", "error", "limit", "cases"):
         table.add_column(name, justify="right")
@@ -67,14 +77,15 @@ def _rows_table(report: Report) -> RenderableType:
     table.add_column("")
     former = None
     for row in report.rows:
-        if former not in (None, (row.backend, row.dtype)):
+        if former not in (None, (row.backend, row.weights, row.dtype)):
             table.add_section()
-        former = (row.backend, row.dtype)
+        former = (row.backend, row.weights, row.dtype)
         device = "interpreter" if row.backend == "triton" and row.device == "cpu" else row.device
         ratio = "–" if row.ratio is None else f"{row.ratio:.2f}"
         numbers = (ratio, f"{row.error:.1e}", f"{row.limit:.1e}", str(row.cases))
         verdict = "[green]pass" if row.passed else f"[red]{row.failed} FAILED"
-        table.add_row(row.backend, device, row.dtype, row.output, *numbers, row.worst_case, verdict)
+        form = [row.weights] if quantised else []
+        table.add_row(row.backend, device, *form, row.dtype, row.output, *numbers, row.worst_case, verdict)
     found: RenderableType = table
     return found
 

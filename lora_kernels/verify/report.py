@@ -21,6 +21,7 @@ class Row:
             its limit (the worst row of the tensor counts too).
         worst_case: the name of that case.
         cases, failed: how many ran, and how many of them failed.
+        weights: the form of W, such as "nf4"; empty: plain numbers.
     """
 
     backend: str
@@ -33,6 +34,7 @@ class Row:
     worst_case: str
     cases: int
     failed: int
+    weights: str = ""
 
     @property
     def passed(self) -> bool:
