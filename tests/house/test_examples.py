@@ -50,6 +50,20 @@ def run_here(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys
     return capsys.readouterr().out
 
 
+def test_qlora_llama(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("peft", "transformers", "accelerate", "bitsandbytes"):
+        pytest.importorskip(package, reason=f"QLoRA with the Trainer needs {package}")
+    out = run_here("qlora_llama.py", "--steps", "3", monkeypatch=monkeypatch, capsys=capsys)
+    assert "fused 14 layers:" in out
+    kept, peak = zip(*re.findall(r"([\d.]+) MiB kept for backward, a step holds at most ([\d.]+)", out), strict=True)
+    assert float(kept[1]) <= float(kept[0])
+    assert float(peak[1]) <= 1.05 * float(peak[0])  # the same tensors in another order
+    losses = re.findall(r"loss ([\d.]+) by PEFT's layers, ([\d.]+) fused", out)
+    assert len(losses) == 3
+    assert all(abs(float(one) - float(other)) < 1e-3 * float(one) for one, other in losses)
+    assert float(losses[-1][1]) < float(losses[0][1])
+
+
 def test_peft_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("peft", reason="the script trains a PEFT model")
     pytest.importorskip("transformers", reason="the script trains a transformers model")
