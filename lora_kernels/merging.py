@@ -73,7 +73,7 @@ def _merge_here(layer: LoRALayer, quantize: bool) -> None:
     if layer.weight.is_meta:
         raise LoRAStateError("merge was called on a layer on the meta device. Load its weights first.")
     layer.check_is_lora("merge")
-    packed = known.is_packed(layer.weight)
+    packed = known.is_packed(layer.weight) or known.is_of_package(type(layer))  # FSDP2's shards of one are plain
     if packed and (reason := _why_not_packed(layer, quantize)):
         raise LoRAStateError(reason)
     if "weight" not in layer._parameters or "bias" not in layer._parameters:

@@ -82,6 +82,12 @@ class _FourBits:
         if state is None or weight.requires_grad:
             raise LoRAStateError(f"the 4-bit weight of a layer cannot be read: {self._lost(weight)}")
         rows, columns = state.shape
+        if not rows * columns <= 2 * weight.nbytes < rows * columns + 32:
+            raise LoRAStateError(
+                f"a 4-bit weight of {rows} x {columns} numbers has {weight.nbytes} bytes: it was converted to "
+                f"{weight.dtype}, or is a part. Under FSDP2, give MixedPrecisionPolicy and bnb_4bit_quant_storage the "
+                "same dtype."
+            )
         layout = _CPU if getattr(state, "packing_format_for_cpu", False) else ""
         parts: tuple[Tensor, ...] = (weight.data, state.absmax)
         nested = 0
@@ -243,7 +249,8 @@ class _EightBits:
         return Packed(Layout(self.name, "", weight.shape[0], weight.shape[1], len(parts)), parts)
 
     def prepare(self, module: Any) -> None:
-        """Nothing: the package has one layout."""
+        """Has the module hold the scales too: what FSDP2 gathers of the weight has none."""
+        module.state.SCB = _scales_of(module, module._parameters["weight"])
 
     def quantize(self, module: Any, weight: Any, values: Tensor) -> nn.Parameter:
         data, scales, _ = _package().functional.int8_vectorwise_quant(values.half())  # as the package's own Parameter

@@ -17,6 +17,7 @@ __all__ = [
     "compute_dtype",
     "form_of",
     "form_of_module",
+    "is_of_package",
     "is_packed",
     "is_readable",
     "logical_shape",
@@ -32,9 +33,11 @@ FORMS: dict[str, Form] = {  # by the class of the weight
     "BlockScaled": block_fp8.BLOCK_FP8,
     **torchao.FORMS,
 }
-LAYERS: dict[str, Form] = {
-    "FP8Linear": block_fp8.BLOCK_FP8
-}  # by the class of a layer whose weight is a plain Parameter
+LAYERS: dict[str, Form] = {  # by the class of a layer: where its weight is a plain Parameter, as FSDP2 gathers it
+    "FP8Linear": block_fp8.BLOCK_FP8,
+    "Linear4bit": bitsandbytes.FOUR_BITS,
+    "Linear8bitLt": bitsandbytes.EIGHT_BITS,
+}
 _OWN = __name__.split(".")[0]
 
 
@@ -52,6 +55,12 @@ def form_of_module(module: nn.Module) -> Form | None:
     if form is None and type(weight) is nn.Parameter and (named := LAYERS.get(kind.__name__)) is not None:
         form = named if kind.__module__.split(".")[0] == named.package else None
     return form if form is not None and form.knows(module) else None
+
+
+def is_of_package(kind: type) -> bool:
+    """Whether ``kind`` is, or derives from, a package's quantised linear layer."""
+    named = ((own, LAYERS.get(own.__name__)) for own in kind.__mro__)
+    return any(form is not None and own.__module__.split(".")[0] == form.package for own, form in named)
 
 
 def packed(module: nn.Module) -> Packed | None:

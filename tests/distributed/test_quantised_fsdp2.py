@@ -1,0 +1,150 @@
+"""FSDP2 around LoRA layers over quantised weights: two processes on the CPU compute what one does, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import lora_kernels
+from lora_kernels import LoRAConfig, replace_linear
+from lora_kernels.errors import LoRAStateError
+from quantised import OTHERS, quantised
+
+STORED = {"nf4 in fp32": torch.float32, "nf4 in bf16": torch.bfloat16, "nf4 in bytes": torch.uint8}
+KINDS = (*STORED, "int8", *(["fp8"] if "fp8" in OTHERS else []))
+CASES = (*KINDS, "peft", "merging", "mixed precision")
+
+
+def _base(kind: str) -> Any:
+    torch.manual_seed(0)
+    options = {"quant_storage": STORED[kind]} if kind in STORED else {}
+    name = "nf4-nested" if kind in STORED else kind
+    return nn.Sequential(*(quantised(name, 64, 64, torch.float32, **options) for _ in range(2)))
+
+
+def _model(kind: str) -> Any:
+    model = _base(kind)
+    replace_linear(model, LoRAConfig(r=4, target_modules=["0", "1"]))
+    return _started(model)
+
+
+def _started(model: Any) -> Any:
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+        parameter.requires_grad_("lora_" in name)
+    return model
+
+
+def _sharded(model: Any, layers: Any, **options: Any) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def _step(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    y = model(x)
+    y.sum().backward()
+    whole = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach()} | {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in whole.items()}
+
+
+def _check_same(model: Any, layers: Any) -> None:
+    x = torch.randn(8, 64)
+    alone = {name: value.clone() for name, value in _step(model, x).items()}
+    model.zero_grad()
+    _sharded(model, layers)
+    for _ in range(2):  # the second pass after the weights were sharded again
+        found = _step(model, x)
+        model.zero_grad()
+        assert found.keys() == alone.keys()
+        assert all(torch.equal(found[name], value) for name, value in alone.items())
+
+
+def _check_kind(kind: str, folder: Path) -> None:
+    model = _model(kind)
+    plain = _base(kind)
+    x = torch.randn(8, 64)
+    expected = model(x).detach()
+    _check_same(model, list(model))
+    lora_kernels.save_adapter(model, folder)
+    dist.barrier()
+    lora_kernels.load_adapter(plain, folder)
+    assert torch.equal(plain(x), expected)
+
+
+def _check_peft(folder: Path) -> None:
+    import peft
+
+    model: Any = peft.get_peft_model(_base("nf4 in fp32"), peft.LoraConfig(r=4, target_modules=["0", "1"]))
+    _started(model)
+    lora_kernels.fuse_peft(model)
+    _check_same(model, list(model.base_model.model))
+    assert lora_kernels.peft.calls(model).own == {}
+
+
+def _check_merging(folder: Path) -> None:
+    model = _model("nf4 in fp32")
+    _sharded(model, list(model))
+    for quantize in (False, True):
+        with pytest.raises(LoRAStateError, match="quantize=True" if not quantize else "merge it on the plain model"):
+            lora_kernels.merge_lora(model, quantize=quantize)
+
+
+def _check_mixed_precision(folder: Path) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model = _model("nf4 in fp32")
+    _sharded(model, list(model), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    with pytest.raises(LoRAStateError, match="bnb_4bit_quant_storage"):
+        model(torch.randn(8, 64))
+
+
+def _work(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    others: dict[str, Callable[[Path], None]] = {
+        "peft": _check_peft,
+        "merging": _check_merging,
+        "mixed precision": _check_mixed_precision,
+    }
+    outcomes = {}
+    for case in CASES:
+        own = Path(folder) / case.replace(" ", "-")
+        try:
+            others[case](own) if case in others else _check_kind(case, own)
+            outcomes[case] = ""
+        except Exception:  # noqa: BLE001 (the test shows it)
+            outcomes[case] = traceback.format_exc()
+    (Path(folder) / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("fsdp2")
+    torch.multiprocessing.spawn(_work, (os.fspath(folder),), nprocs=2)
+    both = [json.loads((folder / f"outcomes-{rank}.json").read_text()) for rank in range(2)]
+    return {case: "\n".join(filter(None, (each[case] for each in both))) for case in CASES}
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
+@pytest.mark.parametrize("case", CASES)
+def test_with_two_processes(case: str, outcomes: dict[str, str]) -> None:
+    if case == "peft":
+        pytest.importorskip("peft", reason="the layers are PEFT's")
+    pytest.importorskip("safetensors", reason="adapters are saved")
+    assert not outcomes[case], outcomes[case]
