@@ -16,7 +16,7 @@ from lora_kernels.benchmark.models import make_model_setups, names
 from lora_kernels.benchmark.presets import PRESETS, preset
 from lora_kernels.benchmark.providers import FLOOR, PROVIDERS, Layer
 from lora_kernels.benchmark.ratios import ratios
-from lora_kernels.benchmark.workloads import LAYER, SUBJECTS, Workload
+from lora_kernels.benchmark.workloads import LAYERS, SUBJECTS, Workload
 from made_results import made_cell, result_of
 
 CELLS = {w.subject: w for w in preset("smoke-ratios").workloads}
@@ -57,7 +57,7 @@ def test_who_is_timed_computes_what_it_should(subject: str, dtype: str) -> None:
 
 
 def test_every_subject_has_a_cell_and_every_provider_is_in_the_presets() -> None:
-    assert set(CELLS) == set(TIMED) == set(SUBJECTS) - {LAYER}
+    assert set(CELLS) == set(TIMED) == set(SUBJECTS) - set(LAYERS)
     for name in ("ratios", "gpu-ratios"):
         assert set(PRESETS[name].peers) == set(MODEL_PROVIDERS)
         assert {w.subject for w in PRESETS[name].workloads} == set(CELLS)
