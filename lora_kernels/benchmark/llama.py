@@ -113,7 +113,7 @@ def run_llama(
     for done, (name, size) in enumerate(_WORK):
         progress("llama", done, len(_WORK))
         left = budget - (time.monotonic() - began)
-        reason = lost or needs_liger(name) or _no_time(name, left, budget)
+        reason = lost or needs_liger(name, device) or _no_time(name, left, budget)
         found = {"status": "left out", "reason": reason}
         if reason is None:
             found = _cell(run, name, sizes.batches[size])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,10 +119,14 @@ def missing() -> str | None:
     return f"{' and '.join(absent)} cannot be imported: pip install 'lora-kernels[bench]' transformers."
 
 
-def needs_liger(name: str) -> str | None:
+def needs_liger(name: str, device: str) -> str | None:
     """Why the provider ``name`` cannot run for want of Liger, or None."""
-    if name.endswith("-liger") and importlib.util.find_spec("liger_kernel") is None:
+    if not name.endswith("-liger"):
+        return None
+    if importlib.util.find_spec("liger_kernel") is None:
         return "liger-kernel is not installed: pip install liger-kernel."
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Liger's kernels do not run on a CPU."
     return None
 
 

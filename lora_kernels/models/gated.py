@@ -150,6 +150,8 @@ def _pass_of(mlp: Any, x: Tensor | None) -> _Pass | str:
         return "unshare_inputs was called"
     if mlp._plain_class is not None and mlp._plain_class.forward is not mlp._known_forward:
         return f"{mlp._plain_class.__name__}.forward was replaced"
+    if "forward" in mlp.__dict__:
+        return f"its forward was replaced{_by_whom(mlp.forward)}"
     if not compiling and (reason := _why_here(x)):
         return reason
     activation = _activation_of(mlp)
@@ -240,7 +242,7 @@ def fuse_mlps(model: nn.Module) -> tuple[list[str], list[SkippedLayer]]:
         roles = roles_of(type(module).forward)
         if roles is None or not ({"gate", "up"} <= roles.keys() or "gate_up" in roles):
             if _looks_like_one(module):
-                why = "Liger's" if type(module).__module__.startswith("liger_kernel") else "not one that is known"
+                why = "Liger's" if _by_whom(type(module)) else "not one that is known"
                 left.append(SkippedLayer(name, f"its forward is {why}: its layers run one by one."))
             continue
         if reason := _why_not(module, roles):
@@ -262,7 +264,7 @@ def _looks_like_one(module: nn.Module) -> bool:
 def _why_not(module: Any, roles: dict[str, str]) -> str | None:
     """Why a module with a forward that is known cannot become a ``FusedLoRAMLP``, in a clause."""
     if "forward" in vars(module):
-        return "it has a forward of its own on the instance"
+        return f"it has a forward of its own on the instance{_by_whom(module.forward)}"
     names = [name for role, name in roles.items() if role != "act"]
     if bare := [name for name in names if not hasattr(getattr(module, name, None), "shared_branch")]:
         return f"{bare[0]} has no adapter"
@@ -270,6 +272,11 @@ def _why_not(module: Any, roles: dict[str, str]) -> str | None:
     if _activation_of(kind) is None:
         return "its activation is none of SiLU and GELU"
     return _why_sizes(kind)
+
+
+def _by_whom(defined: Any) -> str:
+    """Whose a function or class is, where that is known."""
+    return ", Liger's" if str(getattr(defined, "__module__", "")).startswith("liger_kernel") else ""
 
 
 def unfuse_mlps(model: nn.Module) -> int:

@@ -22,6 +22,7 @@ from ..weights import known
 from .adapter import Adapter, forget, remember, remember_bias, remembered_within
 from .experts import build_experts, decide_experts, expert_rows, find_experts, notes_of_experts
 from .grouping import share_found, unshare_inputs
+from .heads import watch_heads
 from .layers import adapter_of, adapter_parameters, expert_layers, lora_layers
 from .matching import find_matches, listed, trained_whole
 from .names import compiled_alone, joined, plain_modules
@@ -401,6 +402,7 @@ def put_layers(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> Share
         model.register_load_state_dict_pre_hook(_check_ranks)
     if tell_of_saving not in model._state_dict_pre_hooks.values():
         model.register_state_dict_pre_hook(tell_of_saving)
+    watch_heads(model)
     return share_found(model)
 
 

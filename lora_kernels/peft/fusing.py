@@ -12,6 +12,7 @@ from torch import nn
 from ..console import MissingExtraError
 from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 from ..models.grouping import share_found, unshare_inputs
+from ..models.heads import watch_heads
 from ..models.names import plain_modules
 from ..models.report import SkippedLayer
 from .report import FusedLayer, FuseReport, UnfuseReport, counter, drop_counter, total
@@ -86,6 +87,7 @@ def fuse_peft(model: nn.Module) -> FuseReport:
     for _, layer in chosen:
         layer_module.become_fused(layer)
     _fuse_what_comes(model, layer_module)
+    watch_heads(model)
     shared = share_found(model)
     if not chosen and not already:
         warnings.warn(

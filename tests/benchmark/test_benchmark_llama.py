@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from liger_on_cpu import stand_in
 from lora_kernels.benchmark import llama, llama_models, llama_report, steps
 from lora_kernels.benchmark.report import markdown
 from lora_kernels.cli import main
@@ -37,7 +39,8 @@ def patch() -> Any:
 def document(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Every cell by the command, the compiled ones without Inductor, and without Liger."""
     patch.setattr(llama_models, "COMPILER", "eager")
-    patch.setattr(llama, "needs_liger", lambda name: "liger-kernel is not installed." if name in LIGER else None)
+    absent = "liger-kernel is not installed."
+    patch.setattr(llama, "needs_liger", lambda name, device: absent if name in LIGER else None)
     path = tmp_path_factory.mktemp("llama") / "llama.json"
     call = ["bench", "--preset", "llama-small", "--device", "cpu", "--budget", "1000", "--json", str(path)]
     assert main(call) == 0
@@ -235,8 +238,38 @@ def test_a_base_without_room_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_is_not_installed_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_models.importlib.util, "find_spec", lambda name: None)
     assert "transformers and peft cannot be imported" in llama_report.told(run())[0]
-    assert llama_models.needs_liger("peft-liger") is not None
-    assert llama_models.needs_liger("peft") is None
+    assert "is not installed" in (llama_models.needs_liger("peft-liger", "cuda") or "")
+    assert llama_models.needs_liger("peft", "cuda") is None
+
+
+def test_with_liger_both_are_compared_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("this one is for a CPU; on a GPU, bench runs Liger's own kernels")
+    stand_in(monkeypatch)
+    monkeypatch.setattr(llama, "needs_liger", llama_models.needs_liger)
+    monkeypatch.setitem(llama.SIZES, "llama-small", llama_models.LlamaSizes(32, 48, 4, 2, 2, 32, 8, (1, 1)))
+    monkeypatch.setattr(llama, "measured_steps", once)
+    found = by_place(run(*LIGER, "fused"))
+    assert {name for name, _ in found} == {*LIGER, "fused"}
+    for cell in found.values():
+        assert (cell["status"], cell["reason"]) == ("timed", None)
+        assert len(cell["distances"]) == 3
+    assert "2 gated MLPs are fused" in found["fused-liger", 1]["note"]
+
+
+def once(step: Any, tokens: int, device: str) -> dict[str, Any]:
+    """For the clock: Liger's kernels are interpreted here."""
+    step()
+    numbers = {"tokens_per_second": 1.0, "step_ms": 1e3 * tokens, "all_ms": [1e3 * tokens], "peak_bytes": None}
+    return {**numbers, "launches": None, "busy": None, "not_profiled": "interpreted"}
+
+
+def test_on_a_cpu_ligers_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_models.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert llama_models.needs_liger("fused-liger", "cpu") == "Liger's kernels do not run on a CPU."
+    assert llama_models.needs_liger("fused-liger", "cuda") is None
 
 
 def test_the_large_model_is_refused_on_a_cpu() -> None:
