@@ -1,4 +1,4 @@
-"""transformers' ``Trainer`` with replaced layers: checkpoints without the base."""
+"""transformers' ``Trainer``, and those that derive from it: fused layers, and checkpoints without the base."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from . import pissa, storage
 from .checkpoint import save_adapter
 from .errors import LoRAKernelsWarning, MissingExtraError
 from .models.layers import adapter_parameters, expert_layers, lora_layers
+from .peft import FuseReport, fuse_peft
 from .sharded import is_sharded
 
-__all__ = ["SaveAdapterCallback"]
+__all__ = ["FusePeftCallback", "SaveAdapterCallback"]
 
 try:
     from transformers import TrainerCallback
@@ -33,6 +34,39 @@ except ImportError as error:
 _WEIGHTS = "model.safetensors"
 _DTENSOR = "DTensor"  # FSDP2, tensor parallelism
 _OF_A_WHOLE_MODEL = ("config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model*")
+
+
+class FusePeftCallback(TrainerCallback):  # type: ignore[misc]
+    """Calls :func:`lora_kernels.fuse_peft` on the model that a ``Trainer``, or one of TRL's, trains.
+
+    For trainers that make the PEFT model themselves, and for programs that take callbacks and show no model. It acts
+    when the trainer is made, or where it was added later, when training begins. ``report`` then says what was fused.
+
+    Args:
+        unused: what ms-swift gives its callbacks.
+
+    Raises:
+        InvalidArgumentError: the model holds none of PEFT's LoRA layers.
+
+    Example:
+        >>> from lora_kernels.trainer import FusePeftCallback
+        >>> trainer = SFTTrainer(model, peft_config=config, callbacks=[FusePeftCallback()])  # doctest: +SKIP
+    """
+
+    def __init__(self, *unused: Any) -> None:
+        self.report: FuseReport | None = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
+        """Called by ``Trainer`` when it is made."""
+        self._fuse(model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
+        """Called by ``Trainer`` before the first step."""
+        self._fuse(model)
+
+    def _fuse(self, model: Any) -> None:
+        if self.report is None and model is not None:
+            self.report = fuse_peft(model)
 
 
 class SaveAdapterCallback(TrainerCallback):  # type: ignore[misc]

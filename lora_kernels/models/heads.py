@@ -90,8 +90,8 @@ class _Watch:
 
 def _tell(name: str) -> None:
     warnings.warn(
-        f"{name} has an adapter that trains, and this step never called {name}: the loss reads {name}.weight, as one in "
-        "chunks does. The adapter has no effect and no gradient. Take the loss from the logits (Liger: "
+        f"{name} has an adapter that trains, and this step never called {name}: the loss reads {name}.weight, as those "
+        "in chunks do. The adapter has no effect and no gradient. Take the loss from the logits (Liger: "
         f"fused_linear_cross_entropy=False; TRL: another loss_type), or leave {name} out of the adapter.",
         LoRAKernelsWarning,
         stacklevel=1,

@@ -46,7 +46,8 @@ def listed(heading: str) -> list[str]:
     [
         ("`lora_kernels`", lora_kernels.__all__),
         ("`lora_kernels.peft`", live.__all__),
-        ("`lora_kernels.trainer`", ["SaveAdapterCallback"]),
+        ("`lora_kernels.trainer`", ["FusePeftCallback", "SaveAdapterCallback"]),
+        ("`lora_kernels.axolotl`", ["FusePlugin"]),
         ("Errors", errors.__all__),
         ("Commands", cli.COMMANDS),
         ("Environment variables", info.VARIABLES),

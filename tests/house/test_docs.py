@@ -64,7 +64,7 @@ def test_python_runs_and_prints_what_is_shown(name: str, monkeypatch: pytest.Mon
 
 def test_every_kind_of_block_is_known() -> None:
     for text in DOCS.values():
-        assert {block.language for block in blocks(text)} <= {"python", "python file", "text", "bash"}
+        assert {block.language for block in blocks(text)} <= {"python", "python file", "text", "bash", "yaml"}
         assert 2 * len(blocks(text)) == len(re.findall(r"^```", text, re.MULTILINE))  # none is left out
 
 
