@@ -17,13 +17,14 @@ _PLACES = {
     "FusedLoRAMLP": "models.gated",
     "LoRAConfig": "config",
     "LoRAKernelsError": "errors",
+    "adapter_config": "checkpoint",
     "adapters_disabled": "models.disabling",
     "explain": "dispatch",
     "fuse_peft": "peft",
     "load_adapter": "checkpoint",
     "lora_linear": "functional",
     "lora_plus_groups": "optim",
-    "lora_state_dict": "models.model",
+    "lora_state_dict": "checkpoint",
     "mark_only_lora_as_trainable": "models.model",
     "merge_lora": "models.model",
     "replace_linear": "models.model",
@@ -39,7 +40,9 @@ _PLACES = {
 __all__ = sorted([*_PLACES, "__version__"])
 
 if TYPE_CHECKING:
+    from .checkpoint import adapter_config as adapter_config
     from .checkpoint import load_adapter as load_adapter
+    from .checkpoint import lora_state_dict as lora_state_dict
     from .checkpoint import save_adapter as save_adapter
     from .config import LoRAConfig as LoRAConfig
     from .dispatch import explain as explain
@@ -52,7 +55,6 @@ if TYPE_CHECKING:
     from .models.grouping import FusedLoRAGroup as FusedLoRAGroup
     from .models.grouping import share_inputs as share_inputs
     from .models.grouping import unshare_inputs as unshare_inputs
-    from .models.model import lora_state_dict as lora_state_dict
     from .models.model import mark_only_lora_as_trainable as mark_only_lora_as_trainable
     from .models.model import merge_lora as merge_lora
     from .models.model import replace_linear as replace_linear

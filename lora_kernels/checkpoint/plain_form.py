@@ -51,8 +51,8 @@ class PlainForm:
         return self.scaling * (math.sqrt(self.r) if use_rslora else self.r)
 
 
-def plain_form(name: str, layer: LoRALayer) -> PlainForm:
-    """The adapter of ``layer``, called ``name``.
+def plain_form(name: str, layer: LoRALayer, function: str) -> PlainForm:
+    """The adapter of ``layer``, called ``name``, for ``function``.
 
     A negative scaling is written as a negative B (and bias of B). With PiSSA and OLoRA the base has lost s0 B0 A0, so
     what is added to the untouched one is ``s B A - s0 B0 A0 = s0 [s/s0 B, -B0] [A; A0]``: rank 2 r. DoRA scales the
@@ -62,7 +62,7 @@ def plain_form(name: str, layer: LoRALayer) -> PlainForm:
         LoRAStateError: the scaling is not finite, an activation stands between A and B, a tensor is parametrized or
             pruned, or one that is computed with is not here; see :func:`whole`.
     """
-    layer.check_is_lora("save_adapter")
+    layer.check_is_lora(function)
     if not math.isfinite(layer.scaling):
         raise LoRAStateError(f"the scaling of {name!r} is {layer.scaling}, which no file can hold. Set it first.")
     held = layer.adapter | layer.initial

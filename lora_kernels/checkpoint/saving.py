@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -31,7 +31,7 @@ from .collective import once
 from .experts import expert_forms, expert_tensors
 from .plain_form import NAMES, PlainForm, plain_form, whole
 
-__all__ = ["PREFIX", "save_adapter"]
+__all__ = ["PREFIX", "Collected", "collect", "save_adapter"]
 
 PREFIX = "base_model.model."
 _HEADS = {  # modules that PEFT always saves whole for a task
@@ -102,31 +102,51 @@ def save_adapter(
         loaded an adapter into 1 layer:
           0 (4→4), r = 2, alpha = 16: 16 parameters
     """
-    named = some_lora_layers(model, "save_adapter")
+    files_of = collect("save_adapter", model, bias, modules_to_save, task_type, stacklevel=2)
+    of_all = [*adapter_parameters(unwrapped(model)), *files_of.tensors.values()]
+    gathered = _apart({name: whole(name, tensor) for name, tensor in files_of.tensors.items()})
+    once(of_all, lambda: files.write_pair(folder, files_of.fields, gathered))
+
+
+class Collected(NamedTuple):
+    """What PEFT's two files hold."""
+
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def collect(
+    function: str,
+    model: nn.Module,
+    bias: str | None = None,
+    modules_to_save: list[str] | None = None,
+    task_type: str | None = None,
+    stacklevel: int = 1,
+) -> Collected:
+    """What :func:`save_adapter` writes; ``stacklevel`` as if the caller, called ``function``, warned itself."""
+    named = some_lora_layers(model, function)
     if isinstance(inner := unwrapped(model), (LoRALayer, FusedLoRAExperts)):
         raise LoRAStateError(
-            "save_adapter was called on a LoRA layer itself, whose tensors have no names in PEFT's files. Call it on "
+            f"{function} was called on a LoRA layer itself, whose tensors have no names in PEFT's files. Call it on "
             "the model that holds the layer."
         )
-    settle_for(inner, named, "save_adapter")
+    settle_for(inner, named, function)
     layers, experts = dict(lora_layers(inner)), dict(expert_layers(inner))
     adapter = remembered_within(inner) or Adapter(LoRAConfig())
     bias, entire, task_type = _settings(adapter, bias, modules_to_save, task_type)
-    check_adapters_here("save_adapter", list(layers.items()))
-    check_experts_here("save_adapter", list(experts.items()))
-    forms = {name: plain_form(name, layer) for name, layer in layers.items()}
+    check_adapters_here(function, list(layers.items()))
+    check_experts_here(function, list(experts.items()))
+    forms = {name: plain_form(name, layer, function) for name, layer in layers.items()}
     of_experts = expert_forms(experts)
-    tensors = _adapters(forms) | _biases(inner, bias) | _whole(inner, entire)
+    tensors = _adapters(forms) | _biases(function, inner, bias) | _whole(function, inner, entire)
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in expert_tensors(experts, of_experts).items()}
     fields = peft_config.compose(inner, layers, experts, forms, of_experts, adapter, bias, entire or None, task_type)
-    _warn_of_dropout(fields)
-    _warn_of_places(inner)
-    _warn_of_left_out(inner, bias, entire)
-    warn_of_prompts(model, "save_adapter", stacklevel=2)
-    warn_of_never_called(layers.items(), "save_adapter", stacklevel=2)
-    gathered = _apart({name: whole(name, tensor) for name, tensor in tensors.items()})
-    of_all = [*adapter_parameters(inner), *tensors.values()]
-    once(of_all, lambda: files.write_pair(folder, fields, gathered))
+    _warn_of_dropout(function, fields, stacklevel + 1)
+    _warn_of_places(inner, stacklevel + 1)
+    _warn_of_left_out(function, inner, bias, entire, stacklevel + 1)
+    warn_of_prompts(model, function, stacklevel + 1)
+    warn_of_never_called(layers.items(), function, stacklevel + 1)
+    return Collected(fields, tensors)
 
 
 def _settings(
@@ -153,10 +173,10 @@ def _adapters(forms: dict[str, PlainForm]) -> dict[str, Tensor]:
     }
 
 
-def _biases(model: nn.Module, bias: str) -> dict[str, Tensor]:
+def _biases(function: str, model: nn.Module, bias: str) -> dict[str, Tensor]:
     """Biases of the base model; a LoRA layer's is in PEFT's ``base_layer``."""
     found = list(biases(model, bias))
-    storage.check_here("save_adapter", ((name, module, ["bias"]) for name, module, _ in found))
+    storage.check_here(function, ((name, module, ["bias"]) for name, module, _ in found))
     names, tensors = plain_names(model), {}
     for name, module, parameter in found:
         base = ".base_layer" if isinstance(module, LoRALayer) else ""
@@ -164,7 +184,7 @@ def _biases(model: nn.Module, bias: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _whole(model: nn.Module, entries: list[str]) -> dict[str, Tensor]:
+def _whole(function: str, model: nn.Module, entries: list[str]) -> dict[str, Tensor]:
     """The whole state of the modules that ``entries`` mean."""
     modules = trained_whole(entries, model)
     saved = {parameter for _, module in modules for parameter in module.parameters()}
@@ -183,14 +203,14 @@ def _whole(model: nn.Module, entries: list[str]) -> dict[str, Tensor]:
                     f"modules_to_save means a module that shares its weight with {name}.{own}, which is not saved and "
                     "has been trained with it. Name that module in modules_to_save too."
                 )
-    tensors = whole_tensors(model, entries, "save_adapter")
+    tensors = whole_tensors(model, entries, function)
     return {f"{PREFIX}{parameter_name(names, name)}": tensor for name, tensor in tensors.items()}
 
 
-def _warn_of_left_out(model: nn.Module, bias: str, entire: list[str]) -> None:
+def _warn_of_left_out(function: str, model: nn.Module, bias: str, entire: list[str], stacklevel: int) -> None:
     written = {parameter for _, _, parameter in biases(model, bias)}
     written |= {parameter for _, module in trained_whole(entire, model) for parameter in module.parameters()}
-    warn_of_left_out(model, written, "save_adapter", stacklevel=3)
+    warn_of_left_out(model, written, function, stacklevel + 1)
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -204,18 +224,18 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def _warn_of_dropout(fields: dict[str, Any]) -> None:
+def _warn_of_dropout(function: str, fields: dict[str, Any], stacklevel: int) -> None:
     p = fields.get(peft_fields.DROPOUT)
     if p:
         warnings.warn(
-            f"save_adapter writes lora_dropout=0 and keeps {p:g} in {peft_fields.DROPOUT!r}: PEFT refuses dropout "
+            f"{function} writes lora_dropout=0 and keeps {p:g} in {peft_fields.DROPOUT!r}: PEFT refuses dropout "
             "beside target_parameters. load_adapter takes it up again; PEFT trains on without dropout.",
             LoRAKernelsWarning,
-            stacklevel=3,
+            stacklevel=stacklevel + 1,
         )
 
 
-def _warn_of_places(model: nn.Module) -> None:
+def _warn_of_places(model: nn.Module, stacklevel: int) -> None:
     places: dict[nn.Module, list[str]] = {}
     for name, module in plain_modules(model):
         if isinstance(module, (LoRALayer, FusedLoRAExperts)):
@@ -225,5 +245,5 @@ def _warn_of_places(model: nn.Module) -> None:
         warnings.warn(
             f"the layer {shared[0][0]!r} also stands at {', '.join(map(repr, shared[0][1:]))}. It is saved once, and "
             "load_adapter puts it back at all places; PEFT adapts the first place alone.",
-            stacklevel=3,
+            stacklevel=stacklevel + 1,
         )

@@ -42,11 +42,11 @@ from .trained import (
 
 __all__ = [
     "lora_layers",
-    "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge_lora",
     "replace_linear",
     "restore_linear",
+    "state_of_adapters",
     "unmerge_lora",
 ]
 
@@ -265,9 +265,9 @@ def restore_linear(model: nn.Module) -> RestoreReport:
 
     Experts become modules of their own class again. A merged layer gives its merged weight. Another layer gives its
     base weight and drops its adapter, with a warning if the adapter adds anything. So call :func:`merge_lora` or save
-    :func:`lora_state_dict` first. What PiSSA or OLoRA took of the base weight is put back, to within rounding. Weights
-    and biases keep their ``requires_grad``: they stay frozen, as :func:`replace_linear` left them. Forward hooks are
-    kept, also those that were added later.
+    :func:`lora_kernels.lora_state_dict` first. What PiSSA or OLoRA took of the base weight is put back, to within
+    rounding. Weights and biases keep their ``requires_grad``: they stay frozen, as :func:`replace_linear` left them.
+    Forward hooks are kept, also those that were added later.
 
     Returns:
         A report to print: whose adapters were merged or dropped, and which merged weights are no longer tied.
@@ -341,31 +341,8 @@ def restore_linear(model: nn.Module) -> RestoreReport:
     return RestoreReport(restored)
 
 
-def lora_state_dict(model: nn.Module, bias: str | None = None) -> dict[str, Tensor]:
-    """The adapters' tensors by their names in ``model.state_dict()``; a shared layer's once, under its first name.
-
-    The biases that train and the modules of ``modules_to_save`` are in it too. A warning names what else may have been
-    trained.
-
-    ``model.load_state_dict(tensors, strict=False)`` loads them back. As in ``state_dict()`` the tensors are detached,
-    on their device, and no copies. Clone them to keep their values while training continues. Layers that PiSSA or OLoRA
-    initialised add their initial values. Loading these into a model with the same base also sets its weights to match.
-    Where accelerate has offloaded a tensor, its values come from accelerate.
-
-    Args:
-        model: a module that holds ``FusedLoRALinear`` layers.
-        bias: which biases are added: ``"none"``, ``"lora_only"`` (those of the LoRA layers) or ``"all"``. None is what
-            ``LoRAConfig.bias`` or :func:`mark_only_lora_as_trainable` said.
-
-    Raises:
-        InvalidArgumentError: ``bias`` has another value.
-        LoRAStateError: the model holds no ``FusedLoRALinear``, or values that FSDP1 or ZeRO-3 holds are not gathered.
-
-    Example:
-        >>> from lora_kernels import FusedLoRALinear
-        >>> list(lora_state_dict(nn.Sequential(FusedLoRALinear(4, 4, r=2))))
-        ['0.lora_A', '0.lora_B']
-    """
+def state_of_adapters(model: nn.Module, bias: str | None, stacklevel: int) -> dict[str, Tensor]:
+    """What :func:`lora_kernels.lora_state_dict` gives by default; ``stacklevel`` as if the caller warned itself."""
     check_bias(bias)
     layers = some_lora_layers(model, "lora_state_dict")
     fsdp.settle(model)
@@ -386,9 +363,9 @@ def lora_state_dict(model: nn.Module, bias: str | None = None) -> dict[str, Tens
             seen.add(parameter)
     tensors |= whole_tensors(model, entire, "lora_state_dict")
     seen |= {parameter for _, module in trained_whole(entire, model) for parameter in module.parameters()}
-    warn_of_left_out(model, seen, "lora_state_dict", stacklevel=2)
-    warn_of_prompts(model, "lora_state_dict", stacklevel=2)
-    warn_of_never_called(layers, "lora_state_dict", stacklevel=2)
+    warn_of_left_out(model, seen, "lora_state_dict", stacklevel + 1)
+    warn_of_prompts(model, "lora_state_dict", stacklevel + 1)
+    warn_of_never_called(layers, "lora_state_dict", stacklevel + 1)
     return {storage.state_name(name): tensor for name, tensor in tensors.items()}
 
 
