@@ -80,6 +80,7 @@ bench: $(STAMP) ## side by side with PEFT, addmm_, torch.compile and the frozen 
 convergence: $(STAMP) ## fine-tune a small Llama by PEFT and by this package: curves, memory, and their tables in docs/training.md
 	$(BIN)/python bench/convergence.py
 	$(BIN)/python bench/model_memory.py
+	$(BIN)/python bench/long_context.py
 	$(BIN)/python bench/tables.py --write
 
 tables: $(STAMP) ## write the tables in README.md and docs/, and README's picture, from the committed results

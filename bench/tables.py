@@ -11,8 +11,9 @@ PRESET the latest is taken, joined by earlier runs of the same machine and versi
 ``beside:`` puts what the model of the machine predicted beside what was measured, with wins and losses; ``predicted:``
 shows a prediction alone, from a file that ``bench --predict`` wrote, and says so in its heading. ``ratios:`` puts DoRA
 beside LoRA and PEFT beside this package, of the presets ``ratios`` and ``gpu-ratios``; ``subject=dora`` chooses.
-``model:convergence``, ``model:memory`` and ``model:block-memory`` are what ``bench/convergence.py`` and
-``bench/model_memory.py`` found of whole models, ``model:traffic`` what ``bench/dram_bytes.py`` counted or measured,
+``model:convergence``, ``model:memory``, ``model:block-memory`` and ``model:long-context`` are what
+``bench/convergence.py``, ``bench/model_memory.py`` and ``bench/long_context.py`` found of whole models,
+``model:traffic`` what ``bench/dram_bytes.py`` counted or measured,
 ``model:block`` what ``bench --preset gpu-block`` did, ``model:headline`` one sentence of it, ``model:llama`` what
 ``bench --preset gpu-llama`` did, ``model:few-tokens`` each plan's time for 1 to 16 tokens, and ``model:moe`` what
 ``bench/moe.py`` measured of stacked experts. ``brief:`` is the short table of README.md:
@@ -35,7 +36,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import convergence_report, dram_bytes, few_tokens, model_memory, moe  # noqa: E402  (after the path)
+from bench import convergence_report, dram_bytes, few_tokens, long_context, model_memory, moe  # noqa: E402  (the path)
 from bench.brief import brief, headline  # noqa: E402
 from lora_kernels.benchmark import block, llama_report  # noqa: E402
 from lora_kernels.benchmark.grid import grid  # noqa: E402
@@ -54,6 +55,7 @@ _MODELS = {  # the result's file, what makes the table of it, what stands above
     "convergence": ("convergence.json", convergence_report.table, _PICTURE),
     "memory": ("model-memory.json", model_memory.table, ""),
     "block-memory": ("model-memory.json", model_memory.block_table, ""),
+    "long-context": ("long-context.json", long_context.table, ""),
     "block": ("nvidia-h100/block.json", block.table, ""),
     "llama": ("nvidia-h200/llama.json", llama_report.table, ""),
     "few-tokens": ("nvidia-h100/few-tokens.json", few_tokens.table, ""),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import convergence, convergence_report, llamas, model_memory, tables
+from bench import convergence, convergence_report, llamas, long_context, model_memory, tables
 
 for package in ("matplotlib", "peft", "transformers"):
     pytest.importorskip(package)
@@ -85,3 +85,19 @@ def test_memory_is_measured_and_stands_in_a_table(tmp_path: Path) -> None:
     assert "Not measured yet." in page.read_text()
     page.write_text("<!-- model:speed -->\n<!-- /model -->\n")
     assert tables.main(["--check", *where]) == 1
+
+
+def test_ways_to_hold_less_are_measured_and_stand_in_a_table(tmp_path: Path) -> None:
+    assert long_context.main(["--small", "--json", str(tmp_path / "long-context.json")]) == 0
+    result = json.loads((tmp_path / "long-context.json").read_text())
+    held = {cell["way"]: {name: bytes["held"] for name, bytes in cell["bytes"].items()} for cell in result["cells"]}
+    assert list(held) == list(long_context.WAYS)
+    assert held["nothing"]["ours"] < held["nothing"]["peft"]
+    for name in long_context.MEASURED:
+        assert held["a checkpoint around each block"][name] < held["nothing"][name]
+        assert held["activations on the host"][name] < 1000
+    page = tmp_path / "page.md"
+    page.write_text("<!-- model:long-context -->\n<!-- /model -->\n")
+    where = ["--file", str(page), "--results", str(tmp_path)]
+    assert tables.main(["--write", *where]) == 0
+    assert "| activations on the host | 0.0 | 0.0 |" in page.read_text()

@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lm_head": {"target_modules": ["q_proj", "lm_head"]},
     "dropout": {"lora_dropout": 0.5},
 }
-ENGINES = ["plain", "rslora", "ranks", "pissa", "dropout"]  # whose tensors are lora_A and lora_B of linear layers
+ENGINES = ["plain", "rslora", "pissa", "dropout"]  # lora_A and lora_B of linear layers, of one rank and alpha
 
 
 def llama() -> Any:
