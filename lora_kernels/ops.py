@@ -96,7 +96,7 @@ the parts are. ``after`` is not read.
 
 ``native_four_bit_values`` and ``native_four_bit_product`` are what the C++ library has for weights of 4-bit codes on
 CPUs: the values, and product's y of few tokens, which reads the codes. Nothing that watches sees them: the first runs
-within ``dequantize``, the second where nobody watches.
+within ``dequantize``, the second where nobody watches. ``triton`` has the values too, as a function.
 
 The overload ``.Tensor`` of an operator takes its numbers as 0-dim fp64 tensors: see ``graph_numbers.py``. What each
 operator counts for PyTorch's ``FlopCounterMode`` is in ``flops.py``.
@@ -131,6 +131,8 @@ __all__ = [
     "operators",
     "register",
     "register_form",
+    "register_four_bit_values",
+    "triton_four_bit_values",
 ]
 
 NAMESPACE = "lora_kernels"
@@ -316,6 +318,7 @@ _FOUR_BITS = {
 for _name, _schema in _FOUR_BITS.items():
     _library.define(f"{_name}{_schema}")
 _forms: dict[str, Callable[..., Tensor]] = {}
+_triton_four_bits: dict[str, Callable[..., Tensor]] = {}
 
 
 def register_form(name: str, values: Callable[..., Tensor]) -> None:
@@ -362,6 +365,16 @@ def four_bit_product(*arguments: Any) -> tuple[Tensor, Tensor]:
     """What ``product`` gives for a weight of 4-bit codes and few tokens; not where somebody watches."""
     found: tuple[Tensor, Tensor] = torch.ops.lora_kernels.native_four_bit_product.default._op(*arguments)
     return found
+
+
+def register_four_bit_values(device_type: str, values: Callable[..., Tensor]) -> None:
+    """Has :func:`triton_four_bit_values` give ``values``, which runs within ``dequantize`` and so is seen by nobody."""
+    _triton_four_bits[device_type] = values
+
+
+def triton_four_bit_values(device_type: str) -> Callable[..., Tensor] | None:
+    """``values(parts, quant_type, blocksize, nested_blocksize, rows, columns, dtype)`` of the ``triton`` backend."""
+    return _triton_four_bits.get(device_type)
 
 
 def is_watched() -> bool:

@@ -1,4 +1,4 @@
-"""Weights of 4-bit codes by the kernels in C++, on CPUs: their values, and few tokens' product with the codes.
+"""Weights of 4-bit codes: their values by the kernels in C++ or Triton; on CPUs, few tokens' product with the codes.
 
 A code is one of 16 numbers, a block of values shares one factor, ``absmax``, which may itself be quantised ("nested").
 The values are bit for bit those that the package makes.
@@ -47,7 +47,11 @@ def values(
             8-bit absmax, and its own absmax, table and offset.
         nested: how many of absmax make a block, or 0.
     """
-    if dtype not in _DTYPES or not _are_read(parts, blocksize):
+    if dtype not in _DTYPES or not _fit(parts, blocksize):
+        return None
+    if (by_triton := ops.triton_four_bit_values(parts[0].device.type)) is not None:
+        return by_triton(_as_bytes(parts), quant_type, blocksize, nested, rows, columns, dtype)
+    if not _are_native(parts):
         return None
     return ops.four_bit_values(_as_bytes(parts), _table(quant_type), blocksize, nested, rows, columns, dtype)
 
@@ -69,7 +73,7 @@ def product(
     if (read := _spec(layout)) is None:
         return None
     quant_type, blocksize, nested = read
-    if not _are_read(parts, blocksize):
+    if not (_are_native(parts) and _fit(parts, blocksize)):
         return None
     return ops.four_bit_product(
         x, _as_bytes(parts), _table(quant_type), blocksize, nested, lora_b, h, bias, gain, scaling, with_linear
@@ -85,14 +89,18 @@ def _spec(layout: Layout) -> tuple[str, int, int] | None:
     return None if order else (quant_type, int(blocksize), int(nested))
 
 
-def _are_read(parts: list[Tensor] | tuple[Tensor, ...], blocksize: int) -> bool:
+def _are_native(parts: list[Tensor] | tuple[Tensor, ...]) -> bool:
+    return parts[0].device.type == "cpu" and ops.has_four_bit_kernels()
+
+
+def _fit(parts: list[Tensor] | tuple[Tensor, ...], blocksize: int) -> bool:
+    """Whether the kernels read such parts: whole tensors in one place, of the dtypes that the package makes."""
     nested = torch.uint8 if len(parts) > 2 else torch.float32
     return (
         blocksize % _UNIT == 0
         and parts[1].dtype is nested
         and all(part.dtype is torch.float32 for part in parts[2:])
-        and all(type(part) is Tensor and part.device.type == "cpu" and part.is_contiguous() for part in parts)
-        and ops.has_four_bit_kernels()
+        and all(type(part) is Tensor and part.device == parts[0].device and part.is_contiguous() for part in parts)
     )
 
 

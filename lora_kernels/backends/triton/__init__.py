@@ -21,7 +21,7 @@ from ...dispatch import Problem
 from ...errors import InvalidArgumentError
 from ...explaining.report import PassPlan
 from ...kept import Kept
-from ...ops import GROUP_OPERATOR_NAMES, OPERATOR_NAMES, register
+from ...ops import GROUP_OPERATOR_NAMES, OPERATOR_NAMES, register, register_four_bit_values
 from .. import draw_seed, why_not_capability
 from ..native import load
 
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from .choose.blocks import Machine
     from .choose.tuned import Loaded
 
-__all__ = ["BACKEND", "interpreter_fault", "kept", "plans_on"]
+__all__ = ["BACKEND", "four_bits", "interpreter_fault", "kept", "plans_on"]
 
 _WIDE = 8192  # output features from which on the mask is drawn again
+_FOUR_BITS = ("package", "own")  # the first is taken where none is named: the other is not yet measured on a GPU
 
 
 class TritonBackend:
@@ -101,6 +102,10 @@ class TritonBackend:
         names = (*OPERATOR_NAMES, *GROUP_OPERATOR_NAMES)
         own = {name: next(getattr(m, name) for m in modules if name in m.__all__) for name in names}
         register(self.name, own, kept())
+        if four_bits() == "own":
+            from .four_bit_operators import four_bit_values
+
+            register_four_bit_values(device_type, four_bit_values)
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
         return draw_seed(x)
@@ -213,6 +218,22 @@ def kept() -> _Kept:
             "it: then the layer's width decides."
         )
     return _Kept(keeps)
+
+
+@cache
+def four_bits() -> str:
+    """Who makes the values of 4-bit codes: "package" or "own". Reads the environment once.
+
+    Raises:
+        InvalidArgumentError: the variable has an unknown word.
+    """
+    named = env.gpu_four_bits() or _FOUR_BITS[0]
+    if named not in _FOUR_BITS:
+        raise InvalidArgumentError(
+            f"{env.GPU_FOUR_BITS_VARIABLE}={named} was given: it must be one of {', '.join(_FOUR_BITS)}. Set one of "
+            "them, or unset it."
+        )
+    return named
 
 
 def _why_not_cuda() -> list[str]:

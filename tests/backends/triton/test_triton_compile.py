@@ -43,6 +43,7 @@ def test_kernels_compile(arch: int, tmp_path: Path) -> None:
         "gain_grad",
         "gated",
         "gated_grad",
+        "four_bit_values",
         *(["persistent", "dx_persistent"] if arch >= 90 else []),
     ]
     names += [f"hopper_{name}" for name in HOPPER if arch == 90]
@@ -76,6 +77,7 @@ GOOD = Record("persistent_kernel", 90, "bf16", False, 250, 0, 0, 100_000, 232_44
         ({"chained": True}, "adds all its products up in one chain"),
         ({"overflows": 2}, "is compiled wrongly: 2 offsets"),
         ({"spills": 13}, "13 loads and stores"),
+        ({"fused": 1}, "has 1 multiply-adds where two roundings are meant"),
         ({"kernel": "hopper_product_kernel", "tma_loads": 0, "tma_stores": 1}, "has no UTMALDG"),
         ({"kernel": "hopper_product_kernel"}, "has no UTMASTG"),
         ({"kernel": "hopper_outer_kernel", "products": 0}, "has no HGMMA"),

@@ -33,6 +33,7 @@ _TYPE_NAMES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
     torch.bool: "i1",
@@ -160,6 +161,7 @@ def jobs_of(case: Case, arch: int) -> Iterator[Job]:
                 gated_operators.gated_grad(dy, dy, dy, number, False)
             gated_operators.gated(dy[:, : n // 2], dy[:, n // 2 :], 0)
             gated_operators.gated_grad(dy[:, : n // 2], dy[:, : n // 2], dy[:, n // 2 :], 0, True)
+            _call_four_bits(n, k, case.dtype)
             part_operators.output_grads(dy, lora_b, h, bias, 2.5)
             part_operators.input_grad([dy, dy], [weight, weight], [h, h], [lora_a, lora_a], p, 2 * states)
             call = Call.forward(x, weight, None, lora_b, bias, 0.0, None, h, gain)
@@ -172,6 +174,18 @@ def jobs_of(case: Case, arch: int) -> Iterator[Job]:
         if state is not None:
             operators.mask(state, m, k, p)
     yield from calls
+
+
+def _call_four_bits(n: int, k: int, dtype: torch.dtype) -> None:
+    """The values of NF4 and FP4 in blocks of 64, with plain and with nested statistics."""
+    from ..four_bit_operators import four_bit_values
+
+    count = n * k // 64
+    codes, absmax = (torch.empty(size, dtype=torch.uint8, device="meta") for size in (n * k // 2, count))
+    plain, outer, table, offset = (torch.empty(shape, device="meta") for shape in (count, count // 256, 256, ()))
+    for quant_type in ("nf4", "fp4"):
+        four_bit_values([codes, plain], quant_type, 64, 0, n, k, dtype)
+        four_bit_values([codes, absmax, outer, table, offset], quant_type, 64, 256, n, k, dtype)
 
 
 @contextlib.contextmanager

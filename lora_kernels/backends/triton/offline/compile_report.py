@@ -4,9 +4,9 @@
 
 Each distinct call of ``compile_jobs`` is compiled for its target. ``--check`` exits 1, a sentence each, where registers
 spill (but for the few that the compiler gives up for one more block, ``_given_up``), where shared memory exceeds the
-device's, where fp32 products are not summed block by block, or where an instruction that is meant does not appear: the
-tensor cores' (on Hopper in every K step), TMA's loads, the waits of dependent launch. All but the sums is read from the
-machine code.
+device's, where fp32 products are not summed block by block, where two roundings are made one, or where an instruction
+that is meant does not appear: the tensor cores' (on Hopper in every K step), TMA's loads, dependent launch's waits. All
+but the sums is read from the machine code.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ _NO_PRODUCT = (
     "gain_grad_kernel",
     "gated_kernel",
     "gated_grad_kernel",
+    "four_bit_values_kernel",
     "hopper_pack_kernel",
     "hopper_reduce_dh_kernel",
     "hopper_reduce_grads_kernel",
@@ -65,6 +66,7 @@ _NO_PRODUCT = (
     "hopper_group_reduce_dh_kernel",
     "hopper_group_reduce_grads_kernel",
 )
+_ROUNDED_TWICE = ("four_bit_values_kernel",)  # a multiplication and an addition, as bitsandbytes has them
 _BY_TMA_STORED = (
     "hopper_product_kernel",
     "hopper_product_h_kernel",
@@ -80,7 +82,7 @@ class Record:
     ``products``, ``tma_loads``, ``tma_stores``, ``waits`` and ``spills`` count HGMMA, UTMALDG, UTMASTG, ACQBULK, and
     STL and LDL in the machine code, on sm_90 for GEMMs and the Gluon kernels, and wherever there is a stack.
     ``chained``: of the sums over blocks of IEEE products the compiler has made one chain. ``overflows``: of
-    ``run.wrong_code``.
+    ``run.wrong_code``. ``fused``: FFMA where two roundings are meant.
     """
 
     kernel: str
@@ -102,6 +104,7 @@ class Record:
     tma_stores: int = 0
     spills: int = 0
     overflows: int = 0
+    fused: int = 0
 
 
 def report(
@@ -141,6 +144,8 @@ def faults(records: list[Record]) -> list[str]:
             sentences.append(f"{where} adds all its products up in one chain, where blocks are meant to be summed.")
         if r.overflows:
             sentences.append(f"{where} is compiled wrongly: {r.overflows} offsets are carried into others.")
+        if r.fused:
+            sentences.append(f"{where} has {r.fused} multiply-adds where two roundings are meant.")
         sentences += [f"{where} {lack}" for lack in _hopper_faults(r)]
     return sentences
 
@@ -194,9 +199,9 @@ def _hopper_faults(record: Record) -> Iterator[str]:
 
 
 def _kernel(name: str) -> Any:
-    from ..kernels import backward, few_tokens, forward, gain, gated, input_grad, packed, persistent
+    from ..kernels import backward, few_tokens, forward, four_bits, gain, gated, input_grad, packed, persistent
 
-    modules: tuple[Any, ...] = (backward, few_tokens, forward, gain, gated, input_grad, persistent, packed)
+    modules: tuple[Any, ...] = (backward, few_tokens, forward, four_bits, gain, gated, input_grad, persistent, packed)
     if name.startswith("hopper_"):
         from ..kernels.hopper import (
             group_dx,
@@ -234,7 +239,8 @@ def _compile(job: Job) -> Record:
     seconds = time.perf_counter() - start
     usage = _resource_usage(compiled.asm["cubin"])
     instruction = next((name for name, text in _INSTRUCTIONS.items() if text in compiled.asm["ptx"]), "")
-    read = usage["STACK"] > 0 or (job.arch == 90 and job.kernel in (*_GEMMS, *GLUON_KERNELS))
+    twice = job.kernel in _ROUNDED_TWICE
+    read = usage["STACK"] > 0 or twice or (job.arch == 90 and job.kernel in (*_GEMMS, *GLUON_KERNELS))
     code = _dump(compiled.asm["cubin"], "-sass") if read else ""
     return Record(
         kernel=job.kernel,
@@ -259,6 +265,7 @@ def _compile(job: Job) -> Record:
         tma_stores=code.count("UTMASTG"),
         spills=code.count("STL") + code.count("LDL"),
         overflows=lanes_that_overflow(compiled.asm["ptx"]),
+        fused=code.count("FFMA") if twice else 0,
     )
 
 
