@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from typing import Any
 
@@ -120,7 +121,9 @@ def values(layer: Any) -> Tensor:
     """W (N, K) as its package gives it, in the dtype that its layer multiplies in."""
     weight = layer.weight
     if isinstance(weight, bnb.nn.Params4bit):
-        found: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        state = copy.copy(weight.quant_state)  # rows that are no whole blocks get others' absmax on AVX-512
+        (n, k), state.shape = state.shape, torch.Size((1, state.shape.numel()))
+        found: Tensor = bnb.functional.dequantize_4bit(weight.data, state).view(n, k)
         return found
     if isinstance(weight, bnb.nn.Int8Params):
         scales = weight.SCB if weight.SCB is not None else layer.state.SCB
