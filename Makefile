@@ -67,9 +67,13 @@ compile-gate: $(STAMP) ## compile the kernels for GPUs that are not here; fail o
 sanitize: $(STAMP) ## the native libraries' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python scripts/native_variants.py sanitize -q $(NATIVE_TESTS) tests/backends/triton/test_launcher.py
 
-native-variants: $(STAMP) ## the native library's tests in the ways that this machine does not take by itself
-	set -e; for variant in library portable wide amx amx-library; do \
-	  echo "variant $$variant"; $(BIN)/python scripts/native_variants.py $$variant -q $(NATIVE_TESTS); done
+VARIANTS := $(addprefix native-variant-,library portable wide amx amx-library)
+native-variants: $(VARIANTS) ## the native library's tests in the ways that this machine does not take by itself; -j2: two at once
+
+.PHONY: $(VARIANTS)
+$(VARIANTS): export OMP_WAIT_POLICY ?= PASSIVE
+$(VARIANTS): native-variant-%: $(STAMP)
+	$(BIN)/python scripts/native_variants.py $* -q $(NATIVE_TESTS)
 
 verify: $(STAMP) ## forward and every gradient of every backend against float64
 	$(BIN)/lora-kernels verify
