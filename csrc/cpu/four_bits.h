@@ -111,8 +111,9 @@ LORA_INLINE FloatVector gather(const float* table, WordVector index) {
 // v, of which the compiler may not know that it was a product: a sum with it is not made a multiply-add.
 template <class V>
 LORA_INLINE V rounded(V v) {
-#if defined(__x86_64__)
-    __asm__("" : "+x"(v));
+#if defined(__AVX512F__) || (defined(__AVX2__) && LORA_VECTOR_BYTES == 32) || \
+    (defined(__x86_64__) && LORA_VECTOR_BYTES == 16)
+    __asm__("" : "+x"(v));  // a vector is a register
 #else
     __asm__("" : "+m"(v));
 #endif

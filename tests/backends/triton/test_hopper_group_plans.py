@@ -43,6 +43,7 @@ from lora_kernels.backends.triton.run.prepared import Launch
 
 QKV = Case(biases=(True, False, True), m=70)
 DROPPED = replace(QKV, p=0.1)
+SMALLER = replace(QKV, k=136, ns=(136, 72, 40), m=24)  # for members that the interpreter runs one by one
 ALLOCATED = hopper._new
 FORWARD = ["group_pack", "group_shrink", "group_product"]
 BACKWARD = ["group_pack", "group_dh_db", "group_reduce_dh", "group_dx", "group_da", "group_reduce_grads"]
@@ -232,7 +233,9 @@ def test_backward_takes_the_words_or_the_seed(keeps: str, launches: Launches) ->
     assert all(same_bits(a, b) for a, b in zip(*flat, strict=True))
 
 
-@pytest.mark.parametrize("case", [QKV, DROPPED, replace(DROPPED, dtype=torch.float16, rs=(5, 17, 16))], ids=str)
+@pytest.mark.parametrize(
+    "case", [SMALLER, replace(SMALLER, p=0.1), replace(SMALLER, p=0.1, dtype=torch.float16, rs=(5, 17, 16))], ids=str
+)
 def test_either_pass_may_go_member_by_member(case: Case, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     """h and the words are the same, whoever wrote them."""
     i = make(case)
@@ -295,10 +298,10 @@ def test_a_launch_that_is_refused_gives_way(launches: Launches) -> None:
             raise RuntimeError("Triton Error [CUDA]: too many resources requested for launch")
 
     launches.fault = fault
-    i = make(QKV)
+    i = make(SMALLER)
     for _ in range(2):
-        judge(run(QKV, i), QKV, i)
-    cell = GroupCall.of(*_call_of(QKV, i)).cell("forward")
+        judge(run(SMALLER, i), SMALLER, i)
+    cell = GroupCall.of(*_call_of(SMALLER, i)).cell("forward")
     assert len(tried) == len(list(group_plans(MACHINE, cell))) - 1
 
 
@@ -323,8 +326,9 @@ APART: dict[str, Callable[[Inputs], Inputs]] = {
 
 @pytest.mark.parametrize("name", APART)
 def test_what_tma_cannot_read_goes_member_by_member(name: str, launches: Launches) -> None:
-    i = APART[name](make(DROPPED))
-    judge(run(DROPPED, i), DROPPED, i)
+    case = replace(SMALLER, p=0.1)
+    i = APART[name](make(case))
+    judge(run(case, i), case, i)
     assert not [name for name in launches.names if name.startswith("group")]
 
 
