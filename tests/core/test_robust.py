@@ -8,7 +8,7 @@ import sys
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -86,6 +86,9 @@ def own_bytes() -> int:
 def memory_left(size: int) -> Iterator[None]:
     """Within the block this process may map ``size`` bytes more, and no more.
 
+    What earlier tests freed lies in the allocator's heap, still mapped, and serves without a mapping: free pieces that
+    are larger than ``size`` are taken first and held.
+
     OpenMP's threads are there before: where libgomp cannot create one it ends the process (``gomp_fatal``), whoever
     opened the region. A region of fewer threads ends the others; MKL opens such where it chooses their number itself.
     """
@@ -93,7 +96,11 @@ def memory_left(size: int) -> Iterator[None]:
     torch.ones(2**20).add_(1.0)  # a region of all threads
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (own_bytes() + size, hard))
+    held = []
     try:
+        with suppress(RuntimeError):
+            while True:
+                held.append(torch.empty(2 * size, dtype=torch.uint8))
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
