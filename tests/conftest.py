@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Generator, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,11 @@ if not torch.cuda.is_available() and os.environ.get("LORA_KERNELS_TESTS_PRETEND_
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+    import quick_interpreter
+
+    quick_interpreter.install()
 
 if TYPE_CHECKING:
     from stand_in import StandIn

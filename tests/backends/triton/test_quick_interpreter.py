@@ -1,0 +1,76 @@
+"""``tests/quick_interpreter.py``: the interpreter that the other tests run in gives what Triton's own gives."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("Triton's interpreter is for machines without a GPU", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+import quick_interpreter
+from cases import Case, make, run
+from numerics import same_bits
+
+BUILTINS = [(tl, "load"), (tl.core, "load"), (tl.tensor, "__add__"), (tl.tensor, "__bool__"), (tl.dtype, "to_ir")]
+
+
+def builtins() -> list[object]:
+    return [getattr(owner, name, None) for owner, name in BUILTINS]
+
+
+@pytest.fixture
+def stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name, value in quick_interpreter.STOCK:
+        monkeypatch.setattr(owner, name, value)
+
+
+@triton.jit
+def largest_sum(x, y):
+    return tl.max(x + y, 0)
+
+
+@triton.jit
+def kernel(x_ptr, out_ptr, GOOD: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, 8))
+    tl.static_assert(GOOD, "the test wants it so")
+    tl.store(out_ptr, largest_sum(x, x * 65536))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_same_bits_as_triton_s_own(dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    case = Case(m=20, dtype=dtype, adapter_dtype=torch.float32, p=0.3)
+    quick = run(case, make(case), "triton")
+    request.getfixturevalue("stock")
+    own = run(case, make(case), "triton")
+    assert all(same_bits(quick[name], own[name]) for name in own)
+
+
+def test_integers_wrap_as_in_triton_s_own(request: pytest.FixtureRequest) -> None:
+    x = torch.arange(2**30, 2**30 + 8, dtype=torch.int32)
+    quick, own = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    kernel[(1,)](x, quick, True)
+    request.getfixturevalue("stock")
+    kernel[(1,)](x, own, True)
+    assert same_bits(quick, own)
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_after_a_launch_the_language_is_as_before(good: bool) -> None:
+    """That of the device functions too, and where the launch ends in an error."""
+    before = builtins()
+    x, out = torch.zeros(8), torch.zeros(1)
+    for _ in range(2):
+        if good:
+            kernel[(1,)](x, out, True)
+        else:
+            with pytest.raises(interpreter.InterpreterError, match="the test wants it so"):
+                kernel[(1,)](x, out, False)
+        assert all(now is then for now, then in zip(builtins(), before, strict=True))

@@ -1,0 +1,78 @@
+"""Triton's interpreter without the work that changes nothing: the tests spend most of their time in it.
+
+Its results and its errors are the same, because only these three go:
+
+- The check of each integer operation for overflow computes it in int64, compares, and hands the outcome to
+  ``device_assert``, which drops it unless the interpreter's options say ``debug``. Its own switch turns it off.
+- A call of a device function looks through all of ``triton.language`` for builtins to replace, which the launch it is
+  in has replaced already.
+- NumPy's dtype for one of Triton's is looked up in a table that is built for each look-up.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import triton.language as tl
+from triton.runtime import interpreter
+
+_NAMES = ((interpreter.interpreter_builder, "options"), (interpreter, "_patch_lang"), (interpreter, "_get_np_dtype"))
+STOCK = [(owner, name, getattr(owner, name)) for owner, name in _NAMES]  # what ``install`` replaces
+
+
+class _Scope(interpreter._LangPatchScope):  # type: ignore[misc]
+    """What a launch has replaced; a device function that it calls adds what is missing."""
+
+    modules: set[Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modules = set()
+
+    def restore(self) -> None:
+        global _running
+        super().restore()
+        _running = None
+
+
+_running: _Scope | None = None
+
+
+def _patch_lang_once(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def patch_lang(fn: Any) -> Any:
+        global _running
+        modules = {value for value in fn.__globals__.values() if inspect.ismodule(value) and value in (tl, tl.core)}
+        if _running is not None and modules <= _running.modules:
+            return _running
+        done = original(fn)
+        if _running is None:
+            _running = _Scope()
+        _running._changes += done._changes
+        _running.modules |= modules
+        return _running
+
+    return patch_lang
+
+
+def _dtypes_by_name(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    known: dict[str, Any] = {}
+
+    def np_dtype(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = original(dtype)
+        return known[name]
+
+    return np_dtype
+
+
+def install() -> None:
+    """For this process; its launches come from one thread at a time, as the interpreter has it."""
+    options = interpreter.interpreter_builder.options
+    assert not options.debug
+    interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
+    interpreter._patch_lang = _patch_lang_once(interpreter._patch_lang)
+    interpreter._get_np_dtype = _dtypes_by_name(interpreter._get_np_dtype)
