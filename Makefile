@@ -16,6 +16,7 @@ NATIVE_TESTS := tests/backends/native/test_native_cpu.py tests/backends/native/t
 # What another PyTorch, Triton or NumPy may change: capture, what autograd keeps, the library's ABI, NVRTC, the interpreter.
 OLDEST_TESTS := $(foreach name,compile branches training_memory few_tokens native_compat native_parts ops parts import \
   triton_kernels triton_parts,$(wildcard tests/*/test_$(name).py tests/backends/*/test_$(name).py))
+OLDEST := VENV=$(VENV)-oldest TORCH_FILE=requirements/torch-oldest.txt
 INPUTS := pyproject.toml setup.py $(wildcard requirements/*.txt)
 
 export MPLBACKEND ?= Agg
@@ -24,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo build test test-quick test-oldest lint format compile-gate sanitize native-variants verify bench convergence \
-  tables gpu-check gpu-bench gpu-grid gpu-llama set-up clean
+  tables gpu-check gpu-bench gpu-grid gpu-llama set-up set-up-oldest clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,7 +48,7 @@ test-quick: $(STAMP) ## in under a minute, the tests that FOLDER=lora_kernels/pe
 # Where the usual environment is there too, its PyTorch loads the very library that the oldest one compiled.
 test-oldest: ## in .venv-oldest: what an older PyTorch may change, on the oldest PyTorch and Triton that are allowed
 	$(if $(wildcard $(STAMP)),LORA_KERNELS_OTHER_PYTHON="$(abspath $(BIN)/python)") \
-	  $(MAKE) test VENV=$(VENV)-oldest TORCH_FILE=requirements/torch-oldest.txt TESTS="$(OLDEST_TESTS)"
+	  $(MAKE) test $(OLDEST) TESTS="$(OLDEST_TESTS)"
 
 lint: $(STAMP) ## ruff (rules and format), mypy, clang-format
 	$(BIN)/ruff check .
@@ -67,7 +68,7 @@ compile-gate: $(STAMP) ## compile the kernels for GPUs that are not here; fail o
 sanitize: $(STAMP) ## the native libraries' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python scripts/native_variants.py sanitize -q $(NATIVE_TESTS) tests/backends/triton/test_launcher.py
 
-VARIANTS := $(addprefix native-variant-,library portable wide amx amx-library)
+VARIANTS := $(addprefix native-variant-,amx wide portable library)
 native-variants: $(VARIANTS) ## the native library's tests in the ways that this machine does not take by itself; -j2: two at once
 
 .PHONY: $(VARIANTS)
@@ -106,6 +107,9 @@ gpu-llama: ## likewise: a training step of all of Llama-3-8B beside PEFT's and t
 	$(GPU) --plan llama
 
 set-up: $(STAMP) ## only set up .venv
+
+set-up-oldest: | $(STAMP) ## only set up .venv-oldest; after .venv, for either writes the package's metadata into this folder
+	$(MAKE) set-up $(OLDEST)
 
 clean: ## remove .venv, .venv-oldest and everything that was built
 	rm -rf "$(VENV)" "$(VENV)-oldest" build dist out ./*.egg-info

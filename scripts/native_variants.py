@@ -6,13 +6,15 @@ of choosing within it:
 ============= ==========================================================================================================
 sanitize      AddressSanitizer and UndefinedBehaviorSanitizer; any finding ends the run
 wide          vectors of 64 bytes and bf16 in pairs, as AVX-512 has them, in the instructions of narrower machines
-amx           the tiles of AMX, written out in C++ for each instruction set's bf16 kernels
-amx-library   the same beside torch's own product, as a machine with AMX takes it for many tokens
-amx-sanitize  the same as amx under the sanitizers: tiles are as large as ever where matrices end
+amx           the tiles of AMX, written out in C++ for each instruction set's bf16 kernels; then the same beside torch's
+              own product, as a machine with AMX takes it for many tokens
+amx-sanitize  amx under the sanitizers: tiles are as large as ever where matrices end
 portable      the instruction set that every machine has, and the kernels' own products throughout
 own           the kernels' own products, of any size
 library       torch's own product, of any size
 ============= ==========================================================================================================
+
+Tests of another backend are left out, and where a variant changes one dtype's kernels those of the other dtypes.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [
@@ -35,10 +38,12 @@ CAPABILITY, PRODUCT = "LORA_KERNELS_CPU_CAPABILITY", "LORA_KERNELS_CPU_PRODUCT"
 
 @dataclass(frozen=True)
 class Variant:
-    """Flags to compile the library with (none: the ordinary library), and the environment to run it in."""
+    """Flags to compile the library with (none: the ordinary library), and the environments to run it in."""
 
     flags: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    products: tuple[str, ...] = ("own",)  # a run for each, all of one library
+    dtype: str = ""  # W's dtype whose kernels are others; empty: every one's
     runtimes: tuple[str, ...] = ()  # the compiler's runtime libraries that Python must start with
     kinds: tuple[str, ...] = ("cpu",)  # the libraries that are compiled so
 
@@ -49,7 +54,6 @@ _SANITIZE = Variant(
         # Python itself leaks at exit; memory that cannot be had is an error for the program to handle
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:abort_on_error=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-        PRODUCT: "own",
     },
     runtimes=("libasan.so", "libubsan.so"),
     kinds=("cpu", "launch"),
@@ -58,18 +62,17 @@ _TILES = "-DLORA_EMULATE_TILES"
 
 VARIANTS = {
     "sanitize": _SANITIZE,
-    "wide": Variant(flags=("-DLORA_VECTOR_BYTES=64", "-DLORA_PAIRS=1", "-O1"), environment={PRODUCT: "own"}),
-    "amx": Variant(flags=(_TILES, "-O2"), environment={PRODUCT: "own"}),
-    "amx-library": Variant(flags=(_TILES, "-O2"), environment={PRODUCT: "library"}),
-    "amx-sanitize": replace(_SANITIZE, flags=(*_SANITIZE.flags, _TILES), kinds=("cpu",)),
-    "portable": Variant(environment={CAPABILITY: "portable", PRODUCT: "own"}),
-    "own": Variant(environment={PRODUCT: "own"}),
-    "library": Variant(environment={PRODUCT: "library"}),
+    "wide": Variant(flags=("-DLORA_VECTOR_BYTES=64", "-DLORA_PAIRS=1", "-O1")),
+    "amx": Variant(flags=(_TILES, "-O2"), products=("own", "library"), dtype="bfloat16"),
+    "amx-sanitize": replace(_SANITIZE, flags=(*_SANITIZE.flags, _TILES), kinds=("cpu",), dtype="bfloat16"),
+    "portable": Variant(environment={CAPABILITY: "portable"}),
+    "own": Variant(),
+    "library": Variant(products=("library",)),
 }
 
 
 def main(arguments: list[str]) -> int:
-    """Compiles the variant where it needs that, and runs the tests in a fresh interpreter; returns their status."""
+    """Compiles the variant where it needs that, and runs the tests in fresh interpreters; returns the worst status."""
     name = arguments[0] if arguments else ""
     if name not in VARIANTS:
         print(f"variant {name!r} was given: name one of {', '.join(VARIANTS)}.", file=sys.stderr)
@@ -81,12 +84,13 @@ def main(arguments: list[str]) -> int:
         if variant.runtimes:
             environment["LD_PRELOAD"] = " ".join(_runtime(runtime) for runtime in variant.runtimes)
         code = f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); import native_variants as v; "
-        code += f"sys.exit(v.run_tests({libraries!r}, sys.argv[1:]))"
+        code += f"sys.exit(v.run_tests({libraries!r}, {variant.dtype!r}, sys.argv[1:]))"
         command = [sys.executable, "-c", code, "-p", "no:cacheprovider", *(arguments[1:] or TESTS)]
-        return subprocess.run(command, env=environment, cwd=ROOT).returncode
+        runs = (subprocess.run(command, env={**environment, PRODUCT: p}, cwd=ROOT) for p in variant.products)
+        return max(run.returncode for run in runs)
 
 
-def run_tests(libraries: dict[str, str], arguments: list[str]) -> int:
+def run_tests(libraries: dict[str, str], dtype: str, arguments: list[str]) -> int:
     """Runs pytest with ``libraries``, by kind, in the place of those that the package would find."""
     import pytest
     import torch
@@ -96,7 +100,27 @@ def run_tests(libraries: dict[str, str], arguments: list[str]) -> int:
     for kind, library in libraries.items():
         torch.ops.load_library(library)
         load._loaded[kind] = load.Library(Path(library), "a variant for tests", {})
-    return int(pytest.main(arguments))
+    return int(pytest.main(arguments, plugins=[_Selection(dtype)]))
+
+
+class _Selection:
+    """For pytest: leaves out what the variant does not change."""
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype = dtype
+
+    def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
+        left_out = [item for item in items if not self.concerns(getattr(item, "callspec", None))]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+    def concerns(self, callspec: Any) -> bool:
+        """Whether the native library runs in a test of these parameters, in the dtype if they name any."""
+        given = callspec.params if callspec else {}
+        if {"triton", "eager"} & {value for value in given.values() if isinstance(value, str)}:
+            return False
+        dtype = given.get("dtype") or getattr(given.get("case"), "dtype", None)
+        return not self.dtype or dtype is None or str(dtype).removeprefix("torch.") == self.dtype
 
 
 def _compile(kind: str, variant: Variant, folder: Path) -> str:
