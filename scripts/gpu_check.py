@@ -85,7 +85,7 @@ def stop(process: subprocess.Popen[bytes], patience_s: float) -> None:
             process.wait(wait_s)
 
 
-def run_stage(stage: Stage, out: Path, limit_s: float, patience_s: float = PATIENCE_SECONDS) -> Outcome:
+def run_stage(stage: Stage, out: Path, limit_s: float) -> Outcome:
     """Runs one stage under its limit; what it left of its result is kept, and judged."""
     final, partial = out / stage.result, out / f"{stage.result}.part"
     if not stage.goes_on:
@@ -98,7 +98,7 @@ def run_stage(stage: Stage, out: Path, limit_s: float, patience_s: float = PATIE
     for name, value in places.items():
         command = [part.replace(name, str(value)) for part in command]
     began = time.monotonic()
-    status, note = _run_command(stage, command, partial, out / "log.txt", limit_s, patience_s)
+    status, note = _run_command(stage, command, partial, out / "log.txt", limit_s)
     content = None
     try:
         if not partial.is_file() or partial.stat().st_size == 0:
@@ -119,9 +119,7 @@ def run_stage(stage: Stage, out: Path, limit_s: float, patience_s: float = PATIE
     return Outcome(stage.name, status, time.monotonic() - began, told, content)
 
 
-def _run_command(
-    stage: Stage, command: list[str], partial: Path, log_file: Path, limit_s: float, patience_s: float
-) -> tuple[str, str]:
+def _run_command(stage: Stage, command: list[str], partial: Path, log_file: Path, limit_s: float) -> tuple[str, str]:
     """Runs it, and ends all that is left of it; the status and a note."""
     with log_file.open("ab") as log:
         log.write(f"\n===== {stage.name}: {shlex.join(command)}\n".encode())
@@ -143,7 +141,7 @@ def _run_command(
         except subprocess.TimeoutExpired:
             return "timed out", f"stopped after {limit_s:.0f} s"
         finally:
-            stop(process, patience_s)
+            stop(process, PATIENCE_SECONDS)
             _running.discard(process)
             if stage.result_is_stdout:
                 stdout.close()

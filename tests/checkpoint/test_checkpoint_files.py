@@ -288,11 +288,12 @@ def test_a_hundred_saves_killed_at_any_moment_leave_a_whole_adapter(tmp_path: Pa
         if child == 0:
             signal.alarm(60)  # a parent that is gone kills nobody
             save_for_ever(tmp_path, writing)
-        os.read(reading, 1)
+        os.close(writing)
+        assert os.read(reading, 1), "the child has ended by itself"
         time.sleep(moments.uniform(0.0, 0.02))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        os.close(reading), os.close(writing)
+        os.close(reading)
         cut_short += len(contents(tmp_path)) > 2
         found.append(state_of(tmp_path))
         assert found[-1] in STATES.values()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cases import BACKENDS, Case, keep_mask, make, measures, run
 from numerics import check_all
+from random_examples import examples
 
 _dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
@@ -28,13 +29,13 @@ problems = st.builds(
 
 
 @pytest.mark.parametrize("backend", [name for name, device in BACKENDS if device == "cpu" and name != "triton"])
-@settings(max_examples=150, deadline=None, derandomize=True)
+@examples(150)
 @given(case=problems, seed=st.integers(0, 2**31))
 def test_any_problem(backend: str, case: Case, seed: int) -> None:
     _check(case, seed, backend, "cpu")
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@examples(15)
 @given(case=problems, seed=st.integers(0, 2**31))
 def test_any_problem_in_triton(triton_device: str, case: Case, seed: int) -> None:
     _check(case, seed, "triton", triton_device)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from lora_kernels.experts.routing import Routing
 from lora_kernels.ops import operators
 from lora_kernels.reference import adapter_dtype
 from numerics import check_all, same_bits, three_ways
+from random_examples import examples
 
 WAYS = {
     "eager fp64": ("eager", torch.float64),
@@ -142,7 +143,7 @@ def test_a_transposed_weight(way: str) -> None:
     compare(run(name, **problem), problem)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(data=st.data())
 def test_any_routing(data: st.DataObject) -> None:
     """In small whole numbers, of which every sum is exact: the bits are those of float64."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from lora_kernels import LoRAConfig
 from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.models.matching import close_names, find_matches, name_matches, output_heads, selects
+from random_examples import examples
 
 SELECTIONS = [
     ["q_proj"],
@@ -166,7 +167,7 @@ PATTERNS = st.lists(st.sampled_from(["a", "b", ".", "q_proj", ".*", r"\.", "0", 
 )
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(PARTS, st.lists(PARTS, min_size=1, max_size=3) | PATTERNS, st.none() | st.lists(PARTS, max_size=2) | PATTERNS)
 def test_any_name_matches_as_in_peft(name: str, target: list[str] | str, exclude: list[str] | str | None) -> None:
     peft = pytest.importorskip("peft")
