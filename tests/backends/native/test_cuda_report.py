@@ -11,7 +11,6 @@ import pytest
 
 from lora_kernels.backends.native import cuda_report, load
 from lora_kernels.backends.native.cuda_report import ARCHITECTURES, PLAIN_KERNELS, TENSOR_KERNELS, Record
-from lora_kernels.backends.native.toolchain import BuildError
 
 NUMBERS = ("fp16", "bf16", "fp32", "fp64")
 GOOD = [
@@ -84,15 +83,6 @@ def library() -> Path:
     if found is None:
         pytest.skip("the native CUDA library is not compiled: run `lora-kernels build cuda` first")
     return found.path
-
-
-def test_the_library_passes() -> None:
-    path = library()
-    try:
-        cuda_report.find_cuobjdump()
-    except BuildError as error:
-        pytest.skip(str(error))
-    assert cuda_report.faults(cuda_report.report(path)) == []
 
 
 REGISTERS = """

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,16 +26,32 @@ MACHINES = [
 ]
 
 
-@pytest.mark.parametrize("arch", [pytest.param(a, marks=[pytest.mark.slow] * (a != 90)) for a in ARCHITECTURES])
-def test_kernels_compile(arch: int, tmp_path: Path) -> None:
-    """bf16 under fp32 adapters with dropout, and few tokens: no spills, in shared memory, the meant instructions."""
+# Which kernels there are for each architecture, and what the compiler makes of one small Triton kernel, one with a
+# product, and one in Gluon: CI's gate compiles them all, in every case.
+SCRIPT = """
+import json
+from dataclasses import asdict
+from lora_kernels.backends.triton.offline.compile_report import QUICK, compile_job, jobs
+
+found = jobs(QUICK, gluon="quick")
+names = ("mask_kernel", "shrink_kernel", "hopper_pack_kernel", "hopper_shrink_kernel")
+few = {(job.arch, job.kernel): job for job in found if job.kernel in names}
+kernels = sorted({(job.arch, job.kernel) for job in found})
+print(json.dumps({"kernels": kernels, "records": [asdict(compile_job(job)) for job in few.values()]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    file = tmp_path / "report.json"
-    module = "lora_kernels.backends.triton.offline.compile_report"
-    command = [sys.executable, "-m", module, "--quick", "--check", "--arch", str(arch), "--json", str(file)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    records = [Record(**record) for record in json.loads(file.read_text())]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kernel_is_in_the_report(arch: int, compiled: dict[str, Any]) -> None:
     names = ["forward", "expand", "shrink", "few_tokens", "sum_parts", "dh_db", "reduce", "dx", "dx_low_rank", "da"]
     names += [
         "draw",
@@ -47,7 +64,16 @@ def test_kernels_compile(arch: int, tmp_path: Path) -> None:
         *(["persistent", "dx_persistent"] if arch >= 90 else []),
     ]
     names += [f"hopper_{name}" for name in HOPPER if arch == 90]
-    assert {record.kernel for record in records} == {f"{name}_kernel" for name in names}
+    assert {kernel for of, kernel in compiled["kernels"] if of == arch} == {f"{name}_kernel" for name in names}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_some_kernels_compile(arch: int, compiled: dict[str, Any]) -> None:
+    """bf16 under fp32 adapters with dropout: no spills, in shared memory, the meant instructions."""
+    records = [Record(**record) for record in compiled["records"] if record["arch"] == arch]
+    assert len(records) == (4 if arch == 90 else 2)
+    assert all(record.registers > 0 for record in records)
+    assert compile_report.faults(records) == []
 
 
 def test_the_interpreter_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from ..run.wrong_code import lanes_that_overflow
 from .compile_jobs import ARCHITECTURES, CASES, QUICK, Case, Job, jobs_of
 from .hopper_jobs import GLUON_KERNELS, hopper_jobs
 
-__all__ = ["Record", "faults", "main", "report"]
+__all__ = ["Record", "compile_job", "faults", "jobs", "main", "report"]
 
 _INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma.sync": "mma.sync"}
 _SHOWN = (
@@ -107,25 +107,32 @@ class Record:
     fused: int = 0
 
 
-def report(
+def jobs(
     cases: tuple[Case, ...] = CASES, architectures: tuple[int, ...] = tuple(ARCHITECTURES), gluon: str = "some"
-) -> list[Record]:
-    """Compiles every distinct kernel call of ``cases`` for ``architectures``, on all cores; ``gluon``: their extent.
+) -> list[Job]:
+    """Every distinct kernel call of ``cases`` for ``architectures``; ``gluon``: the extent of the Gluon kernels.
 
     Raises:
         RuntimeError: ``TRITON_INTERPRET`` is set, under which kernels cannot be compiled.
     """
     if env.triton_interpreter_requested():
         raise RuntimeError("TRITON_INTERPRET is set: kernels that are interpreted cannot be compiled. Unset it.")
-    jobs: dict[str, Job] = {}
+    found: dict[str, Job] = {}
     for arch in architectures:
         for case in cases:
             for job in jobs_of(case, arch):
-                jobs.setdefault(job.key(), job)
+                found.setdefault(job.key(), job)
     for job in hopper_jobs(architectures, gluon):
-        jobs.setdefault(job.key(), job)
+        found.setdefault(job.key(), job)
+    return list(found.values())
+
+
+def report(
+    cases: tuple[Case, ...] = CASES, architectures: tuple[int, ...] = tuple(ARCHITECTURES), gluon: str = "some"
+) -> list[Record]:
+    """Compiles what :func:`jobs` gives, on all cores."""
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        return list(pool.map(_compile, jobs.values()))
+        return list(pool.map(compile_job, jobs(cases, architectures, gluon)))
 
 
 def faults(records: list[Record]) -> list[str]:
@@ -221,7 +228,8 @@ def _kernel(name: str) -> Any:
     return next(getattr(module, name) for module in modules if name in module.__all__)
 
 
-def _compile(job: Job) -> Record:
+def compile_job(job: Job) -> Record:
+    """Compiles one call in this process, and reads the machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
