@@ -40,7 +40,7 @@ build: $(STAMP) ## compile the native library for this machine into the user's c
 test: export OMP_WAIT_POLICY ?= PASSIVE
 test: $(STAMP) ## set up .venv where it is missing, then run all tests (doctests and benchmarks' own checks too)
 	$(BIN)/lora-kernels build cpu
-	$(BIN)/python -m pytest $(TESTS) --benchmark-disable -n auto --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TESTS) --benchmark-disable -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-quick: $(STAMP) ## in under a minute, the tests that FOLDER=lora_kernels/peft needs; without FOLDER, what git sees as changed
 	$(BIN)/python scripts/test_quick.py $(FOLDER)

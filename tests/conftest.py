@@ -34,6 +34,17 @@ if TYPE_CHECKING:
 PRETENDED = os.environ.get("LORA_KERNELS_TESTS_PRETEND_GPU") == "1"  # collect as where there is a GPU; run nothing
 NAMES_A_GPU = re.compile(r"\bmark\.gpu\b|\btriton_device\b|\bBACKENDS\b|\"cuda\"")
 COSTLY = ("inductor",)  # of the parameters: what compiles for long goes first
+# The longest files first: a process that begins one when the others have nothing left keeps them all waiting.
+LONGEST = (
+    "test_distributed.py",
+    "test_cuda_faults.py",
+    "test_few_tokens.py",
+    "test_trainer_distributed.py",
+    "test_examples.py",
+    "test_compile_models.py",
+    "test_trainers.py",
+    "test_hopper_group_plans.py",
+)
 
 
 class Ledger:
@@ -90,8 +101,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --on-gpu, deselects what a GPU changes nothing about; what takes longest goes first."""
+    """What takes longest goes first. With --on-gpu, deselects what a GPU changes nothing about."""
     if not config.option.on_gpu:
+        places = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path.name, len(places)))
         return
     config.hook.pytest_deselected(items=[item for item in items if not concerns_a_gpu(item)])
     items[:] = sorted(filter(concerns_a_gpu, items), key=lambda item: not is_costly(item))

@@ -27,7 +27,8 @@ FILES = (
     *("distributed_layers", "distributed_crossings", "distributed_training"),
     *("distributed_fsdp1", "distributed_experts"),
 )
-PATIENCE = 45  # seconds that a collective waits for the other processes
+QUANTISED = "distributed_quantised"  # on CPUs, where the packages are
+PATIENCE = 90  # seconds that a collective waits for the other processes
 LIMIT = 300  # seconds for all checks of one world size, on a machine that does other things too
 START = 60  # seconds for the imports
 
@@ -41,6 +42,9 @@ ONCE = (
     *("check_fsdp1_trains_like_one_process", "check_fsdp1_has_the_groups_of_the_plain_model"),
     *("check_fsdp1_gathers_layers_of_one_input_apart", "check_fsdp1_has_trainers_callback_save_once"),
     "check_experts_that_are_sharded_by_hand_are_refused",
+    *("check_nf4_in_fp32_under_fsdp2", "check_nf4_in_bf16_under_fsdp2", "check_nf4_in_bytes_under_fsdp2"),
+    *("check_int8_under_fsdp2", "check_fp8_under_fsdp2", "check_peft_over_quantised_weights_under_fsdp2"),
+    *("check_quantised_weights_are_not_merged_under_fsdp2", "check_mixed_precision_of_quantised_weights_is_refused"),
 )
 
 Outcomes = dict[tuple[int, str], str]
@@ -67,7 +71,7 @@ def launch(worlds: list[int], device: str, folder: Path, only: tuple[str, ...] =
     return {
         key: outcome
         for world in worlds
-        for key, outcome in _outcomes(world, folder, only or tuple(names(world == worlds[0]))).items()
+        for key, outcome in _outcomes(world, folder, only or tuple(names(world == worlds[0], device))).items()
     }
 
 
@@ -84,9 +88,15 @@ def _outcomes(world: int, folder: Path, expected: tuple[str, ...]) -> Outcomes:
     return found
 
 
-def names(once: bool = True) -> list[str]:
+def files(device: str) -> tuple[str, ...]:
+    """Which hold checks for the device."""
+    there = device == "cpu" and all(map(find_spec, ("bitsandbytes", "safetensors", "peft")))
+    return (*FILES, *([QUANTISED] if there else []))
+
+
+def names(once: bool = True, device: str = "cpu") -> list[str]:
     """The checks' names, from the sources: collecting tests should not import all that the checks do."""
-    sources = [(ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8") for file in FILES]
+    sources = [(ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8") for file in files(device)]
     lines = [line for text in sources for line in text.splitlines() if line.startswith("def check_")]
     found = [line[4 : line.index("(")] for line in lines]
     return [name for name in found if once or name not in ONCE]
@@ -99,10 +109,15 @@ def main(device: str, folder: Path, worlds: list[int], only: list[str]) -> None:
     if find_spec("peft"):
         import peft  # noqa: F401
 
-    checks = {name: getattr(__import__(file), name) for file in FILES for name in names() if _is_in(file, name)}
+    checks = {
+        name: getattr(__import__(file), name)
+        for file in files(device)
+        for name in names(device=device)
+        if _is_in(file, name)
+    }
     context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")  # CUDA does not survive a fork
     for world in worlds:
-        chosen = {name: checks[name] for name in only or names(world == worlds[0])}
+        chosen = {name: checks[name] for name in only or names(world == worlds[0], device)}
         (folder / str(world)).mkdir()
         arguments = (world, device, folder / str(world), chosen)
         processes = [context.Process(target=work, args=(rank, *arguments)) for rank in range(world)]

@@ -1,9 +1,9 @@
 """One of several processes of ``test_trainer_distributed.py``: transformers' ``Trainer`` with ``SaveAdapterCallback``.
 
-    python trainer_worker.py HOW FOLDER
+    python trainer_worker.py FOLDER HOW…
 
-HOW is "ddp", "fsdp1" or "fsdp2". It trains, resumes from the first checkpoint, and compares; each process writes what
-it found to FOLDER/RANK.json.
+HOW is "ddp", "fsdp1" or "fsdp2"; "ddp" goes first. It trains, resumes from the first checkpoint, and compares; each
+process writes what it found to FOLDER/HOW/RANK.json.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ FSDP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 
 def as_gpus() -> None:
     """accelerate shards on GPUs alone, and says nothing: told that these are GPUs, it does so on the CPU."""
-    from accelerate.state import DistributedType, PartialState
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # what it has found out before
 
     PartialState._prepare_backend = lambda self, *arguments: ("gloo", DistributedType.MULTI_GPU)  # type: ignore
 
@@ -65,6 +67,7 @@ def main(how: str, folder: Path) -> None:
     rank, writes = int(os.environ["RANK"]), []
     original = files.write_pair
     files.write_pair = lambda path, *rest: (writes.append(str(path)), original(path, *rest))[1]  # type: ignore
+    folder.mkdir(exist_ok=True)
     if how != "ddp":
         as_gpus()
     trainer_of(how, folder / "whole").train()
@@ -84,7 +87,9 @@ def main(how: str, folder: Path) -> None:
     if how == "ddp":
         found["held"] = sorted(load_file(checkpoint / "model.safetensors"))
     (folder / f"{rank}.json").write_text(json.dumps(found))
+    files.write_pair = original  # type: ignore
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    for how in sys.argv[2:]:
+        main(how, Path(sys.argv[1]) / how)

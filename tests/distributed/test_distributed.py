@@ -1,6 +1,6 @@
 """DDP, FSDP2, tensor parallelism and both: several processes on the CPU; GPUs: ``test_distributed_device.py``.
 
-The checks are in ``distributed_layers.py`` and ``distributed_training.py``; ``distributed_worker.py`` runs them.
+The checks are in the files that ``distributed_worker.py`` names, which runs them.
 """
 
 from __future__ import annotations

@@ -20,6 +20,6 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 @pytest.mark.gpu
 @pytest.mark.xdist_group("nccl")
 @pytest.mark.skipif(not GPUS, reason="needs a CUDA GPU: NCCL runs on nothing else")
-@pytest.mark.parametrize("name", distributed_worker.names())
+@pytest.mark.parametrize("name", distributed_worker.names(device="cuda"))
 def test_over_nccl(name: str, outcomes: Outcomes) -> None:
     assert not outcomes[WORLD, name], outcomes[WORLD, name]

@@ -23,6 +23,13 @@ def run_example(name: str, *arguments: str, cwd: Path) -> str:
     return done.stdout
 
 
+def run_here(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """In this process, where a second import of PEFT and transformers costs nothing."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
 def test_quickstart(tmp_path: Path) -> None:
     out = run_example("quickstart.py", cwd=tmp_path)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
@@ -30,10 +37,11 @@ def test_quickstart(tmp_path: Path) -> None:
     assert "merged" in out
 
 
-def test_finetune_llama(tmp_path: Path) -> None:
+def test_finetune_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers", reason="the fine-tune needs transformers and accelerate")
     pytest.importorskip("accelerate", reason="the fine-tune needs transformers and accelerate")
-    out = run_example("finetune_llama.py", "--steps", "5", "--out", "adapter", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    out = run_here("finetune_llama.py", "--steps", "5", "--out", "adapter", monkeypatch=monkeypatch, capsys=capsys)
     before, after, merged = map(float, re.search(r"([\d.]+) before, ([\d.]+) after, ([\d.]+) merged", out).groups())
     assert after < before
     assert abs(merged - after) < 1e-3 * after
@@ -41,13 +49,6 @@ def test_finetune_llama(tmp_path: Path) -> None:
     saved = {path.name for path in (tmp_path / "adapter").glob("adapter_*")}
     assert saved == {"adapter_config.json", "adapter_model.safetensors"}
     assert "loaded 14 layers onto the plain model: the same logits" in out
-
-
-def run_here(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """In this process, where a second import of PEFT and transformers costs nothing."""
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
-    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
-    return capsys.readouterr().out
 
 
 def test_qlora_llama(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,10 +92,11 @@ def test_serve_merged(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert "each row is what its adapter gives alone" in out
 
 
-def test_trl_sft(tmp_path: Path) -> None:
+def test_trl_sft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("trl", "datasets", "peft"):
         pytest.importorskip(name, reason="the script trains with TRL's SFTTrainer, which is not a requirement")
-    out = run_example("trl_sft.py", "--steps", "3", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    out = run_here("trl_sft.py", "--steps", "3", monkeypatch=monkeypatch, capsys=capsys)
     assert re.search(r"calls when counted: [1-9]\d* fused, 0 by PEFT's own forward, 0 base alone", out)
     theirs, ours = (re.search(rf"{who} +(.*)", out)[1].split() for who in ("by PEFT", "fused   "))
     assert len(theirs) == 3
@@ -103,10 +105,11 @@ def test_trl_sft(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_trl_dpo(tmp_path: Path) -> None:
+def test_trl_dpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("trl", "datasets", "peft"):
         pytest.importorskip(name, reason="the script trains with TRL's DPOTrainer, which is not a requirement")
-    out = run_example("trl_dpo.py", "--steps", "3", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    out = run_here("trl_dpo.py", "--steps", "3", monkeypatch=monkeypatch, capsys=capsys)
     assert re.search(r"calls when counted: [1-9]\d* fused, 0 by PEFT's own forward, [1-9]\d* base alone", out)
     ways = ("by PEFT ", "fused   ", "replaced")
     theirs, fused, replaced = (re.search(rf"^{way} (.*)", out, re.MULTILINE)[1].split() for way in ways)

@@ -32,7 +32,8 @@ def item(name: str, fixtures: tuple[str, ...] = (), marks: tuple[str, ...] = (),
     """A test, as far as the selection looks at it."""
     called = {"callspec": SimpleNamespace(params=parameters)} if parameters else {}
     marked = {mark: mark for mark in marks}
-    return SimpleNamespace(nodeid=name, fixturenames=fixtures, get_closest_marker=marked.get, **called)
+    path = Path(name.partition("::")[0])
+    return SimpleNamespace(nodeid=name, path=path, fixturenames=fixtures, get_closest_marker=marked.get, **called)
 
 
 def left(plugin: Any, items: list[Any], **options: object) -> list[str]:
@@ -58,6 +59,14 @@ def test_the_tests_that_a_gpu_changes_something_about() -> None:
     ]
     assert left(suite(), items.copy(), on_gpu=False) == [one.nodeid for one in items]
     assert left(suite(), items.copy(), on_gpu=True) == ["compiled", "nccl", "device", "fixture", "marked"]
+
+
+def test_the_longest_files_go_first_in_their_order() -> None:
+    first = suite().LONGEST
+    assert all(len(list((ROOT / "tests").rglob(name))) == 1 for name in first)
+    items = [item(f"{name}::{test}") for name in ("test_a.py", *reversed(first), "test_b.py") for test in "ab"]
+    expected = [f"{name}::{test}" for name in (*first, "test_a.py", "test_b.py") for test in "ab"]
+    assert left(suite(), items, on_gpu=False) == expected
 
 
 def test_a_file_that_names_no_gpu_is_not_even_imported(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,32 +19,36 @@ from documents import ROOT
 for package in ("transformers", "accelerate", "safetensors"):
     pytest.importorskip(package, reason="Trainer needs transformers and accelerate")
 
+WAYS = ("ddp", "fsdp2")
 OWN = {"adapter_config.json", "adapter_model.safetensors"}
 LEFT_OUT = ("TRITON_INTERPRET", "LORA_KERNELS_BACKEND", "RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
-def in_two_processes(how: str, folder: Path) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes found, one after the other of WAYS: their imports take longer than the training."""
+    folder = tmp_path_factory.mktemp("trainer")
     env = {key: value for key, value in os.environ.items() if key not in LEFT_OUT}
     env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
     env |= {"ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(ROOT / "tests" / "trainer_worker.py"), how, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=240)
+    command = [*launcher, str(ROOT / "tests" / "trainer_worker.py"), str(folder), *WAYS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=480)
     assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return folder
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_one_process_writes_and_the_run_is_resumed(how: str, tmp_path: Path) -> None:
-    first, second = in_two_processes(how, tmp_path)
+@pytest.mark.parametrize("how", WAYS)
+def test_one_process_writes_and_the_run_is_resumed(how: str, found: Path) -> None:
+    first, second = (json.loads((found / how / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["writes"] == ["checkpoint-2", "checkpoint-4"]
     assert second["writes"] == []
-    for found in (first, second):
-        assert found["adapters"] == 8
-        assert found["trained"]
-        assert found["resumed to the same bits"]
-        assert set(found["files"]) >= OWN
+    for told in (first, second):
+        assert told["adapters"] == 8
+        assert told["trained"]
+        assert told["resumed to the same bits"]
+        assert set(told["files"]) >= OWN
     whole = {"config.json", "model.safetensors", "generation_config.json"}
     assert whole & set(first["files"]) == ({"model.safetensors"} if how == "ddp" else whole)  # FSDP's are Trainer's own
     assert how != "ddp" or all("lora_" in name for name in first["held"])

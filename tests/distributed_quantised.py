@@ -1,11 +1,10 @@
-"""FSDP2 around LoRA layers over quantised weights: two processes on the CPU compute what one does, bit for bit."""
+"""Checks that several processes run at once (``distributed_worker.py``): FSDP2 around quantised weights, bit for bit.
+
+The quantised layers are on CPUs, and two processes show what there is to see.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ from lora_kernels.errors import LoRAStateError
 from quantised import OTHERS, quantised
 
 STORED = {"nf4 in fp32": torch.float32, "nf4 in bf16": torch.bfloat16, "nf4 in bytes": torch.uint8}
-KINDS = (*STORED, "int8", *(["fp8"] if "fp8" in OTHERS else []))
-CASES = (*KINDS, "peft", "merging", "mixed precision")
 
 
 def _base(kind: str) -> Any:
@@ -80,14 +77,35 @@ def _check_kind(kind: str, folder: Path) -> None:
     x = torch.randn(8, 64)
     expected = model(x).detach()
     _check_same(model, list(model))
-    lora_kernels.save_adapter(model, folder)
+    lora_kernels.save_adapter(model, folder / kind)
     dist.barrier()
-    lora_kernels.load_adapter(plain, folder)
+    lora_kernels.load_adapter(plain, folder / kind)
     assert torch.equal(plain(x), expected)
 
 
-def _check_peft(folder: Path) -> None:
-    import peft
+def check_nf4_in_fp32_under_fsdp2(device: str, folder: Path) -> None:
+    _check_kind("nf4 in fp32", folder)
+
+
+def check_nf4_in_bf16_under_fsdp2(device: str, folder: Path) -> None:
+    _check_kind("nf4 in bf16", folder)
+
+
+def check_nf4_in_bytes_under_fsdp2(device: str, folder: Path) -> None:
+    _check_kind("nf4 in bytes", folder)
+
+
+def check_int8_under_fsdp2(device: str, folder: Path) -> None:
+    _check_kind("int8", folder)
+
+
+def check_fp8_under_fsdp2(device: str, folder: Path) -> None:
+    if "fp8" in OTHERS:  # else this transformers has none
+        _check_kind("fp8", folder)
+
+
+def check_peft_over_quantised_weights_under_fsdp2(device: str, folder: Path) -> None:
+    peft = pytest.importorskip("peft")
 
     model: Any = peft.get_peft_model(_base("nf4 in fp32"), peft.LoraConfig(r=4, target_modules=["0", "1"]))
     _started(model)
@@ -96,7 +114,7 @@ def _check_peft(folder: Path) -> None:
     assert lora_kernels.peft.calls(model).own == {}
 
 
-def _check_merging(folder: Path) -> None:
+def check_quantised_weights_are_not_merged_under_fsdp2(device: str, folder: Path) -> None:
     model = _model("nf4 in fp32")
     _sharded(model, list(model))
     for quantize in (False, True):
@@ -104,47 +122,10 @@ def _check_merging(folder: Path) -> None:
             lora_kernels.merge_lora(model, quantize=quantize)
 
 
-def _check_mixed_precision(folder: Path) -> None:
+def check_mixed_precision_of_quantised_weights_is_refused(device: str, folder: Path) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     model = _model("nf4 in fp32")
     _sharded(model, list(model), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     with pytest.raises(LoRAStateError, match="bnb_4bit_quant_storage"):
         model(torch.randn(8, 64))
-
-
-def _work(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    others: dict[str, Callable[[Path], None]] = {
-        "peft": _check_peft,
-        "merging": _check_merging,
-        "mixed precision": _check_mixed_precision,
-    }
-    outcomes = {}
-    for case in CASES:
-        own = Path(folder) / case.replace(" ", "-")
-        try:
-            others[case](own) if case in others else _check_kind(case, own)
-            outcomes[case] = ""
-        except Exception:  # noqa: BLE001 (the test shows it)
-            outcomes[case] = traceback.format_exc()
-    (Path(folder) / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("fsdp2")
-    torch.multiprocessing.spawn(_work, (os.fspath(folder),), nprocs=2)
-    both = [json.loads((folder / f"outcomes-{rank}.json").read_text()) for rank in range(2)]
-    return {case: "\n".join(filter(None, (each[case] for each in both))) for case in CASES}
-
-
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
-@pytest.mark.parametrize("case", CASES)
-def test_with_two_processes(case: str, outcomes: dict[str, str]) -> None:
-    if case == "peft":
-        pytest.importorskip("peft", reason="the layers are PEFT's")
-    pytest.importorskip("safetensors", reason="adapters are saved")
-    assert not outcomes[case], outcomes[case]
