@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import triton.language as tl
@@ -41,10 +42,15 @@ class _Scope(interpreter._LangPatchScope):  # type: ignore[misc]
 _running: _Scope | None = None
 
 
+@cache
+def _languages(fn: Any) -> frozenset[Any]:
+    return frozenset(value for value in fn.__globals__.values() if inspect.ismodule(value) and value in (tl, tl.core))
+
+
 def _patch_lang_once(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def patch_lang(fn: Any) -> Any:
         global _running
-        modules = {value for value in fn.__globals__.values() if inspect.ismodule(value) and value in (tl, tl.core)}
+        modules = _languages(fn)
         if _running is not None and modules <= _running.modules:
             return _running
         done = original(fn)
