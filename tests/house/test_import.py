@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -43,17 +44,27 @@ def test_the_functions_for_peft_load_no_peft() -> None:
     assert "peft" not in loaded_by("import lora_kernels.peft; lora_kernels.peft.fuse_peft")["loaded"]
 
 
-@pytest.mark.parametrize("module", ["nn", "functional", "models.model", "dispatch", "reference", "config"])
-def test_no_module_of_the_public_surface_loads_triton_or_cuda(module: str) -> None:
-    found = loaded_by(f"import lora_kernels.{module}")
-    assert not {"triton"} & set(found["loaded"])
-    assert not found["cuda"]
+# One after the other in one process, and which of them are the first to load Triton or to start CUDA.
+FIRST_TO_LOAD = """
+import importlib, json, sys
+found = []
+for step in {steps!r}:
+    importlib.import_module(f"lora_kernels.{{step}}") if step != LAYER else exec(LAYER)
+    if "triton" in sys.modules or ("torch" in sys.modules and sys.modules["torch"].cuda.is_initialized()):
+        found.append(step)
+        break
+print(json.dumps(found))
+"""
+PUBLIC = ("config", "reference", "dispatch", "functional", "nn", "models.model")
+LAYER = "import torch, lora_kernels; lora_kernels.FusedLoRALinear(4, 4, r=2)(torch.ones(2, 4)).sum().backward()"
 
 
-def test_running_a_layer_on_the_cpu_loads_no_triton() -> None:
-    statement = "import torch, lora_kernels; lora_kernels.FusedLoRALinear(4, 4, r=2)(torch.ones(2, 4)).sum().backward()"
-    found = loaded_by(statement)
-    assert not {"triton"} & set(found["loaded"])
+def test_neither_the_public_surface_nor_a_layer_on_the_cpu_loads_triton_or_cuda() -> None:
+    """And what does load it, after all of them, is told."""
+    last = ["backends.triton.operators"] if find_spec("triton") else []
+    done = run_fresh(f"LAYER = {LAYER!r}" + FIRST_TO_LOAD.format(steps=[*PUBLIC, LAYER, *last]))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == last
 
 
 def test_import_writes_nothing_and_says_nothing(tmp_path: Path) -> None:
