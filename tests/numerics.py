@@ -53,6 +53,11 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
 
 
+def alike_as_printed(left: list[str], right: list[str]) -> bool:
+    """Whether printed numbers are the same but for one in the last digit, for each was rounded by itself."""
+    return all(abs(int(a.replace(".", "")) - int(b.replace(".", ""))) <= 1 for a, b in zip(left, right, strict=True))
+
+
 def three_ways(
     dtype: torch.dtype, formulas: Callable[[Callable[[Tensor], Any]], dict[str, Any]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
