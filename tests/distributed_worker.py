@@ -28,9 +28,9 @@ FILES = (
     *("distributed_fsdp1", "distributed_experts"),
 )
 QUANTISED = "distributed_quantised"  # on CPUs, where the packages are
-PATIENCE = 90  # seconds that a collective waits for the other processes
-LIMIT = 300  # seconds for all checks of one world size, on a machine that does other things too
-START = 60  # seconds for the imports
+PATIENCE = 120  # seconds that a collective waits for the other processes
+LIMIT = 600  # seconds for all checks of one world size, on a machine that does other things too
+START = 120  # seconds for the imports
 
 # What more processes than two would not change; it runs with the first number of processes alone.
 ONCE = (

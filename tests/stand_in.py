@@ -140,13 +140,13 @@ class OtherProcess:
 
     def finish(self, process: subprocess.Popen[str]) -> str:
         """What it printed; it must have succeeded."""
-        out = process.communicate(timeout=120)[0]
+        out = process.communicate(timeout=600)[0]
         assert process.returncode == 0, self.said(process)
         return out.strip()
 
     def wait_for(self, condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-        """Until ``condition`` holds, as long as the process runs, and no longer than a minute."""
-        deadline = time.monotonic() + 60
+        """Until ``condition`` holds, as long as the process runs, and no longer than five minutes."""
+        deadline = time.monotonic() + 300
         while not condition():
             assert process.poll() is None, self.said(process)
             assert time.monotonic() < deadline, self.said(process)

@@ -44,7 +44,7 @@ def follow(title: str, copy: Path) -> None:
 def run(command: str, copy: Path) -> str:
     environment = os.environ | {"PYTHONPATH": str(copy), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
-        ["bash", "-c", command], cwd=copy, env=environment, capture_output=True, text=True, timeout=300
+        ["bash", "-c", command], cwd=copy, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout

@@ -20,7 +20,7 @@ def run_example(name: str, *arguments: str, cwd: Path) -> str:
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LORA_KERNELS_BACKEND")}
     env |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, str(ROOT / "examples" / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

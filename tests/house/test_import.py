@@ -27,7 +27,7 @@ print(json.dumps({{"loaded": loaded, "cuda": cuda}}))
 def run_fresh(code: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k not in ("LORA_KERNELS_BACKEND", "TRITON_INTERPRET")}
     env |= {"PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=env, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
 
 
 def loaded_by(statement: str) -> dict[str, object]:
@@ -93,6 +93,6 @@ def test_an_unknown_name_is_refused_with_the_names_there_are() -> None:
 
 def test_a_checkout_runs_without_being_installed(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "lora_kernels", "--version"], capture_output=True, text=True, cwd=ROOT, timeout=120
+        [sys.executable, "-m", "lora_kernels", "--version"], capture_output=True, text=True, cwd=ROOT, timeout=600
     )
     assert done.stdout.split() == ["lora-kernels", lora_kernels.__version__], done.stderr

@@ -46,7 +46,7 @@ def python(folder: Path, *arguments: str, **variables: str) -> subprocess.Comple
     (broken / "torch" / "__init__.py").write_text("raise ImportError('torch was imported')\n")
     environment = {**os.environ, "LORA_KERNELS_BUILD": "", "PYTHONPATH": str(broken), **variables}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=300, env=environment
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=600, env=environment
     )
 
 

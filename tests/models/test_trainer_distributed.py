@@ -33,7 +33,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     env |= {"ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, str(ROOT / "tests" / "trainer_worker.py"), str(folder), *WAYS]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=480)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

@@ -109,5 +109,5 @@ def test_the_library_loads_and_registers_without_a_gpu() -> None:
     if asked.stdout.strip() in ("", "None"):
         pytest.skip(f"the torch of {python} is not a CUDA build: name one by LORA_KERNELS_OTHER_PYTHON")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-    done = subprocess.run([python, "-c", REGISTERS, path], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run([python, "-c", REGISTERS, path], capture_output=True, text=True, env=environment, timeout=600)
     assert done.stdout.split(maxsplit=1)[1:] == ["[False, False, False] [True, True, True]\n"], done.stderr

@@ -280,7 +280,7 @@ def test_calls_by_python_threads_that_each_use_the_pool(operators: Operators) ->
 
 def _in_a_process(code: str) -> str:
     environment = os.environ | {"LORA_KERNELS_BACKEND": "native"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -36,7 +36,7 @@ def said(native: StandIn, monkeypatch: pytest.MonkeyPatch, awaited: str, termina
     native.compiler.tell("wait")
 
     def release() -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while awaited not in stderr.getvalue() and time.monotonic() < deadline:
             time.sleep(0.01)
         native.compiler.tell("wait", on=False)

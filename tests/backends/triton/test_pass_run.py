@@ -138,7 +138,7 @@ def compared_all(parts: tuple[DriverStandIn, str]) -> dict[str, dict[str, dict[s
     environment |= {"PYTHONPATH": os.pathsep.join(paths), "TRITON_LIBCUDA_PATH": folder}
     environment["LD_LIBRARY_PATH"] = os.pathsep.join([folder, environment.get("LD_LIBRARY_PATH", "")])
     command = [sys.executable, str(FOLDER / "prepared_passes.py"), parts[1], folder]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     told: dict[str, list[dict[str, Any]]] = json.loads(done.stdout)
     return {kind: {found["name"]: found for found in of_kind} for kind, of_kind in told.items()}
