@@ -6,7 +6,6 @@ PEFT wraps a module once for each adapted Parameter, in the module's order of Pa
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,12 +23,12 @@ from ..models.experts import parameter_matches, parameters_of
 from ..models.matching import is_linear, listed, stacked_experts
 from ..models.names import joined
 from ..models.report import ReplacedLayer
+from .expert_lists import WITHIN
 from .plain_form import PlainForm, whole
 
 __all__ = [
     "Factors",
     "carry_out",
-    "check_transformers_4",
     "expert_forms",
     "expert_rows",
     "expert_tensors",
@@ -38,9 +37,6 @@ __all__ = [
 ]
 
 Factors = tuple[Tensor, Tensor]  # a (E, R, K) and b (E, N, R)
-
-_WITHIN = ".base_layer"  # what PEFT calls the module that a wrapper is around
-_OF_ONE_EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
 
 
 def expert_forms(experts: Mapping[str, FusedLoRAExperts]) -> dict[str, PlainForm]:
@@ -63,7 +59,7 @@ def expert_tensors(experts: Mapping[str, FusedLoRAExperts], forms: Mapping[str, 
         order = in_order(layer, layer.options)
         for depth, own in enumerate(reversed(order)):
             for factor, tensor in forms[joined(name, own)].tensors.items():
-                tensors[f"{name}{_WITHIN * depth}.{factor}.weight"] = tensor
+                tensors[f"{name}{WITHIN * depth}.{factor}.weight"] = tensor
     return tensors
 
 
@@ -87,8 +83,8 @@ def take_experts(
     found: dict[str, dict[int, dict[str, Tensor]]] = {}
     for path in list(adapters):
         name = path
-        while name.endswith(_WITHIN):
-            name = name.removesuffix(_WITHIN)
+        while name.endswith(WITHIN):
+            name = name.removesuffix(WITHIN)
         module = modules.get(name)
         if module is None or is_linear(module):
             continue
@@ -98,7 +94,7 @@ def take_experts(
                 f"{type(module).__name__}. The two files do not belong together; save the adapter again."
             )
         if _wanted(config, name, module):
-            depth = path.count(_WITHIN, len(name))
+            depth = path.count(WITHIN, len(name))
             found.setdefault(name, {})[depth] = adapters.pop(path)
     for full in (joined(name, own) for name, _, own in parameters_of(model)):
         if parameter_matches(config, full) and full.rpartition(".")[0] not in found:
@@ -224,13 +220,3 @@ def expert_rows(experts: Mapping[str, FusedLoRAExperts]) -> Iterator[ReplacedLay
             a, b, full = layer.lora_A[own], layer.lora_B[own], joined(name, own)
             sizes = a.shape[2], b.shape[1], of.r, of.lora_alpha, layer.scaling(own), a.numel() + b.numel()
             yield ReplacedLayer(full, (full,), *sizes, experts=a.shape[0])
-
-
-def check_transformers_4(missing: Sequence[str], where: str) -> None:
-    """Raises for a file of transformers 4, where each expert's layers were modules of their own."""
-    if old := [name for name in missing if _OF_ONE_EXPERT.search(name)]:
-        raise InvalidArgumentError(
-            f"{where} has adapters for {listed(old)}: it was made with transformers 4, whose experts had linear layers "
-            "of their own, and here they are stacked. Load it with peft.PeftModel.from_pretrained, which converts it, "
-            "and write it anew with save_pretrained."
-        )

@@ -31,7 +31,7 @@ def load_adapter(model: nn.Module, folder: files.PathLike, adapter_dtype: torch.
     """Puts the adapter in ``folder`` onto ``model``, in place: the layers that it names are replaced and loaded.
 
     So it is with a mixture's stacked experts, which ``target_parameters`` names. Files of transformers 4, whose experts
-    were linear layers of their own, are refused.
+    were linear layers of their own, load as in PEFT: the adapters of layers that are one Parameter now become one.
 
     A layer that is a ``FusedLoRALinear`` already keeps its Parameters and dtypes, and gets the values, if rank and kind
     match. Another layer becomes one, as in :func:`lora_kernels.replace_linear`. The adapters train, and so do the

@@ -19,7 +19,8 @@ from ..models.matching import close_names, is_all_linear, is_linear, listed, sel
 from ..models.names import parameter_name, plain_modules, plain_name, plain_names
 from ..replaceable import is_conv1d, why_not_replaceable
 from ..weights import known
-from .experts import Factors, check_transformers_4, take_experts
+from .expert_lists import stack_lists
+from .experts import Factors, take_experts
 from .plain_form import NAMES
 from .saving import PREFIX
 
@@ -83,6 +84,7 @@ def make_plan(model: nn.Module, config: LoRAConfig, tensors: Mapping[str, Tensor
             f"{where} holds no tensors of a LoRA layer (names that end with lora_A.weight). It is of another method, "
             "or was saved without its adapter."
         )
+    plan.config = config = stack_lists(model, config, plan.adapters, modules, where)
     plan.experts = take_experts(model, config, plan.adapters, modules, where)
     plan.expert_modules = {name: modules[name] for name in plan.experts}
     _check_parts(modules, rest, where)
@@ -137,7 +139,6 @@ def _check_parts(modules: Mapping[str, nn.Module], rest: Mapping[str, Tensor], w
 def _find_modules(plan: Plan, model: nn.Module, modules: Mapping[str, nn.Module], where: str) -> None:
     missing = [name for name in plan.adapters if name not in modules]
     if missing:
-        check_transformers_4(missing, where)
         close = close_names(missing[0], model)
         hint = f" Close to the first is {listed(close)}." if close else ""
         raise InvalidArgumentError(

@@ -289,23 +289,94 @@ def test_files_that_do_not_fit(change: dict[str, Any], error: Any, words: str, t
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_files_of_transformers_4_are_refused(tmp_path: Path) -> None:
-    save_adapter(ours("mixtral", TARGETS), tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"target_modules": ["w1", "w2"], "target_parameters": None})
-    )
-    key = "base_model.model.model.layers.0.block_sparse_moe.experts.{}.{}.lora_{}.weight"
-    sizes = {"w1": (8, 16), "w2": (16, 8)}
-    tensors = {
-        key.format(e, w, f): torch.ones((3, k) if f == "A" else (n, 3))
-        for e in range(4)
-        for w, (n, k) in sizes.items()
-        for f in "AB"
-    }
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
+OLD = {  # where transformers 4 had a model's experts, and what it called their layers: gate, up and down
+    "mixtral": ("block_sparse_moe.experts", ("w1", "w3", "w2")),
+    "qwen3_moe": ("mlp.experts", ("gate_proj", "up_proj", "down_proj")),
+    "olmoe": ("mlp.experts", ("gate_proj", "up_proj", "down_proj")),
+}
+
+
+def old_file(
+    name: str, folder: Path, leave: str = "$^", ranks: dict[str, int] | None = None, **fields: Any
+) -> dict[str, Tensor]:
+    """An adapter of transformers 4 of every expert's layers and of q_proj, but for keys that ``leave`` matches."""
+    inner, names = OLD[name]
+    model, tensors = mixtures.made(name), {}
+    torch.manual_seed(5)
+    for i, block in enumerate(model.model.layers):
+        held = block.mlp.experts
+        two, hidden = held.gate_up_proj.shape[1:]
+        sizes = {names[0]: (two // 2, hidden), names[1]: (two // 2, hidden), names[2]: (hidden, two // 2)}
+        shapes = {f"{inner}.{e}.{w}": size for e in range(held.num_experts) for w, size in sizes.items()}
+        shapes["self_attn.q_proj"] = tuple(block.self_attn.q_proj.weight.shape)
+        for path, (n, k) in shapes.items():
+            r = next((r for end, r in (ranks or {}).items() if path.endswith(end)), 3)
+            for factor, shape in (("A", (r, k)), ("B", (n, r))):
+                key = f"base_model.model.model.layers.{i}.{path}.lora_{factor}.weight"
+                tensors |= {} if re.search(leave, key) else {key: torch.randn(shape) * 0.1}
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": [*names, "q_proj"]} | fields
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return tensors
+
+
+@pytest.mark.parametrize("leave", ["$^", r"\.(w[13]|gate_proj|up_proj)\."])
+@pytest.mark.parametrize("name", OLD)
+def test_files_of_transformers_4_load_as_in_peft(name: str, leave: str, tmp_path: Path) -> None:
+    targets = [target for target in (*OLD[name][1], "q_proj") if not re.search(leave, f".{target}.")]
+    old_file(name, tmp_path / "old", leave, target_modules=targets)
+    loaded = mixtures.made(name)
+    load_adapter(loaded, tmp_path / "old")
+    check_same(loaded.eval(), by_peft(name, tmp_path / "old"))
+    mark_only_lora_as_trainable(loaded)
+    save_adapter(loaded, tmp_path / "new")
+    check_same(loaded, by_peft(name, tmp_path / "new"))
+    load_adapter(loaded, tmp_path / "old")  # over itself
+
+
+@pytest.mark.parametrize(("rslora", "leave"), [(False, "$^"), (True, "$^"), (False, r"\.w2\.")])  # PEFT loads the first
+def test_files_of_transformers_4_keep_what_each_expert_computed(rslora: bool, leave: str, tmp_path: Path) -> None:
+    tensors = old_file("mixtral", tmp_path, leave, use_rslora=rslora, lora_dropout=0.25, alpha_pattern={"w2": 9})
+    model = mixtures.made("mixtral")
+    load_adapter(model, tmp_path)
+    root, found = (3**0.5 if rslora else 3), updates(model)
+    assert {name.rpartition(".")[2] for name in found} == {"gate_up_proj", *(["down_proj"] if leave == "$^" else [])}
+    for name, update in found.items():
+        for e, own in enumerate(update):
+            path = f"base_model.model.model.layers.{name.split('.')[2]}.block_sparse_moe.experts.{e}"
+            layers = ("w1", "w3") if name.endswith("gate_up_proj") else ("w2",)
+            pairs = [(tensors[f"{path}.{w}.lora_B.weight"], tensors[f"{path}.{w}.lora_A.weight"]) for w in layers]
+            wanted = torch.cat([b @ a for b, a in pairs]) * ((6 if len(layers) == 2 else 9) / root)
+            verdict = judge(f"{name} of expert {e}", own, wanted.double(), wanted, torch.float32, depth=2)
+            assert verdict.passed, str(verdict)
+    assert {of.lora_dropout for layer in layers_of(model).values() for of in layer.options.values()} == {0.25}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"leave": r"\.w3\."}, r"all of them must have an adapter"),
+        ({"leave": r"experts\.2\."}, r"3 and 3 single experts.*stacks 4 experts"),
+        ({"ranks": {"1.w1": 2}}, r"not of r=3"),
+        ({"ranks": {"1.w1": 2}, "rank_pattern": {r"1\.w1": 2}}, r"ranks and alphas differ"),
+        ({"leave": r"experts\.2\.w1\.lora_A"}, r"only plain LoRA is computed"),
+    ],
+)
+def test_files_of_transformers_4_that_cannot_be_stacked(arguments: dict[str, Any], words: str, tmp_path: Path) -> None:
+    old_file("mixtral", tmp_path, **arguments)
+    model = mixtures.made("mixtral")
+    kept = list(model.modules())
+    with pytest.raises(InvalidArgumentError, match=words):
+        load_adapter(model, tmp_path)
+    assert list(model.modules()) == kept
+
+
+def test_files_of_transformers_4_for_a_model_that_is_not_transformers(tmp_path: Path) -> None:
+    old_file("mixtral", tmp_path)
+    model = nn.ModuleDict({"model": mixtures.made("mixtral").model.layers})
     with pytest.raises(InvalidArgumentError, match=r"made with transformers 4.*PeftModel.from_pretrained"):
-        load_adapter(mixtures.made("mixtral"), tmp_path)
+        load_adapter(model, tmp_path)
 
 
 def test_layers_that_differ_where_the_file_has_one_value(tmp_path: Path) -> None:
