@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import LoRAConfig, as_tuple, scaling_of
 from ..errors import InvalidArgumentError
+from ..experts import held
 from ..experts.peft_form import to_peft
 from ..models.matching import listed, name_matches
 
@@ -55,7 +56,7 @@ def stack_lists(
     for path in old:
         del adapters[path]
     for name, of in stacked.items():
-        for depth, own in enumerate(reversed([own for own in modules[name]._parameters if own in of])):
+        for depth, own in enumerate(reversed([own for own in held.names(modules[name]) if own in of])):
             adapters[name + WITHIN * depth] = of[own]
     return replace(
         config,
@@ -108,31 +109,31 @@ def _stacks(converter: Any) -> bool:
 
 
 def _experts(full: str, module: Any, own: str, parts: Sequence[_Part], where: str) -> int:
-    weight = None if module is None else module._parameters.get(own)
-    if weight is None or weight.dim() != 3 or getattr(module, "is_transposed", False):
+    shape = torch.Size() if module is None else held.shape(module, own)
+    if len(shape) != 3 or getattr(module, "is_transposed", False):
         raise InvalidArgumentError(
             f"{where} has adapters of single experts for {full!r}, and the model has no such stacked Parameter "
             f"(experts, rows, columns). The adapter is of another model. {_REMEDY}"
         )
-    experts = int(weight.shape[0])
+    experts = shape[0]
     lacking = [e for part in parts for e in range(experts) if e not in part]
     if lacking or any(len(part) != experts for part in parts):
-        held = " and ".join(str(len(part)) for part in parts)
+        counts = " and ".join(str(len(part)) for part in parts)
         raise InvalidArgumentError(
-            f"{where} has adapters of {held} single experts for {full!r}, which stacks {experts} experts of "
+            f"{where} has adapters of {counts} single experts for {full!r}, which stacks {experts} experts of "
             f"{len(parts)} layers each: all of them must have an adapter. The file is not whole, or adapts only some."
         )
     return experts
 
 
 def _plain(adapters: Adapters, path: str, where: str) -> tuple[Tensor, Tensor]:
-    held = adapters[path]
-    if held.keys() != {"lora_A", "lora_B"}:
+    given = adapters[path]
+    if given.keys() != {"lora_A", "lora_B"}:
         raise InvalidArgumentError(
-            f"{where} has {listed(sorted(held))} for {path!r}, and of stacked experts only plain LoRA is computed: "
+            f"{where} has {listed(sorted(given))} for {path!r}, and of stacked experts only plain LoRA is computed: "
             f"lora_A and lora_B. {_REMEDY}"
         )
-    return held["lora_A"], held["lora_B"]
+    return given["lora_A"], given["lora_B"]
 
 
 def _sizes(config: LoRAConfig, full: str, parts: Sequence[_Part], where: str) -> tuple[int, float]:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from .. import storage
 from ..config import ADAPTER_DTYPES, LoRAConfig, pattern_value
 from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
+from ..experts import held
 from ..experts.layer import FusedLoRAExperts, around_experts
 from ..experts.peft_form import from_peft, to_peft
+from ..experts.run import stacked
 from ..experts.suitable import targets, why_not_experts
 from ..models.experts import parameter_matches, parameters_of
 from ..models.matching import is_linear, listed, stacked_experts
@@ -45,7 +47,7 @@ def expert_forms(experts: Mapping[str, FusedLoRAExperts]) -> dict[str, PlainForm
     for name, layer in experts.items():
         for own in in_order(layer, layer.options):
             full, of = joined(name, own), layer.options[own]
-            a, b = (whole(f"{full}.{f}", held[own]) for f, held in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)))
+            a, b = (whole(f"{full}.{f}", of_f[own]) for f, of_f in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)))
             lora_a, lora_b = to_peft(a, b)
             tensors = {"lora_A": lora_a, "lora_B": lora_b}
             forms[full] = PlainForm(of.r, layer.scaling(own), of.lora_alpha, of.use_rslora, tensors)
@@ -65,7 +67,7 @@ def expert_tensors(experts: Mapping[str, FusedLoRAExperts], forms: Mapping[str, 
 
 def in_order(module: nn.Module, names: Any) -> list[str]:
     """Those of ``names`` that are Parameters of ``module``, in its order."""
-    return [own for own in module._parameters if own in names]
+    return [own for own in held.names(module) if own in names]
 
 
 def take_experts(
@@ -106,7 +108,7 @@ def take_experts(
 
 
 def _wanted(config: LoRAConfig, name: str, module: nn.Module) -> list[str]:
-    return [own for own in module._parameters if parameter_matches(config, joined(name, own))]
+    return [own for own in held.names(module) if parameter_matches(config, joined(name, own))]
 
 
 def _of_module(
@@ -120,7 +122,7 @@ def _of_module(
         )
     _check_module(name, module, wanted)
     factors = {own: depths[len(wanted) - 1 - i] for i, own in enumerate(wanted)}
-    found = {own: _checked(config, joined(name, own), module, own, held, where) for own, held in factors.items()}
+    found = {own: _checked(config, joined(name, own), module, own, given, where) for own, given in factors.items()}
     if isinstance(module, FusedLoRAExperts):
         _check_fits(name, module, found)
     return found
@@ -132,22 +134,21 @@ def _check_module(name: str, module: nn.Module, wanted: Sequence[str]) -> None:
         reason = f"{type(module).__name__} computes with {strange[0]} in a way that is not known."
     if reason is not None:
         raise InvalidTypeError(f"the adapter cannot be loaded: {name}: {reason}")
-    if any(module.get_parameter(own).is_meta for own in wanted):
+    if any(parameter is not None and parameter.is_meta for parameter in map(module._parameters.get, wanted)):
         raise LoRAStateError(f"{name} is on the meta device. Load the model's weights first, then its adapter.")
 
 
 def _checked(
-    config: LoRAConfig, full: str, module: nn.Module, own: str, held: Mapping[str, Tensor], where: str
+    config: LoRAConfig, full: str, module: nn.Module, own: str, given: Mapping[str, Tensor], where: str
 ) -> Factors:
-    if held.keys() != {"lora_A", "lora_B"}:
+    if given.keys() != {"lora_A", "lora_B"}:
         raise InvalidArgumentError(
-            f"{where} has {listed(sorted(held))} for {full!r}, where lora_A and lora_B are expected. Save it again."
+            f"{where} has {listed(sorted(given))} for {full!r}, where lora_A and lora_B are expected. Save it again."
         )
     rank = pattern_value(config.rank_pattern, full, config.r)
-    shape = module.get_parameter(own).shape
-    e, k, n = shape if getattr(module, "is_transposed", False) else (shape[0], shape[2], shape[1])
+    e, n, k = stacked(module, own).shape
     for factor, expected in (("lora_A", (e * rank, k)), ("lora_B", (n, rank * e))):
-        tensor = held[factor]
+        tensor = given[factor]
         if tuple(tensor.shape) != expected:
             raise InvalidArgumentError(
                 f"{where} has {factor} {tuple(tensor.shape)} for {full!r}, where {expected} is expected: it has {e} "
@@ -158,7 +159,7 @@ def _checked(
                 f"{where} has {factor} in {tensor.dtype} for {full!r}: it must be torch.float16, bfloat16, float32 or "
                 "float64. Convert it first."
             )
-    return from_peft(held["lora_A"], held["lora_B"], e)
+    return from_peft(given["lora_A"], given["lora_B"], e)
 
 
 def _check_fits(name: str, layer: FusedLoRAExperts, found: Mapping[str, Factors]) -> None:
@@ -195,9 +196,9 @@ def carry_out(
             modules[name], {own: config.options_of(joined(name, own)) for own in factors}, draw=False
         )
         for own, pair in factors.items():
-            for held, tensor in zip((layer.lora_A, layer.lora_B), pair, strict=True):
-                dtype = adapter_dtype or torch.promote_types(held[own].dtype, tensor.dtype)
-                held[own] = nn.Parameter(tensor.to(held[own].device, dtype))
+            for factor, tensor in zip((layer.lora_A, layer.lora_B), pair, strict=True):
+                dtype = adapter_dtype or torch.promote_types(factor[own].dtype, tensor.dtype)
+                factor[own] = nn.Parameter(tensor.to(factor[own].device, dtype))
         made[name] = layer
     return made
 

@@ -23,7 +23,9 @@ from ..dispatch import backend
 from ..errors import InvalidTypeError, UnsupportedTransformError
 from ..gate import chosen
 from ..ops import operators
+from ..weights.stacked import PackedExperts
 from . import grouped
+from .packed_autograd import project_packed
 from .problem import Adapter, Drop
 from .routing import Routing, sum_of_slots
 
@@ -34,7 +36,7 @@ _GROUPED = "grouped"  # by torch's grouped_mm, whose mask eager draws
 
 def project(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedExperts,
     adapter: Adapter | None,
     routing: Routing,
     p: float = 0.0,
@@ -45,7 +47,7 @@ def project(
 
     Args:
         x: (M, K) in sorted order, or with ``spread`` the tokens themselves, (T, K).
-        weight: (E, N, K), a view where it is stored transposed; frozen.
+        weight: (E, N, K), a view where it is stored transposed, or quantised; frozen.
         adapter: its A (E, R, K), B (E, N, R) and s; None where there is none.
         p: dropout's probability, 0 where it does not act. A mask is drawn for each slot, from one seed.
         way: "eager" or "native", whose operators run, or "grouped"; None is what suits the device.
@@ -68,6 +70,9 @@ def project(
         way = _way_for(x, weight, adapter)
     drawn = "eager" if way == _GROUPED else way
     chosen(x, drawn)
+    if isinstance(weight, PackedExperts):
+        found: Tensor = project_packed(x if spread else x.contiguous(), weight, adapter, routing, p, spread, drawn)
+        return found
     state = None
     if p != 0.0 and adapter is not None:
         rows = routing.slots.shape[0]
@@ -81,8 +86,8 @@ def project(
     return y
 
 
-def _way_for(x: Tensor, weight: Tensor, adapter: Adapter | None) -> str:
-    if grouped.runs(x, weight):
+def _way_for(x: Tensor, weight: Tensor | PackedExperts, adapter: Adapter | None) -> str:
+    if isinstance(weight, Tensor) and grouped.runs(x, weight):
         return _GROUPED
     native = x.is_cpu and adapter is not None and chosen(x) == "native"
     return "native" if native else "eager"

@@ -15,10 +15,12 @@ from ..config import AdapterOptions, scaling_of
 from ..errors import InvalidArgumentError, LoRAStateError
 from ..initialisation import draw, kind_of
 from ..layer import RestoreEnabled
+from ..weights.stacked import PackedExperts
 from . import merging
+from .held import packed
 from .problem import Adapter
 from .run import base, run, stacked
-from .suitable import check_options, check_target, why_not_experts
+from .suitable import check_options, check_target, lacking, targets, why_not_experts
 
 __all__ = ["FusedLoRAExperts", "around_experts"]
 
@@ -171,11 +173,11 @@ class FusedLoRAExperts(nn.Module):
             return run(self, hidden_states, top_k_index, top_k_weights, adapters, dropout)
         if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.lora_B.values()):
             of_linear.tell_of_training(self)
-        if self._merged and not on:
+        if (self._merged and not on) or any(packed(self, name) for name in targets(self)):
             return run(self, hidden_states, top_k_index, top_k_weights, {}, {}, base)
         return super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc,no-any-return]
 
-    def stacked(self, name: str) -> Tensor:
+    def stacked(self, name: str) -> Tensor | PackedExperts:
         """The weight called ``name`` as (E, N, K); merged, if it is."""
         return stacked(self, name)
 
@@ -249,8 +251,8 @@ def around_experts(module: nn.Module, options: Mapping[str, AdapterOptions], dra
     for name, of in options.items():
         weight = stacked(made, name)
         e, n, k = weight.shape
-        half = weight.dtype in (torch.float16, torch.bfloat16)
-        dtype = of.adapter_dtype or (torch.float32 if half else weight.dtype)
+        wide = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+        dtype = of.adapter_dtype or wide
         a[name] = nn.Parameter(torch.empty((e, of.r, k), dtype=dtype, device=weight.device))
         b[name] = nn.Parameter(torch.empty((e, n, of.r), dtype=dtype, device=weight.device))
     if draw:
@@ -278,7 +280,7 @@ def _kind_for(plain: type[nn.Module]) -> type[FusedLoRAExperts]:
     def rebuilt(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _blank_for, (plain,), module.__getstate__()  # a pickle finds no class that was made here by its name
 
-    body = {"_plain_class": plain, "__module__": plain.__module__, "__reduce_ex__": rebuilt}
+    body = {"_plain_class": plain, "__module__": plain.__module__, "__reduce_ex__": rebuilt, **lacking(plain)}
     made = types.new_class(
         f"FusedLoRA{plain.__name__}", (FusedLoRAExperts, plain), {}, lambda names: names.update(body)
     )

@@ -17,6 +17,7 @@ from .. import dora, storage, telling
 from .. import merging as of_linear
 from ..errors import LoRAStateError
 from ..tensors import is_plain
+from .held import packed
 from .run import stacked
 
 if TYPE_CHECKING:
@@ -54,6 +55,11 @@ def unmerge(layer: FusedLoRAExperts) -> None:
 
 def _merged(layer: FusedLoRAExperts, name: str) -> Tensor:
     """The merged weight as it is stored; one expert is in fp32 at a time."""
+    if packed(layer, name) is not None:
+        raise LoRAStateError(
+            f"merge was called on experts whose {name} is quantized, and stacked experts are not quantized again. Save "
+            "the adapter by save_adapter(model, folder), load it onto the model in 16 bits, and merge there."
+        )
     stored = layer.get_parameter(name)
     a, b, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling(name)
     if stored.is_meta or a.is_meta:
@@ -65,7 +71,9 @@ def _merged(layer: FusedLoRAExperts, name: str) -> Tensor:
         )
     merged = torch.empty_like(stored)
     rows = merged.transpose(1, 2) if getattr(layer, "is_transposed", False) else merged
-    for e, weight in enumerate(stacked(layer, name)):
+    whole = stacked(layer, name)
+    assert isinstance(whole, Tensor)
+    for e, weight in enumerate(whole):
         rows[e] = dora.merged(weight, a[e], b[e], scaling, None, None)
         if not bool(torch.isfinite(rows[e]).all()) and bool(torch.isfinite(weight).all()):
             raise LoRAStateError(

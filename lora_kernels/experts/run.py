@@ -12,21 +12,27 @@ from .. import storage
 from ..errors import InvalidArgumentError, LoRAStateError
 from ..gate import autocast_input, device_type_of, is_autocast_enabled
 from ..tensors import PLAIN_TENSORS, as_dtype
+from ..weights.stacked import PackedExperts
 from .autograd import project
 from .gate import apply_gate
+from .held import packed
 from .problem import Adapter
 from .routing import Routing, combine
 from .suitable import DOWN, UP
 
-__all__ = ["run", "stacked"]
+__all__ = ["base", "run", "stacked"]
 
 
-def stacked(module: Any, name: str) -> Tensor:
+def stacked(module: Any, name: str) -> Tensor | PackedExperts:
     """The weight that ``module`` calls ``name``, as (E, N, K): the one place where experts' weights are read.
+
+    A quantised one is read as it is stored.
 
     Raises:
         LoRAStateError: it is no plain tensor, or its values are not gathered here.
     """
+    if (quantised := packed(module, name)) is not None:
+        return quantised
     weight = getattr(module, name)
     if weight.dim() != 3:
         raise LoRAStateError(
@@ -43,8 +49,10 @@ def stacked(module: Any, name: str) -> Tensor:
     return _as_matrices(module, weight)
 
 
-def base(module: Any, name: str) -> Tensor:
-    """The same of a merged module's frozen weight."""
+def base(module: Any, name: str) -> Tensor | PackedExperts:
+    """The same of the frozen weight, whatever a merged module reads by its name."""
+    if (quantised := packed(module, name)) is not None:
+        return quantised
     return _as_matrices(module, module._parameters[name])
 
 
@@ -59,7 +67,7 @@ def run(
     top_k_weights: Tensor,
     adapters: Mapping[str, Adapter],
     dropout: Mapping[str, float],
-    weight_of: Callable[[Any, str], Tensor] = stacked,
+    weight_of: Callable[[Any, str], Tensor | PackedExperts] = stacked,
 ) -> Tensor:
     """What ``grouped_mm_experts_forward`` of transformers computes, with the adapters inside.
 
@@ -90,7 +98,7 @@ def _project(
     module: Any,
     x: Tensor,
     name: str,
-    weight: Tensor,
+    weight: Tensor | PackedExperts,
     adapter: Adapter | None,
     p: float,
     routing: Routing,
@@ -103,7 +111,7 @@ def _project(
         with torch.autocast(device_type, enabled=False):
             y = project(x, weight, adapter, routing, p, spread)
     else:
-        y = project(as_dtype(x, weight.dtype), weight, adapter, routing, p, spread)
+        y = project(as_dtype(x, weight.dtype or x.dtype), weight, adapter, routing, p, spread)
     bias = getattr(module, f"{name}_bias") if getattr(module, "has_bias", False) else None
     return y if bias is None else y.add_(bias.index_select(0, routing.experts))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
-from torch.nn.utils import parametrize
 
 from .. import storage
 from ..config import AdapterOptions
@@ -11,8 +12,11 @@ from ..dispatch import COMPUTE_DTYPES
 from ..errors import InvalidArgumentError
 from ..initialisation import splits
 from ..tensors import PLAIN_TENSORS
+from ..weights.mxfp4 import is_experts as is_mxfp4
+from ..weights.stacked import packed_names, why_not
+from . import held
 
-__all__ = ["DOWN", "UP", "check_options", "check_target", "why_not_experts"]
+__all__ = ["DOWN", "UP", "check_options", "check_target", "lacking", "targets", "why_not_experts"]
 
 UP = {True: "gate_up_proj", False: "up_proj"}  # by has_gate
 DOWN = "down_proj"
@@ -24,15 +28,38 @@ def targets(module: nn.Module) -> tuple[str, str]:
     return UP[getattr(module, "has_gate", True)], DOWN
 
 
+def lacking(kind: type[nn.Module]) -> dict[str, Any]:
+    """What a class has to be given to be computed as those that ``use_experts_implementation`` has prepared.
+
+    transformers' MXFP4 experts compute what gpt-oss's do, by kernels that take the routing from the block around them
+    unless ``_is_hooked`` says that the experts are called with it.
+    """
+    if not is_mxfp4(kind):
+        return {}
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    of: Any = GptOssExperts
+    return {
+        "has_gate": True,
+        "has_bias": True,
+        "is_transposed": False,
+        "_apply_gate": of._apply_gate,
+        "_is_hooked": True,
+    }
+
+
 def why_not_experts(module: nn.Module) -> str | None:
     """A sentence that says why ``module``'s experts cannot be adapted, or None if they can."""
     kind = type(module).__name__
     if hasattr(module, "lora_A"):
         return f"{kind} has an adapter already, and no module takes a second one. Restore it first."
-    own = targets(module) if all(hasattr(module, name) for name in _DECORATED) else ()
-    if parametrize.is_parametrized(module):
-        return f"{kind} has parametrized weights: call torch.nn.utils.parametrize.remove_parametrizations first."
-    if not own or any(name not in module._parameters for name in own):
+    decorated = is_mxfp4(type(module)) or all(hasattr(module, name) for name in _DECORATED)
+    own = targets(module) if decorated else ()
+    for name in packed_names(module):
+        reason = why_not(module, name)
+        if reason is not None or name not in own:
+            return reason or f"{kind}.{name} is quantized, and only stacked experts are read so. Dequantize it."
+    if not own or any(name not in held.names(module) for name in own):
         return (
             f"{kind} is no experts module that transformers' use_experts_implementation has prepared, with stacked "
             "gate_up_proj (or up_proj) and down_proj. peft.LoraConfig(target_parameters=...) adapts others."
@@ -42,11 +69,13 @@ def why_not_experts(module: nn.Module) -> str | None:
     if reason := storage.why_not_free(module):
         return f"{kind} cannot be adapted: {reason}"
     for name in own:
+        if held.packed(module, name) is not None:
+            continue
         weight = module._parameters[name]
         if weight is None or weight.dim() != 3 or weight.dtype not in COMPUTE_DTYPES or not _is_plain(weight):
-            held = "None" if weight is None else f"{type(weight.data).__name__} {tuple(weight.shape)}, {weight.dtype}"
+            what = "None" if weight is None else f"{type(weight.data).__name__} {tuple(weight.shape)}, {weight.dtype}"
             return (
-                f"{kind}.{name} is {held}: it must be a plain (experts, rows, columns) of fp16, bf16, fp32 or fp64. "
+                f"{kind}.{name} is {what}: it must be a plain (experts, rows, columns) of fp16, bf16, fp32 or fp64. "
                 "Dequantize it, or adapt it before it is sharded."
             )
     return None

@@ -15,6 +15,7 @@ from torch import nn
 from .. import storage
 from ..config import LoRAConfig, as_tuple
 from ..errors import LoRAStateError
+from ..experts import held
 from ..experts.layer import FusedLoRAExperts, around_experts
 from ..experts.suitable import targets, why_not_experts
 from .layers import expert_layers
@@ -63,9 +64,9 @@ def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
     Experts' adapters are left out: they stand in dictionaries by the very names of the Parameters.
     """
-    own = {held for _, layer in expert_layers(model) for held in (layer.lora_A, layer.lora_B)}
+    own = {factor for _, layer in expert_layers(model) for factor in (layer.lora_A, layer.lora_B)}
     for prefix, module in plain_modules(model):
-        for name in module._parameters if module not in own else ():
+        for name in held.names(module) if module not in own else ():
             yield prefix, module, name
 
 
@@ -112,7 +113,7 @@ def decide_experts(
 
 def _why_left(match: ExpertMatch, own: str, config: LoRAConfig, alone: set[nn.Module]) -> str | None:
     module = match.module
-    kind, parameter = type(module).__name__, module._parameters[own]
+    kind, shape = type(module).__name__, held.shape(module, own)
     whole = next((entry for place in match.places if (entry := saved_whole(config, place)) is not None), None)
     if whole is not None:
         return f"modules_to_save names its module ({whole!r}), so it trains whole."
@@ -120,9 +121,9 @@ def _why_left(match: ExpertMatch, own: str, config: LoRAConfig, alone: set[nn.Mo
         return f"it is the {own} of a {kind}: name the module in target_modules, which means the same."
     if reason := storage.why_not_free(module):
         return f"{kind} cannot be adapted: {reason}"
-    if parameter is not None and parameter.dim() != 3:
+    if shape and len(shape) != 3:
         return (
-            f"{kind}.{own} is {tuple(parameter.shape)}: only experts that are stacked to (experts, rows, columns) are "
+            f"{kind}.{own} is {tuple(shape)}: only experts that are stacked to (experts, rows, columns) are "
             "adapted here. peft.LoraConfig(target_parameters=...) adapts it, or modules_to_save trains its module."
         )
     if reason := why_not_experts(module):
@@ -156,8 +157,8 @@ def expert_rows(matches: Sequence[ExpertMatch], layers: Sequence[FusedLoRAExpert
 
 def why_not_by_modules(name: str, module: nn.Module, own: Sequence[str]) -> str:
     """What is said of experts that were named as if they were linear layers, and how they are named."""
-    held = " and ".join(f"{each} {tuple(module.get_parameter(each).shape)}" for each in own)
-    stacked = f"{type(module).__name__} keeps its experts stacked in {held}, and target_modules names linear layers."
+    shapes = " and ".join(f"{each} {tuple(held.shape(module, each))}" for each in own)
+    stacked = f"{type(module).__name__} keeps its experts stacked in {shapes}, and target_modules names linear layers."
     if isinstance(module, FusedLoRAExperts) or why_not_experts(module) is None:
         entries = ", ".join(repr(joined(_suffix(name), each)) for each in own)
         return f"{stacked} LoRAConfig(target_parameters=[{entries}]) adapts them."

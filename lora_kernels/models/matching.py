@@ -16,6 +16,7 @@ from torch import nn
 
 from ..config import LoRAConfig, as_tuple
 from ..errors import InvalidArgumentError
+from ..experts import held
 from ..layer import LoRALayer
 from ..replaceable import is_conv1d
 from .names import plain_modules, plain_name, plain_names
@@ -226,7 +227,7 @@ def stacked_experts(module: nn.Module) -> list[str]:
     """The names of ``module``'s own Parameters that hold the matrices of all experts of a mixture, (E, N, K)."""
     if "expert" not in type(module).__name__.lower():
         return []
-    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
+    return [name for name in held.names(module) if len(held.shape(module, name)) == 3]
 
 
 def listed(names: list[str]) -> str:

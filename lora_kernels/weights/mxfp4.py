@@ -1,0 +1,83 @@
+"""MXFP4 of transformers' gpt-oss: codes of 4 bits, and a power of two for each 32 of them.
+
+``Mxfp4GptOssExperts`` holds a weight as an object of its Triton kernels', in a layout of the device's. That is undone
+as transformers does it to save such a model, and gives the published one: blocks (E, N, K / 32, 16), the first of two
+codes in the lower bits, and scales (E, N, K / 32), the exponent plus 127.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LoRAStateError
+from ..ops import register_form
+from .packed import Layout
+
+__all__ = ["is_experts", "names", "read", "values"]
+
+_KIND = ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts")
+_NAMES = ("gate_up_proj", "down_proj")
+_HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_BIAS = 127
+_BLOCK = 32
+_FOUND: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+
+
+def is_experts(kind: Any) -> bool:
+    """Whether a class is, or derives from, transformers' experts in MXFP4."""
+    found = _FOUND.get(kind)
+    if found is None:
+        found = any((each.__module__, each.__qualname__) == _KIND for each in kind.__mro__)
+        _FOUND[kind] = found
+    return found
+
+
+is_experts._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a class is asked once, and no graph asks
+
+
+def names(module: nn.Module) -> tuple[str, ...]:
+    """The names of the quantised weights of such a module; of another one nothing."""
+    return _NAMES if is_experts(type(module)) else ()
+
+
+def read(module: Any, name: str) -> tuple[Layout, tuple[Tensor, ...], tuple[int, ...], int]:
+    """The layout of one expert, blocks and scales of all, how many rows of each an expert has, and E."""
+    weight, precision = getattr(module, name), getattr(module, f"{name}_precision_config")
+    if precision is None or not hasattr(weight, "storage") or isinstance(weight, Tensor):
+        raise LoRAStateError(
+            f"{type(module).__name__}.{name} has no scales yet: transformers puts them there when the weights are "
+            "loaded. Load the model with from_pretrained first."
+        )
+    scales = _unswizzled(precision.weight_scale).contiguous()
+    blocks = _unswizzled(weight).contiguous()
+    experts, n, groups = scales.shape
+    if blocks.numel() != scales.numel() * _BLOCK // 2:
+        raise LoRAStateError(
+            f"{type(module).__name__}.{name} has MXFP4 codes {tuple(blocks.shape)} for scales {tuple(scales.shape)}: "
+            "32 numbers must share one. Load the model with transformers' own version of these kernels."
+        )
+    parts = (blocks.view(torch.uint8).view(experts * n, groups, _BLOCK // 2), scales.view(experts * n, groups))
+    return Layout("mxfp4", "", n, groups * _BLOCK, len(parts)), parts, (n, n), experts
+
+
+def _unswizzled(held: Any) -> Tensor:
+    storage = held.storage
+    found: Tensor = storage.layout.unswizzle_data(storage.data)
+    return found.transpose(-1, -2)
+
+
+def values(parts: list[Tensor], spec: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """W (rows, columns) in ``dtype``; exact where that holds the exponent."""
+    blocks, scales = parts
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    table = torch.tensor([*_HALF, *(-number for number in _HALF)], dtype=wide, device=blocks.device)
+    codes = torch.stack((blocks & 0xF, blocks >> 4), -1).view(rows, -1, _BLOCK)
+    found = table[codes.int()]
+    return torch.ldexp(found, scales.int().sub_(_BIAS).unsqueeze(-1)).view(rows, columns).to(dtype)
+
+
+register_form("mxfp4", values)
