@@ -105,6 +105,12 @@ def _project(
     spread: bool,
 ) -> Tensor:
     """(M, N) of x (M, K), or with ``spread`` (T, K), with the experts' bias."""
+    if adapter is not None and adapter.a.shape[0] != weight.shape[0]:
+        raise LoRAStateError(
+            f"{type(module).__name__}.{name} has the weights of {weight.shape[0]} experts here and adapters of "
+            f"{adapter.a.shape[0]}: its experts were split over processes after they were adapted, and which adapter "
+            "is whose is not known. Train them by FSDP2, which gathers the weights, or in one process."
+        )
     device_type = device_type_of(x)
     if is_autocast_enabled(device_type):
         x = autocast_input(x, device_type)

@@ -64,6 +64,11 @@ def why_not_experts(module: nn.Module) -> str | None:
             f"{kind} is no experts module that transformers' use_experts_implementation has prepared, with stacked "
             "gate_up_proj (or up_proj) and down_proj. peft.LoraConfig(target_parameters=...) adapts others."
         )
+    if getattr(module, "_is_expert_parallel", False):
+        return (
+            f"{kind} has its experts split over processes by transformers (ep_size), and a process would adapt those "
+            "of its own alone, unknown to saving and to the others. Load the model without it; FSDP2 shards the experts."
+        )
     if "forward" in vars(module):
         return f"{kind} has a forward of its own on the instance, which would be lost. Remove it first."
     if reason := storage.why_not_free(module):
