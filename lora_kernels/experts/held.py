@@ -9,7 +9,7 @@ from ..errors import LoRAStateError
 from ..weights import stacked
 from ..weights.stacked import PackedExperts
 
-__all__ = ["names", "packed", "shape"]
+__all__ = ["is_quantised", "names", "packed", "shape"]
 
 
 def names(module: nn.Module) -> list[str]:
@@ -20,6 +20,11 @@ def names(module: nn.Module) -> list[str]:
     order = ("gate_up_proj", "up_proj", "down_proj")  # as all classes have them
     every = [*quantised, *(name for name in module._parameters if name not in quantised)]
     return sorted(every, key=lambda name: order.index(name) if name in order else len(order))
+
+
+def is_quantised(module: nn.Module, *names: str) -> bool:
+    """Whether a weight of one of these names is; it is not read for that."""
+    return any(stacked.is_known(module, name) for name in names)
 
 
 def packed(module: nn.Module, name: str) -> PackedExperts | None:

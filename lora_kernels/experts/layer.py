@@ -17,7 +17,7 @@ from ..initialisation import draw, kind_of
 from ..layer import RestoreEnabled
 from ..weights.stacked import PackedExperts
 from . import merging
-from .held import packed
+from .held import is_quantised
 from .problem import Adapter
 from .run import base, run, stacked
 from .suitable import check_options, check_target, lacking, targets, why_not_experts
@@ -173,7 +173,7 @@ class FusedLoRAExperts(nn.Module):
             return run(self, hidden_states, top_k_index, top_k_weights, adapters, dropout)
         if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.lora_B.values()):
             of_linear.tell_of_training(self)
-        if (self._merged and not on) or any(packed(self, name) for name in targets(self)):
+        if (self._merged and not on) or is_quantised(self, *targets(self)):
             return run(self, hidden_states, top_k_index, top_k_weights, {}, {}, base)
         return super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc,no-any-return]
 

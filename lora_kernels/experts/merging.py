@@ -17,7 +17,7 @@ from .. import dora, storage, telling
 from .. import merging as of_linear
 from ..errors import LoRAStateError
 from ..tensors import is_plain
-from .held import packed
+from .held import is_quantised
 from .run import stacked
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def unmerge(layer: FusedLoRAExperts) -> None:
 
 def _merged(layer: FusedLoRAExperts, name: str) -> Tensor:
     """The merged weight as it is stored; one expert is in fp32 at a time."""
-    if packed(layer, name) is not None:
+    if is_quantised(layer, name):
         raise LoRAStateError(
             f"merge was called on experts whose {name} is quantized, and stacked experts are not quantized again. Save "
             "the adapter by save_adapter(model, folder), load it onto the model in 16 bits, and merge there."

@@ -67,7 +67,7 @@ def why_not_experts(module: nn.Module) -> str | None:
     if getattr(module, "_is_expert_parallel", False):
         return (
             f"{kind} has its experts split over processes by transformers (ep_size), and a process would adapt those "
-            "of its own alone, unknown to saving and to the others. Load the model without it; FSDP2 shards the experts."
+            "of its own alone, unknown to saving and to the others. Load the model without it; FSDP2 shards experts."
         )
     if "forward" in vars(module):
         return f"{kind} has a forward of its own on the instance, which would be lost. Remove it first."
