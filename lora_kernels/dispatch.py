@@ -42,6 +42,7 @@ class Problem:
 
     ``transposed``: W is stored (K, N). ``aside``: a sentence where a layer's forward is not the plain one of its sizes.
     ``others``: out_features and rank of each further layer that runs with it by the kernels of a group, in training.
+    ``experts``: of how many experts both stacked projections are meant, which have no plan; 0: a linear layer is.
 
     Example:
         >>> import torch
@@ -59,6 +60,7 @@ class Problem:
     transposed: bool = False
     aside: str = ""
     others: tuple[tuple[int, int], ...] = ()
+    experts: int = 0
 
     @property
     def problem(self) -> Problem:
@@ -334,9 +336,9 @@ def explain(layer_or_problem: HasProblem, tokens: int | None = None) -> Explanat
     problem = getattr(layer_or_problem, "problem", None)
     if not isinstance(problem, Problem):
         raise InvalidTypeError(
-            f"explain was given a {type(layer_or_problem).__name__}: it takes one layer, a FusedLoRALinear or a layer "
-            "that fuse_peft has fused (model.get_submodule(name) gives a model's layer by its name in the report), or "
-            "a lora_kernels.dispatch.Problem."
+            f"explain was given a {type(layer_or_problem).__name__}: it takes one layer, a FusedLoRALinear, a "
+            "FusedLoRAExperts or a layer that fuse_peft has fused (model.get_submodule(name) gives a model's layer by "
+            "its name in the report), or a lora_kernels.dispatch.Problem."
         )
     if tokens is not None:
         check_sizes(problem, tokens)
@@ -358,6 +360,10 @@ def check_sizes(problem: Problem, tokens: int) -> None:
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise InvalidArgumentError(
             f"tokens={tokens!r} was given: it must be a whole number above 0, the product of x's batch dimensions."
+        )
+    if problem.experts:
+        raise InvalidArgumentError(
+            f"tokens={tokens} was given for stacked experts, which have no plan of their own sizes. Leave it out."
         )
     sizes = {"in_features": problem.in_features, "out_features": problem.out_features, "r": problem.r}
     if missing := [name for name, value in sizes.items() if value is None or value < 1]:

@@ -59,9 +59,10 @@ group_backward dys [(M,N_i)], x (M,K)?, weights [], lora_as,      dx (M,K) = Σ_
                states []
 ============== ================================================== ======================================================
 
-A mixture's stacked experts have these in ``eager``, and on CPUs in ``native``. Rows are sorted by expert, those of
-expert e end at ``offsets[e]`` (int32), and rows after the last belong to no expert: their results are zero. Everything
-is as in ``forward`` and ``backward`` of each expert's rows, without bias; D is drawn for all rows at once:
+A mixture's stacked experts have these in ``eager``, in ``triton``, and on CPUs in ``native``. Rows are sorted by
+expert, those of expert e end at ``offsets[e]`` (int32), and rows after the last belong to no expert: their results are
+zero. Everything is as in ``forward`` and ``backward`` of each expert's rows, without bias; D is drawn for all rows at
+once:
 
 ================ ================================================ ======================================================
 operator         arguments                                        returns
@@ -73,7 +74,7 @@ experts_backward dy (M,N), x?, weight?, lora_a?, lora_b?,         dx (M,K), a ro
                  offsets, tokens?, h?, s, p, state?               db (E,N,R)
 ================ ================================================ ======================================================
 
-``tokens`` (int64) has the row of x that each sorted row is. ``native`` takes no absent adapter.
+``tokens`` (int64) has the row of x that each sorted row is. ``native`` and ``triton`` take no absent adapter.
 
 Of ``group_backward`` dx is due iff there are ``weights``, every da iff ``x``, every db iff there are ``hs``.
 
@@ -171,7 +172,7 @@ _EXPERTS_SCHEMAS = {
     "Tensor? tokens, Tensor? h, float scaling, float p, Tensor? state) -> (Tensor dx, Tensor da, Tensor db)",
 }
 OPERATOR_NAMES = tuple(_SCHEMAS)
-EXPERTS_OPERATOR_NAMES = tuple(_EXPERTS_SCHEMAS)  # of eager and native
+EXPERTS_OPERATOR_NAMES = tuple(_EXPERTS_SCHEMAS)  # ``native`` has them on CPUs
 GROUP_OPERATOR_NAMES = tuple(_GROUP_SCHEMAS)  # of a backend that has kernels for groups
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -186,7 +187,7 @@ def _no_group(*arguments: Any) -> Any:
 
 
 def _no_experts(*arguments: Any) -> Any:
-    raise AssertionError("only eager and native have the operators of stacked experts")
+    raise AssertionError("this backend was registered without the operators of stacked experts")
 
 
 @dataclass(frozen=True)

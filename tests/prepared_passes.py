@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from triton.runtime import driver
 
 from cases import Case, make
 from driver_stand_in import NAME, DriverStandIn
-from lora_kernels.backends.triton import four_bit_operators, operators, part_operators
+from lora_kernels import grouped_mm
+from lora_kernels.backends.triton import expert_operators, four_bit_operators, operators, part_operators
 from lora_kernels.backends.triton.choose import blocks, hopper_blocks
 from lora_kernels.backends.triton.choose.candidates import candidates
 from lora_kernels.backends.triton.choose.group_plans import DxHopperGroup, HopperGroup
@@ -49,6 +51,7 @@ from lora_kernels.packed_mask import packed_keep_words
 STREAM, HIGH, DEVICE = 0x77, 0x55, ("cpu", -1, 0)
 WRITTEN = "cuLaunchKernelEx", "cuEventRecord", "cuStreamWaitEvent"
 CACHES = operators._runs, operators._backward_runs, part_operators._steps, four_bit_operators._runs
+CACHES = *CACHES, expert_operators._runs
 TIMED = "--time" in sys.argv
 SIZES = {"i1": 1, "u1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "fp32": 4, "fp64": 8}
 
@@ -359,6 +362,42 @@ def calls_of(m: int, p: float) -> tuple[dict[str, Callable[[float], Any]], list[
     return calls, given
 
 
+def experts_calls(m: int, p: float) -> tuple[dict[str, Callable[[float], Any]], list[torch.Tensor]]:
+    """The same of three experts: with the base inside, and added to what stands for ``grouped_mm``'s result."""
+    bf16, state = torch.bfloat16, torch.tensor([1, 2]) if p else None
+    x, dy, weight = (
+        torch.ones(m // 2, 256, dtype=bf16),
+        torch.ones(m, 128, dtype=bf16),
+        torch.ones(3, 128, 256, dtype=bf16),
+    )
+    a, b, h = torch.ones(3, 16, 256), torch.ones(3, 128, 16), torch.ones(m, 16)
+    offsets, tokens = torch.tensor([9, 9, m], dtype=torch.int32), torch.arange(m) // 2
+    y, dx = torch.ones(m, 128, dtype=bf16), torch.ones(m, 256, dtype=bf16)
+
+    def forward(s: float) -> Any:
+        return expert_operators.experts_forward(x, weight, a, b, offsets, tokens, s, p, state)
+
+    def backward(s: float) -> Any:
+        return expert_operators.experts_backward(dy, x, weight, a, b, offsets, tokens, h, s, p, state)
+
+    def added(base: torch.Tensor, call: Callable[[float], Any]) -> Callable[[float], Any]:
+        def run(s: float) -> Any:
+            runs, product = grouped_mm.runs, expert_operators.F
+            grouped_mm.runs = lambda x, weight: True
+            expert_operators.F = SimpleNamespace(grouped_mm=lambda *given, **named: base)
+            try:
+                return call(s)
+            finally:
+                grouped_mm.runs, expert_operators.F = runs, product
+
+        return run
+
+    calls = {"experts_forward": forward, "experts_forward in place": added(y, forward)}
+    calls |= {"experts_backward": backward, "experts_backward in place": added(dx, backward)}
+    given = [x, dy, weight, a, b, h, offsets, tokens, y, dx]
+    return calls, given if state is None else [*given, state]
+
+
 def compare_operator(
     stand_in: DriverStandIn, name: str, call: Callable[[float], Any], given: list[torch.Tensor]
 ) -> dict[str, Any]:
@@ -436,6 +475,9 @@ def main(path: str, folder: str) -> None:
     operators_found = []
     for m, p in ((8, 0.0), (8, 0.1), (256, 0.0), (256, 0.1)):
         calls, given = calls_of(m, p)
+        if (m, p) == (256, 0.1):
+            for_experts = experts_calls(m, p)
+            calls, given = calls | for_experts[0], given + for_experts[1]
         for name, call in calls.items():
             operators_found.append(compare_operator(stand_in, f"{name}, {m} tokens, dropout {p}", call, given))
     print(json.dumps({"runs": found, "operators": operators_found}))

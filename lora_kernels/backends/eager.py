@@ -104,6 +104,8 @@ class EagerBackend:
         return []
 
     def describe(self, problem: Problem) -> str:
+        if problem.experts:
+            return _of_experts(problem)
         if problem.device_type == "cpu":
             dropout = "Dropout's mask is drawn again in backward from a 16-byte seed."
         else:
@@ -128,6 +130,13 @@ class EagerBackend:
         if x.device.type == "cpu":
             return draw_seed(x)
         return torch.rand(x.shape, device=x.device) >= p
+
+
+def _of_experts(problem: Problem) -> str:
+    if problem.device_type == "cuda" and problem.dtype is torch.bfloat16:
+        return "PyTorch's grouped_mm for each product of all experts, where rows are aligned to 16 bytes; else a loop."
+    waits = " The host waits for the routing." if problem.device_type == "cuda" else ""
+    return f"PyTorch's own operators, expert after expert.{waits}"
 
 
 BACKEND = EagerBackend()

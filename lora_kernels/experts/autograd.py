@@ -50,7 +50,7 @@ def project(
         weight: (E, N, K), a view where it is stored transposed, or quantised; frozen.
         adapter: its A (E, R, K), B (E, N, R) and s; None where there is none.
         p: dropout's probability, 0 where it does not act. A mask is drawn for each slot, from one seed.
-        way: "eager" or "native", whose operators run, or "grouped"; None is what suits the device.
+        way: "eager", "native" or "triton", whose operators run, or "grouped"; None is what suits the device.
 
     Raises:
         InvalidTypeError: ``weight`` requires a gradient.
@@ -87,10 +87,14 @@ def project(
 
 
 def _way_for(x: Tensor, weight: Tensor | PackedExperts, adapter: Adapter | None) -> str:
-    if isinstance(weight, Tensor) and grouped.runs(x, weight):
+    name = "eager" if adapter is None else chosen(x)
+    if isinstance(weight, PackedExperts):  # an expert after the other, by the composition where there is a GPU
+        return name if x.is_cpu else "eager"
+    if name == "triton":
+        return name
+    if grouped.runs(x, weight):
         return _GROUPED
-    native = x.is_cpu and adapter is not None and chosen(x) == "native"
-    return "native" if native else "eager"
+    return name if x.is_cpu else "eager"
 
 
 class _Project(torch.autograd.Function):

@@ -10,23 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..grouped_mm import runs
 from ..tensors import as_dtype
 from .problem import Adapter, Drop, Gradients
 
 __all__ = ["backward", "forward", "runs"]
 
-_ALIGNED = 16  # bytes that rows and first elements must lie apart
-
-
-def runs(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``grouped_mm`` runs on the device alone for x (M, K) and weight (E, N, K)."""
-    return (
-        x.is_cuda
-        and x.dtype is weight.dtype is torch.bfloat16
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
-        and all(size * x.element_size() % _ALIGNED == 0 for size in weight.shape[1:])
-        and weight.data_ptr() % _ALIGNED == 0
-    )
+_ALIGNED = 16  # bytes that rows must lie apart
 
 
 def forward(

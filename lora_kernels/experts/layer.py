@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import merging as of_linear
 from .. import switching, telling
 from ..config import AdapterOptions, scaling_of
+from ..dispatch import Problem
 from ..errors import InvalidArgumentError, LoRAStateError
 from ..initialisation import draw, kind_of
 from ..layer import RestoreEnabled
@@ -75,6 +76,14 @@ class FusedLoRAExperts(nn.Module):
         """s of the adapter on the Parameter called ``name``."""
         of = self.options[name]
         return scaling_of(of.r, of.lora_alpha, of.use_rslora)
+
+    @property
+    def problem(self) -> Problem:
+        """What :func:`lora_kernels.explain` is asked about."""
+        weight = self._parameters[next(iter(self.options))]
+        assert weight is not None
+        p = max(of.lora_dropout for of in self.options.values())
+        return Problem(weight.device.type, weight.dtype, dropout_p=p, experts=weight.shape[0])
 
     @property
     def adapter(self) -> dict[str, nn.Parameter]:

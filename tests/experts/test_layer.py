@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import mixtures
-from lora_kernels import use_backend
+from lora_kernels import dispatch, explain, use_backend
 from lora_kernels.accuracy import judge
+from lora_kernels.backends.triton import expert_operators
 from lora_kernels.config import AdapterOptions
 from lora_kernels.errors import InvalidArgumentError, LoRAStateError
 from lora_kernels.experts import autograd, routing, run
@@ -119,13 +122,54 @@ def test_as_if_each_experts_weight_were_made(kind: str, dtype: torch.dtype) -> N
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="it needs a GPU and torch sees no CUDA device")
 def test_as_if_each_experts_weight_were_made_on_a_gpu() -> None:
-    """bf16 by ``grouped_mm`` on the device, fp32 expert by expert; a run gives the same bits as the run before."""
-    for kind, dtype in itertools.product(["qwen3_moe", "gpt_oss"], [torch.bfloat16, torch.float32]):
-        layer = adapted(kind, dtype).cuda()
-        moved = (tensor.detach().cuda().requires_grad_(tensor.requires_grad) for tensor in inputs(layer, dtype))
-        given = tuple(moved)
-        compare(layer, given, dtype)
-        assert same_bits(layer(*given[:3]), layer(*given[:3]))
+    """By the kernels, both ways, and by ``grouped_mm`` or expert by expert. A run repeats the bits of the run before.
+
+    There are more rows than blocks have, an expert without a token, and sentinels.
+    """
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    plain: Any = nullcontext
+    cases = [("gpt_oss", dtype, "triton", plain) for dtype in (bf16, fp16, fp32)]
+    cases += [("gpt_oss", bf16, "triton", expert_operators.always_inside)]
+    cases += [(*each, "eager", plain) for each in itertools.product(["qwen3_moe", "gpt_oss"], [bf16, fp32])]
+    for kind, dtype, name, way in cases:
+        layer = adapted(kind, dtype, lora_dropout=0.5).cuda().eval()
+        layer._is_expert_parallel = True
+        of_cpu = inputs(layer, dtype, tokens=700)
+        given = tuple(tensor.detach().cuda().requires_grad_(tensor.requires_grad) for tensor in of_cpu)
+        given[1][given[1] == 1] = layer.num_experts
+        with use_backend(name), way():
+            compare(layer, given, dtype)
+            layer.train()
+            torch.manual_seed(1)
+            first = layer(*given[:3])
+            torch.manual_seed(1)
+            assert same_bits(first, layer(*given[:3]))
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "dtype", "backend", "words"),
+    [
+        (False, torch.float32, "eager", "expert after expert"),
+        (False, torch.float32, "native", "One operator a projection"),
+        (True, torch.bfloat16, "eager", "grouped_mm for each product"),
+        (True, torch.float32, "eager", "The host waits"),
+        (True, torch.bfloat16, "native", "for CPUs only"),
+        (True, torch.bfloat16, "triton", "added in place"),
+        (True, torch.float16, "triton", "the low-rank term inside"),
+    ],
+    ids=str,
+)
+def test_how_they_run_is_told(on_gpu: bool, dtype: torch.dtype, backend: str, words: str) -> None:
+    problem = replace(adapted("mixtral", dtype, lora_dropout=0.1).problem, device_type="cuda" if on_gpu else "cpu")
+    assert words in dispatch.backend(backend).describe(problem)
+
+
+def test_explain_takes_them() -> None:
+    with use_backend("eager"):
+        found = explain(adapted("mixtral"))
+        with pytest.raises(InvalidArgumentError, match="no plan of their own sizes"):
+            explain(adapted("mixtral"), tokens=8)
+    assert (found.backend, found.problem.experts) == ("eager", mixtures.experts("mixtral").num_experts)
 
 
 def _forget_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,8 @@ class NativeBackend:
             f"is {found['path']} ({found['state']})" if found["path"] else f"{found['state']} by {found['compiler']}"
         )
         dropped = " Dropout's mask is drawn again in backward from a 16-byte seed." if problem.dropout_p else ""
+        if problem.experts:
+            return _of_experts(problem, library)
         does = (
             "the product by W, PyTorch's or its own, whichever is quicker, and vectorised code for the rest"
             if problem.device_type == "cpu"
@@ -82,6 +84,12 @@ class NativeBackend:
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
         return draw_seed(x)
+
+
+def _of_experts(problem: Problem, library: str) -> str:
+    if problem.device_type != "cpu":
+        return "It has kernels of stacked experts for CPUs only: on a GPU what 'eager' names runs in their place."
+    return f"One operator a projection, for all experts together. The library {library}."
 
 
 def _keep(like: Tensor, p: float, state: Tensor) -> Tensor:

@@ -21,7 +21,13 @@ from ...dispatch import Problem
 from ...errors import InvalidArgumentError
 from ...explaining.report import PassPlan
 from ...kept import Kept
-from ...ops import GROUP_OPERATOR_NAMES, OPERATOR_NAMES, register, register_four_bit_values
+from ...ops import (
+    EXPERTS_OPERATOR_NAMES,
+    GROUP_OPERATOR_NAMES,
+    OPERATOR_NAMES,
+    register,
+    register_four_bit_values,
+)
 from .. import draw_seed, why_not_capability
 from ..native import load
 
@@ -79,6 +85,8 @@ class TritonBackend:
     def describe(self, problem: Problem) -> str:
         if problem.device_type == "cpu":
             return "Triton's interpreter (TRITON_INTERPRET=1): the kernels' logic on the CPU, for tests, very slow."
+        if problem.experts:
+            return f"{_of_experts(problem)}{_launches()}"
         dropped = f" {kept().tells(problem)}" if problem.dropout_p else ""
         return (
             "Fused: x is read once for h. The plan for the size (measured, or predicted where nobody has tuned) adds "
@@ -96,12 +104,12 @@ class TritonBackend:
         return plans_on(blocks.machine_of(device), name, table, problem, tokens)
 
     def register(self, device_type: str) -> None:
-        from . import gated_operators, group_operators, operators, part_operators
+        from . import expert_operators, gated_operators, group_operators, operators, part_operators
 
-        modules = (operators, part_operators, gated_operators, group_operators)
-        names = (*OPERATOR_NAMES, *GROUP_OPERATOR_NAMES)
+        modules = (operators, part_operators, gated_operators, group_operators, expert_operators)
+        names = (*OPERATOR_NAMES, *GROUP_OPERATOR_NAMES, *EXPERTS_OPERATOR_NAMES)
         own = {name: next(getattr(m, name) for m in modules if name in m.__all__) for name in names}
-        register(self.name, own, kept())
+        register(self.name, own, kept(), experts=True)
         if four_bits() == "own":
             from .four_bit_operators import four_bit_values
 
@@ -127,6 +135,17 @@ def plans_on(machine: Machine, name: str, table: Loaded, problem: Problem, token
     of = ((p.out_features, p.r), *p.others), tokens, p.in_features, dtype, p.dropout_p > 0
     notes = why.group_notes(machine, name, table, *of)
     return tuple(replace(own, notes=(*own.notes, note)) for own, note in zip(found, notes, strict=True))
+
+
+def _of_experts(problem: Problem) -> str:
+    base = "The product of each projection has the low-rank term inside."
+    if problem.dtype is torch.bfloat16:
+        base = (
+            "grouped_mm has the base product where rows are aligned to 16 bytes, and the low-rank term is added in "
+            "place; else the product has the term inside."
+        )
+    dropped = " Dropout's mask is drawn once in each pass; backward keeps a 16-byte seed." * bool(problem.dropout_p)
+    return f"Grouped kernels over the tokens sorted by expert; the host waits for nothing. {base}{dropped}"
 
 
 def _launches() -> str:

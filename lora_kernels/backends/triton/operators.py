@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kept import no_words
-from . import four_bit_operators, gated_operators, part_operators
+from . import expert_operators, four_bit_operators, gated_operators, part_operators
 from .choose import ranking
 from .choose.plans import GLUON_PLANS, BackwardPlan, DxHopper, DxInside, ForwardPlan, Hopper, HopperInside, Ring
 from .kernels.packed import mask_kernel
@@ -46,6 +46,7 @@ def forget() -> None:
     part_operators.forget()
     hopper_group_passes.forget()
     gated_operators.forget()
+    expert_operators.forget()
     four_bit_operators.forget()
     ranking.forget()
 

@@ -159,7 +159,15 @@ def test_a_warm_call_of_each_operator_is_one_pass(compared_all: dict[str, dict[s
         assert found["differences"] == [], name
         assert found["launches"][0] == found["launches"][1] > 0, name
         assert found["shapes"], name
-    for name in ("forward", "backward", "input_grad of two", "a_grad"):
+    experts = {
+        "forward": 3,
+        "forward in place": 3,
+        "backward": 5,
+        "backward in place": 5,
+    }  # launches beside grouped_mm's
+    for name, count in experts.items():
+        assert operators[f"experts_{name}, 256 tokens, dropout 0.1"]["launches"] == [count, count]
+    for name in ("forward", "backward", "input_grad of two", "a_grad", *(f"experts_{each}" for each in experts)):
         assert operators[f"{name}, 256 tokens, dropout 0.1"]["passes"] == [True]
     for name in ("four bits", "four bits, nested"):  # the tokens do not matter to them
         assert operators[f"{name}, 8 tokens, dropout 0.0"]["passes"] == [True]

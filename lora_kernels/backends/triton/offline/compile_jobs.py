@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....kept import row_words
 from ..choose.blocks import FEW_TOKENS, Machine
 from ..choose.candidates import candidates
 from ..choose.hidden_operand import operand_on
@@ -42,7 +43,7 @@ _TYPE_NAMES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A layer to compile for: K = N = 4096 and ``m`` tokens; ``part_operators``: these too."""
+    """A layer to compile for: K = N = 4096 and ``m`` tokens; ``part_operators``, ``experts``: these too."""
 
     dtype: torch.dtype
     r: int = 16
@@ -51,6 +52,7 @@ class Case:
     tf32: bool = False
     m: int = 8192
     part_operators: bool = False
+    experts: bool = False
 
     def __str__(self) -> str:
         name = "tf32" if self.tf32 else _TYPE_NAMES[self.dtype]
@@ -64,13 +66,13 @@ CASES = (
     Case(_BF16, p=0.1),
     Case(_BF16, r=8, adapter_dtype=_FP32),
     Case(_BF16, r=32, p=0.1, adapter_dtype=_FP32),
-    Case(_BF16, r=64, p=0.1, adapter_dtype=_FP32, part_operators=True),
+    Case(_BF16, r=64, p=0.1, adapter_dtype=_FP32, part_operators=True, experts=True),
     Case(_BF16, r=128, p=0.1),
     Case(_BF16, r=300, p=0.1, adapter_dtype=_FP32),
     Case(_BF16, m=512, r=16, p=0.1, adapter_dtype=_FP32),
     Case(_BF16, m=8, r=16, p=0.1, adapter_dtype=_FP32),
     Case(_FP16, p=0.1, part_operators=True),
-    Case(_FP16, r=64, p=0.1, adapter_dtype=_FP32, part_operators=True),
+    Case(_FP16, r=64, p=0.1, adapter_dtype=_FP32, part_operators=True, experts=True),
     Case(_FP16, m=8, r=16, p=0.1, adapter_dtype=_FP32),
     Case(_FP32, tf32=True),
     Case(_FP32, tf32=True, r=64, p=0.1),
@@ -173,7 +175,47 @@ def jobs_of(case: Case, arch: int) -> Iterator[Job]:
                 ready_product(way, call)(None, x, weight, lora_b, bias, gain, h, None, dy, 2.5)
         if state is not None:
             operators.mask(state, m, k, p)
+        if case.experts:
+            _call_experts(case)
     yield from calls
+
+
+def _call_experts(case: Case) -> None:
+    """Both passes of gate_up_proj of 128 experts, 2048 -> 1536, top-8: with the base inside, and added to in place."""
+    from ..choose import blocks
+    from ..choose.experts import Experts
+    from ..run.experts import ExpertsCall, backward_step, forward_step
+
+    m, k, n, r, experts = 8 * case.m, 2048, 1536, case.r, 128
+    adapter = case.adapter_dtype or case.dtype
+
+    def meta(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, y, weight, h = meta(case.m, k), meta(m, n), meta(experts, n, k), meta(m, r, dtype=_FP32)
+    lora_a, lora_b = meta(experts, r, k, dtype=adapter), meta(experts, n, r, dtype=adapter)
+    offsets, tokens = meta(experts, dtype=torch.int32), meta(m, dtype=torch.int64)
+    dropped = meta(m, row_words(k), dtype=torch.int32) if case.p else None
+    for inside in (True, False):
+        call = ExpertsCall(
+            machine=blocks.machine_of(x.device),
+            device=x.device,
+            of=Experts(m, experts, r, case.dtype, case.tf32, case.p > 0),
+            precision="tf32" if case.tf32 else "ieee",
+            k=k,
+            n=n,
+            stride_x=x.stride(),
+            stride_w=weight.stride() if inside else None,
+            stride_a=lora_a.stride(),
+            stride_b=lora_b.stride(),
+            a_dtype=adapter,
+            b_dtype=adapter,
+            keep_scale=1.0 / (1.0 - case.p),
+        )
+        base, made, dx = (weight, None, None) if inside else (None, y, meta(m, k))
+        given = (lora_a, lora_b, offsets, tokens)
+        forward_step(call)(None, x, base, *given, made, 2.5, dropped)
+        backward_step(call, y.stride(), (True, True, True))(None, y, x, base, *given, h, dx, 2.5, dropped)
 
 
 def _call_four_bits(n: int, k: int, dtype: torch.dtype) -> None:

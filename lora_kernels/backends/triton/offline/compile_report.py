@@ -206,9 +206,10 @@ def _hopper_faults(record: Record) -> Iterator[str]:
 
 
 def _kernel(name: str) -> Any:
-    from ..kernels import backward, few_tokens, forward, four_bits, gain, gated, input_grad, packed, persistent
+    from ..kernels import backward, experts, few_tokens, forward, four_bits, gain, gated, input_grad, packed, persistent
 
-    modules: tuple[Any, ...] = (backward, few_tokens, forward, four_bits, gain, gated, input_grad, persistent, packed)
+    modules: tuple[Any, ...] = (backward, experts, few_tokens, forward, four_bits, gain, gated, input_grad)
+    modules += (persistent, packed)
     if name.startswith("hopper_"):
         from ..kernels.hopper import (
             group_dx,
