@@ -1,11 +1,13 @@
-"""A training step of one layer's experts on a CPU, beside the frozen experts, PEFT and a loop over own linear layers.
+"""A training step of one layer's experts, beside the frozen experts, PEFT and a loop over own linear layers.
 
-``python bench/moe.py`` measures Qwen3-MoE's shape, made small enough to run (E = 32, H = 1024, I = 768, top-8, M = 2048
-tokens, r = 16), and writes ``bench/results/moe-cpu.json``. ``--small`` is for tests. All providers are compared with
+``python bench/moe.py`` measures Qwen3-MoE's shape on a CPU, made small enough to run (E = 32, H = 1024, I = 768, top-8,
+M = 2048 tokens, r = 16), and writes ``bench/results/moe-cpu.json``. ``--layer qwen3-30b`` is Qwen3-30B-A3B's (E = 128,
+H = 2048, M = 8192), which ``make gpu-bench`` runs in bf16. ``--small`` is for tests. All providers are compared with
 float64 before they are timed. They run in turn on the same data, and the ratio to the frozen experts is the result.
 
 *frozen*: the experts module without adapters, by transformers' ``grouped_mm``. *peft*: ``ParamWrapper``. *loop*: a
-``FusedLoRALinear`` for each expert and projection. *Peak* is what a step holds at most beyond what was held before.
+``FusedLoRALinear`` for each expert and projection. *inside*: ours with the base product in its kernels too, which is
+asked about on a GPU. *Peak* is what a step holds at most beyond what was held before.
 """
 
 from __future__ import annotations
@@ -13,11 +15,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,29 @@ sys.path.insert(0, str(ROOT))
 
 from lora_kernels import FusedLoRALinear, LoRAConfig, replace_linear  # noqa: E402  (after the path)
 from lora_kernels.accuracy import judge  # noqa: E402
+from lora_kernels.benchmark.block import missing  # noqa: E402
 from lora_kernels.benchmark.memory import peak_of  # noqa: E402
 from lora_kernels.benchmark.report import Table  # noqa: E402
 from lora_kernels.benchmark.results import environment  # noqa: E402
+from lora_kernels.benchmark.timing import Candidate  # noqa: E402
+from lora_kernels.benchmark.timing import measure as timed  # noqa: E402
 from lora_kernels.experts.peft_form import to_peft  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "moe-cpu.json"
 TARGETS = ["gate_up_proj", "down_proj"]
 PROVIDERS = ("frozen", "ours", "loop", "peft")
-NAMES = {"frozen": "frozen experts", "ours": "lora_kernels", "loop": "loop over FusedLoRALinear", "peft": "PEFT"}
+# What runs in one clock, the floor first. On a GPU the loop comes last and by itself: it may take longer than there is.
+GROUPS: dict[str, list[tuple[str, ...]]] = {
+    "cpu": [PROVIDERS],
+    "qwen3-30b": [("frozen", "ours", "inside", "peft"), ("frozen", "loop")],
+}
+NAMES = {
+    "frozen": "frozen experts",
+    "ours": "lora_kernels",
+    "inside": "lora_kernels, base inside",
+    "loop": "loop over FusedLoRALinear",
+    "peft": "PEFT",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,7 @@ class Sizes:
 
 
 SMALL = Sizes(4, 32, 24, 2, 40, 4)
+LAYERS = {"cpu": Sizes(), "qwen3-30b": Sizes(128, 2048, 768, 8, 8192, 16)}
 
 
 class Holder(nn.Module):
@@ -76,7 +92,7 @@ class Loop(nn.Module):
         self.act_fn, self.up, self.down = ours.act_fn, nn.ModuleList(), nn.ModuleList()
         for name, layers in zip(TARGETS, (self.up, self.down), strict=True):
             for e, weight in enumerate(getattr(ours, name)):
-                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
                 linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
                 of = ours.options[name]
                 layer = FusedLoRALinear.from_linear(linear, r=of.r, lora_alpha=of.lora_alpha)
@@ -93,7 +109,7 @@ class Loop(nn.Module):
         return y
 
 
-def models(sizes: Sizes, dtype: torch.dtype) -> dict[str, nn.Module]:
+def models(sizes: Sizes, dtype: torch.dtype, device: str = "cpu") -> dict[str, nn.Module]:
     """Each provider's model, with the same weights and adapters."""
     transformers = __import__("transformers")
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -103,7 +119,8 @@ def models(sizes: Sizes, dtype: torch.dtype) -> dict[str, nn.Module]:
         num_experts=sizes.experts, hidden_size=sizes.hidden, moe_intermediate_size=sizes.intermediate
     )
     config._experts_implementation = "grouped_mm"
-    frozen = Holder(Qwen3MoeExperts(config)).to(dtype).requires_grad_(False)
+    with torch.device(device):
+        frozen = Holder(Qwen3MoeExperts(config)).to(dtype).requires_grad_(False)
     for parameter in frozen.parameters():
         nn.init.normal_(parameter, std=parameter.shape[2] ** -0.5)
     ours = copy.deepcopy(frozen)
@@ -111,7 +128,8 @@ def models(sizes: Sizes, dtype: torch.dtype) -> dict[str, nn.Module]:
     layer: Any = ours.experts
     for name in TARGETS:
         nn.init.normal_(layer.lora_B[name], std=sizes.r**-0.5)
-    return {"frozen": frozen, "ours": ours, "loop": Loop(layer), "peft": _by_peft(frozen, layer, sizes.r)}
+    peft = _by_peft(frozen, layer, sizes.r)
+    return {"frozen": frozen, "ours": ours, "inside": ours, "loop": Loop(layer), "peft": peft}
 
 
 def _by_peft(frozen: nn.Module, layer: Any, r: int) -> nn.Module:
@@ -128,12 +146,22 @@ def _by_peft(frozen: nn.Module, layer: Any, r: int) -> nn.Module:
     return model
 
 
-def inputs(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(sizes: Sizes, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens, their experts at random, the experts' weights, and dy."""
     torch.manual_seed(1)
-    x = torch.randn(sizes.tokens, sizes.hidden).to(dtype).requires_grad_()
-    index = torch.rand(sizes.tokens, sizes.experts).topk(sizes.k).indices
-    return x, index, torch.rand(sizes.tokens, sizes.k).to(dtype), torch.randn(sizes.tokens, sizes.hidden).to(dtype)
+    x = torch.randn(sizes.tokens, sizes.hidden).to(device, dtype).requires_grad_()
+    index = torch.rand(sizes.tokens, sizes.experts).topk(sizes.k).indices.to(device)
+    weights, dy = torch.rand(sizes.tokens, sizes.k), torch.randn(sizes.tokens, sizes.hidden)
+    return x, index, weights.to(device, dtype), dy.to(device, dtype)
+
+
+def within(name: str) -> AbstractContextManager[None]:
+    """What a provider runs in."""
+    if name != "inside":
+        return nullcontext()
+    from lora_kernels.backends.triton.expert_operators import always_inside
+
+    return always_inside()
 
 
 def check(made: dict[str, nn.Module], given: Sequence[Tensor], dtype: torch.dtype) -> None:
@@ -142,42 +170,38 @@ def check(made: dict[str, nn.Module], given: Sequence[Tensor], dtype: torch.dtyp
     with torch.no_grad():
         exact = copy.deepcopy(made["loop"]).double()(x.double(), index, weights.double())
         yardstick = made["peft"](x, index, weights)
-        for name in ("ours", "loop"):
-            verdict = judge(name, made[name](x, index, weights), exact, yardstick, dtype, depth=2)
+        for name in ("ours", "inside", "loop"):
+            with within(name):
+                verdict = judge(name, made[name](x, index, weights), exact, yardstick, dtype, depth=2)
             if not verdict.passed:
                 raise SystemExit(f"{name} is not timed, because it is wrong: {verdict}")
 
 
-def measure(sizes: Sizes, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    made: dict[str, nn.Module], given: Sequence[Tensor], names: Sequence[str], rounds: int, device: str
+) -> list[dict[str, Any]]:
     """A row for each provider: seconds of a step, its ratio to the frozen experts of the same round, bytes."""
-    made, given = models(sizes, dtype), inputs(sizes, dtype)
-    check(made, given, dtype)
     x, index, weights, dy = given
 
-    def step(model: nn.Module) -> Callable[[], None]:
-        def run() -> None:
+    def step(name: str) -> Callable[[int], None]:
+        model = made[name]
+
+        def run(turn: int) -> None:
             x.grad = None
             model.zero_grad(set_to_none=True)
             model(x, index, weights).backward(dy)
 
         return run
 
-    steps = {name: step(made[name]) for name in PROVIDERS}
-    times: dict[str, list[float]] = {name: [] for name in PROVIDERS}
-    for i in range(rounds + 1):
-        for name in PROVIDERS:
-            begin = time.perf_counter()
-            steps[name]()
-            if i:  # the first round warms up
-                times[name].append(time.perf_counter() - begin)
+    candidates = [Candidate(name, step(name), lambda name=name: within(name)) for name in names]  # type: ignore[misc]
+    timings = timed(candidates, "frozen", 0.0, rounds, device)
     rows = []
-    for name in PROVIDERS:
-        ratios = sorted(own / floor for own, floor in zip(times[name], times["frozen"], strict=True))
-        spread = {"p20": ratios[len(ratios) // 5], "p80": ratios[-1 - len(ratios) // 5]}
-        seconds, ratio = statistics.median(times[name]), statistics.median(ratios)
-        peak = peak_of(steps[name], "cpu")
-        rows.append({"provider": name, "dtype": str(dtype).removeprefix("torch."), "seconds": seconds, "ratio": ratio})
-        rows[-1] |= spread | {"peak_bytes": peak}
+    for each in candidates:
+        found = timings[each.name]
+        with each.context():
+            peak = peak_of(lambda run=each.run: run(0), device)  # type: ignore[misc]
+        rows.append({"provider": each.name, "dtype": str(x.dtype).removeprefix("torch."), "seconds": found.median})
+        rows[-1] |= {"ratio": found.ratio, "p20": found.ratio_p20, "p80": found.ratio_p80, "peak_bytes": peak}
     return rows
 
 
@@ -223,24 +247,39 @@ def _verdict(dtype: str, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print a table, and write the file."""
+    """Measure, print a table, and write the file, anew after each group of providers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layer", choices=LAYERS, default="cpu", help="whose sizes (default: cpu)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
     parser.add_argument("--small", action="store_true", help="sizes for a test")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--context", default="", help="a sentence about the run, for the table")
     parser.add_argument("--json", type=Path, default=RESULT, help="where to write")
     given = parser.parse_args(arguments)
-    sizes = SMALL if given.small else Sizes()
-    rows = [row for dtype in given.dtypes for row in measure(sizes, getattr(torch, dtype), given.rounds)]
-    for row in rows:
-        print(
-            f"{row['dtype']:9} {row['provider']:7} {row['seconds'] * 1e3:9.1f} ms  {row['ratio']:6.2f} of frozen "
-            f"({row['p20']:.2f}-{row['p80']:.2f})  peak {row['peak_bytes'] / 2**20:8.1f} MiB"
-        )
-    result = {"sizes": asdict(sizes), "context": given.context, "rows": rows, "environment": environment("cpu")}
+    sizes, absent = SMALL if given.small else LAYERS[given.layer], missing()
+    rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {"layer": given.layer, "sizes": asdict(sizes), "context": given.context}
+    result |= {"left_out": absent, "rows": rows, "environment": environment(given.device)}
     given.json.write_text(json.dumps(result, indent=1))
+    for dtype in [] if absent else [getattr(torch, name) for name in given.dtypes]:
+        made, data = models(sizes, dtype, given.device), inputs(sizes, dtype, given.device)
+        check(made, data, dtype)
+        for names in GROUPS[given.layer]:
+            found = measure(made, data, names, given.rounds, given.device)
+            known = {(row["dtype"], row["provider"]) for row in rows}
+            fresh = [row for row in found if (row["dtype"], row["provider"]) not in known]
+            rows += fresh
+            given.json.write_text(json.dumps(result, indent=1))
+            print("\n".join(map(_line, fresh)), flush=True)
     return 0
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['dtype']:9} {row['provider']:7} {row['seconds'] * 1e3:9.1f} ms  {row['ratio']:6.2f} of frozen "
+        f"({row['p20']:.2f}-{row['p80']:.2f})  peak {row['peak_bytes'] / 2**20:8.1f} MiB"
+    )
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ _OTHERS = (
     "hopper_step.json",
     "host.json",
     "llama.json",
+    "moe.json",
     "tune.json",
     "tuned.json",
     "verify.json",

@@ -13,7 +13,7 @@ stages that passed and goes on with those that were not done, of the tests and o
 is put where the package looks for it. Files, ten at most (what is small is in the summary):
 
     gpu-check  tests.xml  tests.passed  verify.json  tune.json  tuned.json
-    gpu-bench  tune.json  tuned.json  goals.json  goals-group.json  block.json  verdict.txt  quick.json
+    gpu-bench  tune.json  tuned.json  goals.json  goals-group.json  block.json  verdict.txt  moe.json  quick.json
     gpu-grid   tune-grid.json  tuned.json  forward.json  step.json  compiled.json  step-compiled.json
     gpu-llama  llama.json
     all        summary.json (what became of each stage; info, build, overhead)  log.txt (what the stages printed)

@@ -24,6 +24,7 @@ __all__ = [
     "judge_bench",
     "judge_json",
     "judge_llama",
+    "judge_moe",
     "judge_tests",
     "judge_verify",
     "llama_stages",
@@ -214,6 +215,7 @@ def bench_stages(pytest_args: Sequence[str] = ()) -> list[Stage]:
         _block(),
         Stage("verdict", verdict, 20, "verdict.txt", True, judge_text, every_time=True),
         _overhead(),
+        _moe(),
         _bench("quick", "gpu-quick", 110),
     ]
 
@@ -284,6 +286,17 @@ def judge_llama(path: Path) -> str:
     return document["left_out"] or account
 
 
+def judge_moe(path: Path) -> str:
+    """Tells our ratio to the frozen experts; passes too where transformers or PEFT is missing, and says so."""
+    document = json.loads(path.read_text())
+    if document["left_out"]:
+        return str(document["left_out"])
+    ratios = {row["provider"]: row["ratio"] for row in document["rows"]}
+    if "ours" not in ratios:
+        raise ValueError("no provider was timed")
+    return f"{len(ratios)} providers, ours {ratios['ours']:.2f} of the frozen experts"
+
+
 def judge_dram(path: Path) -> str:
     """Counts what was measured; passes too where Nsight Compute is missing, and says so."""
     document = json.loads(path.read_text())
@@ -294,6 +307,12 @@ def judge_dram(path: Path) -> str:
 def _block() -> Stage:
     command = (*PACKAGE, "bench", "--preset", "gpu-block", "--budget", "40", "--json", "{result}")
     return Stage("block", command, 70, "block.json", False, judge_block)
+
+
+def _moe() -> Stage:
+    """A layer's experts: after what is judged, for its goals have no part in the verdict yet."""
+    command = (sys.executable, "bench/moe.py", "--layer", "qwen3-30b", "--device", "cuda", "--dtypes", "bfloat16")
+    return Stage("moe", (*command, "--rounds", "15", "--json", "{result}"), 60, "moe.json", False, judge_moe)
 
 
 def _dram() -> Stage:

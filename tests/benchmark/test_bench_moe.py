@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench import moe
+from scripts import gpu_stages
 
 for package in ("peft", "transformers"):
     pytest.importorskip(package)
@@ -24,6 +25,16 @@ def test_small_sizes_run_and_are_written(tmp_path: Path, capsys: pytest.CaptureF
     assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 for row in result["rows"])
     assert {row["ratio"] for row in result["rows"] if row["provider"] == "frozen"} == {1.0}
     assert len(capsys.readouterr().out.splitlines()) == len(result["rows"])
+
+
+def test_the_layer_that_is_measured_on_a_gpu_runs_in_small(tmp_path: Path) -> None:
+    file = tmp_path / "moe.json"
+    layer = ["--layer", "qwen3-30b", "--dtypes", "bfloat16"]
+    assert moe.main(["--small", "--rounds", "2", *layer, "--json", str(file)]) == 0
+    told = [row["provider"] for row in json.loads(file.read_text())["rows"]]
+    assert told == ["frozen", "ours", "inside", "peft", "loop"]
+    assert gpu_stages.judge_moe(file).startswith("5 providers, ours ")
+    assert moe.LAYERS["qwen3-30b"] == moe.Sizes(128, 2048, 768, 8, 8192, 16)
 
 
 def test_what_is_wrong_is_not_timed() -> None:

@@ -55,7 +55,7 @@ def test_every_stage_of_the_check_has_its_time_in_seven_minutes() -> None:
 def test_the_goals_and_their_verdict_have_their_time_in_six_minutes() -> None:
     planned = gpu_stages.bench_stages()
     names = [s.name for s in planned]
-    assert names == ["info", "tune", "goals", "goals-group", "block", "verdict", "overhead", "quick"]
+    assert names == ["info", "tune", "goals", "goals-group", "block", "verdict", "overhead", "moe", "quick"]
     assert gpu_stages.TOTALS["bench"] == 360
     ends = latest_ends(planned)
     assert ends["overhead"] <= gpu_stages.TOTALS["bench"] - gpu_check.PATIENCE_SECONDS
