@@ -89,7 +89,7 @@ def project(
 def _way_for(x: Tensor, weight: Tensor | PackedExperts, adapter: Adapter | None) -> str:
     name = "eager" if adapter is None else chosen(x)
     if isinstance(weight, PackedExperts):  # an expert after the other, by the composition where there is a GPU
-        return name if x.is_cpu else "eager"
+        return "native" if name == "native" else "eager"
     if name == "triton":
         return name
     if grouped.runs(x, weight):
