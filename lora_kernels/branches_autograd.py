@@ -18,9 +18,8 @@ from torch import Tensor
 from . import reference
 from .activations import activate, activate_backward
 from .errors import UnsupportedTransformError
-from .ops import is_watched, operators
+from .ops import operators
 from .tensors import as_dtype, flatten, unflatten
-from .weights import four_bits
 from .weights.packed import Layout, values_of
 
 __all__ = [
@@ -80,17 +79,17 @@ def forward_only(
         ys, zs, kept = _forward_of_group(ops, flat, members, p, scalings, states)
         return [unflatten(y, x.shape) for y in ys], zs, [None] * count, kept
     zs = _shrink_all(ops, flat, [member.lora_a for member in members], p, states)
-    ys, linears, codes = [], [], bool(layouts) and backend_name == "native" and not is_watched()
+    ys, linears = [], []
     for i, (member, z, scaling, activation, with_linear) in enumerate(
         zip(members, zs, scalings, activations, with_linears, strict=True)
     ):
         rest = member.lora_b, activate(activation, z), member.bias, member.gain, scaling, with_linear
-        found = four_bits.product(flat, layouts[i], parts[i], *rest) if codes else None
-        if found is None:
+        if ops.packed_product is not None and (layout := layouts[i] if layouts else None) is not None:
+            y, linear = ops.packed_product(flat, list(parts[i]), *layout[:-1], *rest)
+        else:
             weight = _values(i, member.weight, layouts, parts, x.dtype, flat)
-            found = ops.product(flat, weight, *rest)
+            y, linear = ops.product(flat, weight, *rest)
             del weight  # or the next one's values would be made beside these
-        y, linear = found
         ys.append(unflatten(y, x.shape))
         linears.append(linear)
     return ys, zs, linears, states
@@ -274,10 +273,7 @@ def gradients_of(
     dx: Any = None
     # The values of several packed weights are not to be there at once: their dx are added up.
     for some in ([[i] for i in used] if layouts else [used]) if need_x else ():
-        weights = [_values(i, saved[i].weight, layouts, parts, dlinears[i].dtype, dlinears[i]) for i in some]
-        lora_as, own = [saved[i].lora_a for i in some], [states[i] for i in some] if states else []
-        part = ops.input_grad([dlinears[i] for i in some], weights, [dzs[i] for i in some], lora_as, p, own)
-        del weights
+        part = _input_grad(ops, some, dlinears, dzs, saved, p, states, layouts, parts)
         dx = part if dx is None else dx.add_(part)
     if x is not None:
         due = [i for i in used if needs[i].lora_a]
@@ -285,6 +281,28 @@ def gradients_of(
         for i, da in zip(due, das, strict=True):
             grads[i]["lora_a"] = as_dtype(da, saved[i].lora_a.dtype)
     return dx, grads
+
+
+def _input_grad(
+    ops: Any,
+    some: list[int],
+    dlinears: dict[int, Tensor],
+    dzs: dict[int, Any],
+    saved: Sequence[Saved],
+    p: float,
+    states: Sequence[Tensor],
+    layouts: tuple[Layout | None, ...],
+    parts: Sequence[tuple[Tensor, ...]],
+) -> Any:
+    """The part of dx that comes by these branches; of packed weights by one."""
+    first = some[0]
+    if ops.packed_input_grad is not None and (layout := layouts[first] if layouts else None) is not None:
+        state = states[first] if states else None
+        of = dlinears[first], list(parts[first]), *layout[:-1]
+        return ops.packed_input_grad(*of, dzs[first], saved[first].lora_a, p, state)
+    weights = [_values(i, saved[i].weight, layouts, parts, dlinears[i].dtype, dlinears[i]) for i in some]
+    lora_as, own = [saved[i].lora_a for i in some], [states[i] for i in some] if states else []
+    return ops.input_grad([dlinears[i] for i in some], weights, [dzs[i] for i in some], lora_as, p, own)
 
 
 def _of_group(

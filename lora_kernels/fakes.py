@@ -178,9 +178,41 @@ def fakes(kept: Kept) -> dict[str, Callable[..., Any]]:
             b.new_empty(0 if h is None or lora_b is None else b.shape),
         )
 
+    def packed_product(
+        x: Tensor,
+        parts: list[Tensor],
+        form: str,
+        spec: str,
+        rows: int,
+        columns: int,
+        lora_b: Tensor | None,
+        h: Tensor | None,
+        bias: Tensor | None,
+        gain: Tensor | None,
+        scaling: float,
+        with_linear: bool,
+    ) -> tuple[Tensor, Tensor]:
+        size = (x.shape[0], rows)
+        return x.new_empty(size), x.new_empty(0 if gain is None or not with_linear else size)
+
+    def packed_input_grad(
+        dy: Tensor,
+        parts: list[Tensor],
+        form: str,
+        spec: str,
+        rows: int,
+        columns: int,
+        dh: Tensor | None,
+        lora_a: Tensor | None,
+        p: float,
+        state: Tensor | None,
+    ) -> Tensor:
+        return dy.new_empty((dy.shape[0], columns))
+
     functions = (
         forward, backward, mask, shrink, product, output_grads, input_grad, a_grad, gain_grad, row_norms,
         gated, gated_grad, group_forward, group_backward, experts_forward, experts_backward,
+        packed_product, packed_input_grad,
     )  # fmt: skip
     return {function.__name__: function for function in functions}
 

@@ -125,6 +125,18 @@ def _experts_backward(
     return _backward(dy, x, weight, lora_a[1:], lora_b[1:], None, h)
 
 
+def _packed_product(
+    x: _Shape, parts: Any, form: str, spec: str, rows: int, columns: int, lora_b: _Shape | None, *_: Any, **__: Any
+) -> int:
+    return 2 * x[0] * rows * (columns + (0 if lora_b is None else lora_b[1]))
+
+
+def _packed_input_grad(
+    dy: _Shape, parts: Any, form: str, spec: str, rows: int, columns: int, dh: _Shape | None, *_: Any, **__: Any
+) -> int:
+    return 2 * dy[0] * columns * (rows + (0 if dh is None else dh[1]))
+
+
 # By the operators' names; each takes the operator's arguments, shapes in the place of tensors. ``mask``,
 # ``gain_grad``, ``gated`` and ``gated_grad`` multiply no matrices.
 FORMULAS: Mapping[str, Callable[..., int]] = {
@@ -140,6 +152,8 @@ FORMULAS: Mapping[str, Callable[..., int]] = {
     "group_backward": _group_backward,
     "experts_forward": _experts_forward,
     "experts_backward": _experts_backward,
+    "packed_product": _packed_product,
+    "packed_input_grad": _packed_input_grad,
 }
 
 

@@ -158,7 +158,9 @@ def run_frozen(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
             f"{tuple(weight.shape)} on {weight.device}: x must be floating, (..., K), and on that device."
         )
     with torch.autocast(device_type, enabled=False) if is_autocast_enabled(device_type) else nullcontext():
-        return product.linear(as_dtype(x, dtype), weight, bias).to(x.dtype)
+        x_own = as_dtype(x, dtype)
+        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        return product.linear(x_own, weight, bias, None if transformed else chosen(x_own)).to(x.dtype)
 
 
 def _run_branches(

@@ -93,11 +93,13 @@ What is (M,R) may come with rows at any distance (a column slice), each in one p
 are fp32 (fp64 for fp64).
 
 ``dequantize`` is no backend's: the values (N,K) of a weight in a quantised form (``weights/``), which alone knows what
-the parts are. ``after`` is not read.
+the parts are. ``after`` is not read. ``packed_product`` and ``packed_input_grad``, which not every backend has, are
+``product`` and ``input_grad`` of such a weight: the backend reads its codes, or makes the values. Without an adapter
+lora_b and h, or dh and lora_a, are None.
 
-``native_four_bit_values`` and ``native_four_bit_product`` are what the C++ library has for weights of 4-bit codes on
-CPUs: the values, and product's y of few tokens, which reads the codes. Nothing that watches sees them: the first runs
-within ``dequantize``, the second where nobody watches. ``triton`` has the values too, as a function.
+``native_coded_values``, ``native_coded_product`` and ``native_coded_input_grad`` are what the C++ library has for
+weights of codes on CPUs; what they take of a weight is :class:`Codes`. They run within the three before them, so that
+nothing that watches sees them. ``triton`` has the values too, as a function.
 
 The overload ``.Tensor`` of an operator takes its numbers as 0-dim fp64 tensors: see ``graph_numbers.py``. What each
 operator counts for PyTorch's ``FlopCounterMode`` is in ``flops.py``.
@@ -108,7 +110,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,13 +125,16 @@ __all__ = [
     "GROUP_OPERATOR_NAMES",
     "NAMESPACE",
     "OPERATOR_NAMES",
+    "Codes",
     "Operators",
+    "coded_input_grad",
+    "coded_product",
+    "coded_values",
+    "codes_of",
     "dequantize",
-    "four_bit_product",
-    "four_bit_values",
-    "has_four_bit_kernels",
-    "is_watched",
+    "has_coded_kernels",
     "operators",
+    "reads_codes",
     "register",
     "register_form",
     "register_four_bit_values",
@@ -171,6 +176,12 @@ _EXPERTS_SCHEMAS = {
     "experts_backward": "(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_a, Tensor? lora_b, Tensor offsets, "
     "Tensor? tokens, Tensor? h, float scaling, float p, Tensor? state) -> (Tensor dx, Tensor da, Tensor db)",
 }
+_PACKED_SCHEMAS = {
+    "packed_product": "(Tensor x, Tensor[] parts, str form, str spec, SymInt rows, SymInt columns, Tensor? lora_b, "
+    "Tensor? h, Tensor? bias, Tensor? gain, float scaling, bool with_linear) -> (Tensor y, Tensor linear)",
+    "packed_input_grad": "(Tensor dy, Tensor[] parts, str form, str spec, SymInt rows, SymInt columns, Tensor? dh, "
+    "Tensor? lora_a, float p, Tensor? state) -> Tensor",
+}
 OPERATOR_NAMES = tuple(_SCHEMAS)
 EXPERTS_OPERATOR_NAMES = tuple(_EXPERTS_SCHEMAS)  # ``native`` has them on CPUs
 GROUP_OPERATOR_NAMES = tuple(_GROUP_SCHEMAS)  # of a backend that has kernels for groups
@@ -211,6 +222,8 @@ class Operators:
     group_backward: Callable[..., tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]] = _no_group
     experts_forward: Callable[..., tuple[Tensor, Tensor]] = _no_experts
     experts_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = _no_experts
+    packed_product: Callable[..., tuple[Tensor, Tensor]] | None = None
+    packed_input_grad: Callable[..., Tensor] | None = None
 
 
 def register(
@@ -218,12 +231,13 @@ def register(
     implementations: Mapping[str, Callable[..., Any]],
     kept: Kept,
     experts: bool = False,
+    packed: Mapping[str, Callable[..., Any]] | None = None,
 ) -> None:
     """Define, implement and fake the operators of ``backend``; calling it again does nothing.
 
     An operator that ``implementations`` leaves out is one that a C++ library has registered, or will. One that it has
     for such a backend serves the devices that the library has no kernel for. ``kept`` tells what forward leaves for
-    backward, ``experts`` whether there are the operators of stacked experts.
+    backward, ``experts`` whether there are the operators of stacked experts, ``packed`` those of packed weights.
     """
     if backend in _registered:
         return
@@ -233,20 +247,22 @@ def register(
     packets = _packets[backend] = {}
     schemas = _SCHEMAS | {name: schema for name, schema in _GROUP_SCHEMAS.items() if name in implementations}
     schemas |= _EXPERTS_SCHEMAS if experts else {}
+    compiled = len(implementations) < len(schemas)
+    in_python = packed or {}
+    schemas |= {name: _PACKED_SCHEMAS[name] for name in in_python}
     known = fakes(kept)
     for name, schema in schemas.items():
         qualified = f"{backend}_{name}"
         fake = _entering_formulas(known[name], packets)
         _library.define(f"{qualified}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        if name in implementations:
-            _library.impl(qualified, _without_graph(implementations[name]), "CompositeExplicitAutograd")
+        if (implementation := implementations.get(name) or in_python.get(name)) is not None:
+            _library.impl(qualified, _without_graph(implementation), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=_library)
         packets[name] = getattr(getattr(torch.ops, NAMESPACE), qualified)
         overloads[name] = traced[name] = packets[name].default
         if (by_tensors := tensor_schema(schema)) is not None:
             traced[name] = _with_tensor_overload(qualified, by_tensors, fake, packets[name])
-        compiled = len(implementations) < len(schemas)
-        direct[name] = overloads[name]._op if compiled else implementations[name]
+        direct[name] = in_python.get(name) or (overloads[name]._op if compiled else implementations[name])
     _registered[backend] = Operators(**overloads, kept=kept)
     _traced[backend] = Operators(**traced, kept=kept)
     _direct[backend] = Operators(**direct, kept=kept)
@@ -309,26 +325,56 @@ _DEQUANTIZE = (
     "dequantize(Tensor[] parts, str form, str spec, SymInt rows, SymInt columns, ScalarType dtype, Tensor? after) -> "
     "Tensor"
 )
-_FOUR_BITS = {
-    "native_four_bit_values": "(Tensor[] parts, Tensor table, int blocksize, int nested_blocksize, int rows, "
-    "int columns, ScalarType dtype) -> Tensor",
-    "native_four_bit_product": "(Tensor x, Tensor[] parts, Tensor table, int blocksize, int nested_blocksize, "
-    "Tensor lora_b, Tensor h, Tensor? bias, Tensor? gain, float scaling, bool with_linear) -> (Tensor y, "
-    "Tensor linear)",
+_CODES = "Tensor[] parts, Tensor? table, int high, int wide, int nested"
+_CODED = {
+    "native_coded_values": f"({_CODES}, int rows, int columns, ScalarType dtype) -> Tensor",
+    "native_coded_product": f"(Tensor x, {_CODES}, int rows, Tensor? lora_b, Tensor? h, Tensor? bias, Tensor? gain, "
+    "float scaling, bool with_linear) -> (Tensor y, Tensor linear)",
+    "native_coded_input_grad": f"(Tensor dy, {_CODES}, int columns, Tensor? dh, Tensor? lora_a, float p, "
+    "Tensor? state) -> Tensor",
 }
-for _name, _schema in _FOUR_BITS.items():
+for _name, _schema in _CODED.items():
     _library.define(f"{_name}{_schema}")
+
+
+class Codes(NamedTuple):
+    """What the C++ library reads of a weight of codes.
+
+    Attributes:
+        parts: of 4 bits, two a byte (uint8): the codes, and fp32 absmax of each block, or bf16 (K / block, N) beside
+            bitsandbytes' order by columns; nested: 8-bit absmax, its own absmax, its table, its offset. Of 8 bits: int8
+            numbers, or e4m3 as uint8, fp32 scales of each block, and, if there are, int8 zeros.
+        table: the 16 numbers of 4-bit codes; None of 8-bit ones.
+        high, wide: rows and columns of a block; of 4-bit codes ``wide`` numbers of W, its rows one after the other.
+        nested: how many of absmax make a block, or 0.
+    """
+
+    parts: list[Tensor]
+    table: Tensor | None
+    high: int
+    wide: int
+    nested: int
+
+
 _forms: dict[str, Callable[..., Tensor]] = {}
+_codes: dict[str, Callable[..., Codes | None]] = {}
 _triton_four_bits: dict[str, Callable[..., Tensor]] = {}
 
 
-def register_form(name: str, values: Callable[..., Tensor]) -> None:
-    """Has ``dequantize`` ask ``values(parts, spec, rows, columns, dtype)`` for weights of the form ``name``."""
+def register_form(
+    name: str, values: Callable[..., Tensor], codes: Callable[..., Codes | None] | None = None
+) -> None:
+    """Has ``dequantize`` ask ``values(parts, spec, rows, columns, dtype)`` for weights of the form ``name``.
+
+    ``codes(parts, spec, rows, columns)`` is what the C++ library reads in place of the values, or None.
+    """
     if not _forms:
         _library.define(_DEQUANTIZE, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl("dequantize", _without_graph(_dequantize), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::dequantize", _dequantize_fake, lib=_library)
     _forms[name] = values
+    if codes is not None:
+        _codes[name] = codes
 
 
 def _dequantize(
@@ -351,20 +397,37 @@ def dequantize(
     return values
 
 
-def has_four_bit_kernels() -> bool:
-    """Whether the C++ library for CPUs is loaded, which has :func:`four_bit_values` and :func:`four_bit_product`."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::native_four_bit_values", "CPU")
+def codes_of(parts: list[Tensor], form: str, spec: str, rows: int, columns: int) -> Codes | None:
+    """The codes of a packed weight, where the C++ library for CPUs is loaded and reads such codes."""
+    read = _codes.get(form)
+    return None if read is None or not has_coded_kernels() else read(parts, spec, rows, columns)
 
 
-def four_bit_values(*arguments: Any) -> Tensor:
-    """The values (N, K) of 4-bit codes, by the C++ library: see the schema."""
-    values: Tensor = torch.ops.lora_kernels.native_four_bit_values.default(*arguments)
+def reads_codes(parts: list[Tensor], form: str, spec: str, rows: int, columns: int) -> bool:
+    """Whether the C++ library for CPUs, once it is loaded, reads the codes of a packed weight."""
+    return form in _codes and _codes[form](parts, spec, rows, columns) is not None
+
+
+def has_coded_kernels() -> bool:
+    """Whether the C++ library for CPUs is loaded, which has :func:`coded_values` and the products with codes."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::native_coded_values", "CPU")
+
+
+def coded_values(codes: Codes, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The values (N, K) of codes, by the C++ library."""
+    values: Tensor = torch.ops.lora_kernels.native_coded_values.default._op(*codes, rows, columns, dtype)
     return values
 
 
-def four_bit_product(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """What ``product`` gives for a weight of 4-bit codes and few tokens; not where somebody watches."""
-    found: tuple[Tensor, Tensor] = torch.ops.lora_kernels.native_four_bit_product.default._op(*arguments)
+def coded_product(x: Tensor, codes: Codes, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """What ``packed_product`` gives for few tokens, by the C++ library: see the schema."""
+    found: tuple[Tensor, Tensor] = torch.ops.lora_kernels.native_coded_product.default._op(x, *codes, *arguments)
+    return found
+
+
+def coded_input_grad(dy: Tensor, codes: Codes, *arguments: Any) -> Tensor:
+    """What ``packed_input_grad`` gives for few tokens, by the C++ library: see the schema."""
+    found: Tensor = torch.ops.lora_kernels.native_coded_input_grad.default._op(dy, *codes, *arguments)
     return found
 
 
@@ -376,12 +439,3 @@ def register_four_bit_values(device_type: str, values: Callable[..., Tensor]) ->
 def triton_four_bit_values(device_type: str) -> Callable[..., Tensor] | None:
     """``values(parts, quant_type, blocksize, nested_blocksize, rows, columns, dtype)`` of the ``triton`` backend."""
     return _triton_four_bits.get(device_type)
-
-
-def is_watched() -> bool:
-    """Whether a compiler, a tracer or a dispatch mode sees the operators that are called."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )

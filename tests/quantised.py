@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import FusedLoRALinear
+from lora_kernels import FusedLoRALinear, ops
 from numerics import check_all, three_ways
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'lora-kernels[quant]'")
@@ -215,3 +215,29 @@ def check_layer(layer: Any, x: Tensor, dy: Tensor, weight: Tensor) -> None:
 
     exact, yardstick, errors = three_ways(x.dtype, formulas)
     check_all(found, exact, yardstick, x.dtype, expected=errors)
+
+
+def check_products(codes: Any, weight: Tensor, m: int, r: int, dtype: torch.dtype) -> None:
+    """Asserts that few tokens' products with codes pass the policy for the values ``weight`` (N, K) in ``dtype``.
+
+    y and l = x Wᵀ + s h Bᵀ with a gain and without, dx = dy W + dh A, and both without an adapter.
+    """
+    n, k = weight.shape
+    x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
+    h, lora_b, lora_a = torch.randn(m, r), torch.randn(n, r).to(dtype), torch.randn(r, k).to(dtype)
+    bias, gain = torch.randn(n).to(dtype), torch.rand(n) + 0.5
+    y, linear = ops.coded_product(x, codes, n, lora_b, h, bias, gain, 0.5, True)
+    found = {"y": y, "linear": linear}
+    found["plain"], _ = ops.coded_product(x, codes, n, lora_b, h, None, None, 0.5, False)
+    found["frozen"], _ = ops.coded_product(x, codes, n, None, None, bias, None, 1.0, False)
+    found["dx"] = ops.coded_input_grad(dy, codes, k, h, lora_a, 0.0, None)
+    found["frozen dx"] = ops.coded_input_grad(dy, codes, k, None, None, 0.0, None)
+
+    def formulas(number: Any) -> dict[str, Any]:
+        product, inner, low = number(x) @ number(weight).t(), number(dy) @ number(weight), number(h)
+        linear = product + (low @ number(lora_b).t()) * 0.5
+        results = {"y": linear * number(gain) + number(bias), "linear": linear, "plain": linear}
+        return results | {"frozen": product + number(bias), "dx": inner + low @ number(lora_a), "frozen dx": inner}
+
+    exact, yardstick, errors = three_ways(dtype, formulas)
+    check_all(found, exact, yardstick, dtype, expected=errors)

@@ -2,7 +2,7 @@
 // lies.
 #pragma once
 
-#include "four_bits_few.h"
+#include "coded_few.h"
 #include "gains.h"
 #include "gated.h"
 #include "tiled_few.h"
@@ -427,9 +427,11 @@ constexpr Kernels KERNELS = {Driver<T, E>::shrink_scratch,
                              Driver<T, E>::row_norms_scratch,
                              Driver<T, E>::row_norms,
                              Driver<T, E>::gated,
-                             FourBitDriver<T, E>::values,
-                             FourBitDriver<T, E>::scratch,
-                             FourBitDriver<T, E>::product,
+                             CodedDriver<T, E>::values,
+                             CodedDriver<T, E>::product_scratch,
+                             CodedDriver<T, E>::product,
+                             CodedDriver<T, E>::input_grad_scratch,
+                             CodedDriver<T, E>::input_grad,
                              Conversion<T, E>::adapter,
                              Conversion<T, E>::gradient,
                              draw_mask};

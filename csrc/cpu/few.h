@@ -67,6 +67,17 @@ struct FewForward {
     const T *bias, *gain;   // (n) or null
     Out *linear, *out;      // linear, l, may be null
 
+    // That of W's rows from `first` on: the same matrices, moved. Its weight is to be set.
+    FewForward from_column(int64_t first) const {
+        FewForward moved = *this;
+        if (r > 0) moved.lora_b += first * r;
+        if (bias != nullptr) moved.bias += first;
+        if (gain != nullptr) moved.gain += first;
+        if (linear != nullptr) moved.linear += first;
+        moved.out += first;
+        return moved;
+    }
+
     template <int MR, int NR, class W>
     void block(int64_t i, int64_t j, const W* rows, int64_t ldr) const {
         Vector<T> sums[MR][NR] = {};
@@ -259,7 +270,7 @@ struct FewInputGradient {
     template <class L, class S>
     void add_product(int64_t columns, int64_t depth, const L* left, int64_t ldl, const S* rows, int64_t ldr,
                      T* sums) const {
-        T factors[FEW_TOKENS_INPUT_GRAD<E> * STEP];
+        T factors[(FEW_TOKENS_INPUT_GRAD<E> > CODED_TOKENS ? FEW_TOKENS_INPUT_GRAD<E> : CODED_TOKENS) * STEP];
         for (int64_t s = 0; s < depth; s += STEP) {
             const int steps = static_cast<int>(least(STEP, depth - s));
             for (int64_t i = 0; i < m; ++i) {
@@ -269,13 +280,29 @@ struct FewInputGradient {
         }
     }
 
-    void task(const Range& range, T* sums) const {
+    // sums (m, columns) += left W, of W's columns from j on.
+    void add_weight(const Term& term, int64_t j, int64_t columns, T* sums) const {
+        const E *left = static_cast<const E*>(term.left), *weight = static_cast<const E*>(term.weight) + j;
+        add_rows_of(columns, term.depth, left, term.ldl, weight, term.ldw, sums);
+    }
+    void add_rows_of(int64_t columns, int64_t depth, const E* left, int64_t ldl, const E* rows, int64_t ldr,
+                     T* sums) const {
+#if LORA_PAIRS
+        if constexpr (in_pairs<E>) return add_row_pairs(m, columns, depth, left, ldl, rows, ldr, sums, span());
+#endif
+        add_product(columns, depth, left, ldl, rows, ldr, sums);
+    }
+
+    // add(term, j, columns, sums) is `add_weight`, or stands for it.
+    template <class Add>
+    void task(const Range& range, T* sums, const Add& add) const {
         T* spare = sums + m * span();
         for (int64_t j = range.begin; j < range.end; j += span()) {
             const int64_t columns = least(span(), range.end - j);
             fill(sums, m * span(), T(0));
             for (int64_t t = 0; t < count; ++t) {
                 const Term& term = terms[t];
+                if (term.r == 0) continue;
                 const bool apart = is_apart(terms, t);
                 T* into = apart ? spare : sums;
                 if (apart) fill(spare, m * span(), T(0));
@@ -284,17 +311,7 @@ struct FewInputGradient {
                 if (term.dropout.active) drop_block(into, span(), m, columns, into, span(), term.dropout, 0, j);
                 if (apart) add_to(sums, spare, m * span());
             }
-            for (int64_t t = 0; t < count; ++t) {
-                const Term& term = terms[t];
-                const E *left = static_cast<const E*>(term.left), *weight = static_cast<const E*>(term.weight) + j;
-#if LORA_PAIRS
-                if constexpr (in_pairs<E>) {
-                    add_row_pairs(m, columns, term.depth, left, term.ldl, weight, term.ldw, sums, span());
-                    continue;
-                }
-#endif
-                add_product(columns, term.depth, left, term.ldl, weight, term.ldw, sums);
-            }
+            for (int64_t t = 0; t < count; ++t) add(terms[t], j, columns, sums);
             narrow_block(sums, span(), m, columns, dx + j, k);
         }
     }
@@ -304,8 +321,10 @@ struct FewInputGradient {
     int64_t scratch_per_task() const { return (any_apart(terms, count) ? 2 : 1) * m * span(); }
     void run(int64_t threads, T* scratch) const {
         const int64_t tasks = least(threads, ceil_div(k, 64));
-        run_tasks(tasks,
-                  [&](int64_t index) { task(share(k, 64, tasks, index), scratch + index * scratch_per_task()); });
+        run_tasks(tasks, [&](int64_t index) {
+            task(share(k, 64, tasks, index), scratch + index * scratch_per_task(),
+                 [this](const Term& term, int64_t j, int64_t columns, T* sums) { add_weight(term, j, columns, sums); });
+        });
     }
 };
 

@@ -1,4 +1,4 @@
-// A weight of 4-bit codes: a block's values, how codes look them up, and all values in their order.
+// A weight of 4-bit codes: a block's values, how codes look them up, and bitsandbytes' two orders of them.
 //
 // Value i of W, its rows one after the other, is table[code i] * absmax[i / blocksize], rounded to E. A block has one
 // absmax, so its 16 values are made and rounded once, and a code looks its value up.
@@ -17,19 +17,6 @@ constexpr int CODE_ROWS = 4;
 #else
 constexpr int CODE_ROWS = 2;
 #endif
-
-// A byte for each lane, widened with zeros.
-LORA_INLINE WordVector widen_bytes(const uint8_t* p) {
-#if defined(__AVX512F__) && LORA_VECTOR_BYTES == 64
-    return (WordVector)_mm512_maskz_cvtepu8_epi32(0xFFFF, read<__m128i>(p));
-#elif defined(__AVX2__) && LORA_VECTOR_BYTES == 32
-    return (WordVector)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-#else
-    WordVector words;
-    for (int i = 0; i < lanes<float>; ++i) words[i] = p[i];
-    return words;
-#endif
-}
 
 // A block's 16 values, rounded to E.
 template <class E>
@@ -122,6 +109,15 @@ LORA_INLINE V rounded(V v) {
 
 // The absmax of blocks first .. first + count. A nested one is made in two steps, each rounded, as its package does.
 LORA_INLINE const float* statistics(const FourBits& w, int64_t first, int64_t count, float* made) {
+    if (w.by_columns != nullptr) {
+        const int64_t width = w.k / w.blocksize;  // whole blocks
+        int64_t row = first / width, at = first % width;
+        for (int64_t i = 0; i < count; ++i, ++at) {
+            if (at == width) at = 0, ++row;
+            made[i] = widen(bf16{w.by_columns[at * w.n + row]});
+        }
+        return made;
+    }
     if (w.nested == nullptr) return w.absmax + first;
     for (int64_t i = 0; i < count;) {
         const int64_t block = (first + i) / w.nested_blocksize;
@@ -134,56 +130,87 @@ LORA_INLINE const float* statistics(const FourBits& w, int64_t first, int64_t co
     return made;
 }
 
-// All values, in their order: out (n, k).
+// `count` values of one absmax.
 template <class E>
-struct FourBitValues {
-    static constexpr int64_t BLOCKS = 64;  // whose statistics are made at a time
-
-    FourBits w;
-    E* out;
-
-    void block(int64_t first, int64_t count, float absmax) const {
-        const uint8_t* codes = w.codes + first / 2;
-        E* to = out + first;
-        int64_t at = 0;
+LORA_INLINE void block_values(const float* table, float absmax, const uint8_t* codes, int64_t count, E* to) {
+    int64_t at = 0;
 #if LORA_HALF_LOOKUP
-        if constexpr (sizeof(E) == 2) {
-            const __m512i values = half_values<E>(w.table, absmax);
-            for (; at + 32 <= count; at += 32) {
-                const WordVector bytes = widen_bytes(codes + at / 2);
-                write(to + at, look_up(values, (__m512i)((bytes >> 4) | (bytes << 16))));
-            }
-        }
-#endif
-        constexpr int VL = lanes<float>;
-        const BlockValues<E> values(w.table, absmax);
-        for (; at + 2 * VL <= count; at += 2 * VL) {
+    if constexpr (sizeof(E) == 2) {
+        const __m512i values = half_values<E>(table, absmax);
+        for (; at + 32 <= count; at += 32) {
             const WordVector bytes = widen_bytes(codes + at / 2);
-            const FloatVector even = values[bytes >> 4], odd = values[bytes];
-            store(interleave<0>(even, odd), to + at);
-            store(interleave<1>(even, odd), to + at + VL);
+            write(to + at, look_up(values, (__m512i)((bytes >> 4) | (bytes << 16))));
         }
-        float scaled[CODES];
-        __builtin_memcpy(scaled, values.parts, sizeof scaled);
-        for (; at < count; ++at) narrow(scaled[at % 2 == 0 ? codes[at / 2] >> 4 : codes[at / 2] & 15], to + at);
+        if (at == count) return;
     }
+#endif
+    constexpr int VL = lanes<float>;
+    const BlockValues<E> values(table, absmax);
+    for (; at + 2 * VL <= count; at += 2 * VL) {
+        const WordVector bytes = widen_bytes(codes + at / 2);
+        const FloatVector even = values[bytes >> 4], odd = values[bytes];
+        store(interleave<0>(even, odd), to + at);
+        store(interleave<1>(even, odd), to + at + VL);
+    }
+    float scaled[CODES];
+    __builtin_memcpy(scaled, values.parts, sizeof scaled);
+    for (; at < count; ++at) narrow(scaled[at % 2 == 0 ? codes[at / 2] >> 4 : codes[at / 2] & 15], to + at);
+}
 
-    void run(int64_t threads) const {
-        const int64_t total = w.n * w.k, blocks = ceil_div(total, w.blocksize), tasks = least(threads, blocks);
-        run_tasks(tasks, [&](int64_t task) {
-            const Range range = share(blocks, 1, tasks, task);
-            float made[BLOCKS];
-            for (int64_t b = range.begin; b < range.end; b += BLOCKS) {
-                const int64_t count = least(BLOCKS, range.end - b);
-                const float* absmax = statistics(w, b, count, made);
-                for (int64_t i = 0; i < count; ++i) {
-                    const int64_t first = (b + i) * w.blocksize;
-                    block(first, least(w.blocksize, total - first), absmax[i]);
-                }
-            }
-        });
+// Values first .. end, the first an even one, whose codes begin at `codes`.
+template <class E>
+LORA_INLINE void four_bit_values(const FourBits& w, int64_t first, int64_t end, const uint8_t* codes, E* to) {
+    constexpr int64_t BLOCKS = 64;  // whose statistics are made at a time
+    float made[BLOCKS];
+    int64_t at = first;
+    for (int64_t block = first / w.blocksize; at < end; block += BLOCKS) {
+        const int64_t count = least(BLOCKS, ceil_div(end, w.blocksize) - block);
+        const float* absmax = statistics(w, block, count, made);
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t stop = least(end, (block + i + 1) * w.blocksize);
+            block_values(w.table, absmax[i], codes + (at - first) / 2, stop - at, to + (at - first));
+            at = stop;
+        }
     }
-};
+}
+
+constexpr int64_t BLOCK_ROWS = 32;  // of the order by columns
+
+// Codes of such a block in the order of rows, two a byte: `pairs` pairs of columns, out (32, pairs) bytes.
+static inline void codes_by_rows(const uint8_t* block, int64_t pairs, uint8_t* out) {
+    constexpr int VL = lanes<float>, HALF = BLOCK_ROWS / 2, BYTES = 4;  // of a lane
+    const auto first = [](WordVector two) { return ((two << 4) & 0xF0u) | ((two >> 8) & 0xFu); };
+    const auto second = [](WordVector two) { return (two & 0xF0u) | (two >> 12); };
+    int64_t at = 0;
+    for (; at + BYTES * VL <= pairs; at += BYTES * VL) {
+        for (int row = 0; row < HALF; row += VL) {
+            FloatVector upper[VL], lower[VL];
+            for (int i = 0; i < VL; ++i) {
+                WordVector low = {}, high = {};
+#pragma GCC unroll 4
+                for (int q = 0; q < BYTES; ++q) {
+                    const uint8_t* from = block + (at + BYTES * i + q) * BLOCK_ROWS + 2 * row;
+                    const WordVector two = widen_bits(reinterpret_cast<const uint16_t*>(from));
+                    low |= first(two) << (8 * q), high |= second(two) << (8 * q);
+                }
+                upper[i] = (FloatVector)low, lower[i] = (FloatVector)high;
+            }
+            transpose_square<float>(upper);
+            transpose_square<float>(lower);
+            for (int i = 0; i < VL; ++i) {
+                write(out + (row + i) * pairs + at, upper[i]);
+                write(out + (HALF + row + i) * pairs + at, lower[i]);
+            }
+        }
+    }
+    for (; at < pairs; ++at) {
+        for (int row = 0; row < HALF; ++row) {
+            const uint8_t even = block[at * BLOCK_ROWS + 2 * row], odd = block[at * BLOCK_ROWS + 2 * row + 1];
+            out[row * pairs + at] = static_cast<uint8_t>((even << 4) | (odd & 0xF));
+            out[(HALF + row) * pairs + at] = static_cast<uint8_t>((even & 0xF0) | (odd >> 4));
+        }
+    }
+}
 
 }  // namespace LORA_CAPABILITY
 }  // namespace lora_kernels

@@ -204,75 +204,40 @@ struct FewFourBits {
         tokens<NR>(j, rows);
     }
 
-    int64_t scratch_per_task() const { return round_up(CODE_ROWS * (segments + (output.m <= DIRECT ? 0 : w.k)), 16); }
+    // A block of the order by columns, as 32 rows in the usual one; `room` is `by_rows_room` floats.
+    FewFourBits by_rows(int64_t first, float* room) const {
+        FewFourBits block = *this;
+        const int64_t count = BLOCK_ROWS * w.k / w.blocksize;
+        uint8_t* codes = reinterpret_cast<uint8_t*>(room + count);
+        codes_by_rows(w.codes + first * w.k / 2, w.k / 2, codes);
+        block.w.absmax = statistics(w, first * w.k / w.blocksize, count, room);
+        block.w.n = BLOCK_ROWS, block.w.codes = codes, block.w.by_columns = nullptr;
+        block.output = output.from_column(first);
+        return block;
+    }
+    int64_t by_rows_room() const {
+        return w.by_columns == nullptr ? 0 : BLOCK_ROWS * (w.k / w.blocksize + round_up(w.k, 128) / 8);
+    }
+
+    void rows(const Range& range, float* scratch) const {
+        int64_t j = range.begin;
+        for (; j + CODE_ROWS <= range.end; j += CODE_ROWS) columns<CODE_ROWS>(j, scratch);
+        for (; j < range.end; ++j) columns<1>(j, scratch);
+    }
+
+    int64_t scratch_per_task() const {
+        return by_rows_room() + round_up(CODE_ROWS * (segments + (output.m <= DIRECT ? 0 : w.k)), 16);
+    }
     void run(int64_t threads, float* scratch) const {
-        const int64_t tasks = least(threads, ceil_div(w.n, CODE_ROWS));
+        const int64_t unit = w.by_columns == nullptr ? CODE_ROWS : BLOCK_ROWS;
+        const int64_t tasks = least(threads, ceil_div(w.n, unit));
         run_tasks(tasks, [&](int64_t task) {
-            const Range range = share(w.n, CODE_ROWS, tasks, task);
+            const Range range = share(w.n, unit, tasks, task);
             float* own = scratch + task * scratch_per_task();
-            int64_t j = range.begin;
-            for (; j + CODE_ROWS <= range.end; j += CODE_ROWS) columns<CODE_ROWS>(j, own);
-            for (; j < range.end; ++j) columns<1>(j, own);
+            if (w.by_columns == nullptr) return rows(range, own);
+            for (int64_t j = range.begin; j < range.end; j += BLOCK_ROWS)
+                by_rows(j, own).rows({0, BLOCK_ROWS}, own + by_rows_room());
         });
-    }
-};
-
-// The kernels of a compute dtype; fp64 has none, for the packages make no values of it.
-template <class T, class E>
-struct FourBitDriver {
-    static void values(const FourBitValuesCall& f) {
-        if constexpr (sizeof(T) == 4) {
-            const int64_t work = f.weight.n * f.weight.k * 4;
-            FourBitValues<E>{f.weight, static_cast<E*>(f.out)}.run(useful_threads(f.threads, work));
-        }
-    }
-    static size_t scratch(const FourBitProductCall& f) {
-        if constexpr (sizeof(T) == 4) {
-            const FewFourBits<E> few = few_of(f, nullptr);
-            return sizeof(T) * static_cast<size_t>(f.m * (f.weight.k + f.r) + 16 + f.threads * few.scratch_per_task());
-        }
-        return 0;
-    }
-    static void product(const FourBitProductCall& f) {
-        if constexpr (sizeof(T) == 4) {
-            if (f.m == 0) return;
-            float* x = static_cast<float*>(f.scratch);
-            const E* given = static_cast<const E*>(f.x);
-            const int64_t k = f.weight.k;
-            const FewFourBits<E> few = few_of(f, x);
-            if (few.pairs) {
-                FewFourBits<E>::arrange_pairs(given, f.ldx, f.m, k, reinterpret_cast<E*>(x));
-            } else {
-                FewFourBits<E>::arrange(given, f.ldx, f.m, k, x);
-            }
-            float* low = x + f.m * k;
-            for (int64_t i = 0; i < f.m; ++i) {
-                const float* h = static_cast<const float*>(f.low) + i * f.ldlow;
-                for (int64_t q = 0; q < f.r; ++q) low[i * f.r + q] = h[q] * static_cast<float>(f.factor);
-            }
-            few.run(useful_threads(f.threads, f.m * f.weight.n * k), x + round_up(f.m * (k + f.r), 16));
-        }
-    }
-
-  private:
-    static FewFourBits<E> few_of(const FourBitProductCall& f, const float* x) {
-        const auto adapter = [](const void* p) { return static_cast<const float*>(p); };
-        const int64_t k = f.weight.k;
-        const FewForward<float, E, E> output = {f.m,
-                                                f.weight.n,
-                                                k,
-                                                f.r,
-                                                x,
-                                                nullptr,
-                                                0,
-                                                x == nullptr ? nullptr : x + f.m * k,
-                                                adapter(f.lora_b),
-                                                adapter(f.bias),
-                                                adapter(f.gain),
-                                                static_cast<E*>(f.linear),
-                                                static_cast<E*>(f.out)};
-        const int64_t segment = FewFourBits<E>::segment_of(f.weight);
-        return {f.weight, output, segment, k / segment, FewFourBits<E>::takes_pairs(segment)};
     }
 };
 

@@ -132,7 +132,7 @@ struct GatedCall {         // a = σ(gate) * up; or dgate = da * up * σ'(gate),
 // W (n, k) of 4-bit codes: value i of its rows, one after the other, is table[code i] * absmax[i / blocksize].
 struct FourBits {
     int64_t n, k, blocksize;
-    const uint8_t* codes;  // two a byte, the first in the high half
+    const uint8_t* codes;  // two a byte, the first in the high half; or by columns
     const float* table;    // (16)
     const float*
         absmax;  // null where it is nested: nested_table[nested[b]] * nested_absmax[b / nested_blocksize] + offset
@@ -140,16 +140,38 @@ struct FourBits {
     const float *nested_table, *nested_absmax;
     int64_t nested_blocksize;
     float offset;
+    // Not null: bitsandbytes' order for AVX512-BF16. Blocks of 32 rows; within them a pair of columns after the other,
+    // of whose 64 codes (row by row) byte i holds the i-th below the (i + 32)-th. This is absmax, bf16 (blocks, n).
+    const uint16_t* by_columns;
 };
 
-struct FourBitValuesCall {
-    FourBits weight;
+// W (n, k) of 8-bit codes: value (i, j) is (code - zero) * scale, those of the block (i / high, j / wide).
+struct EightBits {
+    int64_t n, k, high, wide;
+    const uint8_t* codes;
+    bool e4m3;            // or int8
+    const float* scales;  // (ceil(n / high), ceil(k / wide))
+    const int8_t* zeros;  // the same, or null
+};
+
+struct Codes {  // one of both
+    bool eight_bits;
+    FourBits four;
+    EightBits eight;
+    int64_t n() const { return eight_bits ? eight.n : four.n; }
+    int64_t k() const { return eight_bits ? eight.k : four.k; }
+};
+
+constexpr int64_t CODED_TOKENS = 16;  // at most so many are multiplied with codes
+
+struct CodedValuesCall {
+    Codes weight;
     void* out;  // E (n, k)
     int64_t threads;
 };
 
-struct FourBitProductCall {  // out = gain * (x Wᵀ + factor low lora_bᵀ) + bias, for few tokens; k a multiple of 32
-    FourBits weight;
+struct CodedProductCall {  // out = gain * (x Wᵀ + factor low lora_bᵀ) + bias; k of 4-bit codes a multiple of 32
+    Codes weight;
     int64_t m, r;
     const void* x;  // E (m, k)
     int64_t ldx;
@@ -158,6 +180,15 @@ struct FourBitProductCall {  // out = gain * (x Wᵀ + factor low lora_bᵀ) + b
     double factor;
     const void *lora_b, *bias, *gain;  // T (n, r), (n) or null
     void *linear, *out;                // E (m, n); linear may be null
+    int64_t threads;
+    void* scratch;
+};
+
+struct CodedInputGradCall {  // out = dy W + D * (dh lora_a); k of 4-bit codes a multiple of 32
+    Codes weight;
+    int64_t m;
+    Term term;  // without its weight
+    void* out;  // E (m, k)
     int64_t threads;
     void* scratch;
 };
@@ -178,9 +209,11 @@ struct Kernels {
     size_t (*row_norms_scratch)(const RowNormsCall&);
     void (*row_norms)(const RowNormsCall&);
     void (*gated)(const GatedCall&);
-    void (*four_bit_values)(const FourBitValuesCall&);
-    size_t (*four_bit_scratch)(const FourBitProductCall&);
-    void (*four_bit_product)(const FourBitProductCall&);
+    void (*coded_values)(const CodedValuesCall&);
+    size_t (*coded_product_scratch)(const CodedProductCall&);
+    void (*coded_product)(const CodedProductCall&);
+    size_t (*coded_input_grad_scratch)(const CodedInputGradCall&);
+    void (*coded_input_grad)(const CodedInputGradCall&);
     // out (rows, columns), contiguous T: a matrix of any dtype and strides, rounded to the compute dtype.
     void (*adapter)(const void* source, Dtype dtype, int64_t row_stride, int64_t column_stride, int64_t rows,
                     int64_t columns, int64_t threads, void* out);

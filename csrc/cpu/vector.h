@@ -129,6 +129,19 @@ LORA_INLINE WordVector widen_bits(const uint16_t* p) {
 #endif
 }
 
+// 8 bits for each lane, widened with zeros.
+LORA_INLINE WordVector widen_bytes(const uint8_t* p) {
+#if defined(__AVX512F__) && LORA_VECTOR_BYTES == 64
+    return (WordVector)_mm512_maskz_cvtepu8_epi32(0xFFFF, read<__m128i>(p));
+#elif defined(__AVX2__) && LORA_VECTOR_BYTES == 32
+    return (WordVector)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+    WordVector words;
+    for (int i = 0; i < lanes<float>; ++i) words[i] = p[i];
+    return words;
+#endif
+}
+
 // Vectors: load widens, store narrows.
 LORA_INLINE FloatVector load(const float* p) { return read<FloatVector>(p); }
 LORA_INLINE DoubleVector load(const double* p) { return read<DoubleVector>(p); }

@@ -13,14 +13,15 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidTypeError, LoRAStateError
-from ..ops import register_form
-from . import four_bits
+from ..ops import Codes, register_form
+from . import eight_bits, four_bits
 from .packed import Layout, Packed
 
 __all__ = ["EIGHT_BITS", "FOUR_BITS"]
@@ -180,24 +181,35 @@ def _usual_absmax(absmax: Tensor) -> Tensor:
     return absmax.t().reshape(-1).float()
 
 
-def _four_bit_values(parts: list[Tensor], spec: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+@lru_cache(maxsize=64)
+def _settings(spec: str) -> tuple[str, int, int, bool]:
+    """Quantisation type, blocksize, nested blocksize or 0, whether the codes are in the order for AVX512-BF16."""
     quant_type, blocksize, nested, layout = spec.split("/")
-    data, absmax = parts[0], parts[1]
+    return quant_type, int(blocksize), int(nested), layout == _CPU
+
+
+def _four_bit_values(parts: list[Tensor], spec: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    quant_type, blocksize, nested, by_columns = _settings(spec)
     narrow = torch.float32 if dtype is _UNSUPPORTED else dtype
-    if layout == _CPU:
-        data, absmax = _usual_codes(data, rows, columns).reshape(-1, 1), _usual_absmax(absmax)
-        parts, nested = [data, absmax], "0"
-    found = four_bits.values(parts, quant_type, int(blocksize), int(nested), rows, columns, narrow)
+    found = four_bits.values(parts, quant_type, blocksize, nested, rows, columns, narrow, by_columns)
     if found is not None:
         return found.to(dtype)
+    data, absmax = parts[0], parts[1]
+    if by_columns:
+        data, absmax = _usual_codes(data, rows, columns).reshape(-1, 1), _usual_absmax(absmax)
     operators = torch.ops.bitsandbytes
-    if nested != "0":
-        absmax = operators.dequantize_blockwise.default(absmax, parts[2], parts[3], int(nested), torch.float32)
+    if nested:
+        absmax = operators.dequantize_blockwise.default(absmax, parts[2], parts[3], nested, torch.float32)
         absmax = absmax + parts[4]
     # Of rows that are not whole blocks the package's AVX-512 code takes other blocks' absmax, but not of one long row.
-    shape = (rows, columns) if columns % int(blocksize) == 0 else (1, rows * columns)
-    values: Tensor = operators.dequantize_4bit.default(data, absmax, int(blocksize), quant_type, shape, narrow)
+    shape = (rows, columns) if columns % blocksize == 0 else (1, rows * columns)
+    values: Tensor = operators.dequantize_4bit.default(data, absmax, blocksize, quant_type, shape, narrow)
     return values.view(rows, columns).to(dtype)
+
+
+def _four_bit_codes(parts: list[Tensor], spec: str, rows: int, columns: int) -> Codes | None:
+    """For products, which take rows of codes in multiples of 32."""
+    return four_bits.codes(parts, *_settings(spec)) if columns % 32 == 0 else None
 
 
 class _EightBits:
@@ -279,10 +291,18 @@ def _scales_of(module: Any, weight: Any) -> Tensor | None:
 
 
 def _eight_bit_values(parts: list[Tensor], spec: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    data, scales = parts
-    return data.to(dtype, copy=True).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
+    found = eight_bits.values(_eight_bit_codes(parts, spec, rows, columns), rows, columns, dtype)
+    return parts[0].to(dtype, copy=True).mul_(_scales(parts).unsqueeze(1)) if found is None else found
+
+
+def _eight_bit_codes(parts: list[Tensor], spec: str, rows: int, columns: int) -> Codes | None:
+    return eight_bits.codes(parts[0], _scales(parts), 1, columns)
+
+
+def _scales(parts: list[Tensor]) -> Tensor:
+    return parts[1].mul(1.0 / 127.0)
 
 
 FOUR_BITS, EIGHT_BITS = _FourBits(), _EightBits()
-register_form(FOUR_BITS.name, _four_bit_values)
-register_form(EIGHT_BITS.name, _eight_bit_values)
+register_form(FOUR_BITS.name, _four_bit_values, _four_bit_codes)
+register_form(EIGHT_BITS.name, _eight_bit_values, _eight_bit_codes)

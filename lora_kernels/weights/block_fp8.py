@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LoRAStateError
-from ..ops import register_form
+from ..ops import Codes, register_form
+from . import eight_bits
 from .packed import Layout, Packed
 
 __all__ = ["BLOCK_FP8", "BlockScaled"]
@@ -125,9 +126,22 @@ def _grid(module: Any) -> tuple[int, ...]:
     return -(-rows // size[0]), -(-columns // size[1])
 
 
+def _block(spec: str, rows: int, columns: int) -> tuple[int, int]:
+    if spec == _WHOLE:
+        return rows, columns
+    high, wide = spec.split("/")
+    return int(high), int(wide)
+
+
+def _codes(parts: list[Tensor], spec: str, rows: int, columns: int) -> Codes | None:
+    return eight_bits.codes(parts[0], parts[1], *_block(spec, rows, columns))
+
+
 def _values(parts: list[Tensor], spec: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    if (found := eight_bits.values(_codes(parts, spec, rows, columns), rows, columns, dtype)) is not None:
+        return found
     data, scale = parts[0], parts[1].float()
-    high, wide = (rows, columns) if spec == _WHOLE else map(int, spec.split("/"))
+    high, wide = _block(spec, rows, columns)
     scale = scale.reshape(-(-rows // high), -(-columns // wide)).repeat_interleave(wide, 1)[:, :columns]
     values = torch.empty((rows, columns), dtype=dtype, device=data.device)
     step = high * max(1, _PART // (high * columns))
@@ -139,4 +153,4 @@ def _values(parts: list[Tensor], spec: str, rows: int, columns: int, dtype: torc
 
 
 BLOCK_FP8 = _BlockFp8()
-register_form(BLOCK_FP8.name, _values)
+register_form(BLOCK_FP8.name, _values, _codes)

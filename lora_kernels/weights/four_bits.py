@@ -1,4 +1,4 @@
-"""Weights of 4-bit codes: their values by the kernels in C++ or Triton; on CPUs, few tokens' product with the codes.
+"""Weights of 4-bit codes: their values by the kernels in C++ or Triton, and what the C++ library reads of them.
 
 A code is one of 16 numbers, a block of values shares one factor, ``absmax``, which may itself be quantised ("nested").
 The values are bit for bit those that the package makes.
@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .packed import Layout
 
-__all__ = ["TABLES", "product", "values"]
+__all__ = ["TABLES", "codes", "values"]
 
 TABLES = {
     "nf4": (
@@ -28,8 +27,7 @@ TABLES = {
     ),
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_UNIT = 32  # codes: a block is a multiple of it, and so is a row of a product
-_FEW_TOKENS = 16
+_UNIT = 32  # codes: a block is a multiple of it
 
 
 @lru_cache(maxsize=8)
@@ -38,7 +36,14 @@ def _table(quant_type: str) -> Tensor:
 
 
 def values(
-    parts: list[Tensor], quant_type: str, blocksize: int, nested: int, rows: int, columns: int, dtype: torch.dtype
+    parts: list[Tensor],
+    quant_type: str,
+    blocksize: int,
+    nested: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    by_columns: bool = False,
 ) -> Tensor | None:
     """W (rows, columns) in ``dtype``; None where the kernels are not there or do not read such a weight.
 
@@ -46,65 +51,37 @@ def values(
         parts: the codes, two a byte in row order, and fp32 absmax; where ``nested`` blocks of it are quantised, the
             8-bit absmax, and its own absmax, table and offset.
         nested: how many of absmax make a block, or 0.
+        by_columns: whether they are in bitsandbytes' order for AVX512-BF16, absmax in bf16; C++ alone reads that.
     """
-    if dtype not in _DTYPES or not _fit(parts, blocksize):
+    if dtype not in _DTYPES or not _fit(parts, blocksize, by_columns):
         return None
-    if (by_triton := ops.triton_four_bit_values(parts[0].device.type)) is not None:
+    if not by_columns and (by_triton := ops.triton_four_bit_values(parts[0].device.type)) is not None:
         return by_triton(_as_bytes(parts), quant_type, blocksize, nested, rows, columns, dtype)
-    if not _are_native(parts):
+    read = codes(parts, quant_type, blocksize, nested, by_columns)
+    return None if read is None or not ops.has_coded_kernels() else ops.coded_values(read, rows, columns, dtype)
+
+
+def codes(
+    parts: list[Tensor], quant_type: str, blocksize: int, nested: int, by_columns: bool = False
+) -> ops.Codes | None:
+    """What the C++ library reads of the ``parts`` that :func:`values` takes; None where it reads no such weight."""
+    if parts[0].device.type != "cpu" or not _fit(parts, blocksize, by_columns):
         return None
-    return ops.four_bit_values(_as_bytes(parts), _table(quant_type), blocksize, nested, rows, columns, dtype)
+    return ops.Codes(_as_bytes(parts), _table(quant_type), 1, blocksize, nested)
 
 
-def product(
-    x: Tensor,
-    layout: Layout | None,
-    parts: tuple[Tensor, ...],
-    lora_b: Tensor,
-    h: Tensor,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    scaling: float,
-    with_linear: bool,
-) -> tuple[Tensor, Tensor] | None:
-    """What the ``native`` backend's ``product`` gives, in one pass over the codes; None: multiply by the values."""
-    if layout is None or x.shape[0] > _FEW_TOKENS or x.dtype not in _DTYPES or layout.columns % _UNIT:
-        return None
-    if (read := _spec(layout)) is None:
-        return None
-    quant_type, blocksize, nested = read
-    if not (_are_native(parts) and _fit(parts, blocksize)):
-        return None
-    return ops.four_bit_product(
-        x, _as_bytes(parts), _table(quant_type), blocksize, nested, lora_b, h, bias, gain, scaling, with_linear
-    )
-
-
-@lru_cache(maxsize=64)
-def _spec(layout: Layout) -> tuple[str, int, int] | None:
-    """Quantisation type, blocksize and nested blocksize; None of another form or layout."""
-    if layout.form != "bitsandbytes-4bit":
-        return None
-    quant_type, blocksize, nested, order = layout.spec.split("/")
-    return None if order else (quant_type, int(blocksize), int(nested))
-
-
-def _are_native(parts: list[Tensor] | tuple[Tensor, ...]) -> bool:
-    return parts[0].device.type == "cpu" and ops.has_four_bit_kernels()
-
-
-def _fit(parts: list[Tensor] | tuple[Tensor, ...], blocksize: int) -> bool:
+def _fit(parts: list[Tensor], blocksize: int, by_columns: bool) -> bool:
     """Whether the kernels read such parts: whole tensors in one place, of the dtypes that the package makes."""
-    nested = torch.uint8 if len(parts) > 2 else torch.float32
+    absmax = torch.uint8 if len(parts) > 2 else torch.bfloat16 if by_columns else torch.float32
     return (
         blocksize % _UNIT == 0
-        and parts[1].dtype is nested
+        and parts[1].dtype is absmax
         and all(part.dtype is torch.float32 for part in parts[2:])
         and all(type(part) is Tensor and part.device == parts[0].device and part.is_contiguous() for part in parts)
     )
 
 
-def _as_bytes(parts: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
+def _as_bytes(parts: list[Tensor]) -> list[Tensor]:
     """The parts; codes that are stored in another dtype (``quant_storage``) as the bytes that they are."""
-    codes = parts[0]
-    return list(parts) if codes.dtype is torch.uint8 else [codes.view(torch.uint8), *parts[1:]]
+    stored = parts[0]
+    return parts if stored.dtype is torch.uint8 else [stored.view(torch.uint8), *parts[1:]]

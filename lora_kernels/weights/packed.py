@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..ops import dequantize
+from ..ops import dequantize, reads_codes
 
 __all__ = ["Form", "Layout", "Packed", "values_of"]
 
@@ -68,8 +68,9 @@ class Packed:
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """The backends that multiply it as it is stored; all others get its values."""
-        return ()
+        """The backends that multiply few tokens with it as it is stored; all else is done with its values."""
+        form, spec, rows, columns, _ = self.layout
+        return ("native",) if reads_codes(list(self.parts), form, spec, rows, columns) else ()
 
     def dequantize(
         self, dtype: torch.dtype | None = None, out: Tensor | None = None, after: Tensor | None = None

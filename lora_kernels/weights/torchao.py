@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoRAStateError
-from ..ops import register_form
+from ..ops import Codes, register_form
+from . import eight_bits
 from .packed import Layout, Packed
 
 __all__ = ["FORMS"]
@@ -22,6 +23,7 @@ __all__ = ["FORMS"]
 _UNSUPPORTED = torch.float64  # torchao makes values of up to 32 bits
 _OF_INPUTS = ("act_quant_kwargs", "activation_quantization", "act_pre_scale", "act_quant_scale")
 Rebuild = Callable[[Any, list[Tensor], list[str], torch.dtype], Any]
+CodesOf = Callable[[list[Tensor], str, int, int], Codes | None]
 Again = Callable[[Any, Any, Tensor], Any]  # a class, a weight of it, values to quantise as that was
 
 
@@ -31,11 +33,18 @@ class _TensorForm:
     package = "torchao"
 
     def __init__(
-        self, kind: str, tensors: tuple[str, ...], settings: tuple[str, ...], rebuild: Rebuild, again: Again
+        self,
+        kind: str,
+        tensors: tuple[str, ...],
+        settings: tuple[str, ...],
+        rebuild: Rebuild,
+        again: Again,
+        codes: CodesOf | None = None,
     ) -> None:
         self.kind, self.tensors, self.settings, self.rebuild, self.again = kind, tensors, settings, rebuild, again
+        self.codes = codes
         self.name = f"torchao-{kind}"
-        register_form(self.name, self.values)
+        register_form(self.name, self.values, codes)
 
     def knows(self, module: nn.Module) -> bool:
         return type(module).forward is nn.Linear.forward
@@ -96,6 +105,9 @@ class _TensorForm:
 
     def values(self, parts: list[Tensor], spec: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         narrow = torch.float32 if dtype is _UNSUPPORTED else dtype
+        read = None if self.codes is None else self.codes(parts, spec, rows, columns)
+        if (found := eight_bits.values(read, rows, columns, narrow)) is not None:
+            return found.to(dtype)
         values: Tensor = self.rebuild(_class(self.kind), parts, spec.split("/"), narrow).dequantize()
         return values.to(dtype)
 
@@ -122,6 +134,17 @@ def _block(word: str) -> list[int]:
 
 def _int8(kind: Any, parts: list[Tensor], words: list[str], dtype: torch.dtype) -> Any:
     return kind(parts[0], parts[1], _block(words[0]), dtype, zero_point=parts[2] if len(parts) > 2 else None)
+
+
+def _int8_codes(parts: list[Tensor], spec: str, rows: int, columns: int) -> Codes | None:
+    """Also of int8 numbers that stand for fewer bits."""
+    high, wide = _block(spec.split("/")[0])
+    return _read(parts, high, wide)
+
+
+def _read(parts: list[Tensor], high: int, wide: int) -> Codes | None:
+    exact = parts[1].dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return eight_bits.codes(parts[0], parts[1], high, wide, *parts[2:]) if exact else None
 
 
 def _int8_again(kind: Any, weight: Any, values: Tensor) -> Any:
@@ -156,6 +179,13 @@ def _float8(kind: Any, parts: list[Tensor], words: list[str], dtype: torch.dtype
     return kind(*parts, dtype=dtype)
 
 
+def _float8_codes(parts: list[Tensor], spec: str, rows: int, columns: int) -> Codes | None:
+    grid = parts[1].shape
+    if len(grid) != 2 or 0 in grid or rows % grid[0] or columns % grid[1]:
+        return None
+    return _read(parts, rows // grid[0], columns // grid[1])
+
+
 def _float8_again(kind: Any, weight: Any, values: Tensor) -> Any:
     block = weight.block_size or values.shape
     granularity, ways = _granularity(block, values.shape), (weight.mm_config, None, None, weight.kernel_preference)
@@ -188,15 +218,16 @@ def _mx_again(kind: Any, weight: Any, values: Tensor) -> Any:
 FORMS = {
     form.kind: form
     for form in (
-        _TensorForm("Int8Tensor", ("qdata", "scale", "zero_point"), ("block_size",), _int8, _int8_again),
+        _TensorForm("Int8Tensor", ("qdata", "scale", "zero_point"), ("block_size",), _int8, _int8_again, _int8_codes),
         _TensorForm(
             "IntxUnpackedToInt8Tensor",
             ("qdata", "scale", "zero_point"),
             ("block_size", "target_dtype"),
             _intx,
             _intx_again,
+            _int8_codes,
         ),
-        _TensorForm("Float8Tensor", ("qdata", "scale"), (), _float8, _float8_again),
+        _TensorForm("Float8Tensor", ("qdata", "scale"), (), _float8, _float8_again, _float8_codes),
         _TensorForm(
             "NVFP4Tensor",
             ("qdata", "scale", "per_tensor_scale"),

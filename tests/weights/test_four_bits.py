@@ -1,4 +1,4 @@
-"""The kernels in C++ that read 4-bit codes: their values are the package's, and few tokens' product is theirs."""
+"""The kernels in C++ that read 4-bit codes: their values are the package's, and few tokens' products are theirs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from lora_kernels import ops
-from lora_kernels.backends.native import load
-from lora_kernels.weights import four_bits, known
+from lora_kernels.backends.native import coded, load
+from lora_kernels.weights import four_bits
 from lora_kernels.weights.packed import Layout
 from numerics import check_all, same_bits, three_ways
-from quantised import adapted, bnb, check_beside, results_of, twin, values
+from quantised import adapted, bnb, check_beside, check_products, results_of, twin, values
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -84,7 +85,7 @@ def test_rows_that_are_not_whole_blocks_have_their_own_absmax() -> None:
     of = parts, layout.form, layout.spec, 7, 96, torch.float32, None
     assert torch.equal(ops.dequantize(*of), expected)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "has_four_bit_kernels", lambda: False)
+        patch.setattr(ops, "has_coded_kernels", lambda: False)
         assert torch.equal(ops.dequantize(*of), expected)
 
 
@@ -119,24 +120,9 @@ def test_each_kind_of_fault_shows_in_the_values_and_in_the_product(fault: Any) -
 def _check_product(
     parts: list[Tensor], weight: Tensor, quant_type: str, blocksize: int, outer: int, m: int, r: int, dtype: torch.dtype
 ) -> None:
-    """y and l = x Wᵀ + s h Bᵀ beside the product by the values, PyTorch's, in the same dtype."""
-    n, k = weight.shape
-    x, h, lora_b = torch.randn(m, k).to(dtype), torch.randn(m, r), torch.randn(n, r).to(dtype)
-    bias, gain = torch.randn(n).to(dtype), torch.rand(n) + 0.5
-    layout = Layout("bitsandbytes-4bit", f"{quant_type}/{blocksize}/{outer}/", n, k, len(parts))
-    product = four_bits.product(x, layout, tuple(parts), lora_b, h, bias, gain, 0.5, True)
-    assert product is not None
-
-    plain = four_bits.product(x, layout, tuple(parts), lora_b, h, None, None, 0.5, False)
-    assert plain is not None
-
-    def formulas(number: Any) -> dict[str, Any]:
-        linear = number(x) @ number(weight).t() + (number(h) @ number(lora_b).t()) * 0.5
-        return {"y": linear * number(gain) + number(bias), "linear": linear, "plain": linear}
-
-    exact, yardstick, errors = three_ways(dtype, formulas)
-    found = dict(zip(exact, (*product, plain[0]), strict=True))
-    check_all(found, exact, yardstick, dtype, expected=errors)
+    codes = four_bits.codes(parts, quant_type, blocksize, outer)
+    assert codes is not None
+    check_products(codes, weight, m, r, dtype)
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
@@ -154,21 +140,73 @@ def test_few_tokens_are_multiplied_as_by_the_values(quant_type: str, blocksize: 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["nf4", "nf4-nested", "fp4"])
 def test_a_layer_reads_the_codes_of_few_tokens(
-    kind: str, dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    kind: str, dtype: torch.dtype, options: dict[str, Any], calls: list[str]
 ) -> None:
     layer = adapted(kind, 64, 96, dtype, **options)
     other, x, dy = twin(layer, values(layer), dtype), torch.randn(3, 64).to(dtype), torch.randn(3, 96).to(dtype)
-    calls: list[str] = []
-    for name in ("four_bit_product", "four_bit_values"):
-        monkeypatch.setattr(ops, name, _noting(name, calls, getattr(ops, name)))
     found = results_of(layer, x, dy)
-    assert "four_bit_product" in calls
+    assert calls[-2:] == ["coded_product", "coded_input_grad"]
+    assert ("coded_values" in calls) == ("use_dora" in options)  # norms
     check_beside(found, results_of(other, x, dy), results_of(other.double(), x, dy))
     with torch.no_grad():
         assert torch.equal(layer.eval()(x), layer(x))
     calls.clear()
     layer(torch.randn(17, 64).to(dtype))
-    assert set(calls) == {"four_bit_values"}
+    assert set(calls) == {"coded_values"}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the library's functions for codes that run, as they run."""
+    names: list[str] = []
+    for name in ("coded_product", "coded_input_grad", "coded_values"):
+        noting = _noting(name, names, getattr(ops, name))
+        for module in (ops, coded):
+            monkeypatch.setattr(module, name, noting, raising=False)
+    return names
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_layer_whose_adapter_is_off_reads_the_codes_too(dtype: torch.dtype, calls: list[str]) -> None:
+    layer = adapted("nf4", 64, 96, dtype)
+    x, dy, weight = torch.randn(3, 64).to(dtype), torch.randn(3, 96).to(dtype), values(layer)
+    with layer.enable_lora(False):
+        ix = x.clone().requires_grad_()
+        y = layer(ix)
+        y.backward(dy)
+        with torch.no_grad():
+            assert torch.equal(layer(x), y)
+    assert calls == ["coded_product", "coded_input_grad", "coded_product"]
+
+    def formulas(number: Any) -> dict[str, Any]:
+        return {"y": number(x) @ number(weight).t() + number(layer.bias), "dx": number(dy) @ number(weight)}
+
+    exact, yardstick, errors = three_ways(dtype, formulas)
+    check_all({"y": y.detach(), "dx": ix.grad}, exact, yardstick, dtype, expected=errors)
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
+def test_a_graph_reads_the_codes_of_few_tokens_and_the_values_of_many(on: bool, calls: list[str]) -> None:
+    layer = adapted("nf4", 64, 96, torch.float32)
+    graphs: list[Any] = []
+
+    def noting(graph: Any, _: Any) -> Any:
+        graphs.append([node.target for node in graph.graph.nodes])
+        return graph.forward
+
+    compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=noting), fullgraph=True, dynamic=True)
+    with layer.enable_lora(on):
+        for m in (3, 24):
+            x, dy = torch.randn(m, 64), torch.randn(m, 96)
+            expected = results_of(layer, x, dy)
+            calls.clear()
+            found = results_of(compiled, x, dy)
+            for one, other in zip(found.values(), expected.values(), strict=True):
+                assert other is None or same_bits(one, other)
+            assert set(calls) == ({"coded_product", "coded_input_grad"} if m <= 16 else {"coded_values"})
+    assert len(graphs) == 2  # forward and backward, for both numbers of tokens
+    for graph, name in zip(graphs, ("native_packed_product", "native_packed_input_grad"), strict=True):
+        assert any(str(target).startswith(f"lora_kernels.{name}.") for target in graph)
 
 
 def _noting(name: str, calls: list[str], function: Any) -> Any:
@@ -185,14 +223,14 @@ def test_what_the_kernels_do_not_read_is_left_to_the_package() -> None:
     assert four_bits.values(parts, *of, torch.float64) is None
     assert four_bits.values([parts[0], parts[1].bfloat16()], *of, torch.float32) is None
     assert four_bits.values(parts, "nf4", 48, 0, 4, 64, torch.float32) is None
-    layer = adapted("nf4", 64, 96, torch.float32)
-    packed = known.read(layer, layer.weight)
-    of_layer = packed.layout, packed.parts, layer.lora_B, torch.randn(17, 4), None, None, 1.0, False
-    assert four_bits.product(torch.randn(17, 64), *of_layer) is None
+    with pytest.raises(RuntimeError, match="at most 16 tokens are multiplied with codes"):
+        check_products(four_bits.codes(parts, *of[:3]), torch.zeros(4, 64), 17, 0, torch.float32)
+    parts, _ = _packed("nf4", 32, False, 2, 48)
+    assert not ops.reads_codes(parts, "bitsandbytes-4bit", "nf4/32/0/", 2, 48)
 
 
 def test_parts_that_are_too_short_are_refused() -> None:
     parts, _ = _packed("nf4", 64, False, 4, 64)
     for wrong in ([parts[0][:-1], parts[1]], [parts[0], parts[1][:-1]]):
-        with pytest.raises(RuntimeError, match="of a 4-bit weight must be contiguous"):
+        with pytest.raises(RuntimeError, match="of a coded weight must be contiguous"):
             four_bits.values(wrong, "nf4", 64, 0, 4, 64, torch.float32)

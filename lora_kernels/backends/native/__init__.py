@@ -17,7 +17,7 @@ from ...kept import Kept
 from ...ops import register
 from .. import draw_seed, why_not_capability
 from ..composed import Composition
-from . import choice, load
+from . import choice, coded, load
 
 __all__ = ["BACKEND"]
 
@@ -76,7 +76,7 @@ class NativeBackend:
         return why.plans(problem, tokens)
 
     def register(self, device_type: str) -> None:
-        register(self.name, Composition(_keep, _KEPT.hidden_dtype).operators, _KEPT, experts=True)
+        register(self.name, Composition(_keep, _KEPT.hidden_dtype).operators, _KEPT, experts=True, packed=coded.OPERATORS)
         if device_type != "meta":
             load.load(device_type)
         if device_type == "cpu":
