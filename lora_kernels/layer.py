@@ -21,7 +21,7 @@ from .branches import Branch, PackedBranch
 from .config import AdapterOptions, scaling_of
 from .dispatch import Problem
 from .errors import InvalidArgumentError, LoRAStateError
-from .explaining.report import IN_PARTS, PACKED
+from .explaining.report import IN_PARTS, of_packed
 from .gate import run_branch, run_frozen, run_plain
 from .shared_input import NO_OTHERS, SharedInput
 from .tensors import PLAIN_TENSORS
@@ -391,11 +391,13 @@ class LoRALayer(nn.Module):
     def _aside(self) -> str:
         """What makes forward another than that of a plain layer in training, in a sentence."""
         if self.merged or not self._lora_enabled:
-            return f"The adapter is {'merged' if self.merged else 'off'}: forward is PyTorch's linear, without a plan."
+            state, base = "merged" if self.merged else "off", self.weight
+            told = f" {of_packed(known.read(self, base).kernels)}" if known.is_packed(base) else ""
+            return f"The adapter is {state}: forward is the product by W alone, without a plan.{told}"
         if sharded.is_sharded(self.weight):
             return "The Parameters are sharded: each process runs the plan of its own part of the sizes."
         if known.is_packed(self.weight):
-            return f"{IN_PARTS} {PACKED}"
+            return f"{IN_PARTS} {of_packed(known.read(self, self.weight).kernels)}"
         if self.use_dora or self.activation != "identity":
             return IN_PARTS
         if self._shared is not None:

@@ -23,6 +23,40 @@ LORA_INLINE FloatVector e4m3(WordVector bytes) {
     return (FloatVector)(found | ((bytes & 0x80u) << 24));
 }
 
+template <bool E4M3>
+LORA_INLINE FloatVector scaled_bytes(WordVector bytes, float scale, float zero) {
+    return E4M3 ? e4m3(bytes) * scale : (signed_bytes(bytes) - zero) * scale;
+}
+
+// The same of 32 bf16 at a time, where no product with `scale` is below the least normal number.
+#if LORA_VECTOR_BYTES == 64 && defined(__AVX512BF16__) && defined(__AVX512BW__)
+constexpr int64_t NEAR = 32;
+constexpr float LEAST_SCALE = 1e-30f;
+// A byte moved into fp16's exponent and mantissa is the number divided by 256, exactly.
+LORA_INLINE void store_scaled_e4m3(const uint8_t* codes, float scale, bf16* to) {
+    const __m512i bytes = _mm512_maskz_cvtepu8_epi16(~0u, read<__m256i>(codes));
+    const __m512i magnitude = _mm512_maskz_and_epi32(0xFFFF, bytes, _mm512_set1_epi16(0x7F));
+    const __mmask32 nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7F));
+    const __m512i sign =
+        _mm512_maskz_slli_epi16(~0u, _mm512_maskz_and_epi32(0xFFFF, bytes, _mm512_set1_epi16(0x80)), 8);
+    const __m512i number = _mm512_mask_set1_epi16(_mm512_maskz_slli_epi16(~0u, magnitude, 7), nan, 0x7E00);
+    const __m512i half = _mm512_maskz_or_epi32(0xFFFF, number, sign);
+    const __m512 factor = _mm512_set1_ps(scale * 256.0f);
+    const __m512 low = _mm512_maskz_cvtph_ps(0xFFFF, _mm512_castsi512_si256(half));
+    const __m512 high = _mm512_maskz_cvtph_ps(0xFFFF, _mm512_maskz_extracti64x4_epi64(0xF, half, 1));
+    write(to, _mm512_cvtne2ps_pbh(high * factor, low * factor));
+}
+LORA_INLINE void store_scaled_int8(const uint8_t* codes, float scale, float zero, bf16* to) {
+    const FloatVector low = scaled_bytes<false>(widen_bytes(codes), scale, zero),
+                      high = scaled_bytes<false>(widen_bytes(codes + 16), scale, zero);
+    write(to, _mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+LORA_INLINE bool is_near(float scale) {
+    const float size = scale < 0 ? -scale : scale;
+    return size >= LEAST_SCALE && size <= 1e30f;
+}
+#endif
+
 // Columns begin .. end of a row.
 template <bool E4M3, class E>
 LORA_INLINE void eight_bit_row(const EightBits& w, int64_t row, int64_t begin, int64_t end, E* to) {
@@ -33,16 +67,21 @@ LORA_INLINE void eight_bit_row(const EightBits& w, int64_t row, int64_t begin, i
     for (int64_t at = begin; at < end; ++block) {
         const int64_t stop = least(end, (block + 1) * w.wide);
         const float scale = w.scales[grid + block], zero = w.zeros == nullptr ? 0.0f : w.zeros[grid + block];
-        for (; at + VL <= stop; at += VL) {
-            const WordVector bytes = widen_bytes(codes + at);
-            store(E4M3 ? e4m3(bytes) * scale : (signed_bytes(bytes) - zero) * scale, to + (at - begin));
+#if LORA_VECTOR_BYTES == 64 && defined(__AVX512BF16__) && defined(__AVX512BW__)
+        if constexpr (__is_same(E, bf16)) {
+            for (const bool near = is_near(scale); near && at + NEAR <= stop; at += NEAR) {
+                E* out = to + (at - begin);
+                E4M3 ? store_scaled_e4m3(codes + at, scale, out) : store_scaled_int8(codes + at, scale, zero, out);
+            }
         }
+#endif
+        for (; at + VL <= stop; at += VL)
+            store(scaled_bytes<E4M3>(widen_bytes(codes + at), scale, zero), to + (at - begin));
         if (at == stop) continue;
         uint8_t rest[VL] = {};
         E values[VL];
         __builtin_memcpy(rest, codes + at, static_cast<size_t>(stop - at));
-        const WordVector bytes = widen_bytes(rest);
-        store(E4M3 ? e4m3(bytes) * scale : (signed_bytes(bytes) - zero) * scale, values);
+        store(scaled_bytes<E4M3>(widen_bytes(rest), scale, zero), values);
         __builtin_memcpy(to + (at - begin), values, static_cast<size_t>(stop - at) * sizeof(E));
         at = stop;
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["IN_PARTS", "PACKED", "Launch", "Other", "PassPlan", "by_how_much", "size"]
+__all__ = ["IN_PARTS", "Launch", "Other", "PassPlan", "by_how_much", "of_packed", "size"]
 
 # Of layers with DoRA or an activation.
 IN_PARTS = (
@@ -13,8 +13,11 @@ IN_PARTS = (
     "way to the next, and the numbers are a plain layer's."
 )
 
-# Of layers with a quantised weight.
-PACKED = "Its weight is quantized: each pass dequantizes it once, which the numbers leave out, and keeps no values."
+_PACKED = "Its weight is quantized: each pass dequantizes it once, which the numbers leave out, and keeps no values."
+_CODED = (
+    "Its weight is quantized: {kernels} multiplies up to 16 tokens with its codes. Else each pass dequantizes it once. "
+    "The numbers leave that out, and no values are kept."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,11 @@ class PassPlan:
         lines += ["  passed over:"] * bool(self.passed_over)
         lines += [f"    {_told(other)}" for other in self.passed_over]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+def of_packed(kernels: tuple[str, ...]) -> str:
+    """What is told of a layer with a quantised weight, whose codes these backends read for few tokens."""
+    return _CODED.format(kernels=" and ".join(kernels)) if kernels else _PACKED
 
 
 def by_how_much(slower: float) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import storage, switching
 from ..branches import Branch, PackedBranch
 from ..dispatch import Problem
-from ..explaining.report import IN_PARTS, PACKED
+from ..explaining.report import IN_PARTS, of_packed
 from ..gate import run_branch
 from ..shared_input import NO_OTHERS, SharedInput
 from ..tensors import PLAIN_TENSORS
@@ -256,7 +256,7 @@ class FusedForward(_Behind):  # type: ignore[misc]
         sizes = self.in_features, self.out_features, r
         if (packed := known.packed(base)) is not None:
             dtype = packed.dtype or next(self.lora_A.parameters()).dtype
-            return Problem(weight.device.type, dtype, *sizes, p, False, f"{IN_PARTS} {PACKED}")
+            return Problem(weight.device.type, dtype, *sizes, p, False, f"{IN_PARTS} {of_packed(packed.kernels)}")
         aside, others = IN_PARTS if any(name in self.lora_variant for name in adapters) else "", NO_OTHERS
         if not aside and self._shared is not None:
             shared, index = self._shared

@@ -6,6 +6,7 @@ The package's flag is set by hand, so that each layout is tested on every CPU.
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -13,14 +14,16 @@ import torch
 from torch import nn
 
 import lora_kernels
-from lora_kernels import FusedLoRALinear, LoRAConfig, replace_linear
+from lora_kernels import FusedLoRALinear, LoRAConfig, ops, replace_linear
+from lora_kernels.backends.native import load
 from lora_kernels.weights import known
 from numerics import check_linear, same_bits
-from quantised import bnb, quantised, values
+from quantised import bnb, check_products, quantised, values
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
 FOUR_BITS = ("nf4", "nf4-nested", "fp4")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _packed(layer: Any) -> Any:
@@ -49,6 +52,25 @@ def test_both_layouts_hold_the_same_values(kind: str) -> None:
     _packed(layer)
     assert layer.weight.shape != (96 * 128 // 2, 1)
     assert torch.equal(known.read(layer, layer.weight).dequantize(torch.float32), expected)
+
+
+@pytest.mark.parametrize("kind", FOUR_BITS)
+def test_the_kernels_read_both_layouts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values bit for bit, whole rows of vectors and rests of them, and few tokens' products."""
+    if reasons := load.why_not("cpu"):
+        pytest.skip(" ".join(reasons))
+    load.load("cpu")
+    for (n, k), dtype in itertools.product(((96, 64), (32, 320), (64, 1088)), DTYPES):
+        layer = _packed(quantised(kind, k, n, torch.float32))
+        packed = known.read(layer, layer.weight)
+        found = packed.dequantize(dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "has_coded_kernels", lambda: False)
+            assert same_bits(found + 0.0, packed.dequantize(dtype) + 0.0)  # zeros of both signs
+        codes = ops.codes_of(list(packed.parts), *packed.layout[:-1])
+        assert codes is not None
+        for m, r in ((1, 4), (4, 0), (5, 8), (16, 16)):
+            check_products(codes, found, m, r, dtype)
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)

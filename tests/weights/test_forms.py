@@ -292,7 +292,15 @@ def test_a_report_counts_the_numbers_that_a_weight_stands_for() -> None:
     model = nn.Sequential(quantised("nf4", 64, 96, torch.float32))
     report = replace_linear(model, LoRAConfig(r=2, target_modules=["0"]))
     assert report.total == 64 * 96 + 96 + 2 * (64 + 96)
-    assert "quantized" in str(lora_kernels.explain(model[0], tokens=64))
+    told = str(lora_kernels.explain(model[0], tokens=64))
+    assert "native multiplies up to 16 tokens with its codes. Else each pass dequantizes it once" in told
+
+
+@pytest.mark.skipif("ao-nvfp4" not in KINDS, reason="this version of torchao has other tensors")
+def test_a_report_does_not_tell_of_codes_that_no_kernel_reads() -> None:
+    layer = adapted("ao-nvfp4", 64, 96)
+    assert known.read(layer, layer.weight).kernels == ()
+    assert "Its weight is quantized: each pass dequantizes it once" in str(lora_kernels.explain(layer, tokens=4))
 
 
 def _not_quantised() -> Any:
