@@ -327,7 +327,8 @@ _DEQUANTIZE = (
 )
 _CODES = "Tensor[] parts, Tensor? table, int high, int wide, int nested"
 _CODED = {
-    "native_coded_values": f"({_CODES}, int rows, int columns, ScalarType dtype) -> Tensor",
+    "native_coded_values": f"({_CODES}, int rows, int columns, int row, int column, int height, int width, "
+    "ScalarType dtype) -> Tensor",
     "native_coded_product": f"(Tensor x, {_CODES}, int rows, Tensor? lora_b, Tensor? h, Tensor? bias, Tensor? gain, "
     "float scaling, bool with_linear) -> (Tensor y, Tensor linear)",
     "native_coded_input_grad": f"(Tensor dy, {_CODES}, int columns, Tensor? dh, Tensor? lora_a, float p, "
@@ -361,9 +362,7 @@ _codes: dict[str, Callable[..., Codes | None]] = {}
 _triton_four_bits: dict[str, Callable[..., Tensor]] = {}
 
 
-def register_form(
-    name: str, values: Callable[..., Tensor], codes: Callable[..., Codes | None] | None = None
-) -> None:
+def register_form(name: str, values: Callable[..., Tensor], codes: Callable[..., Codes | None] | None = None) -> None:
     """Has ``dequantize`` ask ``values(parts, spec, rows, columns, dtype)`` for weights of the form ``name``.
 
     ``codes(parts, spec, rows, columns)`` is what the C++ library reads in place of the values, or None.
@@ -413,9 +412,19 @@ def has_coded_kernels() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::native_coded_values", "CPU")
 
 
-def coded_values(codes: Codes, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """The values (N, K) of codes, by the C++ library."""
-    values: Tensor = torch.ops.lora_kernels.native_coded_values.default._op(*codes, rows, columns, dtype)
+def coded_values(
+    codes: Codes,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    part: tuple[int, int, int, int] | None = None,
+) -> Tensor:
+    """The values (N, K) of codes, by the C++ library, or of a part: row, column, height and width.
+
+    A part's row is a multiple of 32, and its column even.
+    """
+    of = (0, 0, rows, columns) if part is None else part
+    values: Tensor = torch.ops.lora_kernels.native_coded_values.default._op(*codes, rows, columns, *of, dtype)
     return values
 
 

@@ -129,3 +129,19 @@ def check_mixed_precision_of_quantised_weights_is_refused(device: str, folder: P
     _sharded(model, list(model), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     with pytest.raises(LoRAStateError, match="bnb_4bit_quant_storage"):
         model(torch.randn(8, 64))
+
+
+def check_torchaos_tensors_are_whole_under_fsdp2(device: str, folder: Path) -> None:
+    """They cannot be split, and say so; as ``ignored_params``, kept whole in each process, they work."""
+    for kind in ("ao-int8", "ao-float8"):
+        if kind not in OTHERS:  # this torchao has others
+            continue
+        with pytest.raises(NotImplementedError, match="attempting to run unimplemented operator"):
+            _sharded(_model(kind), [])
+        model, x = _model(kind), torch.randn(8, 64)
+        alone = {name: value.clone() for name, value in _step(model, x).items()}
+        model.zero_grad()
+        _sharded(model, [], ignored_params={layer.weight for layer in model})
+        found = _step(model, x)
+        assert found.keys() == alone.keys()
+        assert all(torch.equal(found[name], value) for name, value in alone.items())

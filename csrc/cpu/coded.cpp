@@ -104,12 +104,19 @@ const Kernels& kernels_of(Dtype compute) {
 }
 
 Tensor values(const std::vector<Tensor>& parts, const std::optional<Tensor>& table, int64_t high, int64_t wide,
-              int64_t nested, int64_t rows, int64_t columns, ScalarType dtype) {
-    Tensor out = empty({rows, columns}, dtype);
+              int64_t nested, int64_t rows, int64_t columns, int64_t row, int64_t column, int64_t height, int64_t width,
+              ScalarType dtype) {
+    const bool whole = height == rows && width == columns, halves = table.has_value();
+    STD_TORCH_CHECK(row >= 0 && column >= 0 && height >= 0 && width >= 0 && row + height <= rows &&
+                        column + width <= columns && row % 32 == 0,
+                    "a part of a coded weight must lie within it, and its rows begin at a multiple of 32.");
+    STD_TORCH_CHECK(whole || !halves || (columns % 2 == 0 && column % 2 == 0),
+                    "a part of a 4-bit weight must begin at an even column, and the weight have an even number.");
+    Tensor out = empty({height, width}, dtype);
     const Kernels& kernels = kernels_of(dtype_of(out, "dtype"));
-    if (rows * columns == 0) return out;
-    kernels.coded_values(
-        {weight_of({parts, table, high, wide, nested, rows, columns}), out.mutable_data_ptr(), thread_count()});
+    const Codes w = weight_of({parts, table, high, wide, nested, rows, columns});
+    if (height * width > 0)
+        kernels.coded_values({w, row, column, height, width, out.mutable_data_ptr(), thread_count()});
     return out;
 }
 

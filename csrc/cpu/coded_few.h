@@ -33,28 +33,32 @@ struct CodedRows {
     }
 };
 
-// All values: out (n, k).
+// The values of a part of W, or of all.
 template <class E>
 struct CodedValues {
     static constexpr int64_t COLUMNS = 512;  // of the order by columns, at a time
 
     Codes w;
+    int64_t row, column, height, width;
     E* out;
 
+    bool by_columns() const { return !w.eight_bits && w.four.by_columns != nullptr; }
     void rows(const Range& range) const {
-        const int64_t k = w.k();
+        const int64_t piece = by_columns() ? COLUMNS : width;
         uint8_t bytes[BLOCK_ROWS * COLUMNS / 2];
-        for (int64_t row = range.begin; row < range.end; row += BLOCK_ROWS) {
-            const int64_t count = least(BLOCK_ROWS, range.end - row);
-            for (int64_t at = 0; at < k; at += COLUMNS)
-                CodedRows<E>{w}.make(row, count, at, least(k, at + COLUMNS), out + row * k + at, k, bytes);
+        for (int64_t i = range.begin; i < range.end; i += BLOCK_ROWS) {
+            const int64_t count = least(BLOCK_ROWS, range.end - i);
+            for (int64_t at = 0; at < width; at += piece) {
+                CodedRows<E>{w}.make(row + i, count, column + at, column + least(width, at + piece),
+                                     out + i * width + at, width, bytes);
+            }
         }
     }
 
     void run(int64_t threads) const {
-        if (w.eight_bits || w.four.by_columns != nullptr) {
-            const int64_t tasks = least(threads, ceil_div(w.n(), BLOCK_ROWS));
-            return run_tasks(tasks, [&](int64_t task) { rows(share(w.n(), BLOCK_ROWS, tasks, task)); });
+        if (w.eight_bits || by_columns() || height != w.n() || width != w.k()) {
+            const int64_t tasks = least(threads, ceil_div(height, BLOCK_ROWS));
+            return run_tasks(tasks, [&](int64_t task) { rows(share(height, BLOCK_ROWS, tasks, task)); });
         }
         const FourBits& four = w.four;  // whose rows may begin amid a byte
         const int64_t total = four.n * four.k, blocks = ceil_div(total, four.blocksize), tasks = least(threads, blocks);
@@ -151,8 +155,8 @@ template <class T, class E>
 struct CodedDriver {
     static void values(const CodedValuesCall& f) {
         if constexpr (sizeof(T) == 4) {
-            const int64_t work = f.weight.n() * f.weight.k() * 4;
-            CodedValues<E>{f.weight, static_cast<E*>(f.out)}.run(useful_threads(f.threads, work));
+            const int64_t threads = useful_threads(f.threads, f.height * f.width * 4);
+            CodedValues<E>{f.weight, f.row, f.column, f.height, f.width, static_cast<E*>(f.out)}.run(threads);
         }
     }
 

@@ -164,9 +164,10 @@ struct Codes {  // one of both
 
 constexpr int64_t CODED_TOKENS = 16;  // at most so many are multiplied with codes
 
-struct CodedValuesCall {
+struct CodedValuesCall {  // of rows and columns from these on, a multiple of 32 and, of 4-bit codes, of 2
     Codes weight;
-    void* out;  // E (n, k)
+    int64_t row, column, height, width;
+    void* out;  // E (height, width)
     int64_t threads;
 };
 

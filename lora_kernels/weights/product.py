@@ -23,7 +23,9 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None, backend_name: str | N
     return y
 
 
-def _product(x: Tensor, bias: Tensor | None, backend_name: str | None, layout: Layout, parts: tuple[Tensor, ...]) -> Tensor:
+def _product(
+    x: Tensor, bias: Tensor | None, backend_name: str | None, layout: Layout, parts: tuple[Tensor, ...]
+) -> Tensor:
     flat = flatten(x)
     if backend_name is not None and (product := operators(backend_name).packed_product) is not None:
         y, _ = product(flat, list(parts), *layout[:-1], None, None, bias, None, 1.0, False)

@@ -12,10 +12,10 @@ from torch._dynamo.backends.common import aot_autograd
 
 from lora_kernels import ops
 from lora_kernels.backends.native import coded, load
-from lora_kernels.weights import four_bits
+from lora_kernels.weights import four_bits, known
 from lora_kernels.weights.packed import Layout
-from numerics import check_all, same_bits, three_ways
-from quantised import adapted, bnb, check_beside, check_products, results_of, twin, values
+from numerics import check_all, check_linear, same_bits, three_ways
+from quantised import adapted, bnb, check_beside, check_products, quantised, results_of, twin, values
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -207,6 +207,45 @@ def test_a_graph_reads_the_codes_of_few_tokens_and_the_values_of_many(on: bool, 
     assert len(graphs) == 2  # forward and backward, for both numbers of tokens
     for graph, name in zip(graphs, ("native_packed_product", "native_packed_input_grad"), strict=True):
         assert any(str(target).startswith(f"lora_kernels.{name}.") for target in graph)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str)
+@pytest.mark.parametrize("kind", ["nf4-nested", "int8"])
+def test_a_large_weight_is_made_in_parts(
+    kind: str, options: dict[str, Any], calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As even as they get; dropout's mask of dx is of whole rows."""
+    monkeypatch.setattr(coded, "_PART_BYTES", 4 * 160 * 64)
+    layer = adapted(kind, 160, 224, torch.float32, **options)
+    other, x, dy = twin(layer, values(layer), torch.float32), torch.randn(24, 160), torch.randn(24, 224)
+    calls.clear()
+    found = results_of(layer, x, dy)
+    assert calls.count("coded_values") == ("use_dora" in options) + 4 + (1 if "lora_dropout" in options else 3)
+    check_beside(found, results_of(other, x, dy), results_of(other.double(), x, dy))
+    with layer.enable_lora(False):
+        ix = x.clone().requires_grad_()
+        y = layer(ix)
+        y.backward(dy)
+    check_linear(y.detach(), x, values(layer), layer.bias.detach())
+    check_linear(ix.grad, dy, values(layer).t())
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_a_part_is_that_of_the_values(by_columns: bool) -> None:
+    layer = quantised("nf4", 320, 96, torch.float32)
+    if by_columns:
+        pack = bnb.functional._convert_weight_packed_for_cpu
+        layer.weight.data, layer.weight.quant_state = pack(layer.weight.data, layer.weight.quant_state)
+    packed = known.packed(layer)
+    assert packed is not None
+    codes, whole = ops.codes_of(list(packed.parts), *packed.layout[:-1]), packed.dequantize(torch.bfloat16)
+    assert codes is not None
+    for row, column, height, width in ((0, 0, 96, 320), (32, 0, 64, 320), (64, 66, 32, 129), (0, 192, 96, 128)):
+        part = ops.coded_values(codes, 96, 320, torch.bfloat16, (row, column, height, width))
+        assert same_bits(part, whole[row : row + height, column : column + width])
+    for wrong in ((16, 0, 32, 320), (0, 1, 96, 2), (64, 0, 64, 320)):
+        with pytest.raises(RuntimeError, match="a part of a"):
+            ops.coded_values(codes, 96, 320, torch.bfloat16, wrong)
 
 
 def _noting(name: str, calls: list[str], function: Any) -> Any:

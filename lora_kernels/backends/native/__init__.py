@@ -76,7 +76,9 @@ class NativeBackend:
         return why.plans(problem, tokens)
 
     def register(self, device_type: str) -> None:
-        register(self.name, Composition(_keep, _KEPT.hidden_dtype).operators, _KEPT, experts=True, packed=coded.OPERATORS)
+        register(
+            self.name, Composition(_keep, _KEPT.hidden_dtype).operators, _KEPT, experts=True, packed=coded.OPERATORS
+        )
         if device_type != "meta":
             load.load(device_type)
         if device_type == "cpu":
