@@ -115,7 +115,24 @@ def test_experts_count_as_layers(name: str, backend: str) -> None:
         assert count(lambda: getattr(ops._registered[backend], name)(*arguments)) == count(products) > 0
 
 
-SEVERAL = (*ops.GROUP_OPERATOR_NAMES, *ops.EXPERTS_OPERATOR_NAMES)
+PACKED = ("packed_product", "packed_input_grad")
+SEVERAL = (*ops.GROUP_OPERATOR_NAMES, *ops.EXPERTS_OPERATOR_NAMES, *PACKED)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_products_with_a_packed_weight_count_as_with_its_values(name: str) -> None:
+    from lora_kernels.weights import block_fp8
+
+    dispatch.select("cpu", torch.float32, "native")
+    x, dy, h, w = torch.randn(M, K), torch.randn(M, N), torch.randn(M, R), torch.randn(N, K)
+    b, a, parts = torch.randn(N, R), torch.randn(R, K), [w.to(torch.float8_e4m3fn), torch.ones(())]
+    of = parts, block_fp8.BLOCK_FP8.name, "whole", N, K
+    arguments, products = {
+        "packed_product": ((x, *of, b, h, None, None, 0.5, False), lambda: (x @ w.t(), h @ b.t())),
+        "packed_input_grad": ((dy, *of, h, a, 0.0, None), lambda: (dy @ w, h @ a)),
+    }[name]
+    with torch.no_grad():
+        assert count(lambda: getattr(ops._registered["native"], name)(*arguments)) == count(products) > 0
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
