@@ -1,6 +1,6 @@
 # `make` lists the targets. Variables: PYTHON (the interpreter to start from), VENV (the environment's folder),
 # TORCH (what pip is given for PyTorch), TESTS (what pytest is given), PYTEST_ARGS, BENCH_ARGS; for gpu-check, gpu-bench,
-# gpu-grid and gpu-llama OUT (where they write) and RESUME=1 (go on in OUT) or RESUME=folder (go on from the files of an earlier run).
+# gpu-grid, gpu-llama and gpu-qlora OUT (where they write) and RESUME=1 (go on in OUT) or RESUME=folder (go on from the files of an earlier run).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo build test test-quick test-oldest lint format compile-gate sanitize native-variants verify bench convergence \
-  tables gpu-check gpu-bench gpu-grid gpu-llama set-up set-up-oldest clean
+  tables gpu-check gpu-bench gpu-grid gpu-llama gpu-qlora set-up set-up-oldest clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -107,6 +107,9 @@ gpu-grid: ## likewise: tune, then the grids of both passes, nine minutes a call;
 
 gpu-llama: ## likewise: a training step of all of Llama-3-8B beside PEFT's and the frozen model's, in four minutes, on 80 GB
 	$(GPU) --plan llama
+
+gpu-qlora: ## likewise: quantised weights by the packages' kernels and by those in Triton, verified and timed, in six minutes
+	$(GPU) --plan qlora
 
 set-up: $(STAMP) ## only set up .venv
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from . import reference
 from .activations import activate, activate_backward
 from .errors import UnsupportedTransformError
-from .ops import operators
+from .ops import is_watched, operators
 from .tensors import as_dtype, flatten, unflatten
+from .weights import by_codes
 from .weights.packed import Layout, values_of
 
 __all__ = [
@@ -78,6 +79,10 @@ def forward_only(
     if grouped:
         ys, zs, kept = _forward_of_group(ops, flat, members, p, scalings, states)
         return [unflatten(y, x.shape) for y in ys], zs, [None] * count, kept
+    read = bool(layouts) and backend_name == "triton" and not is_watched()
+    whole = read and _are_plain(members, activations)
+    if whole and (made := by_codes.forward(flat, layouts, parts, members, p, scalings, states)) is not None:
+        return [unflatten(y, x.shape) for y in made[0]], made[1], [None] * count, states
     zs = _shrink_all(ops, flat, [member.lora_a for member in members], p, states)
     ys, linears = [], []
     for i, (member, z, scaling, activation, with_linear) in enumerate(
@@ -86,6 +91,8 @@ def forward_only(
         rest = member.lora_b, activate(activation, z), member.bias, member.gain, scaling, with_linear
         if ops.packed_product is not None and (layout := layouts[i] if layouts else None) is not None:
             y, linear = ops.packed_product(flat, list(parts[i]), *layout[:-1], *rest)
+        elif read and (found := by_codes.product(flat, layouts[i], parts[i], *rest)) is not None:
+            y, linear = found
         else:
             weight = _values(i, member.weight, layouts, parts, x.dtype, flat)
             y, linear = ops.product(flat, weight, *rest)
@@ -93,6 +100,11 @@ def forward_only(
         ys.append(unflatten(y, x.shape))
         linears.append(linear)
     return ys, zs, linears, states
+
+
+def _are_plain(members: Sequence[Member], activations: Sequence[str]) -> bool:
+    """Whether no branch has a gain or bends its h."""
+    return all(member.gain is None for member in members) and all(of == "identity" for of in activations)
 
 
 def _split(

@@ -43,6 +43,7 @@ class Problem:
     ``transposed``: W is stored (K, N). ``aside``: a sentence where a layer's forward is not the plain one of its sizes.
     ``others``: out_features and rank of each further layer that runs with it by the kernels of a group, in training.
     ``experts``: of how many experts both stacked projections are meant, which have no plan; 0: a linear layer is.
+    ``codes``: what a quantised W is stored as ("nf4", "e4m3"), where there are kernels that read it so.
 
     Example:
         >>> import torch
@@ -61,6 +62,7 @@ class Problem:
     aside: str = ""
     others: tuple[tuple[int, int], ...] = ()
     experts: int = 0
+    codes: str = ""
 
     @property
     def problem(self) -> Problem:

@@ -12,12 +12,12 @@ __all__ = [
     "CPU_CHOICES",
     "DROPOUT_KEEPS_VARIABLE",
     "EXPLAIN_VARIABLE",
-    "GPU_FOUR_BITS_VARIABLE",
+    "GPU_QUANTIZED_VARIABLE",
     "backend_from_environment",
     "cache_folder",
     "dropout_keeps",
     "explain_requested",
-    "gpu_four_bits",
+    "gpu_quantized",
     "triton_interpreter_requested",
     "unknown_choice",
 ]
@@ -31,8 +31,8 @@ BUILD_VARIABLE = "LORA_KERNELS_BUILD"
 EXPLAIN_VARIABLE = "LORA_KERNELS_EXPLAIN"
 # What of dropout's mask is kept for backward where a backend can do either: mask (its words) or seed (drawn again).
 DROPOUT_KEEPS_VARIABLE = "LORA_KERNELS_DROPOUT_KEEPS"
-# Who makes the values of a weight of 4-bit codes on a GPU: package (bitsandbytes) or own (the kernel in Triton).
-GPU_FOUR_BITS_VARIABLE = "LORA_KERNELS_GPU_FOUR_BITS"
+# Whose kernels read a quantised weight on a GPU: package (its own ones make the values) or own (those in Triton).
+GPU_QUANTIZED_VARIABLE = "LORA_KERNELS_GPU_QUANTIZED"
 # What the CPU library reads (csrc/cpu/capability.cpp and choice.cpp), and the words that it knows.
 CPU_CHOICES = {
     "LORA_KERNELS_CPU_CAPABILITY": ("portable", "avx2", "avx512", "avx512_bf16", "amx"),
@@ -58,9 +58,9 @@ def dropout_keeps() -> str | None:
     return os.environ.get(DROPOUT_KEEPS_VARIABLE) or None
 
 
-def gpu_four_bits() -> str | None:
-    """``LORA_KERNELS_GPU_FOUR_BITS``, or None where it is unset or empty."""
-    return os.environ.get(GPU_FOUR_BITS_VARIABLE) or None
+def gpu_quantized() -> str | None:
+    """``LORA_KERNELS_GPU_QUANTIZED``, or None where it is unset or empty."""
+    return os.environ.get(GPU_QUANTIZED_VARIABLE) or None
 
 
 def cache_folder() -> Path | None:

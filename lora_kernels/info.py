@@ -26,7 +26,7 @@ from .env import (
     CPU_CHOICES,
     DROPOUT_KEEPS_VARIABLE,
     EXPLAIN_VARIABLE,
-    GPU_FOUR_BITS_VARIABLE,
+    GPU_QUANTIZED_VARIABLE,
 )
 from .errors import InvalidArgumentError
 from .processor import processor_name
@@ -36,7 +36,7 @@ __all__ = ["add_arguments", "collect", "run_command", "versions"]
 PACKAGES = ("torch", "triton", "numpy", "peft", "safetensors", "rich", "matplotlib")
 VARIABLES = (
     *(BACKEND_VARIABLE, BUILD_VARIABLE, CACHE_VARIABLE, DROPOUT_KEEPS_VARIABLE, EXPLAIN_VARIABLE, *CPU_CHOICES),
-    GPU_FOUR_BITS_VARIABLE,
+    GPU_QUANTIZED_VARIABLE,
     *("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "CXX", "CUDACXX", "CUDA_HOME"),
 )
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}

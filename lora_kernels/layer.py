@@ -26,6 +26,7 @@ from .gate import run_branch, run_frozen, run_plain
 from .shared_input import NO_OTHERS, SharedInput
 from .tensors import PLAIN_TENSORS
 from .weights import known
+from .weights.by_codes import number_of
 from .weights.packed import Packed
 
 __all__ = ["LoRALayer", "RestoreEnabled", "names_of_layers"]
@@ -379,8 +380,9 @@ class LoRALayer(nn.Module):
         """What :func:`lora_kernels.explain` is asked about."""
         weight, sizes = self.weight, (self.in_features, self.out_features, self.r)
         if known.is_packed(weight):
-            dtype = known.compute_dtype(self, weight) or self.lora_A.dtype
-            return Problem(weight.device.type, dtype, *sizes, self.lora_dropout, False, self._aside())
+            packed = known.read(self, weight)
+            dtype, codes = packed.dtype or self.lora_A.dtype, number_of(packed.layout)
+            return Problem(weight.device.type, dtype, *sizes, self.lora_dropout, False, self._aside(), codes=codes)
         transposed = weight.dim() == 2 and self.matrix(weight) is not weight
         aside, others = self._aside(), NO_OTHERS
         if not aside and self._shared is not None:

@@ -99,7 +99,7 @@ lora_b and h, or dh and lora_a, are None.
 
 ``native_coded_values``, ``native_coded_product`` and ``native_coded_input_grad`` are what the C++ library has for
 weights of codes on CPUs; what they take of a weight is :class:`Codes`. They run within the three before them, so that
-nothing that watches sees them. ``triton`` has the values too, as a function.
+nothing that watches sees them. ``triton`` has functions for such weights (:class:`CodeKernels`), where nobody watches.
 
 The overload ``.Tensor`` of an operator takes its numbers as 0-dim fp64 tensors: see ``graph_numbers.py``. What each
 operator counts for PyTorch's ``FlopCounterMode`` is in ``flops.py``.
@@ -125,20 +125,22 @@ __all__ = [
     "GROUP_OPERATOR_NAMES",
     "NAMESPACE",
     "OPERATOR_NAMES",
+    "CodeKernels",
     "Codes",
     "Operators",
+    "code_kernels",
     "coded_input_grad",
     "coded_product",
     "coded_values",
     "codes_of",
     "dequantize",
     "has_coded_kernels",
+    "is_watched",
     "operators",
     "reads_codes",
     "register",
+    "register_code_kernels",
     "register_form",
-    "register_four_bit_values",
-    "triton_four_bit_values",
 ]
 
 NAMESPACE = "lora_kernels"
@@ -359,7 +361,20 @@ class Codes(NamedTuple):
 
 _forms: dict[str, Callable[..., Tensor]] = {}
 _codes: dict[str, Callable[..., Codes | None]] = {}
-_triton_four_bits: dict[str, Callable[..., Tensor]] = {}
+_code_kernels: dict[str, CodeKernels] = {}
+
+
+class CodeKernels(NamedTuple):
+    """What a backend has for weights that it reads as they are stored; ``codes.Codes`` tells it how.
+
+    Attributes:
+        values: ``values(parts, codes, rows, columns, dtype)`` -> W (N, K). It runs within ``dequantize``.
+        few_tokens: ``few_tokens(x, parts, codes, lora_a, lora_b, h, bias, gain, scaling, p, state, with_linear)`` ->
+            y, h, l or None; None where it does not take them. It runs where nobody watches.
+    """
+
+    values: Callable[..., Tensor]
+    few_tokens: Callable[..., tuple[Tensor, Tensor, Tensor | None] | None]
 
 
 def register_form(name: str, values: Callable[..., Tensor], codes: Callable[..., Codes | None] | None = None) -> None:
@@ -440,11 +455,20 @@ def coded_input_grad(dy: Tensor, codes: Codes, *arguments: Any) -> Tensor:
     return found
 
 
-def register_four_bit_values(device_type: str, values: Callable[..., Tensor]) -> None:
-    """Has :func:`triton_four_bit_values` give ``values``, which runs within ``dequantize`` and so is seen by nobody."""
-    _triton_four_bits[device_type] = values
+def register_code_kernels(device_type: str, kernels: CodeKernels) -> None:
+    """Has :func:`code_kernels` give ``kernels``."""
+    _code_kernels[device_type] = kernels
 
 
-def triton_four_bit_values(device_type: str) -> Callable[..., Tensor] | None:
-    """``values(parts, quant_type, blocksize, nested_blocksize, rows, columns, dtype)`` of the ``triton`` backend."""
-    return _triton_four_bits.get(device_type)
+def code_kernels(device_type: str) -> CodeKernels | None:
+    """The kernels of the ``triton`` backend, where they were asked for and it runs."""
+    return _code_kernels.get(device_type)
+
+
+def is_watched() -> bool:
+    """Whether a compiler, a tracer or a dispatch mode sees the operators that are called."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )

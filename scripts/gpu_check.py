@@ -4,6 +4,7 @@
 ``make gpu-bench`` is six: the project's goals and their verdict, then what README's tables show.
 ``make gpu-grid`` is nine minutes a call: the grids of both passes, then what compiled rivals make of them.
 ``make gpu-llama`` is four: a training step of all of Llama-3-8B, on 80 GB.
+``make gpu-qlora`` is six: quantised weights by the packages' kernels and by those in Triton, verified and timed.
 
 Runs its stages with the interpreter it was started with, the checkout on PYTHONPATH: those that are slow to begin all
 at once in the background, the others one after the other. Each has its own time limit, so a hang costs one stage; each
@@ -16,6 +17,7 @@ is put where the package looks for it. Files, ten at most (what is small is in t
     gpu-bench  tune.json  tuned.json  goals.json  goals-group.json  block.json  verdict.txt  moe.json  quick.json
     gpu-grid   tune-grid.json  tuned.json  forward.json  step.json  compiled.json  step-compiled.json
     gpu-llama  llama.json
+    gpu-qlora  verify-weights.json  qlora-package.json  qlora-own.json
     all        summary.json (what became of each stage; info, build, overhead)  log.txt (what the stages printed)
 
 Exit status: 0 if every stage passed, 1 otherwise.
@@ -128,7 +130,7 @@ def _run_command(stage: Stage, command: list[str], partial: Path, log_file: Path
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment() | ({"OMP_NUM_THREADS": str(stage.threads)} if stage.threads else {}),
+            env=environment() | dict(stage.variables) | _threads(stage),
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=log,
@@ -145,6 +147,10 @@ def _run_command(stage: Stage, command: list[str], partial: Path, log_file: Path
             _running.discard(process)
             if stage.result_is_stdout:
                 stdout.close()
+
+
+def _threads(stage: Stage) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(stage.threads)} if stage.threads else {}
 
 
 def render(outcomes: Sequence[Outcome]) -> str:

@@ -28,6 +28,7 @@ __all__ = [
     "judge_tests",
     "judge_verify",
     "llama_stages",
+    "qlora_stages",
     "stages",
 ]
 
@@ -56,6 +57,7 @@ class Stage:
         after: the stages beside which it must not run: their end is waited for.
         keeps: further files that it goes on from.
         threads: of OpenMP in each of its processes, where it has many; 0: as it is.
+        variables: environment variables that it runs with.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Stage:
     after: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
     threads: int = 0
+    variables: tuple[tuple[str, str], ...] = ()
 
 
 class Unfinished(ValueError):
@@ -166,6 +169,9 @@ def judge_verify(path: Path) -> str:
         for dtype, report in reports.items()
         for found in (*report.get("failures", ()), *(c for c in report.get("checks", ()) if not c["passed"]))
     ]
+    left_out = [report["left_out"] for report in reports.values() if "left_out" in report]
+    if left_out:
+        account += f"; {len(left_out)} of these left out, first: {left_out[0]}"
     if told:
         account += f"; {len(told)} failures, first: {told[0][:300]}"
     if not document["passed"]:
@@ -177,7 +183,7 @@ PACKAGE = (sys.executable, "-m", "lora_kernels")
 
 
 # Seconds that a call of each plan may take in all, on 16 cores.
-TOTALS = {"check": 430.0, "bench": 360.0, "grid": 530.0, "llama": 240.0}
+TOTALS = {"check": 430.0, "bench": 360.0, "grid": 530.0, "llama": 240.0, "qlora": 330.0}
 
 
 def stages(pytest_args: Sequence[str] = ()) -> list[Stage]:
@@ -239,7 +245,23 @@ def llama_stages(pytest_args: Sequence[str] = ()) -> list[Stage]:
     return [_info(), Stage("llama", command, 200, "llama.json", False, judge_llama)]
 
 
-PLANS = {"check": stages, "bench": bench_stages, "grid": grid_stages, "llama": llama_stages}
+def qlora_stages(pytest_args: Sequence[str] = ()) -> list[Stage]:
+    """``gpu-qlora``: quantised weights by the package's kernels and by those in Triton: right, then how fast."""
+    verify = (sys.executable, "scripts/gpu_verify.py", "--quantized", "--json", "{result}")
+    return [
+        _info(),
+        Stage("verify-weights", verify, 100, "verify-weights.json", False, judge_verify, goes_on=True, threads=1),
+        *(_bench(f"qlora-{word}", "qlora", 90, (("LORA_KERNELS_GPU_QUANTIZED", word),)) for word in ("package", "own")),
+    ]
+
+
+PLANS = {
+    "check": stages,
+    "bench": bench_stages,
+    "grid": grid_stages,
+    "llama": llama_stages,
+    "qlora": qlora_stages,
+}
 
 
 def _info() -> Stage:
@@ -251,9 +273,9 @@ def _tune(name: str, preset: str, limit_s: float, after: tuple[str, ...] = ()) -
     return Stage(name, (*command, "--json", "{result}"), limit_s, f"{name}.json", False, judge_tune, after=after)
 
 
-def _bench(name: str, preset: str, limit_s: float) -> Stage:
+def _bench(name: str, preset: str, limit_s: float, variables: tuple[tuple[str, str], ...] = ()) -> Stage:
     command = (*PACKAGE, "bench", "--preset", preset, "--json", "{result}", "--resume", "--limit", "{limit}")
-    return Stage(name, command, limit_s, f"{name}.json", False, judge_bench, goes_on=True)
+    return Stage(name, command, limit_s, f"{name}.json", False, judge_bench, goes_on=True, variables=variables)
 
 
 def _overhead() -> Stage:

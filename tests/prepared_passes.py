@@ -28,7 +28,7 @@ from triton.runtime import driver
 from cases import Case, make
 from driver_stand_in import NAME, DriverStandIn
 from lora_kernels import grouped_mm
-from lora_kernels.backends.triton import expert_operators, four_bit_operators, operators, part_operators
+from lora_kernels.backends.triton import code_operators, expert_operators, operators, part_operators
 from lora_kernels.backends.triton.choose import blocks, hopper_blocks
 from lora_kernels.backends.triton.choose.candidates import candidates
 from lora_kernels.backends.triton.choose.group_plans import DxHopperGroup, HopperGroup
@@ -46,11 +46,12 @@ from lora_kernels.backends.triton.run.hopper_group_passes import (
     ready_group_forward,
 )
 from lora_kernels.backends.triton.run.recording import Recorder
+from lora_kernels.codes import Codes
 from lora_kernels.packed_mask import packed_keep_words
 
 STREAM, HIGH, DEVICE = 0x77, 0x55, ("cpu", -1, 0)
 WRITTEN = "cuLaunchKernelEx", "cuEventRecord", "cuStreamWaitEvent"
-CACHES = operators._runs, operators._backward_runs, part_operators._steps, four_bit_operators._runs
+CACHES = operators._runs, operators._backward_runs, part_operators._steps, code_operators._runs
 CACHES = *CACHES, expert_operators._runs
 TIMED = "--time" in sys.argv
 SIZES = {"i1": 1, "u1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "fp32": 4, "fp64": 8}
@@ -332,7 +333,7 @@ def calls_of(m: int, p: float) -> tuple[dict[str, Callable[[float], Any]], list[
     wide = torch.ones(m, 40)[:, 8:24]  # as of one h that several members share
     codes, absmax = torch.zeros(128, 128, dtype=torch.uint8), torch.zeros(512, dtype=torch.uint8)
     plain, nested = [codes, torch.ones(512)], [codes, absmax, torch.ones(2), torch.ones(256), torch.ones(())]
-    four_bits, of = four_bit_operators.four_bit_values, (128, 256, bf16)
+    four_bits, of = code_operators.values, (128, 256, bf16)
     given = [x, weight, a, b, bias, dy, h, z, gain, linear, also, dz, wide, state, *states, *plain, *nested[1:]]
     words = packed_keep_words(state, m, case.k, p) if p else None
     given += [] if words is None else [words]
@@ -356,8 +357,8 @@ def calls_of(m: int, p: float) -> tuple[dict[str, Callable[[float], Any]], list[
         "gain_grad": lambda s: part_operators.gain_grad(dy, linear, gain, bias),
         "gain_grad of dl": lambda s: part_operators.gain_grad(dy, None, gain, None),
         "row_norms": lambda s: part_operators.row_norms(weight, a, b, s),
-        "four bits": lambda s: four_bits(plain, "nf4", 64, 0, *of),
-        "four bits, nested": lambda s: four_bits(nested, "fp4", 64, 256, *of),
+        "four bits": lambda s: four_bits(plain, Codes("nf4", 1, 64), *of),
+        "four bits, nested": lambda s: four_bits(nested, Codes("fp4", 1, 64, 256), *of),
     }
     return calls, given
 

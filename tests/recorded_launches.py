@@ -17,11 +17,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from cases import Case, make
-from lora_kernels.backends.triton import four_bit_operators, gated_operators, operators, part_operators
+from lora_kernels.backends.triton import code_operators, gated_operators, operators, part_operators
 from lora_kernels.backends.triton.choose import blocks
 from lora_kernels.backends.triton.choose.blocks import FEW_TOKENS
 from lora_kernels.backends.triton.choose.plans import Cell, FewTokens
 from lora_kernels.backends.triton.offline.compile_jobs import ARCHITECTURES, backward_plans_of, plans_of
+from lora_kernels.codes import Codes
 
 CASES = [Case(m=m, k=256, n=128, r=16, dtype=torch.bfloat16, p=0.1) for m in (8, 128)]
 STATE = torch.tensor([1, 2])
@@ -104,8 +105,8 @@ def _parts(case: Case) -> Iterator[dict[str, Any]]:
     yield _three_times("gated_grad", lambda: gated_operators.gated_grad(i.dy, i.dy, i.dy, 0, True))
     codes, absmax = torch.zeros(case.n * case.k // 2, dtype=torch.uint8), torch.zeros(512, dtype=torch.uint8)
     nested = [codes, absmax, torch.ones(2), torch.ones(256), torch.ones(())]
-    four_bits = four_bit_operators.four_bit_values
-    yield _three_times("four_bits", lambda: four_bits(nested, "nf4", 64, 256, case.n, case.k, case.dtype))
+    four_bits = code_operators.values
+    yield _three_times("four_bits", lambda: four_bits(nested, Codes("nf4", 1, 64, 256), case.n, case.k, case.dtype))
     yield _three_times("row_norms", lambda: part_operators.row_norms(weight, a, b, case.scaling))
 
 

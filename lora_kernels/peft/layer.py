@@ -19,6 +19,7 @@ from ..gate import run_branch
 from ..shared_input import NO_OTHERS, SharedInput
 from ..tensors import PLAIN_TENSORS
 from ..weights import known
+from ..weights.by_codes import number_of
 from . import dora as peft_dora
 from .conditions import is_transposed, own_parameter, why_adapter, why_base, why_call, why_dtypes
 from .experts import FusedParamWrapper, ParamWrapper, why_not_fusable_experts
@@ -256,7 +257,8 @@ class FusedForward(_Behind):  # type: ignore[misc]
         sizes = self.in_features, self.out_features, r
         if (packed := known.packed(base)) is not None:
             dtype = packed.dtype or next(self.lora_A.parameters()).dtype
-            return Problem(weight.device.type, dtype, *sizes, p, False, f"{IN_PARTS} {of_packed(packed.kernels)}")
+            aside, codes = f"{IN_PARTS} {of_packed(packed.kernels)}", number_of(packed.layout)
+            return Problem(weight.device.type, dtype, *sizes, p, False, aside, codes=codes)
         aside, others = IN_PARTS if any(name in self.lora_variant for name in adapters) else "", NO_OTHERS
         if not aside and self._shared is not None:
             shared, index = self._shared

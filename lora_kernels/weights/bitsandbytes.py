@@ -1,6 +1,6 @@
 """bitsandbytes' forms: NF4 and FP4 (``Linear4bit``, also with nested statistics) and int8 (``Linear8bitLt``).
 
-The values are those that the package means, bit for bit: its operator makes them, or on CPUs the kernels in C++.
+The values are those that the package means, bit for bit: its operator makes them, or kernels in C++ or Triton.
 
 On CPUs with AVX512-BF16 the package lays a 4-bit weight out otherwise when its own layer is called in evaluation, with
 the statistics rounded to bf16 and stored by columns. Both layouts are read. A layer that is replaced gets the usual
@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..codes import Codes as Stored
 from ..errors import InvalidTypeError, LoRAStateError
 from ..ops import Codes, register_form
 from . import eight_bits, four_bits
+from .by_codes import reading
 from .packed import Layout, Packed
 
 __all__ = ["EIGHT_BITS", "FOUR_BITS"]
@@ -303,6 +305,15 @@ def _scales(parts: list[Tensor]) -> Tensor:
     return parts[1].mul(1.0 / 127.0)
 
 
+def _four_bits_stored(layout: Layout) -> Stored | None:
+    quant_type, blocksize, nested, order = layout.spec.split("/")
+    return None if order else Stored(quant_type, 1, int(blocksize), int(nested))
+
+
+def _eight_bits_stored(layout: Layout) -> Stored:
+    return Stored("int8", 1, 0, per=127)
+
+
 FOUR_BITS, EIGHT_BITS = _FourBits(), _EightBits()
-register_form(FOUR_BITS.name, _four_bit_values, _four_bit_codes)
-register_form(EIGHT_BITS.name, _eight_bit_values, _eight_bit_codes)
+register_form(FOUR_BITS.name, reading(FOUR_BITS.name, _four_bit_values, _four_bits_stored), _four_bit_codes)
+register_form(EIGHT_BITS.name, reading(EIGHT_BITS.name, _eight_bit_values, _eight_bits_stored), _eight_bit_codes)

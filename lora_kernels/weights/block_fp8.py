@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..codes import Codes as Stored
 from ..errors import LoRAStateError
 from ..ops import Codes, register_form
 from . import eight_bits
+from .by_codes import reading
 from .packed import Layout, Packed
 
 __all__ = ["BLOCK_FP8", "BlockScaled"]
@@ -152,5 +154,10 @@ def _values(parts: list[Tensor], spec: str, rows: int, columns: int, dtype: torc
     return values
 
 
+def _stored(layout: Layout) -> Stored:
+    high, wide = (0, 0) if layout.spec == _WHOLE else map(int, layout.spec.split("/"))
+    return Stored("e4m3", high, wide)
+
+
 BLOCK_FP8 = _BlockFp8()
-register_form(BLOCK_FP8.name, _values, _codes)
+register_form(BLOCK_FP8.name, reading(BLOCK_FP8.name, _values, _stored), _codes)

@@ -1,4 +1,4 @@
-"""Weights of 4-bit codes: their values by the kernels in C++ or Triton, and what the C++ library reads of them.
+"""Weights of 4-bit codes on CPUs: their values by the kernels in C++, and what these read of them.
 
 A code is one of 16 numbers, a block of values shares one factor, ``absmax``, which may itself be quantised ("nested").
 The values are bit for bit those that the package makes.
@@ -53,10 +53,8 @@ def values(
         nested: how many of absmax make a block, or 0.
         by_columns: whether they are in bitsandbytes' order for AVX512-BF16, absmax in bf16; C++ alone reads that.
     """
-    if dtype not in _DTYPES or not _fit(parts, blocksize, by_columns):
+    if dtype not in _DTYPES:
         return None
-    if not by_columns and (by_triton := ops.triton_four_bit_values(parts[0].device.type)) is not None:
-        return by_triton(_as_bytes(parts), quant_type, blocksize, nested, rows, columns, dtype)
     read = codes(parts, quant_type, blocksize, nested, by_columns)
     return None if read is None or not ops.has_coded_kernels() else ops.coded_values(read, rows, columns, dtype)
 

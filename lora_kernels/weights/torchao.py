@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..codes import Codes as Stored
 from ..errors import LoRAStateError
 from ..ops import Codes, register_form
 from . import eight_bits
+from .by_codes import reading
 from .packed import Layout, Packed
 
 __all__ = ["FORMS"]
@@ -40,11 +42,18 @@ class _TensorForm:
         rebuild: Rebuild,
         again: Again,
         codes: CodesOf | None = None,
+        number: str = "",
     ) -> None:
         self.kind, self.tensors, self.settings, self.rebuild, self.again = kind, tensors, settings, rebuild, again
-        self.codes = codes
-        self.name = f"torchao-{kind}"
-        register_form(self.name, self.values, codes)
+        self.name, self.codes, self.number = f"torchao-{kind}", codes, number
+        register_form(self.name, reading(self.name, self.values, self._stored), codes)
+
+    def _stored(self, layout: Layout) -> Stored | None:
+        block = layout.spec.split("/")[0]
+        if not self.number or "," not in block:
+            return None
+        high, wide = _block(block)
+        return Stored(self.number, high, wide, zeros=layout.tensors > 2)
 
     def knows(self, module: nn.Module) -> bool:
         return type(module).forward is nn.Linear.forward
@@ -218,7 +227,9 @@ def _mx_again(kind: Any, weight: Any, values: Tensor) -> Any:
 FORMS = {
     form.kind: form
     for form in (
-        _TensorForm("Int8Tensor", ("qdata", "scale", "zero_point"), ("block_size",), _int8, _int8_again, _int8_codes),
+        _TensorForm(
+            "Int8Tensor", ("qdata", "scale", "zero_point"), ("block_size",), _int8, _int8_again, _int8_codes, "int8"
+        ),
         _TensorForm(
             "IntxUnpackedToInt8Tensor",
             ("qdata", "scale", "zero_point"),
@@ -226,8 +237,9 @@ FORMS = {
             _intx,
             _intx_again,
             _int8_codes,
+            "int8",
         ),
-        _TensorForm("Float8Tensor", ("qdata", "scale"), (), _float8, _float8_again, _float8_codes),
+        _TensorForm("Float8Tensor", ("qdata", "scale"), ("block_size",), _float8, _float8_again, _float8_codes, "e4m3"),
         _TensorForm(
             "NVFP4Tensor",
             ("qdata", "scale", "per_tensor_scale"),

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels import cli
+from lora_kernels import cli, env
+from lora_kernels.backends import triton
 from lora_kernels.benchmark.block import BLOCK
 from lora_kernels.benchmark.llama_report import LARGE
 from lora_kernels.benchmark.presets import PRESETS
 from lora_kernels.tuning.cells import PRESETS as tuning_presets
 from lora_kernels.verify import checks as verify_checks
+from lora_kernels.weights import samples
 from scripts import gpu_check, gpu_stages, gpu_verify, gpu_warm_up
 from scripts.gpu_stages import Stage, judge_tests
 
@@ -73,11 +75,29 @@ def test_the_whole_model_has_its_time_in_four_minutes() -> None:
     assert "{limit}" in planned[-1].command  # its budget: no cell is begun that the stage would cut off
 
 
+def test_quantised_weights_are_timed_with_both_kernels_in_six_minutes() -> None:
+    planned = gpu_stages.qlora_stages()
+    assert [s.name for s in planned] == ["info", "verify-weights", "qlora-package", "qlora-own"]
+    assert max(latest_ends(planned).values()) <= gpu_stages.TOTALS["qlora"] - gpu_check.PATIENCE_SECONDS
+    assert [s.variables for s in planned[2:]] == [((env.GPU_QUANTIZED_VARIABLE, word),) for word in triton._QUANTIZED]
+
+
+def test_a_stage_runs_with_its_variables(tmp_path: Path) -> None:
+    code = "import json, os; print(json.dumps(os.environ['LORA_KERNELS_GPU_QUANTIZED']))"
+    word = ("LORA_KERNELS_GPU_QUANTIZED", "own")
+    stage = Stage("a", (sys.executable, "-c", code), 60, "a.json", True, gpu_stages.judge_json, variables=(word,))
+    assert gpu_check.run_stage(stage, tmp_path, 60).status == "passed"
+    assert json.loads((tmp_path / "a.json").read_text()) == "own"
+
+
+UNTIMED = ("build", "warm-up", "info", "tests", "verify", "verify-weights", "verdict")
+
+
 def test_nothing_runs_beside_a_clock() -> None:
     for planned in (plan() for plan in gpu_stages.PLANS.values()):
         beside = {s.name: s.limit_s for s in planned if s.beside}
         ends = latest_ends(planned)
-        for timed in (s for s in planned if s.name not in ("build", "warm-up", "info", "tests", "verify", "verdict")):
+        for timed in (s for s in planned if s.name not in UNTIMED):
             begins = ends[timed.name] - timed.limit_s
             assert all(begins >= limit for limit in beside.values())
         clocks = [s for s in planned if s.name.startswith("tune") and beside]
@@ -221,6 +241,18 @@ def test_a_part_of_verify_is_verified_and_one_that_cannot_run_fails(monkeypatch:
     assert report["passed"]
     assert max(row["cases"] for row in report["rows"]) == 2
     assert not gpu_verify.verify_part("fp64 triton")["passed"]
+
+
+def test_a_form_is_verified_with_the_kernels_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU; here the backend's reasons come first. One whose package is missing is left out, and told."""
+    monkeypatch.setenv(env.GPU_QUANTIZED_VARIABLE, "package")
+    assert not gpu_verify.verify_part("bf16 triton nf4 own")["passed"]
+    assert os.environ[env.GPU_QUANTIZED_VARIABLE] == "own"
+    monkeypatch.setattr(samples.importlib.util, "find_spec", lambda name: None)
+    report = gpu_verify.verify_part("bf16 triton nf4 own")
+    assert report["passed"]
+    assert "pip install" in report["left_out"]
+    assert all(part.split()[2] in samples.KINDS for part in gpu_verify.QUANTIZED)
 
 
 def test_parts_that_passed_are_not_verified_again(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ from ...ops import (
     EXPERTS_OPERATOR_NAMES,
     GROUP_OPERATOR_NAMES,
     OPERATOR_NAMES,
+    CodeKernels,
     register,
-    register_four_bit_values,
+    register_code_kernels,
 )
 from .. import draw_seed, why_not_capability
 from ..native import load
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
     from .choose.blocks import Machine
     from .choose.tuned import Loaded
 
-__all__ = ["BACKEND", "four_bits", "interpreter_fault", "kept", "plans_on"]
+__all__ = ["BACKEND", "interpreter_fault", "kept", "plans_on", "quantized"]
 
 _WIDE = 8192  # output features from which on the mask is drawn again
-_FOUR_BITS = ("package", "own")  # the first is taken where none is named: the other is not yet measured on a GPU
+_QUANTIZED = ("package", "own")  # the first is taken where none is named: the other is not yet measured on a GPU
 
 
 class TritonBackend:
@@ -84,13 +85,15 @@ class TritonBackend:
 
     def describe(self, problem: Problem) -> str:
         if problem.device_type == "cpu":
-            return "Triton's interpreter (TRITON_INTERPRET=1): the kernels' logic on the CPU, for tests, very slow."
+            told = "Triton's interpreter (TRITON_INTERPRET=1): the kernels' logic on the CPU, for tests, very slow."
+            return told + _quantized_weight(problem)
         if problem.experts:
             return f"{_of_experts(problem)}{_launches()}"
         dropped = f" {kept().tells(problem)}" if problem.dropout_p else ""
         return (
             "Fused: x is read once for h. The plan for the size (measured, or predicted where nobody has tuned) adds "
             f"the low-rank term within its own product, or before or after the library's.{dropped}{_launches()}"
+            f"{_quantized_weight(problem)}"
         )
 
     def plan(self, problem: Problem, tokens: int) -> tuple[PassPlan, ...]:
@@ -110,10 +113,10 @@ class TritonBackend:
         names = (*OPERATOR_NAMES, *GROUP_OPERATOR_NAMES, *EXPERTS_OPERATOR_NAMES)
         own = {name: next(getattr(m, name) for m in modules if name in m.__all__) for name in names}
         register(self.name, own, kept(), experts=True)
-        if four_bits() == "own":
-            from .four_bit_operators import four_bit_values
+        if quantized() == "own":
+            from . import code_operators
 
-            register_four_bit_values(device_type, four_bit_values)
+            register_code_kernels(device_type, CodeKernels(code_operators.values, code_operators.few_tokens))
 
     def dropout_state(self, x: Tensor, p: float) -> Tensor:
         return draw_seed(x)
@@ -146,6 +149,23 @@ def _of_experts(problem: Problem) -> str:
         )
     dropped = " Dropout's mask is drawn once in each pass; backward keeps a 16-byte seed." * bool(problem.dropout_p)
     return f"Grouped kernels over the tokens sorted by expert; the host waits for nothing. {base}{dropped}"
+
+
+def _quantized_weight(problem: Problem) -> str:
+    """Sentences on whose kernels read a quantised weight, where those in Triton do."""
+    if not problem.codes:
+        return ""
+    if quantized() == "own":
+        from .choose.blocks import FEW_TOKENS
+
+        return (
+            f" Triton's kernels read its weight as {problem.codes}. Up to {FEW_TOKENS} tokens are multiplied with that "
+            "itself, where nobody watches the operators; all else with its values, which they make."
+        )
+    return (
+        f" Its weight's values are made by its package. {env.GPU_QUANTIZED_VARIABLE}=own takes kernels in Triton, not "
+        "yet measured on a GPU."
+    )
 
 
 def _launches() -> str:
@@ -240,16 +260,16 @@ def kept() -> _Kept:
 
 
 @cache
-def four_bits() -> str:
-    """Who makes the values of 4-bit codes: "package" or "own". Reads the environment once.
+def quantized() -> str:
+    """Whose kernels read a quantised weight: "package" or "own". Reads the environment once.
 
     Raises:
         InvalidArgumentError: the variable has an unknown word.
     """
-    named = env.gpu_four_bits() or _FOUR_BITS[0]
-    if named not in _FOUR_BITS:
+    named = env.gpu_quantized() or _QUANTIZED[0]
+    if named not in _QUANTIZED:
         raise InvalidArgumentError(
-            f"{env.GPU_FOUR_BITS_VARIABLE}={named} was given: it must be one of {', '.join(_FOUR_BITS)}. Set one of "
+            f"{env.GPU_QUANTIZED_VARIABLE}={named} was given: it must be one of {', '.join(_QUANTIZED)}. Set one of "
             "them, or unset it."
         )
     return named

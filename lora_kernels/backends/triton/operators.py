@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kept import no_words
-from . import expert_operators, four_bit_operators, gated_operators, part_operators
+from . import code_operators, expert_operators, gated_operators, part_operators
 from .choose import ranking
 from .choose.plans import GLUON_PLANS, BackwardPlan, DxHopper, DxInside, ForwardPlan, Hopper, HopperInside, Ring
 from .kernels.packed import mask_kernel
@@ -46,8 +46,8 @@ def forget() -> None:
     part_operators.forget()
     hopper_group_passes.forget()
     gated_operators.forget()
+    code_operators.forget()
     expert_operators.forget()
-    four_bit_operators.forget()
     ranking.forget()
 
 

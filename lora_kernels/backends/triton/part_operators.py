@@ -27,7 +27,7 @@ from .choose.plans import GLUON_PLANS, BaseFirst, Fused, LoraFirst
 from .choose.ranking import plans_for
 from .choose.ways import dh_db_for, outer_for, shrink_for
 from .kernels.gain import gain_grad_kernel, row_norms_kernel
-from .run.call import Call, cdiv
+from .run.call import Call, cdiv, rows_in_one_piece, told
 from .run.forward import ready_product
 from .run.launcher import PassRun
 from .run.prepared import Cache, Launch, alignment, first_that_runs, matrix, precision_of
@@ -336,13 +336,3 @@ def _row_norms_step(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Step:
         return norms
 
     return step
-
-
-def told(state: Tensor | None) -> torch.Size | None:
-    """What a launch depends on of a state: None, a seed (int64) or the mask's words (int32)."""
-    return None if state is None else state.shape
-
-
-def rows_in_one_piece(matrix: Tensor) -> Tensor:
-    """What is (M, R), with contiguous rows at any distance: as the kernels read h and dh."""
-    return matrix if matrix.shape[1] == 1 or matrix.stride(1) == 1 else matrix.contiguous()

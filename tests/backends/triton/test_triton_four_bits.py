@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lora_kernels import LoRAKernelsError, ops
 from lora_kernels.backends import triton
-from lora_kernels.backends.triton import four_bit_operators
+from lora_kernels.backends.triton import code_operators
+from lora_kernels.codes import Codes
 from lora_kernels.weights import four_bits
 from numerics import same_bits
 
@@ -65,7 +66,8 @@ def by_the_package(parts: list[Tensor], quant_type: str, blocksize: int, n: int,
 
 
 def by_the_kernel(parts: list[Tensor], quant_type: str, blocksize: int, n: int, k: int, dtype: torch.dtype) -> Tensor:
-    return four_bit_operators.four_bit_values(parts, quant_type, blocksize, OUTER if len(parts) > 2 else 0, n, k, dtype)
+    codes = Codes(quant_type, 1, blocksize, OUTER if len(parts) > 2 else 0)
+    return code_operators.values(parts, codes, n, k, dtype)
 
 
 @pytest.fixture(params=list(itertools.product(four_bits.TABLES, ("plain", "nested"))), ids="-".join)
@@ -133,12 +135,12 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         asked.append("own")
         return by_kernel(*arguments)
 
-    by_kernel = four_bit_operators.four_bit_values
-    monkeypatch.setattr(four_bit_operators, "four_bit_values", noting)
-    monkeypatch.setattr(ops, "_triton_four_bits", {})
-    triton.four_bits.cache_clear()
+    by_kernel = code_operators.values
+    monkeypatch.setattr(code_operators, "values", noting)
+    monkeypatch.setattr(ops, "_code_kernels", {})
+    triton.quantized.cache_clear()
     yield asked
-    triton.four_bits.cache_clear()
+    triton.quantized.cache_clear()
 
 
 @pytest.mark.parametrize(("word", "own"), [("", 0), ("package", 0), ("own", 2)])
@@ -149,7 +151,7 @@ def test_the_switch_decides_who_makes_the_values(
     package = pytest.importorskip("bitsandbytes", reason=MISSING).functional
     from lora_kernels.weights import bitsandbytes as form
 
-    monkeypatch.setenv("LORA_KERNELS_GPU_FOUR_BITS", word)
+    monkeypatch.setenv("LORA_KERNELS_GPU_QUANTIZED", word)
     triton.BACKEND.register(triton_device)
     weight = torch.randn(6, 64, device=triton_device)
     codes, state = package.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
@@ -166,6 +168,6 @@ def test_the_switch_decides_who_makes_the_values(
 
 
 def test_an_unknown_word_is_refused(chosen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORA_KERNELS_GPU_FOUR_BITS", "mine")
-    with pytest.raises(LoRAKernelsError, match=r"FOUR_BITS=mine was given: it must be one of package, own\. Set"):
+    monkeypatch.setenv("LORA_KERNELS_GPU_QUANTIZED", "mine")
+    with pytest.raises(LoRAKernelsError, match=r"QUANTIZED=mine was given: it must be one of package, own\. Set"):
         triton.BACKEND.register("cpu")

@@ -29,7 +29,6 @@ __all__ = [
     "expand_config",
     "few_tokens_config",
     "fits_shared_memory",
-    "four_bit_block",
     "gain_grad_config",
     "gated_block",
     "gemm_configs",
@@ -411,10 +410,3 @@ def gated_block(machine: Machine, itemsize: int) -> tuple[int, int, int]:
     if machine.interpreter:
         return 16, 64, 4
     return 4, 512 if itemsize == 2 else 256, 8 if itemsize == 2 else 4
-
-
-def four_bit_block(machine: Machine, itemsize: int) -> tuple[int, int]:
-    """Bytes of codes and warps of a program that makes a weight's values: each thread stores 16 bytes at once."""
-    if machine.interpreter:
-        return 128, 4
-    return 1024 if itemsize == 2 else 512, 8

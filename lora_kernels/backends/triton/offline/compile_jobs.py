@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....codes import FOUR_BITS, Codes
 from ....kept import row_words
 from ..choose.blocks import FEW_TOKENS, Machine
 from ..choose.candidates import candidates
@@ -35,6 +36,7 @@ _TYPE_NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.uint8: "u8",
+    torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
     torch.bool: "i1",
@@ -163,7 +165,7 @@ def jobs_of(case: Case, arch: int) -> Iterator[Job]:
                 gated_operators.gated_grad(dy, dy, dy, number, False)
             gated_operators.gated(dy[:, : n // 2], dy[:, n // 2 :], 0)
             gated_operators.gated_grad(dy[:, : n // 2], dy[:, : n // 2], dy[:, n // 2 :], 0, True)
-            _call_four_bits(n, k, case.dtype)
+            _call_values(n, k, case.dtype)
             part_operators.output_grads(dy, lora_b, h, bias, 2.5)
             part_operators.input_grad([dy, dy], [weight, weight], [h, h], [lora_a, lora_a], p, 2 * states)
             call = Call.forward(x, weight, None, lora_b, bias, 0.0, None, h, gain)
@@ -173,6 +175,8 @@ def jobs_of(case: Case, arch: int) -> Iterator[Job]:
             }
             for way in ways.values():
                 ready_product(way, call)(None, x, weight, lora_b, bias, gain, h, None, dy, 2.5)
+        if m <= FEW_TOKENS:
+            _call_few_tokens((x, lora_a, lora_b, None, bias, None), h, gain, p, state)
         if state is not None:
             operators.mask(state, m, k, p)
         if case.experts:
@@ -218,16 +222,41 @@ def _call_experts(case: Case) -> None:
         backward_step(call, y.stride(), (True, True, True))(None, y, x, base, *given, h, dx, 2.5, dropped)
 
 
-def _call_four_bits(n: int, k: int, dtype: torch.dtype) -> None:
-    """The values of NF4 and FP4 in blocks of 64, with plain and with nested statistics."""
-    from ..four_bit_operators import four_bit_values
+_CODES = (Codes("nf4", 1, 64, 256), Codes("fp4", 1, 64), Codes("e4m3", 128, 128), Codes("int8", 1, 0, per=127))
 
-    count = n * k // 64
-    codes, absmax = (torch.empty(size, dtype=torch.uint8, device="meta") for size in (n * k // 2, count))
-    plain, outer, table, offset = (torch.empty(shape, device="meta") for shape in (count, count // 256, 256, ()))
-    for quant_type in ("nf4", "fp4"):
-        four_bit_values([codes, plain], quant_type, 64, 0, n, k, dtype)
-        four_bit_values([codes, absmax, outer, table, offset], quant_type, 64, 256, n, k, dtype)
+
+def _parts_of(codes: Codes, n: int, k: int) -> list[Tensor]:
+    """The tensors of such a weight (n, k)."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    if codes.number not in FOUR_BITS:
+        data = meta(n, k, dtype=torch.int8 if codes.number == "int8" else torch.uint8)
+        return [data, meta(n // (codes.high or n) * (k // (codes.wide or k)))]
+    data, count = meta(n * k // 2, dtype=torch.uint8), n * k // codes.wide
+    if not codes.nested:
+        return [data, meta(count)]
+    return [data, meta(count, dtype=torch.uint8), meta(count // codes.nested), meta(256), meta()]
+
+
+def _call_values(n: int, k: int, dtype: torch.dtype) -> None:
+    """The values of NF4 and FP4 in blocks of 64, with plain and with nested statistics, and of block-scaled FP8."""
+    from ..code_operators import values
+
+    for codes in (*(Codes(of, 1, 64, nested) for of in FOUR_BITS for nested in (0, 256)), _CODES[2]):
+        values(_parts_of(codes, n, k), codes, n, k, dtype)
+
+
+def _call_few_tokens(given: tuple[Any, ...], h: Tensor, gain: Tensor, p: float, state: Tensor | None) -> None:
+    """Few tokens over each number, and over NF4 with a gain and an h that is there."""
+    from ..code_operators import few_tokens
+
+    x, _, lora_b, _, bias, _ = given
+    n, k = lora_b.shape[0], x.shape[1]
+    for codes in _CODES:
+        few_tokens(x, _parts_of(codes, n, k), codes, *given[1:], 2.5, p, state, False)
+    few_tokens(x, _parts_of(_CODES[0], n, k), _CODES[0], None, lora_b, h, bias, gain, 2.5, 0.0, None, True)
 
 
 @contextlib.contextmanager

@@ -58,6 +58,7 @@ _NO_PRODUCT = (
     "gain_grad_kernel",
     "gated_kernel",
     "gated_grad_kernel",
+    "eight_bit_values_kernel",
     "four_bit_values_kernel",
     "hopper_pack_kernel",
     "hopper_reduce_dh_kernel",
@@ -206,9 +207,21 @@ def _hopper_faults(record: Record) -> Iterator[str]:
 
 
 def _kernel(name: str) -> Any:
-    from ..kernels import backward, experts, few_tokens, forward, four_bits, gain, gated, input_grad, packed, persistent
+    from ..kernels import (
+        backward,
+        codes,
+        experts,
+        few_codes,
+        few_tokens,
+        forward,
+        gain,
+        gated,
+        input_grad,
+        packed,
+        persistent,
+    )
 
-    modules: tuple[Any, ...] = (backward, experts, few_tokens, forward, four_bits, gain, gated, input_grad)
+    modules: tuple[Any, ...] = (backward, codes, experts, few_codes, few_tokens, forward, gain, gated, input_grad)
     modules += (persistent, packed)
     if name.startswith("hopper_"):
         from ..kernels.hopper import (

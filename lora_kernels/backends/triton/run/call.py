@@ -15,7 +15,7 @@ from ..choose.plans import Cell
 from .descriptors import operand_fault
 from .prepared import alignment, matrix, precision_of
 
-__all__ = ["Call", "backward_key", "cdiv", "forward_key"]
+__all__ = ["Call", "backward_key", "cdiv", "forward_key", "rows_in_one_piece", "told"]
 
 
 def cdiv(size: int, block: int) -> int:
@@ -246,3 +246,13 @@ def backward_key(
         alignment(dy, x, weight, lora_a, lora_b, h, state),
         precision_of(dy.dtype),
     )
+
+
+def told(state: Tensor | None) -> torch.Size | None:
+    """What a launch depends on of a state: None, a seed (int64) or the mask's words (int32)."""
+    return None if state is None else state.shape
+
+
+def rows_in_one_piece(matrix: Tensor) -> Tensor:
+    """What is (M, R), with contiguous rows at any distance: as the kernels read h and dh."""
+    return matrix if matrix.shape[1] == 1 or matrix.stride(1) == 1 else matrix.contiguous()

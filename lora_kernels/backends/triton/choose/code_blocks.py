@@ -1,0 +1,57 @@
+"""Launch configurations of the kernels that read a quantised weight as it is stored. None was measured on a GPU yet."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from .blocks import FEW_TOKENS, FewTokensConfig, Machine, fits_shared_memory, next_power_of_2
+
+__all__ = ["CODES_RANK", "eight_bit_block", "few_codes_config", "few_codes_splits", "four_bit_block"]
+
+# Up to this rank the launch that reads the codes forms h as well: every program of it reads all of A.
+CODES_RANK = 64
+
+_PROGRAMS = 4  # of a multiprocessor, at which a further split of K ends
+_STEPS = 2  # of BLOCK_K columns, at least, in each share of K
+
+
+def four_bit_block(machine: Machine, itemsize: int) -> tuple[int, int]:
+    """Bytes of codes and warps of a program that makes a weight's values: each thread stores 16 bytes at once."""
+    if machine.interpreter:
+        return 128, 4
+    return 1024 if itemsize == 2 else 512, 8
+
+
+def eight_bit_block(machine: Machine) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program that makes a weight's values of bytes."""
+    if machine.interpreter:
+        return 16, 64, 4
+    return 16, 256, 8
+
+
+@lru_cache(maxsize=4096)
+def few_codes_config(machine: Machine, r: int, itemsize: int, exact: bool, with_a: bool) -> FewTokensConfig:
+    """A strip of W's rows, and how deep its steps are.
+
+    ``exact``: fp32 products in IEEE arithmetic; ``with_a``: whether h is formed as well. A strip of 32 rows reads 128
+    bytes of each row's 4-bit codes at once, and its numbers fit the registers of 128 threads.
+    """
+    block_r = max(next_power_of_2(r), 16) if with_a else 16
+    if machine.interpreter:
+        return FewTokensConfig(FEW_TOKENS, 32, 64, block_r, 4, 1)
+    wide = machine.capability >= 90 and not (with_a and machine.capability >= 100)  # which has no registers for it
+    block_k = 32 if exact else 64 if itemsize == 4 or block_r > 32 else 256 if wide else 128
+    config = FewTokensConfig(FEW_TOKENS, 32, block_k, block_r, 4, 3)
+    while config.num_stages > 1 and not fits_shared_memory(machine, config, itemsize):
+        config = replace(config, num_stages=config.num_stages - 1)
+    return config
+
+
+def few_codes_splits(machine: Machine, k: int, n: int, config: FewTokensConfig) -> int:
+    """How many programs share K: the codes of a layer are few bytes, and more programs have more of them in flight."""
+    splits = 1
+    most = 16 if machine.interpreter else _PROGRAMS * machine.sm_count
+    while -(-n // config.block_n) * splits * 2 <= most and k >= 2 * splits * _STEPS * config.block_k:
+        splits *= 2
+    return splits

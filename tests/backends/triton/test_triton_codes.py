@@ -1,0 +1,258 @@
+"""The kernels in Triton that read a quantised weight as it is stored: bytes' values, and few tokens' forward."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_kernels import LoRAKernelsError, branches_autograd, explain, ops, use_backend
+from lora_kernels.backends import triton
+from lora_kernels.backends.triton import code_operators, operators
+from lora_kernels.codes import FOUR_BITS, Codes
+from lora_kernels.weights import four_bits, known
+from lora_kernels.weights.by_codes import number_of
+from numerics import check_all, same_bits, three_ways
+from quantised import KINDS, adapted, check_beside, quantised, results_of, twin, values
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BYTES = (
+    Codes("e4m3", 32, 128),
+    Codes("e4m3", 16, 24),
+    Codes("e4m3", 0, 0),
+    Codes("int8", 1, 0, per=127),
+    Codes("int8", 1, 32, zeros=True),
+    Codes("int8", 1, 10, zeros=True),
+)
+FEW = {
+    "4 bits": (Codes("nf4", 1, 64, 4), Codes("nf4", 1, 4096), Codes("fp4", 1, 32)),
+    "8 bits": (
+        Codes("e4m3", 16, 64),
+        Codes("e4m3", 0, 0),
+        Codes("int8", 1, 0, per=127),
+        Codes("int8", 1, 10, zeros=True),
+    ),
+}
+N, K = 37, 288  # no whole strip, no whole step, and two shares of K
+
+
+def parts_of(codes: Codes, n: int, k: int, device: str) -> list[Tensor]:
+    """Random numbers, every byte among them, and factors that differ from block to block."""
+    if codes.number in FOUR_BITS:
+        count = -(-n * k // codes.wide)
+        data = torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8)
+        if not codes.nested:
+            return [data.to(device), (torch.rand(count) + 0.5).to(device)]
+        index = torch.randint(0, 256, (count,), dtype=torch.uint8)
+        index[-1] = 255
+        outer, table = torch.rand(-(-count // codes.nested)) + 0.5, torch.linspace(0.1, 1.0, 256) ** 2
+        return [part.to(device) for part in (data, index, outer, table, torch.tensor(0.1))]
+    high, wide = codes.high or n, codes.wide or k
+    data = torch.randint(0, 256, (n, k)).to(torch.uint8)
+    data = data.view(torch.int8) if codes.number == "int8" else torch.where(data & 0x7F == 0x7F, data ^ 1, data)
+    shape = -(-n // high), -(-k // wide)
+    factor = (torch.rand(shape) + 0.5) * (0.01 if codes.per == 1 else 1.0)
+    zeros = [torch.randint(-128, 128, shape, dtype=torch.int8)] if codes.zeros else []
+    return [part.to(device) for part in (data, factor, *zeros)]
+
+
+def by_formula(parts: list[Tensor], codes: Codes, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """W by PyTorch: each number less its zero, times its factor in fp32, rounded once."""
+    data, factor = parts[0], parts[1]
+    if codes.number in FOUR_BITS:
+        if codes.nested:
+            factor = parts[3][factor.long()] * parts[2].repeat_interleave(codes.nested)[: factor.numel()] + parts[4]
+        table = torch.tensor(four_bits.TABLES[codes.number], device=data.device)
+        numbers = table[torch.stack([data >> 4, data & 15], -1).flatten().long()]
+        return (numbers * factor.repeat_interleave(codes.wide)[: n * k]).to(dtype).view(n, k)
+    high, wide = codes.high or n, codes.wide or k
+
+    def spread(of_blocks: Tensor) -> Tensor:
+        return of_blocks.float().repeat_interleave(high, 0)[:n].repeat_interleave(wide, 1)[:, :k]
+
+    numbers = (data if codes.number == "int8" else data.view(torch.float8_e4m3fn)).float()
+    numbers = numbers - spread(parts[2]) if codes.zeros else numbers
+    return (numbers * spread(factor if codes.per == 1 else factor.mul(1.0 / codes.per))).to(dtype)
+
+
+def test_the_values_of_bytes_have_the_formulas_bits(triton_device: str) -> None:
+    torch.manual_seed(5)
+    for codes in BYTES:
+        for (n, k), dtype in (((3, 1), torch.float32), ((37, 150), torch.bfloat16), ((33, 64), torch.float16)):
+            parts = parts_of(codes, n, k, triton_device)
+            found = code_operators.values(parts, codes, n, k, dtype)
+            assert same_bits(found, by_formula(parts, codes, n, k, dtype)), (codes, n, k, dtype)
+
+
+def test_every_byte_of_e4m3_is_its_number(triton_device: str) -> None:
+    data = torch.arange(256, dtype=torch.uint8, device=triton_device).view(1, 256)
+    found = code_operators.values(
+        [data, data.new_ones(1, dtype=torch.float32)], Codes("e4m3", 0, 0), 1, 256, torch.float32
+    )
+    expected = data.view(torch.float8_e4m3fn).float()
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert same_bits(found.nan_to_num(), expected.nan_to_num())
+
+
+def few(codes: Codes, parts: list[Tensor], m: int, r: int, dtype: torch.dtype, with_a: bool, p: float) -> None:
+    """y, h and l of one pass beside the formulas on W's values."""
+    device, adapter = parts[0].device, torch.float32 if p else dtype
+
+    def drawn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    x, lora_a, lora_b, bias = drawn(K, m).t(), drawn(r, K, dtype=adapter), drawn(N, r, dtype=adapter), drawn(N)
+    weight, gain, h = (
+        by_formula(parts, codes, N, K, dtype),
+        torch.rand(N, device=device) + 0.5,
+        drawn(m, r, dtype=torch.float32),
+    )
+    state = torch.tensor([3, 5], device=device) if p else None
+    keep = torch.ones(m, K, device=device) if state is None else operators.mask(state, m, K, p)
+    rest = (lora_a, lora_b, None, bias, None) if with_a else (None, lora_b, h, bias, gain)
+    found = code_operators.few_tokens(x, parts, codes, *rest, 0.5, p, state, not with_a)
+    assert found is not None
+
+    def formulas(number: Any) -> dict[str, Any]:
+        hidden = number(x * keep.to(dtype)) @ number(lora_a.to(dtype)).t() * (1.0 / (1.0 - p)) if with_a else number(h)
+        linear = number(x) @ number(weight).t() + (hidden @ number(lora_b.to(dtype)).t()) * 0.5
+        y = linear + number(bias) if with_a else linear * number(gain) + number(bias)
+        return {"y": y, "h": hidden} if with_a else {"y": y, "linear": linear}
+
+    exact, yardstick, errors = three_ways(dtype, formulas)
+    y, hidden, linear = found
+    results = {"y": y, "h": hidden.to(dtype)} if with_a else {"y": y, "linear": linear}
+    check_all(results, exact, yardstick, dtype, expected=errors)
+
+
+@pytest.mark.parametrize("numbers", FEW)
+def test_few_tokens_are_multiplied_as_by_the_values(numbers: str, triton_device: str) -> None:
+    """By a strided x; h formed in the pass, also from a dropped x, or given, with a gain."""
+    torch.manual_seed(5)
+    for codes, dtype in itertools.product(FEW[numbers], DTYPES):
+        parts = parts_of(codes, N, K, triton_device)
+        if dtype is torch.bfloat16:
+            few(codes, parts, 16, 17, dtype, True, 0.5)
+        else:
+            few(codes, parts, 5, 3, dtype, True, 0.0)
+        if dtype is torch.float16 or triton_device == "cuda":
+            few(codes, parts, 1, 20, dtype, False, 0.0)
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_a_fault_in_each_part_shows(i: int) -> None:
+    codes = Codes("nf4", 1, 64, 4)
+    parts = parts_of(codes, N, K, "cpu")
+    right, wrong = by_formula(parts, codes, N, K, torch.float32)[:, -16:].t(), [part.clone() for part in parts]
+    wrong[i].view(-1)[-1] += 1  # the last of each
+    x, a, b = torch.eye(K)[-16:], torch.zeros(1, K), torch.zeros(N, 1)
+    for given, is_right in ((parts, True), (wrong, False)):
+        found = code_operators.few_tokens(x, given, codes, a, b, None, None, None, 1.0, 0.0, None, False)
+        assert found is not None
+        assert torch.equal(found[0], right) == is_right
+
+
+def test_what_the_kernel_does_not_take_is_left_to_the_values() -> None:
+    def asked(codes: Codes, m: int = 2, k: int = 64, r: int = 2, **changed: Any) -> Any:
+        given = {"lora_a": torch.ones(r, k), "h": None, "gain": None} | changed
+        parts = parts_of(codes, 4, k, "cpu")
+        rest = given["lora_a"], torch.ones(4, r), given["h"], None, given["gain"]
+        return code_operators.few_tokens(torch.ones(m, k), parts, codes, *rest, 1.0, 0.0, None, False)
+
+    nf4, fp8 = Codes("nf4", 1, 64), Codes("e4m3", 128, 128)
+    assert asked(nf4) is not None
+    assert asked(fp8, k=51) is not None
+    for none in (asked(nf4, m=17), asked(nf4, m=0), asked(nf4, k=48), asked(nf4, r=65), asked(nf4, gain=torch.ones(4))):
+        assert none is None
+
+
+@pytest.mark.parametrize("codes", [Codes("nf4", 1, 64, 4), Codes("int8", 1, 10, zeros=True)], ids=str)
+def test_parts_that_are_too_short_are_refused(codes: Codes) -> None:
+    for i in range(5 if codes.nested else 3):
+        parts = parts_of(codes, N, K, "cpu")
+        parts[i] = parts[i].flatten()[:-1]
+        with pytest.raises(LoRAKernelsError, match=r"-bit weight of 10656 numbers has .* and must have"):
+            code_operators.values(parts, codes, N, K, torch.float32)
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The kernels in Triton, where the backend runs, and which of them were called and took the call."""
+    called: list[str] = []
+
+    def noting(name: str, kernel: Any) -> Any:
+        def noted(*arguments: Any) -> Any:
+            found = kernel(*arguments)
+            called.extend([name] if found is not None else [])
+            return found
+
+        return noted
+
+    kernels = ops.CodeKernels(*(noting(of, getattr(code_operators, of)) for of in ops.CodeKernels._fields))
+    monkeypatch.setattr(ops, "_code_kernels", {"cpu": kernels, "cuda": kernels})
+    return called
+
+
+def layer_and_twin(kind: str, dtype: torch.dtype, device: str, **options: Any) -> tuple[Any, Any]:
+    layer = adapted(kind, 96, 80, dtype, **options)
+    return layer.to(device), twin(layer, values(layer), dtype).to(device)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_form_is_read_by_its_codes(kind: str, own: list[str], triton_device: str) -> None:
+    """The values are the package's, few tokens run without them, and a compiled layer runs by the values."""
+    torch.manual_seed(0)
+    layer = quantised(kind, 96, 80, torch.float32)
+    packed = known.packed(layer)
+    assert packed is not None
+    with_kernels = {dtype: packed.dequantize(dtype) for dtype in DTYPES}
+    if not (reads := bool(own)):
+        assert kind in ("ao-nvfp4", "ao-mxfp4", "ao-mxfp8")
+    ops._code_kernels.clear()
+    assert all(same_bits(found + 0.0, packed.dequantize(dtype) + 0.0) for dtype, found in with_kernels.items())
+    assert (number_of(packed.layout) != "") == reads
+
+
+def check_passes(kind: str, own: list[str], device: str, options: dict[str, Any]) -> None:
+    """Five tokens, forward and backward, beside the twin's: W is dequantised for dx alone, and for DoRA's norms."""
+    layer, other = layer_and_twin(kind, torch.float32, device, **options)
+    x, dy = torch.randn(5, 96, device=device), torch.randn(5, 80, device=device)
+    own.clear()
+    with use_backend("triton"):
+        found, yardstick = results_of(layer, x, dy), results_of(other, x, dy)
+    assert own == [*["values"] * bool(layer.use_dora), "few_tokens", "values"], (kind, options)
+    check_beside(found, yardstick, results_of(other.double(), x.double(), dy.double()))
+
+
+def test_a_layer_multiplies_few_tokens_by_the_codes(own: list[str], triton_device: str) -> None:
+    for kind in ("nf4-nested", "int8"):
+        for options in ({}, {"use_dora": True}):
+            check_passes(kind, own, triton_device, options)
+
+
+def test_a_watched_call_and_many_tokens_take_the_values(own: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, other = layer_and_twin("nf4", torch.float32, "cpu")
+    x = torch.randn(17, 96)
+    with use_backend("triton"), torch.no_grad():
+        layer(x)
+        monkeypatch.setattr(branches_autograd, "is_watched", lambda: True)
+        assert torch.allclose(layer(x[:3]), other(x[:3]), atol=1e-4)
+    assert own == ["values", "values"]
+
+
+@pytest.mark.parametrize(
+    ("word", "told"), [("package", "LORA_KERNELS_GPU_QUANTIZED=own takes"), ("own", "Up to 16 tokens are multiplied")]
+)
+def test_explain_tells_whose_kernels_read_the_weight(word: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_KERNELS_GPU_QUANTIZED", word)
+    triton.quantized.cache_clear()
+    try:
+        with use_backend("triton"):
+            assert told in str(explain(adapted("nf4", 64, 96)))
+            assert told not in str(explain(twin(adapted("nf4", 64, 96), torch.ones(96, 64), torch.float32)))
+    finally:
+        triton.quantized.cache_clear()
