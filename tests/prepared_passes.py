@@ -360,6 +360,12 @@ def calls_of(m: int, p: float) -> tuple[dict[str, Callable[[float], Any]], list[
         "four bits": lambda s: four_bits(plain, Codes("nf4", 1, 64), *of),
         "four bits, nested": lambda s: four_bits(nested, Codes("fp4", 1, 64, 256), *of),
     }
+    if m <= 16:
+        few, nf4, fp4 = code_operators.few_tokens, Codes("nf4", 1, 64, 256), Codes("fp4", 1, 64)
+        calls |= {
+            "few codes": lambda s: few(x, nested, nf4, a, b, None, bias, None, s, p, of_x, False)[:2],
+            "few codes with a gain": lambda s: few(x, plain, fp4, None, b, wide, bias, gain, s, 0.0, None, True)[::2],
+        }
     return calls, given
 
 

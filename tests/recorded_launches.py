@@ -107,6 +107,9 @@ def _parts(case: Case) -> Iterator[dict[str, Any]]:
     nested = [codes, absmax, torch.ones(2), torch.ones(256), torch.ones(())]
     four_bits = code_operators.values
     yield _three_times("four_bits", lambda: four_bits(nested, Codes("nf4", 1, 64, 256), case.n, case.k, case.dtype))
+    if case.m <= FEW_TOKENS:
+        few = nested, Codes("nf4", 1, 64, 256), a, b, None, bias, None, case.scaling, case.p, STATE, False
+        yield _three_times("few_codes pdl", lambda: code_operators.few_tokens(x, *few))
     yield _three_times("row_norms", lambda: part_operators.row_norms(weight, a, b, case.scaling))
 
 

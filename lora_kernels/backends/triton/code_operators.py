@@ -212,7 +212,7 @@ def _few_step(config: FewTokensConfig, c: Call, codes: Codes, with_a: bool, with
     static += (c.stride_bias, c.stride_gain, c.stride_h, *codes[:3], codes.nested, codes.per, _unit(codes))
     static += (config.block_m, config.block_n, config.block_k, config.block_r, parts)
     static += (c.k % config.block_k == 0, c.split, c.precision, pdl)
-    grid, options = (cdiv(c.n, config.block_n), parts, 1), _in_two_roundings(codes)
+    grid, options = (cdiv(c.n, config.block_n), parts, 1), dict[str, Any](_in_two_roundings(codes))
     options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     product, total = Launch(few_codes_kernel, grid, static, **options), _sum_launch(c, parts, pdl)
     shape = (c.m, c.n)

@@ -61,6 +61,8 @@ def test_every_kernel_is_in_the_report(arch: int, compiled: dict[str, Any]) -> N
         "gated",
         "gated_grad",
         "four_bit_values",
+        "eight_bit_values",
+        "few_codes",
         *("experts_shrink", "experts_product", "experts_outer"),
         *(["persistent", "dx_persistent"] if arch >= 90 else []),
     ]

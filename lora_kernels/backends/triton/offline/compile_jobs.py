@@ -176,7 +176,7 @@ def jobs_of(case: Case, arch: int) -> Iterator[Job]:
             for way in ways.values():
                 ready_product(way, call)(None, x, weight, lora_b, bias, gain, h, None, dy, 2.5)
         if m <= FEW_TOKENS:
-            _call_few_tokens((x, lora_a, lora_b, None, bias, None), h, gain, p, state)
+            _call_few_tokens(x, lora_a, lora_b, bias, h, gain, p, state)
         if state is not None:
             operators.mask(state, m, k, p)
         if case.experts:
@@ -222,7 +222,7 @@ def _call_experts(case: Case) -> None:
         backward_step(call, y.stride(), (True, True, True))(None, y, x, base, *given, h, dx, 2.5, dropped)
 
 
-_CODES = (Codes("nf4", 1, 64, 256), Codes("fp4", 1, 64), Codes("e4m3", 128, 128), Codes("int8", 1, 0, per=127))
+_CODES = (Codes("nf4", 1, 64, 256), Codes("fp4", 1, 64), Codes("e4m3", 128, 128))
 
 
 def _parts_of(codes: Codes, n: int, k: int) -> list[Tensor]:
@@ -241,22 +241,32 @@ def _parts_of(codes: Codes, n: int, k: int) -> list[Tensor]:
 
 
 def _call_values(n: int, k: int, dtype: torch.dtype) -> None:
-    """The values of NF4 and FP4 in blocks of 64, with plain and with nested statistics, and of block-scaled FP8."""
+    """The values of NF4 and FP4 in blocks of 64, with plain and with nested statistics; of block-scaled FP8, once."""
     from ..code_operators import values
 
-    for codes in (*(Codes(of, 1, 64, nested) for of in FOUR_BITS for nested in (0, 256)), _CODES[2]):
+    four_bits = tuple(Codes(of, 1, 64, nested) for of in FOUR_BITS for nested in (0, 256))
+    for codes in (*four_bits, *(_CODES[2:3] if dtype is _BF16 else ())):
         values(_parts_of(codes, n, k), codes, n, k, dtype)
 
 
-def _call_few_tokens(given: tuple[Any, ...], h: Tensor, gain: Tensor, p: float, state: Tensor | None) -> None:
-    """Few tokens over each number, and over NF4 with a gain and an h that is there."""
+def _call_few_tokens(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor,
+    h: Tensor,
+    gain: Tensor,
+    p: float,
+    state: Tensor | None,
+) -> None:
+    """In bf16 over nested NF4, FP8, and NF4 with a gain and an h that is there; in others over FP4."""
     from ..code_operators import few_tokens
 
-    x, _, lora_b, _, bias, _ = given
     n, k = lora_b.shape[0], x.shape[1]
-    for codes in _CODES:
-        few_tokens(x, _parts_of(codes, n, k), codes, *given[1:], 2.5, p, state, False)
-    few_tokens(x, _parts_of(_CODES[0], n, k), _CODES[0], None, lora_b, h, bias, gain, 2.5, 0.0, None, True)
+    for codes in (_CODES[0], _CODES[2]) if x.dtype is _BF16 else _CODES[1:2]:
+        few_tokens(x, _parts_of(codes, n, k), codes, lora_a, lora_b, None, bias, None, 2.5, p, state, False)
+    if x.dtype is _BF16:
+        few_tokens(x, _parts_of(_CODES[0], n, k), _CODES[0], None, lora_b, h, bias, gain, 2.5, 0.0, None, True)
 
 
 @contextlib.contextmanager
