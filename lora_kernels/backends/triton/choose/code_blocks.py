@@ -34,13 +34,13 @@ def eight_bit_block(machine: Machine) -> tuple[int, int, int]:
 def few_codes_config(machine: Machine, r: int, itemsize: int, exact: bool, with_a: bool) -> FewTokensConfig:
     """A strip of W's rows, and how deep its steps are.
 
-    ``exact``: fp32 products in IEEE arithmetic; ``with_a``: whether h is formed as well. A strip of 32 rows reads 128
-    bytes of each row's 4-bit codes at once, and its numbers fit the registers of 128 threads.
+    ``exact``: fp32 products in IEEE arithmetic; ``with_a``: whether h is formed as well. A strip of 32 rows reads 64
+    or 128 bytes of each row's 4-bit codes at once, and its numbers fit the registers of 128 threads.
     """
     block_r = max(next_power_of_2(r), 16) if with_a else 16
     if machine.interpreter:
         return FewTokensConfig(FEW_TOKENS, 32, 64, block_r, 4, 1)
-    wide = machine.capability >= 90 and not (with_a and machine.capability >= 100)  # which has no registers for it
+    wide = machine.capability >= 90 and not with_a  # A's part leaves no registers for it
     block_k = 32 if exact else 64 if itemsize == 4 or block_r > 32 else 256 if wide else 128
     config = FewTokensConfig(FEW_TOKENS, 32, block_k, block_r, 4, 3)
     while config.num_stages > 1 and not fits_shared_memory(machine, config, itemsize):
