@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lora_kernels import LoRAKernelsError, branches_autograd, explain, ops, use_backend
-from lora_kernels.backends import triton
+from lora_kernels import LoRAKernelsError
 from lora_kernels.backends.triton import code_operators, operators
 from lora_kernels.codes import FOUR_BITS, Codes
-from lora_kernels.weights import four_bits, known
-from lora_kernels.weights.by_codes import number_of
+from lora_kernels.weights import four_bits
 from numerics import check_all, same_bits, three_ways
-from quantised import KINDS, adapted, check_beside, quantised, results_of, twin, values
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BYTES = (
@@ -181,84 +177,3 @@ def test_parts_that_are_too_short_are_refused(codes: Codes) -> None:
         parts[i] = parts[i].flatten()[:-1]
         with pytest.raises(LoRAKernelsError, match=r"-bit weight of 10656 numbers has .* and must have"):
             code_operators.values(parts, codes, N, K, torch.float32)
-
-
-@pytest.fixture
-def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The kernels in Triton, where the backend runs, and which of them were called and took the call."""
-    called: list[str] = []
-
-    def noting(name: str, kernel: Any) -> Any:
-        def noted(*arguments: Any) -> Any:
-            found = kernel(*arguments)
-            called.extend([name] if found is not None else [])
-            return found
-
-        return noted
-
-    kernels = ops.CodeKernels(*(noting(of, getattr(code_operators, of)) for of in ops.CodeKernels._fields))
-    monkeypatch.setattr(ops, "_code_kernels", {"cpu": kernels, "cuda": kernels})
-    return called
-
-
-def layer_and_twin(kind: str, dtype: torch.dtype, device: str, **options: Any) -> tuple[Any, Any]:
-    layer = adapted(kind, 96, 80, dtype, **options)
-    return layer.to(device), twin(layer, values(layer), dtype).to(device)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@interpreted
-def test_a_form_is_read_by_its_codes(kind: str, own: list[str]) -> None:
-    """Its values have the package's bits."""
-    torch.manual_seed(0)
-    layer = quantised(kind, 96, 80, torch.float32)
-    packed = known.packed(layer)
-    assert packed is not None
-    with_kernels = {dtype: packed.dequantize(dtype) for dtype in DTYPES[:2]}
-    if not (reads := bool(own)):
-        assert kind in ("ao-nvfp4", "ao-mxfp4", "ao-mxfp8")
-    ops._code_kernels.clear()
-    assert all(same_bits(found + 0.0, packed.dequantize(dtype) + 0.0) for dtype, found in with_kernels.items())
-    assert (number_of(packed.layout) != "") == reads
-
-
-def check_passes(kind: str, own: list[str], device: str, options: dict[str, Any]) -> None:
-    """Five tokens, forward and backward, beside the twin's: W is dequantised for dx alone, and for DoRA's norms."""
-    layer, other = layer_and_twin(kind, torch.float32, device, **options)
-    x, dy = torch.randn(5, 96, device=device), torch.randn(5, 80, device=device)
-    own.clear()
-    with use_backend("triton"):
-        found, yardstick = results_of(layer, x, dy), results_of(other, x, dy)
-    assert own == [*["values"] * bool(layer.use_dora), "few_tokens", "values"], (kind, options)
-    check_beside(found, yardstick, results_of(other.double(), x.double(), dy.double()))
-
-
-def test_a_layer_multiplies_few_tokens_by_the_codes(own: list[str], triton_device: str) -> None:
-    for kind in ("nf4-nested", "int8"):
-        for options in ({}, {"use_dora": True}):
-            check_passes(kind, own, triton_device, options)
-
-
-@interpreted
-def test_a_watched_call_and_many_tokens_take_the_values(own: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, other = layer_and_twin("nf4", torch.float32, "cpu")
-    x = torch.randn(17, 96)
-    with use_backend("triton"), torch.no_grad():
-        layer(x)
-        monkeypatch.setattr(branches_autograd, "is_watched", lambda: True)
-        assert torch.allclose(layer(x[:3]), other(x[:3]), atol=1e-4)
-    assert own == ["values", "values"]
-
-
-@pytest.mark.parametrize(
-    ("word", "told"), [("package", "LORA_KERNELS_GPU_QUANTIZED=own takes"), ("own", "Up to 16 tokens are multiplied")]
-)
-def test_explain_tells_whose_kernels_read_the_weight(word: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORA_KERNELS_GPU_QUANTIZED", word)
-    triton.quantized.cache_clear()
-    try:
-        with use_backend("triton"):
-            assert told in str(explain(adapted("nf4", 64, 96)))
-            assert told not in str(explain(twin(adapted("nf4", 64, 96), torch.ones(96, 64), torch.float32)))
-    finally:
-        triton.quantized.cache_clear()
