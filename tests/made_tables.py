@@ -10,11 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lora_kernels import __version__
+from lora_kernels.backends.triton.choose import tuned
 from lora_kernels.backends.triton.choose.blocks import Machine
 from lora_kernels.backends.triton.choose.candidates import candidates
 from lora_kernels.backends.triton.choose.plans import Cell, Plan
-from lora_kernels.backends.triton.choose.table import DeviceName, Row, merge_into, versions_of
+from lora_kernels.backends.triton.choose.table import DeviceName, Row, Timed, merge_into, versions_of
 from lora_kernels.benchmark.timing import Timing
 from lora_kernels.tuning import session
 from lora_kernels.tuning.search import Refusal
@@ -49,6 +52,17 @@ def row(cell: Cell = CELL, kind: str = "fused", triton: str = "3.6.0", place: in
     return replace(made, **changes)
 
 
+def row_of(cell: Cell, plan: Plan, us: float = 391.5, timed: tuple[Timed, ...] = ()) -> Row:
+    """A row of any plan."""
+    return replace(row(), cell=cell, plan=plan, us=us, floor_us=us / 1.0296, timed=timed)
+
+
+def looked_up(device: torch.device, cell: Cell) -> Plan | None:
+    """The plan of the row that counts for ``cell``."""
+    found = tuned.lookup(device, cell)
+    return None if found is None else found.plan
+
+
 def write(folder: Path, *rows: Row, device: DeviceName = DEVICE, name: str = "nvidia-h200") -> Path:
     """A table in ``folder``."""
     path = folder / f"{name}.json"
@@ -72,6 +86,7 @@ class FakeTrial:
         refused: what does not pass.
         lost: plans that fail as soon as they are timed.
         stages: the plans and rounds that were timed.
+        hosts: microseconds of the host by kind of plan and way to launch.
     """
 
     ratios: Mapping[Plan | str, float]
@@ -80,6 +95,7 @@ class FakeTrial:
     refused: Mapping[Plan, Refusal] = field(default_factory=dict)
     lost: Sequence[Plan] = ()
     stages: list[tuple[list[Plan], int]] = field(default_factory=list)
+    hosts: Mapping[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
@@ -98,6 +114,9 @@ class FakeTrial:
                 noisy = [self.truth(plan) * self._random.gauss(1.0, self.noise) for _ in range(rounds)]
                 measured[plan] = timing(noisy)
         return measured
+
+    def host(self, plans: Sequence[Plan]) -> Mapping[Plan, dict[str, float]]:
+        return {plan: {way: us * 1e-6 for way, us in self.hosts.get(plan.kind, {}).items()} for plan in plans}
 
 
 class FakeBench:

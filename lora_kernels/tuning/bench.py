@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..accuracy import fp32_products
 from ..backends.triton.choose.blocks import Machine, machine_of
+from ..backends.triton.choose.launching import PREPARED, PYTHON
 from ..backends.triton.choose.plans import Cell, Plan
 from ..backends.triton.choose.table import DeviceName, running_versions
 from ..backends.triton.choose.tuned import identify
@@ -31,6 +32,7 @@ __all__ = ["DeviceBench", "DeviceLostError"]
 _CACHE_TURNS = 2  # the input sets together are this many times the L2 cache
 _MAX_SETS = 32
 _FLOOR = "floor"
+_HOST_ROUNDS = 3
 
 
 class DeviceLostError(LoRAKernelsError, RuntimeError):
@@ -120,6 +122,29 @@ class DeviceTrial:
             return self.time(left, rounds)
         graphed = not timings[_FLOOR].note  # beside graphs, a plan that none could be taken of has launches in its time
         return {names[name]: timing for name, timing in timings.items() if not (graphed and timing.note)}
+
+    def host(self, plans: Sequence[Plan]) -> dict[Plan, dict[str, float]]:
+        """See ``search.Trial``: by the launcher, where it is there, and by Python."""
+        from ..backends.triton import operators
+        from ..backends.triton.run.chosen import launching_on
+        from ..backends.triton.run.launcher import without_library
+
+        device, sets = self._bench.device.type, len(self._sets)
+        names = {str(i): plan for i, plan in enumerate(plans)}
+        runs = [Candidate(_FLOOR, self._opened.floor)]
+        runs += [Candidate(name, self._runner(plan)) for name, plan in names.items()]
+        found: dict[Plan, dict[str, float]] = {plan: {} for plan in plans}
+        ways = [(PYTHON.name, without_library)]
+        if launching_on(self._bench.device) is PREPARED:
+            ways.insert(0, (PREPARED.name, nullcontext))
+        for way, context in ways:
+            operators.forget()  # what is kept launches as it did
+            with context():
+                timings = self._bench.clock(runs, _FLOOR, 0.0, _HOST_ROUNDS, device, sets, True)
+            for name, plan in names.items():
+                found[plan][way] = timings[name].median
+        operators.forget()
+        return found
 
     def _runner(self, plan: Plan) -> Callable[[int], Results]:
         return lambda i: self._opened.run(plan, i)

@@ -116,7 +116,8 @@ def _found_json(found: Found, machine: Machine) -> dict[str, Any]:
     def one(plan: Plan, timing: Timing) -> dict[str, Any]:
         seconds = found.predicted[plan]
         expected = {"predicted_us": seconds * _MICRO, "predicted_ratio": predicted_ratio(machine, found.cell, seconds)}
-        return {**_plan_json(plan), **_timing_json(timing), **expected}
+        host = {way: taken * _MICRO for way, taken in found.host.get(plan, {}).items()}
+        return {**_plan_json(plan), **_timing_json(timing), **expected, "host_us": host}
 
     return {
         "floor": _timing_json(found.floor),
@@ -158,8 +159,8 @@ def _graphs(outcomes: Sequence[Outcome]) -> list[str]:
     chosen = [plan for plan, timing in timed if timing.clock == "graph"]
     if not chosen:
         return []
-    streams = sum(bool(getattr(plan, "beside", False)) for plan in chosen)
-    second = f" {streams} of them take a second stream, which costs the host most." if streams else ""
+    others = sum(len(o.row.timed) > 1 for o in outcomes if o.row is not None and o.found is not None)
+    second = f" Outside of graphs {others} cells choose by the host's time too, which was measured." if others else ""
     return [f"{len(chosen)} choices were timed in CUDA graphs, where launching costs nothing.{second}"]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..backends.triton.choose.blocks import Machine
@@ -69,6 +69,9 @@ class Trial(Protocol):
     def time(self, plans: Sequence[Plan], rounds: int) -> Mapping[Plan | None, Timing]:
         """Times them and the frozen linear layer, which is None, in turn; what failed meanwhile is left out."""
 
+    def host(self, plans: Sequence[Plan]) -> Mapping[Plan, dict[str, float]]:
+        """Seconds of the host for a call by each, by the name of each way to launch that there is here."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -82,6 +85,7 @@ class Found:
         predicted: seconds that the model held each tried plan to take.
         refused: the plans that were out before the clock.
         runner_up: the best of the others that reached the last stage.
+        host: seconds of the host for a call by each timed plan, by the name of the way to launch.
     """
 
     cell: Cell
@@ -92,6 +96,7 @@ class Found:
     refused: dict[Plan, Refusal]
     composition: Plan | None
     runner_up: Plan | None
+    host: Mapping[Plan, dict[str, float]] = field(default_factory=dict)
 
     @property
     def kinds(self) -> dict[str, float]:
@@ -100,6 +105,20 @@ class Found:
         for plan, timing in self.timings.items():
             best[plan.kind] = min(timing.ratio, best.get(plan.kind, math.inf))
         return best
+
+    @property
+    def front(self) -> list[Plan]:
+        """The stored plan, and those that take the host less than whatever takes the device less; best first."""
+        found: list[Plan] = []
+        for plan in self.timings:
+            if plan == self.plan or not any(self._spares(other, plan) for other in found):
+                found.append(plan)
+        return found
+
+    def _spares(self, other: Plan, plan: Plan) -> bool:
+        """Whether ``other`` takes the host no more than ``plan``, by every way to launch; but for the clock's noise."""
+        left, right = self.host.get(other, {}), self.host.get(plan, {})
+        return all(left.get(name, math.inf) <= _CLOSE * seconds for name, seconds in right.items())
 
 
 def shortlist(machine: Machine, cell: Cell, limit: int = CANDIDATES) -> list[Plan]:
@@ -170,6 +189,7 @@ def search(machine: Machine, cell: Cell, trial: Trial, limit: int = CANDIDATES) 
         refused=refused,
         composition=None if stored.is_composition else composition,
         runner_up=others[0] if others else None,
+        host=trial.host(list(timings)),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ..backends.triton.choose.blocks import Machine
 from ..backends.triton.choose.plans import Cell
-from ..backends.triton.choose.table import DeviceName, Row, TableError, merge_into, read, versions_of
+from ..backends.triton.choose.table import DeviceName, Row, TableError, Timed, merge_into, read, versions_of
 from ..console import Progress
 from .search import CANDIDATES, Found, NothingToStoreError, Trial, search
 
@@ -124,7 +124,16 @@ def _tune(cell: Cell, bench: Bench, limit: int, now: Callable[[], float]) -> Out
 
 
 def _row(found: Found, versions: dict[str, str]) -> Row:
-    timing = found.timings[found.plan]
+    timing, front = found.timings[found.plan], found.front
+    timed = [
+        Timed(
+            plan,
+            max(found.timings[plan].ratio, timing.ratio),
+            {name: seconds * _MICRO for name, seconds in found.host.get(plan, {}).items()},
+            versions_of(plan, versions)["kernels"],
+        )
+        for plan in front
+    ]
     return Row(
         cell=found.cell,
         plan=found.plan,
@@ -135,4 +144,5 @@ def _row(found: Found, versions: dict[str, str]) -> Row:
         predicted_us=found.predicted[found.plan] * _MICRO,
         versions=versions_of(found.plan, versions),
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        timed=tuple(timed) if len(timed) > 1 else (),
     )

@@ -79,10 +79,10 @@ def common(callbacks: list[Any], columns: dict[str, list[str]]) -> dict[str, Any
     return {**given, "peft_config": lora()}
 
 
-def by_sft(folder: Path, callbacks: list[Any]) -> Any:
+def by_sft(folder: Path, callbacks: list[Any], **settings: Any) -> Any:
     config, trainer = of_trl("SFT")
     text = {"text": ["the adapter is small and the weight is large", "the weight is large"] * 16}
-    return trainer(args=config(**quiet(folder, bf16=False)), **common(callbacks, text))
+    return trainer(args=config(**quiet(folder, bf16=False, **settings)), **common(callbacks, text))
 
 
 def by_dpo(folder: Path, callbacks: list[Any]) -> Any:
@@ -128,6 +128,44 @@ def test_the_losses_are_those_of_pefts_own_layers(name: str, tmp_path: Path) -> 
     assert counted.share == 1.0
     assert counted.fused >= 14 * STEPS
     assert (counted.base > 0) == (name in ("DPO", "GRPO"))  # the reference pass is the base alone
+
+
+@pytest.fixture
+def offloaded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of each tensor that TRL's own hooks move, with the CPU in the place of the accelerator."""
+    trl_sft = pytest.importorskip("trl.trainer.sft_trainer", reason="TRL is not installed")
+    of_trl, moved = trl_sft.get_act_offloading_ctx_manager, []
+
+    def made(**given: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.accelerator, "current_accelerator", lambda *arguments, **named: torch.device("cpu"))
+            context = of_trl(use_pin_memory=False, use_streams=False, **given)
+        context.device_module = types.SimpleNamespace(**vars(torch.cpu), empty_cache=lambda: None)
+        pack = context.pack_hook
+
+        def noted(tensor: torch.Tensor) -> Any:
+            number = pack(tensor)
+            if context.tracker[number][1]:
+                moved.append(tensor.nbytes)
+            return number
+
+        context.pack_hook = noted
+        return context
+
+    monkeypatch.setattr(trl_sft, "get_act_offloading_ctx_manager", made)
+    return moved
+
+
+def test_trl_offloads_what_fused_layers_keep(offloaded: list[int], tmp_path: Path) -> None:
+    """SFTConfig(activation_offloading=True): the losses of PEFT's own layers, and less to move."""
+    stock = logged(by_sft(tmp_path, [], activation_offloading=True, gradient_checkpointing=False))
+    theirs = sum(offloaded)
+    offloaded.clear()
+    fused = by_sft(tmp_path, [FusePeftCallback()], activation_offloading=True, gradient_checkpointing=False)
+    ours = logged(fused)
+    assert lora_kernels.peft.calls(fused.model).share == 1.0
+    assert [step["loss"] for step in ours] == [step["loss"] for step in stock]
+    assert 0 < sum(offloaded) < theirs
 
 
 def test_a_callback_that_is_added_later_fuses_when_training_begins(tmp_path: Path) -> None:

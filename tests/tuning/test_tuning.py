@@ -10,8 +10,8 @@ import pytest
 from lora_kernels.backends.triton.choose.blocks import Machine
 from lora_kernels.backends.triton.choose.candidates import candidates, predicted_seconds
 from lora_kernels.backends.triton.choose.plans import Cell
-from lora_kernels.backends.triton.choose.table import TableError, _rounded, read, versions_of
-from lora_kernels.tuning import search
+from lora_kernels.backends.triton.choose.table import Row, TableError, _rounded, read, versions_of
+from lora_kernels.tuning import report, search, session
 from lora_kernels.tuning.search import (
     CONFIRMATION,
     STAGES,
@@ -229,3 +229,37 @@ def test_another_device_s_table_is_told_before_anything_is_measured(table: Path,
     with pytest.raises(TableError, match="is the table of NVIDIA H100"):
         bench.run(CELLS, table, foreign)
     assert bench.opened == []
+
+
+# The host's time
+
+
+def test_what_takes_the_host_less_is_stored_too() -> None:
+    """The front: the stored plan, and whatever saves the host what it takes the device. No luck counts."""
+    hosts = {
+        "fused": {"prepared": 24.0, "python": 40.0},
+        "lora_first": {"prepared": 28.0, "python": 50.0},
+        "few_tokens": {"prepared": 20.0, "python": 30.0},
+    }
+    ratios = {"fused": 1.08, "lora_first": 1.1, "few_tokens": 1.2, "base_first": 1.3}
+    trial = FakeTrial(ratios, hosts=hosts)
+    found = search.search(H200, FEW, trial)
+    row = session._row(found, VERSIONS)
+    assert row.plan.kind == "fused"
+    assert [(one.plan.kind, one.ratio, one.host_us) for one in row.timed] == [
+        ("fused", pytest.approx(1.08), pytest.approx(hosts["fused"])),
+        ("few_tokens", pytest.approx(1.2), pytest.approx(hosts["few_tokens"])),
+    ]
+    assert all(one.kernels == versions_of(one.plan, VERSIONS)["kernels"] for one in row.timed)
+    assert Row.from_json(row.to_json()).to_json() == row.to_json()
+    (entry,) = report.outcomes_json([Outcome(FEW, "tuned", row, found)], H200)
+    told = {one["plan"]["kind"]: one["host_us"] for one in entry["measured"]}
+    assert told["lora_first"] == pytest.approx(hosts["lora_first"])
+
+
+def test_a_composition_that_is_stored_is_not_overtaken_by_luck() -> None:
+    """What was faster by less than the clock's noise counts as no faster."""
+    trial = FakeTrial({"lora_first": 1.1, "fused": 1.0995}, hosts={"fused": {"python": 9.0}})
+    row = session._row(search.search(H200, CELL, trial), VERSIONS)
+    assert row.plan.kind == "lora_first"
+    assert all(one.ratio >= row.ratio for one in row.timed)

@@ -17,8 +17,10 @@ from lora_kernels import reference
 from lora_kernels.backends.triton import operators
 from lora_kernels.backends.triton.choose.blocks import INTERPRETER
 from lora_kernels.backends.triton.choose.candidates import candidates
+from lora_kernels.backends.triton.choose.launching import WAYS_TO_LAUNCH
 from lora_kernels.backends.triton.choose.plans import Cell, Plan
 from lora_kernels.backends.triton.choose.table import read, running_versions
+from lora_kernels.backends.triton.run import chosen, launcher
 from lora_kernels.benchmark.timing import Candidate, Timing
 from lora_kernels.packed_mask import unpack
 from lora_kernels.tuning import bench as device_bench
@@ -45,6 +47,28 @@ def clock(runs: Sequence[Candidate], floor: str, budget: float, rounds: int, *re
     """Runs one of them; the first candidates are the quickest."""
     runs[-1].run(0)
     return {candidate.name: timing([1.0 + 0.01 * i] * rounds) for i, candidate in enumerate(runs)}
+
+
+@pytest.mark.parametrize("ways", [("python",), ("prepared", "python")])
+def test_the_host_is_timed_by_each_way_to_launch(ways: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the host's clock; what is made ready by Python finds no library, and all is made ready anew after."""
+    seen: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(launcher, "_found", launcher._Found(object(), None))  # type: ignore[arg-type]
+    monkeypatch.setattr(chosen, "launching_on", lambda device: WAYS_TO_LAUNCH[ways[0]])
+
+    def told(runs: Sequence[Candidate], *rest: Any) -> dict[str, Timing]:
+        assert rest[-1] is True  # the host's clock
+        seen.append((launcher.library() is None, bool(operators._runs)))
+        return clock(runs, *rest[:-1])
+
+    with trial() as opened:
+        opened._bench.clock = told
+        found = opened.host(PLANS[:2])
+    assert [tuple(by_way) for by_way in found.values()] == [ways, ways]
+    assert [without for without, _ in seen] == [way == "python" for way in ways]
+    assert launcher.library() is not None
+    assert not any(kept for _, kept in seen)
+    assert not operators._runs
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.tuning import bench as device_bench
 from lora_kernels.tuning import cells, command
 from lora_kernels.tuning.search import NothingToStoreError, Refusal, shortlist
-from made_tables import CELL, DEVICE, H200, VERSIONS, FakeBench, plan
+from made_tables import CELL, DEVICE, H200, VERSIONS, FakeBench, looked_up, plan
 
 NO_ROOM = Refusal("does not run", "It raised OutOfResources: shared memory, Required: 300000")
 WRONG = Refusal("is wrong", "y FAILS: error 1.0e+00")
@@ -254,9 +254,9 @@ def test_what_was_tuned_is_looked_up(h200: Machine200, monkeypatch: pytest.Monke
     monkeypatch.setattr(tuned, "running_versions", lambda: VERSIONS)
     monkeypatch.setattr(tuned, "SHIPPED", h200.user.parent / "none")
     tuned.forget()
-    assert tuned.lookup(torch.device("cuda", 0), CELL) is None
+    assert looked_up(torch.device("cuda", 0), CELL) is None
     both = h200.tune("--tokens", "8192", directions="forward,backward")
     asked = (CELL, replace(CELL, direction="backward"))
-    chosen: list[Plan | None] = [tuned.lookup(torch.device("cuda", 0), cell) for cell in asked]
+    chosen: list[Plan | None] = [looked_up(torch.device("cuda", 0), cell) for cell in asked]
     tuned.forget()
     assert [plan_to_json(plan) for plan in chosen if plan is not None] == [found["row"]["plan"] for found in both]

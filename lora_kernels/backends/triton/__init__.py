@@ -34,6 +34,7 @@ from ..native import load
 
 if TYPE_CHECKING:
     from .choose.blocks import Machine
+    from .choose.launching import Launching
     from .choose.tuned import Loaded
 
 __all__ = ["BACKEND", "interpreter_fault", "kept", "plans_on", "quantized"]
@@ -98,13 +99,15 @@ class TritonBackend:
 
     def plan(self, problem: Problem, tokens: int) -> tuple[PassPlan, ...]:
         from .choose import blocks, tuned
+        from .choose.launching import PREPARED, PYTHON
 
         device = torch.device("cpu")
         if problem.device_type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
         table = tuned.of(device)
         name = str(device) if table.device is None else table.device.name
-        return plans_on(blocks.machine_of(device), name, table, problem, tokens)
+        launching = PYTHON if load.status("launch")["reasons"] else PREPARED
+        return plans_on(blocks.machine_of(device), name, table, problem, tokens, launching)
 
     def register(self, device_type: str) -> None:
         from . import expert_operators, gated_operators, group_operators, operators, part_operators
@@ -122,9 +125,15 @@ class TritonBackend:
         return draw_seed(x)
 
 
-def plans_on(machine: Machine, name: str, table: Loaded, problem: Problem, tokens: int) -> tuple[PassPlan, ...]:
-    """How each pass of ``problem`` runs on a machine, which need not be here, with its tuned tables."""
+def plans_on(
+    machine: Machine, name: str, table: Loaded, problem: Problem, tokens: int, launching: Launching | None = None
+) -> tuple[PassPlan, ...]:
+    """How each pass of ``problem`` runs on a machine, which need not be here, with its tuned tables.
+
+    ``launching``: how its kernels are launched outside of graphs; by default by the launcher.
+    """
     from .choose import why
+    from .choose.launching import PREPARED
 
     p = problem
     assert p.in_features is not None
@@ -132,11 +141,12 @@ def plans_on(machine: Machine, name: str, table: Loaded, problem: Problem, token
     assert p.r is not None
     dtype = "tf32" if p.dtype is torch.float32 and tf32_allowed() else str(p.dtype).removeprefix("torch.")
     sizes = tokens, p.in_features, p.out_features, p.r
-    found = why.plans(machine, name, table, sizes, dtype, p.dropout_p > 0, p.transposed)
+    launching = launching or PREPARED
+    found = why.plans(machine, name, table, sizes, dtype, p.dropout_p > 0, p.transposed, launching)
     if not p.others:
         return found
     of = ((p.out_features, p.r), *p.others), tokens, p.in_features, dtype, p.dropout_p > 0
-    notes = why.group_notes(machine, name, table, *of)
+    notes = why.group_notes(machine, name, table, *of, launching)
     return tuple(replace(own, notes=(*own.notes, note)) for own, note in zip(found, notes, strict=True))
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from . import operators
 from .choose import ranking
 from .choose.group_plans import Apart, DxHopperGroup, HopperGroup
+from .choose.launching import Launching
+from .run.chosen import first_run
 from .run.group_call import GroupCall, group_backward_key, group_forward_key
 from .run.hopper_group_passes import (
     backward_runs,
@@ -28,7 +30,6 @@ from .run.hopper_group_passes import (
     ready_group_forward,
 )
 from .run.launcher import PassRun
-from .run.prepared import first_that_runs
 
 __all__ = ["group_backward", "group_forward", "run_group_backward", "run_group_forward"]
 
@@ -53,17 +54,22 @@ def group_forward(
         given = run(*arguments)
         return given
     call = GroupCall.of(x, lora_as, lora_bs, biases, p, states, (x, *weights))
-    runs = [_forward_of(plan, call) for plan in _plans(call, "forward")]
-    chosen, given = first_that_runs(runs, lambda run: run(*arguments))
+    chosen, given = first_run(
+        call,
+        "forward",
+        lambda launching: _plans(call, "forward", launching),
+        lambda plan: _forward_of(plan, call),
+        lambda run: run(*arguments),
+    )
     forward_runs.keep(key, chosen)
     return given
 
 
-def _plans(call: GroupCall, direction: str) -> list[Any]:
+def _plans(call: GroupCall, direction: str, launching: Launching) -> list[Any]:
     """In the order in which they are tried; ``Apart`` alone where the group's kernels do not take the call."""
     if call.fault is not None:
         return [Apart()]
-    plans = ranking.plans_for(call.device, call.machine, call.cell(direction))
+    plans = ranking.plans_for(call.device, call.machine, call.cell(direction), True, launching)
     return [plan for plan in plans if isinstance(plan, Apart) or group_plan_fault(plan, call) is None]
 
 
@@ -139,10 +145,14 @@ def group_backward(
     if run is None:
         call = _backward_call(dys, x, weights, lora_as, lora_bs, biases, hs, p, states)
         # Without db, or with nothing that waits for dh, the joint read of dy would make what nobody asks for.
-        plans = _plans(call, "backward") if hs and (weights or x is not None) else [Apart()]
-        due = bool(weights), x is not None
-        runs = [_backward_of(plan, call, due, states) for plan in plans]
-        chosen, results = first_that_runs(runs, lambda run: run(*arguments))
+        whole, due = bool(hs) and (bool(weights) or x is not None), (bool(weights), x is not None)
+        chosen, results = first_run(
+            call,
+            "backward",
+            lambda launching: _plans(call, "backward", launching) if whole else [Apart()],
+            lambda plan: _backward_of(plan, call, due, states),
+            lambda run: run(*arguments),
+        )
         backward_runs.keep(key, chosen)
     else:
         results = run(*arguments)

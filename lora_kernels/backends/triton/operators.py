@@ -8,7 +8,7 @@ and alignments alone is made ready once for each of them and kept (``prepared``)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,17 +17,19 @@ from torch import Tensor
 from ...kept import no_words
 from . import code_operators, expert_operators, gated_operators, part_operators
 from .choose import ranking
+from .choose.launching import Launching
 from .choose.plans import GLUON_PLANS, BackwardPlan, DxHopper, DxInside, ForwardPlan, Hopper, HopperInside, Ring
 from .kernels.packed import mask_kernel
 from .run import hopper_group_passes
 from .run.backward import BackwardRun, ready_backward
 from .run.call import Call, backward_key, cdiv, forward_key
+from .run.chosen import first_run
 from .run.forward import ready
 from .run.hopper_backward import ready_hopper_backward
 from .run.hopper_call import plan_fault
 from .run.hopper_forward import ready_hopper
 from .run.launcher import PassRun, launched
-from .run.prepared import Cache, Launch, first_that_runs
+from .run.prepared import Cache, Launch
 from .run.ring import ready_ring, ring_call_fault
 from .run.steps import Step, draw_step, seeded
 
@@ -35,8 +37,8 @@ __all__ = ["backward", "forget", "forward", "mask", "run_backward", "run_plan"]
 
 _MASK_BLOCK_M, _MASK_BLOCK_K = 32, 128
 
-_runs: Cache[PassRun] = Cache()
-_backward_runs: Cache[PassRun] = Cache()
+_runs: Cache[Callable[..., Any]] = Cache()
+_backward_runs: Cache[Callable[..., Any]] = Cache()
 
 
 def forget() -> None:
@@ -70,9 +72,10 @@ def forward(
     return given
 
 
-def _taken(plans: Sequence[Any], call: Call) -> list[Any]:
-    """Without the plans that do not take the call: TMA, or a load of 16 bytes, reads no matrix of any strides and
+def _plans(call: Call, direction: str, descriptors: bool, launching: Launching) -> list[Any]:
+    """Without those that do not take the call: TMA, or a load of 16 bytes, reads no matrix of any strides and
     address."""
+    plans = ranking.plans_for(call.device, call.machine, call.cell(direction), descriptors, launching)
     return [plan for plan in plans if _fault(plan, call) is None]
 
 
@@ -169,10 +172,15 @@ def _first_forward(
         else:
             h = x.new_empty((0, r), dtype=torch.float32) if m == 0 else part_operators.shrink(x, lora_a, p, state)
         return x.new_empty((m, n)), h, words
-    plans = ranking.plans_for(x.device, call.machine, call.cell("forward"), call.by_descriptor)
-    runs = [_kept_run(plan, call) for plan in _taken(plans, call)]
+    arguments = (x, weight, lora_a, lora_b, bias, scaling, state)
     result: tuple[Tensor, Tensor, Tensor]
-    run, result = first_that_runs(runs, lambda run: run(x, weight, lora_a, lora_b, bias, scaling, state))
+    run, result = first_run(
+        call,
+        "forward",
+        lambda launching: _plans(call, "forward", call.by_descriptor, launching),
+        lambda plan: _kept_run(plan, call),
+        lambda run: run(*arguments),
+    )
     _runs.keep(key, run)
     return result
 
@@ -203,11 +211,15 @@ def backward(
         return results
     call = Call.backward(dy, x, weight, lora_a, lora_b, bias, h, p, state)
     descriptors = call.by_tma if weight is None else call.by_descriptor
-    plans = ranking.plans_for(dy.device, call.machine, call.cell("backward"), descriptors)
     due = (weight is not None, x is not None, h is not None)
     absent = _not_due(call)
-    runs = [PassRun(_whole_backward(plan, call, due, state), call.device, absent) for plan in _taken(plans, call)]
-    run, results = first_that_runs(runs, lambda run: run(*arguments))
+    run, results = first_run(
+        call,
+        "backward",
+        lambda launching: _plans(call, "backward", descriptors, launching),
+        lambda plan: PassRun(_whole_backward(plan, call, due, state), call.device, absent),
+        lambda run: run(*arguments),
+    )
     _backward_runs.keep(key, run)
     return results
 

@@ -28,6 +28,7 @@ from .choose.ranking import plans_for
 from .choose.ways import dh_db_for, outer_for, shrink_for
 from .kernels.gain import gain_grad_kernel, row_norms_kernel
 from .run.call import Call, cdiv, rows_in_one_piece, told
+from .run.chosen import launching_on
 from .run.forward import ready_product
 from .run.launcher import PassRun
 from .run.prepared import Cache, Launch, alignment, first_that_runs, matrix, precision_of
@@ -118,7 +119,7 @@ def product_plans(device: torch.device, call: Call) -> list[Any]:
     no registers: the next ones are taken.
     """
     found: dict[Any, None] = {}
-    for plan in plans_for(device, call.machine, call.cell("forward"), call.by_descriptor):
+    for plan in plans_for(device, call.machine, call.cell("forward"), call.by_descriptor, launching_on(device)):
         if not isinstance(plan, (Fused, LoraFirst, BaseFirst)):
             continue
         if call.gain and isinstance(plan, Fused) and _is_wide(plan):
@@ -222,7 +223,7 @@ def _joined(
 
 def _input_grad_steps(c: Call, ranks: Sequence[int], members: int) -> list[Step]:
     if members == 1 and c.n:
-        plans = plans_for(c.device, c.machine, c.cell("backward"))
+        plans = plans_for(c.device, c.machine, c.cell("backward"), True, launching_on(c.device))
         return [dx_step(plan, c) for plan in plans if not isinstance(plan, GLUON_PLANS)]
     starts = [0]
     for rank in ranks if c.dropout else (c.r,):  # without masks all terms are one product

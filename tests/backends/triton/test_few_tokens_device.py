@@ -66,8 +66,8 @@ def by(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def choose(plan: Ring) -> None:
         @cache
-        def plans_for(device: torch.device, machine: Any, cell: Cell, descriptors: bool = True) -> tuple[Any, ...]:
-            others = tuple(ranked(device, machine, cell, descriptors))
+        def plans_for(device: torch.device, machine: Any, cell: Cell, *how: Any) -> tuple[Any, ...]:
+            others = tuple(ranked(device, machine, cell, *how))
             return others if cell.direction == "backward" else (plan, *others)
 
         monkeypatch.setattr(ranking, "plans_for", plans_for)

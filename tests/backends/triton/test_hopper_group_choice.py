@@ -11,10 +11,11 @@ import torch
 from lora_kernels.backends.triton import plans_on
 from lora_kernels.backends.triton.choose import tuned, why
 from lora_kernels.backends.triton.choose.blocks import Machine
-from lora_kernels.backends.triton.choose.candidates import candidates, fits, in_order, predicted_seconds
+from lora_kernels.backends.triton.choose.candidates import candidates, fits, in_order, of_row, predicted_seconds
 from lora_kernels.backends.triton.choose.group_candidates import static_fault
 from lora_kernels.backends.triton.choose.group_plans import GROUP_KERNELS, Apart
 from lora_kernels.backends.triton.choose.kernel_files import digest_of, files_of
+from lora_kernels.backends.triton.choose.launching import GRAPH
 from lora_kernels.backends.triton.choose.plans import Cell, is_of, plan_from_json, plan_to_json
 from lora_kernels.backends.triton.choose.table import Row
 from lora_kernels.benchmark.roofline import MACHINES
@@ -116,9 +117,9 @@ def test_a_row_holds_a_group(cell: Cell) -> None:
         assert Row.from_json(row.to_json()) == row
         assert plan_from_json(plan_to_json(plan)) == plan
         table = tuned.Loaded(rows={cell: row})
-        assert in_order(H100, cell, table.plan(cell))[0] == plan
-        assert table.plan(replace(cell, tokens=2 * cell.tokens)) == plan
-        assert table.plan(replace(cell, others=())) is None
+        assert in_order(H100, cell, of_row(H100, cell, table.row(cell), GRAPH))[0] == plan
+        assert table.row(replace(cell, tokens=2 * cell.tokens)) == row
+        assert table.row(replace(cell, others=())) is None
 
 
 def test_a_single_layer_s_row_is_as_it_was() -> None:

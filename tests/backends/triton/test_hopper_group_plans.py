@@ -96,7 +96,7 @@ def plan_by(monkeypatch: pytest.MonkeyPatch, *plans: Any, apart: tuple[str, ...]
     Single layers go by plain plans."""
 
     @cache
-    def plans_for(device: torch.device, machine: Machine, cell: Cell, descriptors: bool = True) -> tuple[Any, ...]:
+    def plans_for(device: torch.device, machine: Machine, cell: Cell, *how: Any) -> tuple[Any, ...]:
         if not cell.others:
             return candidates(INTERPRETER, replace(cell, tokens=min(cell.tokens, 256)))
         if cell.direction in apart:

@@ -143,7 +143,7 @@ def plan_by(monkeypatch: pytest.MonkeyPatch, *plans: Any) -> None:
     """The operators choose these, in this order, each for its pass."""
 
     @cache
-    def plans_for(device: torch.device, machine: Machine, cell: Cell, descriptors: bool = True) -> tuple[Any, ...]:
+    def plans_for(device: torch.device, machine: Machine, cell: Cell, *how: Any) -> tuple[Any, ...]:
         passes = (DxHopper, DxInside) if cell.direction == "backward" else (Hopper, HopperInside)
         own = tuple(plan for plan in plans if isinstance(plan, passes))
         return own + candidates(INTERPRETER, replace(cell, tokens=min(cell.tokens, 256)))

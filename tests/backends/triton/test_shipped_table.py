@@ -43,7 +43,7 @@ def shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[Cell, Any]:
     monkeypatch.setattr(tuned, "versions_of", lambda plan, running: {**running, "kernels": kernels[plan.kind]})
     loaded = tuned.load(H100)
     assert [(source.origin, source.used) for source in loaded.sources] == [("shipped", len(DOCUMENT["cells"]))]
-    return {cell: loaded.plan(cell) for cell, _ in MEASURED}
+    return {cell: loaded.rows[cell].plan for cell, _ in MEASURED}
 
 
 def test_no_choice_takes_a_second_stream_or_has_no_room(shipped: dict[Cell, Any]) -> None:

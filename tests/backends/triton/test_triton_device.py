@@ -12,8 +12,8 @@ from torch import Tensor
 from cases import CUDA, Case, make
 from lora_kernels import use_backend
 from lora_kernels.backends.triton import operators
-from lora_kernels.backends.triton.choose import tuned
-from lora_kernels.backends.triton.choose.blocks import machine_of
+from lora_kernels.backends.triton.choose import ranking
+from lora_kernels.backends.triton.choose.blocks import Machine, machine_of
 from lora_kernels.backends.triton.choose.candidates import candidates
 from lora_kernels.backends.triton.choose.plans import GLUON_PLANS, BackwardPlan, Cell, FewTokens, Plan, Ring
 from made_models import acting
@@ -124,10 +124,10 @@ def test_compiled_steps_join_their_streams(mode: str, monkeypatch: pytest.Monkey
     x = torch.randn(1000, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     leaves = [x, layer.lora_A, layer.lora_B]
 
-    def beside(device: torch.device, cell: Cell) -> Plan | BackwardPlan:
-        return next(plan for plan in candidates(machine_of(device), cell) if getattr(plan, "beside", False))
+    def beside(device: torch.device, machine: Machine, cell: Cell, *how: Any) -> tuple[Any, ...]:
+        return tuple(plan for plan in candidates(machine, cell) if getattr(plan, "beside", False))
 
-    monkeypatch.setattr(tuned, "lookup", beside)
+    monkeypatch.setattr(ranking, "plans_for", beside)
     operators.forget()
     with use_backend("triton"):
         wanted = torch.autograd.grad(layer(x).float().square().sum(), leaves)

@@ -19,9 +19,10 @@ import torch
 from lora_kernels import nvrtc
 from lora_kernels.backends.triton.choose import candidates, kernel_files, ranking, table, tuned
 from lora_kernels.backends.triton.choose.blocks import INTERPRETER
-from lora_kernels.backends.triton.choose.plans import KINDS, Cell
-from lora_kernels.backends.triton.choose.table import DeviceName, Row, TableError, merge_into, read
-from made_tables import CELL, DEVICE, FEW, H200, VERSIONS, plan, row, write
+from lora_kernels.backends.triton.choose.plans import KINDS, Cell, plan_to_json
+from lora_kernels.backends.triton.choose.table import DeviceName, Row, TableError, Timed, merge_into, read, versions_of
+from lora_kernels.errors import InvalidArgumentError
+from made_tables import CELL, DEVICE, FEW, H200, VERSIONS, looked_up, plan, row, write
 
 GPU = torch.device("cuda", 0)
 
@@ -87,18 +88,18 @@ def test_what_is_no_table_is_passed_over_with_one_warning(content: str, folders:
     path = write(folders.user, row())
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.warns(RuntimeWarning, match=f"passed over: {path} .*: remove the file") as caught:
-        assert tuned.lookup(GPU, CELL) == plan("lora_first")
+        assert looked_up(GPU, CELL) == plan("lora_first")
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuned.lookup(GPU, FEW) is None
+        assert looked_up(GPU, FEW) is None
 
 
 @pytest.mark.parametrize("other", [DeviceName("NVIDIA H20", 90, 132), replace(DEVICE, multiprocessors=114)], ids=str)
 def test_another_device_s_table_is_passed_over(other: DeviceName, folders: Folders) -> None:
     write(folders.user, row(), device=other)
     with pytest.warns(RuntimeWarning, match="is the table of NVIDIA H20"):
-        assert tuned.lookup(GPU, CELL) is None
+        assert looked_up(GPU, CELL) is None
 
 
 def broken(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
@@ -130,8 +131,8 @@ BROKEN_ROWS = {
 def test_a_row_that_is_not_known_costs_that_row_and_stays_in_the_file(document: Any, folders: Folders) -> None:
     path = write(folders.user, row())
     path.write_text(path.read_text().replace('"rows": [', f'"rows": [{json.dumps(document)},'))
-    assert tuned.lookup(GPU, CELL) == plan("fused")
-    assert tuned.lookup(GPU, FEW) is None
+    assert looked_up(GPU, CELL) == plan("fused")
+    assert looked_up(GPU, FEW) is None
     merge_into(path, DEVICE, [row(replace(CELL, r=8))])
     assert json.dumps(document) in path.read_text()
     assert len(read(path).rows) == 2
@@ -145,7 +146,7 @@ def test_a_later_row_takes_the_place_of_the_cell_s(tmp_path: Path) -> None:
 
 def test_rows_of_another_triton_stay_beside_it(folders: Folders) -> None:
     write(folders.user, row(kind="lora_first", triton="3.7.1"), row(kind="fused", triton="3.6.0"))
-    assert tuned.lookup(GPU, CELL) == plan("fused")
+    assert looked_up(GPU, CELL) == plan("fused")
 
 
 def test_a_table_is_not_mixed_with_another_device_s(tmp_path: Path) -> None:
@@ -196,8 +197,8 @@ def test_a_write_that_fails_leaves_what_there_was(tmp_path: Path, monkeypatch: p
 
 def test_rows_of_other_kernels_are_passed_over_and_told(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     write(folders.user, row(), row(FEW, "few_tokens", versions=VERSIONS | {"kernels": "ba9876543210"}))
-    assert tuned.lookup(GPU, CELL) == plan("fused")
-    assert tuned.lookup(GPU, FEW) is None
+    assert looked_up(GPU, CELL) == plan("fused")
+    assert looked_up(GPU, FEW) is None
     (source,) = tuned.load(DEVICE).sources
     assert (source.rows, source.used) == (2, 1)
     sentence = "1 row is passed over, for the kernels that their plans run have changed since: `lora-kernels tune`"
@@ -240,8 +241,8 @@ def test_a_changed_cuda_file_passes_over_the_rows_that_use_it(monkeypatch: pytes
 def test_a_row_is_passed_over_where_its_own_kernels_changed(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     write(folders.user, row(), row(FEW, "few_tokens"))
     monkeypatch.setattr(table, "digests", lambda: kernel_files.digests() | {"few_tokens": "ba9876543210"})
-    assert tuned.lookup(GPU, CELL) == plan("fused")
-    assert tuned.lookup(GPU, FEW) is None
+    assert looked_up(GPU, CELL) == plan("fused")
+    assert looked_up(GPU, FEW) is None
 
 
 def test_a_table_of_one_digest_for_all_kernels_is_refused(tmp_path: Path) -> None:
@@ -265,14 +266,14 @@ def test_the_tables_that_ship_are_sound() -> None:
 
 def test_a_cell_takes_its_own_row(folders: Folders) -> None:
     write(folders.shipped, row(), row(replace(CELL, tokens=4096), "lora_first"))
-    assert tuned.lookup(GPU, CELL) == plan("fused")
+    assert looked_up(GPU, CELL) == plan("fused")
 
 
 def test_the_user_s_rows_win(folders: Folders) -> None:
     write(folders.shipped, row(kind="lora_first"), row(FEW, "few_tokens"))
     write(folders.user, row(kind="base_first"))
-    assert tuned.lookup(GPU, CELL) == plan("base_first")
-    assert tuned.lookup(GPU, FEW) == plan("few_tokens", FEW)
+    assert looked_up(GPU, CELL) == plan("base_first")
+    assert looked_up(GPU, FEW) == plan("few_tokens", FEW)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +303,7 @@ def test_a_bucket_that_is_not_measured_takes_the_nearest_in_reach(
 ) -> None:
     by_tokens = {tokens: row(replace(CELL, tokens=tokens), place=i) for i, tokens in enumerate(measured)}
     write(folders.user, *by_tokens.values())
-    found = tuned.lookup(GPU, replace(CELL, tokens=asked))
+    found = looked_up(GPU, replace(CELL, tokens=asked))
     assert found == (by_tokens[expected].plan if expected else None)
 
 
@@ -313,13 +314,13 @@ def test_a_bucket_that_is_not_measured_takes_the_nearest_in_reach(
 )
 def test_nothing_but_tokens_is_carried_over(change: dict[str, Any], folders: Folders) -> None:
     write(folders.user, row())
-    assert tuned.lookup(GPU, replace(CELL, **change)) is None
+    assert looked_up(GPU, replace(CELL, **change)) is None
 
 
 @pytest.mark.parametrize(("triton", "used"), [("3.6.0", True), ("3.6.1+git", True), ("3.5.1", False), ("4.6.0", False)])
 def test_only_the_running_minor_version_of_triton_counts(triton: str, used: bool, folders: Folders) -> None:
     write(folders.user, row(triton=triton))
-    assert tuned.lookup(GPU, CELL) == (plan("fused") if used else None)
+    assert looked_up(GPU, CELL) == (plan("fused") if used else None)
     (source,) = tuned.load(DEVICE).sources
     assert (source.rows, source.used, len(source.passed_over)) == (1, int(used), int(not used))
 
@@ -348,7 +349,7 @@ def test_a_row_with_few_tokens_plan_for_many_is_left_to_the_model(folders: Folde
 
 def test_a_cpu_has_no_table(folders: Folders) -> None:
     write(folders.user, row())
-    assert tuned.lookup(torch.device("cpu"), CELL) is None
+    assert looked_up(torch.device("cpu"), CELL) is None
     assert tuned.identify(torch.device("cpu")) is None
     assert ranking.plan_for(torch.device("cpu"), INTERPRETER, CELL) == candidates.candidates(INTERPRETER, CELL)[0]
 
@@ -360,7 +361,7 @@ def test_files_are_read_once_however_many_threads_ask(folders: Folders, monkeypa
 
     def ask() -> None:
         together.wait()
-        found.append(tuned.lookup(GPU, CELL))
+        found.append(looked_up(GPU, CELL))
 
     found: list[Any] = []
     threads = [threading.Thread(target=ask) for _ in range(8)]
@@ -370,17 +371,58 @@ def test_files_are_read_once_however_many_threads_ask(folders: Folders, monkeypa
         thread.join()
     assert (len(reads), found) == (1, [plan("fused")] * 8)
     tuned.forget()
-    tuned.lookup(GPU, CELL)
+    looked_up(GPU, CELL)
     assert len(reads) == 2
 
 
 def test_without_a_home_the_shipped_table_serves(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     write(folders.shipped, row())
     monkeypatch.setattr(tuned, "user_folder", lambda: None)
-    assert tuned.lookup(GPU, CELL) == plan("fused")
+    assert looked_up(GPU, CELL) == plan("fused")
 
 
 def test_a_row_tells_its_key() -> None:
     assert row(triton="3.7.0+git1").key == (CELL, "3.7")
     assert Row.from_json(row().to_json()) == row()
     assert isinstance(row().cell, Cell)
+
+
+# By how a plan is launched
+
+
+def test_figures_of_kernels_that_have_changed_are_left_out(folders: Folders) -> None:
+    """Each plan of a row has its own kernels' digest; the row's own plan stays."""
+    own, other = plan("fused"), plan("lora_first")
+    kernels = {p: versions_of(p, VERSIONS)["kernels"] for p in (own, other)}
+    timed = (Timed(own, 1.03, {"prepared": 20.0}, kernels[own]), Timed(other, 1.1, {"prepared": 9.0}, "changed"))
+    write(folders.user, row(timed=timed))
+    found = tuned.lookup(GPU, CELL)
+    assert found is not None
+    assert (found.plan, found.timed) == (own, timed[:1])
+
+
+BAD_TIMED: dict[str, tuple[Any, str]] = {
+    "no list": (5, "timed of a row is 5 and must be a list"),
+    "fields": ([{"plan": {}}], "a timed plan has the fields plan, ratio, host_us, kernels"),
+    "way": ([{"host_us": {"magic": 1.0}}], "names 'magic': it must be some of graph, prepared, python"),
+    "host": ([{"host_us": {"python": -1.0}}], "python of a row is -1.0 and must be a positive number"),
+    "ratio": ([{"ratio": "1"}], "ratio of a row is '1'"),
+    "direction": ([{"plan": plan_to_json(plan("dx_lora_first", replace(CELL, direction="backward")))}], "has the plan"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TIMED)
+def test_figures_that_are_none_are_refused(name: str) -> None:
+    given, sentence = BAD_TIMED[name]
+    good = Timed(plan("fused"), 1.03, {"python": 20.0}, "k").to_json()
+    if name not in ("no list", "fields"):
+        given = [{**good, **given[0]}]
+    with pytest.raises(InvalidArgumentError, match=sentence):
+        Row.from_json({**row().to_json(), "timed": given})
+
+
+def test_a_row_of_before_has_no_figures() -> None:
+    """The field is not written where it is empty, so such rows are byte for byte what they were."""
+    document = row().to_json()
+    assert "timed" not in document
+    assert Row.from_json(document).timed == ()

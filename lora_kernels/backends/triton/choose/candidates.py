@@ -1,13 +1,13 @@
 """Which plans there are for a cell, and in which order: the measured one of a tuned device, then as the model has it.
 
-The plain compositions are always among the candidates, so what is chosen is never predicted to lose to them. A plan
-that forks streams takes the host 75 to 105 µs more a call (measured outside of CUDA graphs): where the device takes
-less than that, plans on one stream come first.
+The plain compositions are always among the candidates, so what is chosen is never predicted to lose to them. The order
+depends on how the plan is launched (``launching``): outside of a graph the host's time counts too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -29,6 +29,7 @@ from .gluon_candidates import gluon_fits, gluon_plans
 from .group_candidates import group_fits, group_plans
 from .group_plans import GROUP_KERNELS, Apart, GroupPlan
 from .hopper_group_cost import hopper_group_seconds
+from .launching import GRAPH, PREPARED, Launching
 from .plans import (
     GLUON_PLANS,
     VARIANTS,
@@ -46,11 +47,23 @@ from .plans import (
     is_of,
 )
 from .ring import ring_fault, ring_fits, ring_ways
+from .table import Row, Timed
 from .ways import SPLITS, shrink_ways, small_ways, ways_to_dh_db, worth_dividing
 
-__all__ = ["candidates", "fits", "host_bound", "in_order", "order", "predicted_seconds"]
+__all__ = [
+    "candidates",
+    "fits",
+    "host_seconds",
+    "in_order",
+    "of_row",
+    "on_one_stream",
+    "order",
+    "predicted_seconds",
+]
 
 _SHRINKS = 2  # of the ways to compute h, so many of the best predicted enter the plans
+_MICRO = 1e6
+_NOISE = 0.01  # of a clock: a measured plan gives way only to what costs less by more
 
 
 def predicted_seconds(machine: Machine, cell: Cell, plan: Any) -> float:
@@ -70,23 +83,75 @@ def _apart_seconds(machine: Machine, cell: Cell) -> float:
     return seconds + len(cell.others) * (hardware.memory_seconds(machine, moved) + hardware.launch_seconds())
 
 
-def host_bound(seconds: float, plan: Any) -> bool:
-    """Whether a second stream costs the host more than the ``seconds`` that the device takes."""
-    return getattr(plan, "beside", False) and seconds < hardware.ASSUMED.second_stream
+def host_seconds(machine: Machine, cell: Cell, plan: Any, launching: Launching) -> float:
+    """What the model holds a call by ``plan`` to take the host."""
+    if not isinstance(plan, Apart):
+        drawn = cell.dropout and cell.direction == "forward" and not isinstance(plan, (*GLUON_PLANS, *GROUP_KERNELS))
+        return launching.host(plan.launches + drawn, _beside(plan))
+    members = [(member, candidates(machine, member, launching)[0]) for member in cell.members]
+    each = sum(host_seconds(machine, member, own, launching) - launching.layer for member, own in members)
+    sums = len(cell.others) if cell.direction == "backward" else 0
+    return launching.layer + each + sums * launching.launch
 
 
-def order(machine: Machine, cell: Cell, plan: Any) -> float:
-    """By what plans are ranked: the predicted seconds, or what the host takes where a second stream binds it."""
-    seconds = predicted_seconds(machine, cell, plan)
-    return hardware.ASSUMED.second_stream + seconds if host_bound(seconds, plan) else seconds
+def order(machine: Machine, cell: Cell, plan: Any, launching: Launching = PREPARED) -> float:
+    """By what plans are ranked: seconds of the device and of the host, as both are predicted."""
+    device, host = predicted_seconds(machine, cell, plan), host_seconds(machine, cell, plan, launching)
+    return launching.cost(device, host, _beside(plan))
 
 
-def in_order(machine: Machine, cell: Cell, measured: Plan | None, descriptors: bool = True) -> tuple[Any, ...]:
+def on_one_stream(plan: Any) -> Any:
+    """The same kernels one after the other."""
+    return replace(plan, beside=False) if _beside(plan) else plan
+
+
+def _beside(plan: Any) -> bool:
+    return bool(getattr(plan, "beside", False))
+
+
+def of_row(machine: Machine, cell: Cell, row: Row, launching: Launching) -> Plan:
+    """The plan of ``row``, measured for ``cell`` or near it, that costs least as it is launched.
+
+    What the row lacks is the model's: the host's time, where it was not measured; and of a row without such figures,
+    what the same kernels take on one stream.
+    """
+    if launching is GRAPH:
+        return row.plan
+    grown = cell.tokens / row.cell.tokens if min(cell.tokens, row.cell.tokens) > FEW_TOKENS else 1.0
+    costs: dict[Plan, float] = {}
+    for timed in row.timed or _as_timed(machine, row):
+        if fits(machine, cell, timed.plan):
+            device = grown * timed.ratio * row.floor_us / _MICRO
+            host = host_seconds(machine, cell, timed.plan, launching)
+            if launching.name in timed.host_us:
+                host = launching.layer + timed.host_us[launching.name] / _MICRO
+            costs[timed.plan] = launching.cost(device, host, _beside(timed.plan))
+    best = min(costs, key=costs.__getitem__, default=row.plan)
+    return row.plan if row.plan in costs and costs[row.plan] <= (1.0 + _NOISE) * costs[best] else best
+
+
+def _as_timed(machine: Machine, row: Row) -> list[Timed]:
+    """Of a row without such figures: its plan, and the same on one stream, by the model's ratio of the two."""
+    one = on_one_stream(row.plan)
+    found = [Timed(row.plan, row.ratio)]
+    if one != row.plan and fits(machine, row.cell, one):
+        slower = predicted_seconds(machine, row.cell, one) / predicted_seconds(machine, row.cell, row.plan)
+        found.append(Timed(one, slower * row.ratio))
+    return found
+
+
+def in_order(
+    machine: Machine,
+    cell: Cell,
+    measured: Plan | None,
+    descriptors: bool = True,
+    launching: Launching = PREPARED,
+) -> tuple[Any, ...]:
     """The plans in the order in which they are tried: the ``measured`` one if it fits, then the best predicted.
 
     Without ``descriptors``, which TMA reads matrices by, only those that need none.
     """
-    plans = candidates(machine, cell)
+    plans = candidates(machine, cell, launching)
     if measured is not None and fits(machine, cell, measured):
         plans = tuple(dict.fromkeys([measured, *plans]))
     return tuple(plan for plan in plans if descriptors or not _by_descriptor(plan))
@@ -97,20 +162,24 @@ def _by_descriptor(plan: Plan) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def candidates(machine: Machine, cell: Cell) -> tuple[Any, ...]:
+def candidates(machine: Machine, cell: Cell, launching: Launching = PREPARED) -> tuple[Any, ...]:
     """Every plan that fits the machine, best predicted first; the compositions are always among them.
 
     The interpreter's come in a fixed order, the fused ones first: there, they are what is to be seen.
     """
-    if cell.others:
-        plans: list[Any] = list(group_plans(machine, cell))
-    else:
-        every = _backward(machine, cell) if cell.direction == "backward" else _forward(machine, cell)
-        plans = [plan for plan in every if fits(machine, cell, plan)]
-        plans += gluon_plans(machine, cell)
+    plans = list(_every(machine, cell))
     if not machine.interpreter:
-        plans.sort(key=lambda plan: order(machine, cell, plan))
+        plans.sort(key=lambda plan: (order(machine, cell, plan, launching), predicted_seconds(machine, cell, plan)))
     return tuple(plans)
+
+
+def _every(machine: Machine, cell: Cell) -> Iterator[Any]:
+    if cell.others:
+        yield from group_plans(machine, cell)
+        return
+    every = _backward(machine, cell) if cell.direction == "backward" else _forward(machine, cell)
+    yield from (plan for plan in every if fits(machine, cell, plan))
+    yield from gluon_plans(machine, cell)
 
 
 def fits(machine: Machine, cell: Cell, plan: Plan) -> bool:

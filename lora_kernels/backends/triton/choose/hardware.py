@@ -41,7 +41,7 @@ class Assumptions:
     """The constants, in seconds where they are no shares.
 
     Measured on an H100 (``bench/results/nvidia-h100``): ``memory`` (a read of x alone), ``adapter_bytes``'s default is
-    the package's, ``second_stream`` (its docs: 75 to 105 µs). Fitted to hopper_step.json: what is named ``gluon``,
+    the package's. Fitted to hopper_step.json: what is named ``gluon``,
     ``masked``, ``inside``, ``draw`` or ``joint``. Fitted to tune.json, cells without dropout, together with it: the
     rest. tune.json's cells with dropout drew the mask anew in every tile, which no kernel does any more, so none of
     them is used: of the plain plans under dropout only the mask's bytes and its own kernel are modelled.
@@ -58,7 +58,6 @@ class Assumptions:
         launch, early_launch: what a launch costs, in order and by programmatic dependent launch.
         fork: what forking and joining streams costs the device; ``overlap``: of what could hide beside the library's
             product, what does: it is launched with it, and takes multiprocessors from the first wave too.
-        second_stream: what it costs the host, a call, outside of CUDA graphs.
         joint: share of the bandwidth that dh with db reaches; ``dx_expand`` what D * (dh A) does.
         draw: 32-bit operations that drawing the packed mask takes an element, which loads do not hide; ``draw_step``
             what a step of the Gluon shrink waits for its words.
@@ -91,7 +90,6 @@ class Assumptions:
     early_launch: float = 1.3e-6
     fork: float = 1.4e-6
     overlap: float = 0.4
-    second_stream: float = 105e-6
     joint: float = 0.92
     dx_expand: float = 0.58
     draw: float = 3.9

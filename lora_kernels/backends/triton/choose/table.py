@@ -5,7 +5,8 @@ format  the number of this layout
 device  name, capability (90 is 9.0), multiprocessors: a table serves no other device
 rows    cell, plan, us and floor_us (the frozen linear's), ratio (of the same rounds, to the floor), kinds
         (each kind's best ratio), predicted_us, versions (torch, triton, lora_kernels; kernels, the digest of the
-        device code that plans of this kind run, see ``kernel_files``), date
+        device code that plans of this kind run, see ``kernel_files``), date; timed, where there is something to
+        choose by how a plan is launched: plan, ratio, host_us by ``launching``, kernels
 ======= ==================================================================================================
 
 A file is replaced whole, and merged under a lock, so that processes that tune at once keep each other's rows. Rows that
@@ -19,7 +20,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 from .... import __version__, env
 from ....errors import InvalidArgumentError, LoRAKernelsError
 from .kernel_files import digests
+from .launching import WAYS_TO_LAUNCH
 from .plans import DIRECTIONS, DTYPES, Cell, Plan, is_of, plan_from_json, plan_to_json
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "Row",
     "Table",
     "TableError",
+    "Timed",
     "merge_into",
     "minor",
     "read",
@@ -65,6 +68,42 @@ class DeviceName:
 
 
 @dataclass(frozen=True, slots=True)
+class Timed:
+    """A plan that costs least in some way to launch it.
+
+    Attributes:
+        ratio: as a row's, and at least that of the row's plan: what was faster by luck is not.
+        host_us: microseconds of the host, a call of the backend alone, by the name of a ``launching.Launching``.
+        kernels: the digest of its kernels, which may be others than the row's plan runs.
+    """
+
+    plan: Plan
+    ratio: float
+    host_us: dict[str, float] = field(default_factory=dict)
+    kernels: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        host = {name: _rounded(us) for name, us in self.host_us.items()}
+        return {
+            "plan": plan_to_json(self.plan), "ratio": _rounded(self.ratio), "host_us": host, "kernels": self.kernels
+        }  # fmt: skip
+
+    @staticmethod
+    def from_json(document: Any) -> Timed:
+        """Raises InvalidArgumentError where ``document`` is none of this version."""
+        names = [f.name for f in fields(Timed)]
+        if not isinstance(document, Mapping) or set(document) != set(names):
+            raise InvalidArgumentError(f"a timed plan has the fields {', '.join(names)}; got {document!r}.")
+        host = {str(name): _positive(name, us) for name, us in _object("host_us", document).items()}
+        if unknown := set(host) - set(WAYS_TO_LAUNCH):
+            raise InvalidArgumentError(
+                f"host_us of a timed plan names {min(unknown)!r}: it must be some of {', '.join(WAYS_TO_LAUNCH)}."
+            )
+        ratio = _positive("ratio", document["ratio"])
+        return Timed(plan_from_json(document["plan"]), ratio, host, str(document["kernels"]))
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """What was measured for one cell, and the plan that is taken there.
 
@@ -75,6 +114,7 @@ class Row:
         predicted_us: what the model held of the plan.
         versions: of torch, triton and lora_kernels, as they ran, and the digest of the plan's kernels.
         date: UTC, ISO 8601.
+        timed: the plans that cost least by each way to launch; empty in rows of before 0.2, and where it is one.
     """
 
     cell: Cell
@@ -86,24 +126,33 @@ class Row:
     predicted_us: float
     versions: dict[str, str]
     date: str
+    timed: tuple[Timed, ...] = ()
 
     @property
     def key(self) -> tuple[Cell, str]:
         """What a table has one row for: the cell, under a minor version of Triton."""
         return self.cell, minor(self.versions["triton"])
 
+    def of(self, plan: Plan) -> Row:
+        """With the figures of ``plan``, one of ``timed``; as it is where it has none."""
+        found = next((one for one in self.timed if one.plan == plan and plan != self.plan), None)
+        ratio = self.ratio if found is None else found.ratio
+        us = self.us if found is None else ratio * self.floor_us
+        return replace(self, plan=plan, us=us, ratio=ratio)
+
     def to_json(self) -> dict[str, Any]:
         numbers = {name: _rounded(getattr(self, name)) for name in ("us", "floor_us", "ratio", "predicted_us")}
         kinds = {name: _rounded(ratio) for name, ratio in self.kinds.items()}
         told = {"kinds": kinds, "versions": self.versions, "date": self.date}
         cell = {name: value for name, value in asdict(self.cell).items() if name != "others" or value}
-        return {"cell": cell, "plan": plan_to_json(self.plan), **numbers, **told}
+        timed = {"timed": [one.to_json() for one in self.timed]} if self.timed else {}
+        return {"cell": cell, "plan": plan_to_json(self.plan), **numbers, **told, **timed}
 
     @staticmethod
     def from_json(document: Any) -> Row:
         """Raises InvalidArgumentError where ``document`` is no row of this version."""
-        names = [f.name for f in fields(Row)]
-        if not isinstance(document, Mapping) or set(document) != set(names):
+        names = [f.name for f in fields(Row) if f.name != "timed"]
+        if not isinstance(document, Mapping) or set(document) - {"timed"} != set(names):
             raise InvalidArgumentError(f"a row has the fields {', '.join(names)}; got {document!r}.")
         values = {name: document[name] for name in names}
         for name in ("us", "floor_us", "ratio", "predicted_us"):
@@ -113,8 +162,13 @@ class Row:
         if missing := {"torch", "triton", "lora_kernels", "kernels"} - set(values["versions"]):
             raise InvalidArgumentError(f"versions of a row lack {', '.join(sorted(missing))}.")
         values |= {"cell": _cell(document["cell"]), "plan": plan_from_json(document["plan"])}
-        if not is_of(values["plan"], values["cell"].direction):
-            raise InvalidArgumentError(f"a row of direction {values['cell'].direction} has the plan {values['plan']}.")
+        timed = document.get("timed", [])
+        if not isinstance(timed, list):
+            raise InvalidArgumentError(f"timed of a row is {timed!r} and must be a list.")
+        values["timed"] = tuple(map(Timed.from_json, timed))
+        for plan in (values["plan"], *(one.plan for one in values["timed"])):
+            if not is_of(plan, values["cell"].direction):
+                raise InvalidArgumentError(f"a row of direction {values['cell'].direction} has the plan {plan}.")
         return Row(**values | {"date": str(document["date"])})
 
 

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from .blocks import FEW_TOKENS
-from .plans import DIRECTIONS, Cell, Plan
+from .plans import DIRECTIONS, Cell
 from .table import DeviceName, Row, TableError, minor, read, running_versions, slug, user_folder, versions_of
 
 __all__ = ["Loaded", "Source", "forget", "identify", "load", "lookup", "of", "shipped_for", "status"]
@@ -71,11 +71,6 @@ class Loaded:
             row = self.answers[cell] = self.rows.get(cell) or self._nearest(cell)
             return row
 
-    def plan(self, cell: Cell) -> Plan | None:
-        """The plan of :meth:`row`."""
-        row = self.row(cell)
-        return None if row is None else row.plan
-
     def _nearest(self, cell: Cell) -> Row | None:
         family = [row for own, row in self.rows.items() if _reaches(own, cell)]
         return min(family, key=lambda row: (_apart(row.cell, cell), row.cell.tokens), default=None)
@@ -85,12 +80,12 @@ _loaded: dict[torch.device, Loaded] = {}
 _lock = threading.Lock()
 
 
-def lookup(device: torch.device, cell: Cell) -> Plan | None:
-    """The plan that was measured on ``device`` for ``cell`` or, by this module's rule, near it; None: ask the model.
+def lookup(device: torch.device, cell: Cell) -> Row | None:
+    """What was measured on ``device`` for ``cell`` or, by this module's rule, near it; None: ask the model.
 
     A file that cannot be used is passed over with one warning; nothing is raised for it.
     """
-    return of(device).plan(cell)
+    return of(device).row(cell)
 
 
 def of(device: torch.device) -> Loaded:
@@ -188,7 +183,7 @@ def _read(path: Path, origin: str, device: DeviceName, running: dict[str, str]) 
         sentence = f"A tuned table is passed over: {error}"
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
         return Source(path, origin, 0, 0, (), (sentence,)), []
-    rows = [row for row in table.rows if _same(row, running)]
+    rows = [_current(row, running) for row in table.rows if _same(row, running)]
     with_ = tuple(sorted({_told(row.versions) for row in rows}))
     total = len(table.rows) + len(table.unknown)
     return Source(path, origin, total, len(rows), with_, tuple(_sentences(table.rows, table.reasons, running))), rows
@@ -198,6 +193,12 @@ def _same(row: Row, running: dict[str, str]) -> bool:
     """Whether ``row`` was measured with what runs here: a minor version of Triton, and its plan's kernels."""
     kernels = versions_of(row.plan, running)["kernels"]
     return minor(row.versions["triton"]) == minor(running["triton"]) and row.versions["kernels"] == kernels
+
+
+def _current(row: Row, running: dict[str, str]) -> Row:
+    """Without the figures of plans whose own kernels have changed since."""
+    kept = [one for one in row.timed if one.kernels == versions_of(one.plan, running)["kernels"]]
+    return row if len(kept) == len(row.timed) else replace(row, timed=tuple(kept))
 
 
 def _sentences(rows: Iterable[Row], reasons: tuple[str, ...], running: dict[str, str]) -> list[str]:

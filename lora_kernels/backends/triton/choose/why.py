@@ -14,13 +14,23 @@ import torch
 from ....explaining.report import Launch, Other, PassPlan, by_how_much
 from ....kept import row_words
 from .blocks import FEW_TOKENS, FEW_TOKENS_RANK, Machine, next_power_of_2
-from .candidates import candidates, fits, host_bound, in_order, predicted_seconds
+from .candidates import (
+    candidates,
+    fits,
+    host_seconds,
+    in_order,
+    of_row,
+    on_one_stream,
+    predicted_seconds,
+)
+from .candidates import order as cost_of
 from .cost import BackwardModel, Model, SkinnyModel, bytes_of_h
 from .gluon_candidates import gluon_fault
 from .group_candidates import static_fault, tokens_fault
 from .group_plans import GROUP_KERNELS, Apart, DxHopperGroup, HopperGroup
 from .hopper_cost import HopperModel
 from .hopper_group_cost import HopperGroupModel
+from .launching import GRAPH, PREPARED, PYTHON, Launching
 from .plans import (
     GLUON_PLANS,
     VARIANTS,
@@ -71,6 +81,7 @@ def plans(
     dtype: str,
     dropout: bool,
     transposed: bool = False,
+    launching: Launching = PREPARED,
 ) -> tuple[PassPlan, ...]:
     """Of both passes.
 
@@ -79,9 +90,10 @@ def plans(
         sizes: M, K, N, R.
         dtype: one of ``plans.DTYPES``.
         transposed: W is stored (K, N), as ``Conv1D`` does.
+        launching: how its kernels are launched outside of graphs.
     """
     found = [
-        pass_plan(machine, cell, table, name, reads_by_descriptor(cell, transposed), transposed)
+        pass_plan(machine, cell, table, name, reads_by_descriptor(cell, transposed), transposed, launching)
         for cell in cells(sizes, dtype, dropout)
     ]
     bucket = next_power_of_2(sizes[0])
@@ -97,13 +109,13 @@ def cells(sizes: tuple[int, int, int, int], dtype: str, dropout: bool) -> tuple[
 
 
 def group_notes(machine: Machine, name: str, table: Loaded, sizes: tuple[tuple[int, int], ...], m: int, k: int,
-                dtype: str, dropout: bool) -> tuple[str, ...]:  # fmt: skip
+                dtype: str, dropout: bool, launching: Launching = PREPARED) -> tuple[str, ...]:  # fmt: skip
     """A sentence for each pass: how layers of one x run it together, of N and rank ``sizes``."""
     (n, r), *others = sizes
     notes = []
     for direction in _OF_GROUPS:
         cell = Cell(direction, next_power_of_2(m), k, n, r, dtype, dropout, tuple(others))
-        told = pass_plan(machine, cell, table, name)
+        told = pass_plan(machine, cell, table, name, launching=launching)
         passed = " ".join(f"{other.plan}: {other.why}" for other in told.passed_over)
         notes.append(
             f"In training it runs {direction} with {len(others)} other layer{'s' if len(others) > 1 else ''} of its x: "
@@ -125,37 +137,70 @@ def way_of(plan: Plan) -> str:
 
 
 def pass_plan(
-    machine: Machine, cell: Cell, table: Loaded, name: str, descriptors: bool = True, transposed: bool = False
+    machine: Machine,
+    cell: Cell,
+    table: Loaded,
+    name: str,
+    descriptors: bool = True,
+    transposed: bool = False,
+    launching: Launching = PREPARED,
 ) -> PassPlan:
-    """Of one pass; ``descriptors`` as for ``candidates.in_order``."""
+    """Of one pass; ``descriptors`` and ``launching`` as for ``candidates.in_order``."""
     row = table.row(cell)
-    order = in_order(machine, cell, None if row is None else row.plan, descriptors)
+    measured = None if row is None else of_row(machine, cell, row, launching)
+    order = in_order(machine, cell, measured, descriptors, launching)
     chosen = order[0]
     told = launches(cell, chosen)
     if machine.interpreter:
         why = "fixed: in Triton's interpreter the plans come in one order, for what they show, not for their time."
-        others = _others(machine, cell, order, None, descriptors, transposed)
+        others = _others(machine, cell, order, None, descriptors, transposed, launching)
         return PassPlan(cell.direction, str(chosen), "fixed", why, None, told, passed_over=others)
-    if row is not None and chosen == row.plan:
-        return _measured(
-            machine, cell, table, name, row, order, _others(machine, cell, order, row, descriptors, transposed)
-        )
-    seconds = [predicted_seconds(machine, cell, plan) for plan in order[:2]]
+    host = _host_notes(machine, cell, table, chosen, descriptors, launching)
+    if row is not None and chosen == measured:
+        others = _others(machine, cell, order, row, descriptors, transposed, launching)
+        return _measured(machine, cell, table, name, row.of(chosen), others, (*_one_stream(row, chosen), *host))
+    seconds = predicted_seconds(machine, cell, chosen)
     second = None
     if len(order) > 1:
-        slower = seconds[1] / seconds[0] - 1.0
-        second = Other(str(order[1]), f"{_us(seconds[1])} predicted, {by_how_much(slower)}.", slower)
+        second = Other(str(order[1]), *_compared(machine, cell, (order[1], chosen), launching))
     return PassPlan(
         direction=cell.direction,
         plan=str(chosen),
         basis="predicted",
-        why=f"predicted: {_us(seconds[0])} for {_tokens(cell)}, by the model of {name}; no measurement counts.",
-        us=seconds[0] * _MICRO,
+        why=f"predicted: {_us(seconds)} for {_tokens(cell)}, by the model of {name}; no measurement counts.",
+        us=seconds * _MICRO,
         launches=told,
         runner_up=second,
-        passed_over=_others(machine, cell, order, None, descriptors, transposed),
-        notes=_notes(machine, cell, table, row),
+        passed_over=_others(machine, cell, order, None, descriptors, transposed, launching),
+        notes=(*_notes(machine, cell, table, row), *host),
     )
+
+
+_LAUNCHED = {PREPARED: "by one call into C++", PYTHON: "with launches by Python"}
+
+
+def _host_notes(
+    machine: Machine, cell: Cell, table: Loaded, chosen: Plan, descriptors: bool, launching: Launching
+) -> tuple[str, ...]:
+    """What the host takes where that is more than the device, and what a captured graph does otherwise."""
+    device, host = predicted_seconds(machine, cell, chosen), host_seconds(machine, cell, chosen, launching)
+    notes = []
+    if host > device:
+        notes.append(f"The host takes longer than the device: {_us(host)} {_LAUNCHED[launching]}, by the model.")
+    row = table.row(cell)
+    in_graph = in_order(machine, cell, None if row is None else of_row(machine, cell, row, GRAPH), descriptors, GRAPH)
+    twin = next((plan for plan in in_graph if on_one_stream(plan) == on_one_stream(chosen)), chosen)
+    if twin != chosen:
+        more = "with a second stream" if getattr(twin, "beside", False) else "on one stream"
+        notes.append(f"In a captured graph, where launching is free, the same kernels run {more}.")
+    return tuple(notes)
+
+
+def _one_stream(row: Row, chosen: Plan) -> tuple[str, ...]:
+    """Why a row's plan runs without its second stream; of a row that has no figures of that."""
+    if row.timed or chosen == row.plan:
+        return ()
+    return ("It was measured with a second stream, which costs the host more than the model holds it to save here.",)
 
 
 def launches(cell: Cell, plan: Plan) -> tuple[Launch, ...]:
@@ -274,7 +319,13 @@ def _launches_apart(cell: Cell) -> tuple[Launch, ...]:
 
 
 def _measured(
-    machine: Machine, cell: Cell, table: Loaded, name: str, row: Row, order: Sequence[Plan], others: tuple[Other, ...]
+    machine: Machine,
+    cell: Cell,
+    table: Loaded,
+    name: str,
+    row: Row,
+    others: tuple[Other, ...],
+    notes: tuple[str, ...],
 ) -> PassPlan:
     own = row.cell == cell
     with_ = ", ".join(f"{name} {row.versions[name]}" for name in ("torch", "triton", "lora_kernels"))
@@ -292,6 +343,7 @@ def _measured(
         launches=launches(cell, row.plan),
         runner_up=second,
         passed_over=others,
+        notes=notes,
     )
 
 
@@ -304,7 +356,13 @@ def _by_kind(kind: str, row: Row) -> Other:
 
 
 def _others(
-    machine: Machine, cell: Cell, order: Sequence[Plan], row: Row | None, descriptors: bool, transposed: bool
+    machine: Machine,
+    cell: Cell,
+    order: Sequence[Plan],
+    row: Row | None,
+    descriptors: bool,
+    transposed: bool,
+    launching: Launching,
 ) -> tuple[Other, ...]:
     """The best of each other way, and by how much it is slower; or why there is none of it."""
     own = way_of(order[0])
@@ -323,17 +381,27 @@ def _others(
         elif row is not None and kind != row.plan.kind and kind in row.kinds:
             found.append(_by_kind(kind, row))  # of all its variants
         else:
-            found.append(_predicted(machine, cell, way, best[way], order[0], row is not None))
+            found.append(_predicted(machine, cell, way, (best[way], order[0]), row is not None, launching))
     return tuple(dict.fromkeys(found))
 
 
-def _predicted(machine: Machine, cell: Cell, way: str, plan: Plan, chosen: Plan, unmeasured: bool) -> Other:
-    own, best = (predicted_seconds(machine, cell, p) for p in (plan, chosen))
-    slower = own / best - 1.0
-    told = f"{_us(own)} predicted, {by_how_much(slower)}."
-    if host_bound(own, plan):
-        told = f"{told} It forks streams, which takes the host longer than that."
+def _predicted(
+    machine: Machine, cell: Cell, way: str, both: tuple[Plan, Plan], unmeasured: bool, launching: Launching
+) -> Other:
+    """Of ``both``, a plan and the chosen one, how much more the first costs."""
+    told, slower = _compared(machine, cell, both, launching)
     return Other(way, f"not measured by itself; {told}" if unmeasured else told, slower)
+
+
+def _compared(machine: Machine, cell: Cell, both: tuple[Plan, Plan], launching: Launching) -> tuple[str, float]:
+    """The sentence, and the part of the second's cost; with the host's part, where the device alone says otherwise."""
+    device = predicted_seconds(machine, cell, both[0])
+    costs = [cost_of(machine, cell, plan, launching) for plan in both]
+    slower = costs[0] / costs[1] - 1.0
+    if all(cost == predicted_seconds(machine, cell, plan) for cost, plan in zip(costs, both, strict=True)):
+        return f"{_us(device)} predicted, {by_how_much(slower)}.", slower
+    host = f"{_us(costs[0])} with the host's part"
+    return f"{_us(device)} predicted, and {host}, {by_how_much(slower)}.", slower
 
 
 def obstacle(machine: Machine, cell: Cell, way: str, descriptors: bool = True, transposed: bool = False) -> str:

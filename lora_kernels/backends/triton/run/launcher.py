@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -24,7 +25,16 @@ from .pass_words import Pass
 from .prepared import current_stream
 from .recording import Recorder
 
-__all__ = ["Library", "PassRun", "PreparedPass", "index_of", "launched", "library", "obstacle"]
+__all__ = [
+    "Library",
+    "PassRun",
+    "PreparedPass",
+    "index_of",
+    "launched",
+    "library",
+    "obstacle",
+    "without_library",
+]
 
 _MESSAGE = 1024
 _FIXED = 8  # tensors that the operator ``launch`` takes; ``launch_many`` takes any number
@@ -97,6 +107,18 @@ def library() -> Library | None:
 def obstacle() -> str | None:
     """Why Python launches in this process: a sentence; None where it need not."""
     return _search().obstacle
+
+
+@contextmanager
+def without_library() -> Iterator[None]:
+    """Python launches what is made ready meanwhile: for who measures that."""
+    global _found
+    before = _found
+    _found = _Found(None, "It is left out here.")
+    try:
+        yield
+    finally:
+        _found = before
 
 
 def _search() -> _Found:

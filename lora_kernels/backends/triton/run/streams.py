@@ -10,7 +10,7 @@ import torch
 
 from .recording import current
 
-__all__ = ["PriorityStream", "SideStream", "Together", "ahead_on", "in_turn", "together_on"]
+__all__ = ["PriorityStream", "SideStream", "Together", "ahead_on", "in_turn", "make_pools", "together_on"]
 
 Large: TypeAlias = Callable[[int | None], Any]  # large(raw stream) -> its result
 Small: TypeAlias = Callable[[int | None], Any]  # small(raw stream) -> its results
@@ -89,6 +89,12 @@ class PriorityStream:
         if recorder is not None:
             recorder.note_join()
         return left, right
+
+
+def make_pools(index: int) -> None:
+    """PyTorch's pools of streams, which the first stream of a priority makes: a capture is no time for that."""
+    for priority in (0, _HIGH):
+        torch.cuda.Stream(index, priority=priority)
 
 
 def _index_of(device: torch.device) -> int:
