@@ -33,11 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listed = "; ".join(f"{p.name}: {p.describe}" for p in PRESETS.values())
     block = (
         "gpu-block: a decoder block of Llama-3-8B's sizes, trained for a step, beside PEFT's; on any device; "
-        "gpu-llama: all of Llama-3-8B likewise, on a GPU of 80 GB; llama-small: a tiny one, on any device"
+        "gpu-llama: all of Llama-3-8B, or another --model, likewise, on a GPU of 80 GB; llama-small: a tiny one, "
+        "on any device"
     )
     rival = f"{rebuilt.NAME}, " if rebuilt.why_absent() is None else ""
     parser.add_argument(
         "--preset", default="quick", metavar="NAME", help=f"what to measure (default: quick). {listed}; {block}"
+    )
+    parser.add_argument(
+        "--model", default="Llama-3-8B", metavar="NAME", help="of gpu-llama and llama-small: or Qwen2.5-7B (Llama-3-8B)"
     )
     parser.add_argument(
         "--block", metavar="SIZES", help="of gpu-block: hidden=64,inner=96,heads=4,key_heads=2,tokens=16/32, or some"
@@ -170,7 +174,7 @@ def _llama(args: argparse.Namespace) -> int:
 
     budget = BUDGET if args.budget is None else args.budget
     with _progress() as progress:
-        document = run_llama(args.preset, device, date, budget, args.seed, progress, keep)
+        document = run_llama(args.preset, device, date, budget, args.seed, progress, keep, args.model)
     keep(document)
     for line in told(document):
         print(line)

@@ -1,4 +1,4 @@
-"""A whole Llama trained for some steps: tokens a second, memory and launches, ours beside PEFT's and the frozen model.
+"""A whole Llama, or Qwen2, trained for some steps: tokens a second, memory and launches, beside PEFT's and frozen.
 
 A step is forward, transformers' own loss over random tokens, backward, and AdamW over rank-16 adapters on all seven
 projections, with dropout. One provider after the other is built over the same frozen weights, timed and freed: models
@@ -27,8 +27,8 @@ from .device import DeviceLostError, first_line, must_live
 from .llama_models import (
     ALPHA,
     DROPOUT,
+    MODELS,
     PROVIDERS,
-    SIZES,
     Built,
     LlamaSizes,
     base_model,
@@ -38,7 +38,7 @@ from .llama_models import (
     needs_liger,
     unpatched,
 )
-from .llama_report import LARGE, PUBLISHED, reached
+from .llama_report import LARGE, published, reached
 from .results import environment
 from .steps import launched, measured_steps
 
@@ -86,20 +86,30 @@ def run_llama(
     seed: int = 0,
     progress: Progress = lambda label, done, total: None,
     keep: Callable[[dict[str, Any]], None] = lambda document: None,
+    model: str = "Llama-3-8B",
 ) -> dict[str, Any]:
     """Everything measured, as JSON knows it; ``keep`` is given it after each cell.
 
     Raises:
-        InvalidArgumentError: the large model on a CPU.
+        InvalidArgumentError: the large model on a CPU; or ``model`` is none of ``MODELS``.
     """
-    sizes, began = SIZES[preset], time.monotonic()
+    if model not in MODELS:
+        raise InvalidArgumentError(f"--model {model} was given: it must be one of {', '.join(MODELS)}.")
+    sizes, began = MODELS[model].sizes[preset], time.monotonic()
     if preset == LARGE and device != "cuda":
         raise InvalidArgumentError(
             f"--preset {LARGE} trains a model of 16 GB, and no GPU was given: run it on a machine with one, or run "
             "--preset llama-small, which any device can."
         )
-    document: dict[str, Any] = {"preset": preset, "date": date, "seed": seed, "budget": budget, "sizes": asdict(sizes)}
-    document |= {"alpha": ALPHA, "dropout": DROPOUT, "published": PUBLISHED, "left_out": missing(), "cells": []}
+    document: dict[str, Any] = {
+        "preset": preset,
+        "model": model,
+        "date": date,
+        "seed": seed,
+        "budget": budget,
+        "sizes": asdict(sizes),
+    }
+    document |= {"alpha": ALPHA, "dropout": DROPOUT, "published": published(model), "left_out": missing(), "cells": []}
     if document["left_out"]:
         return document
     document["environment"] = environment(device)

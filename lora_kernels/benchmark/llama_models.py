@@ -1,4 +1,4 @@
-"""Llama with random weights made on the device, and who trains its adapters: the providers of ``llama``.
+"""A Llama, or a Qwen2, with random weights made on the device, and who trains its adapters: ``llama``'s providers.
 
 All of them share the weights of one base. The adapters' values are drawn from one seed, so they are the same too, and
 no B is zero.
@@ -7,11 +7,12 @@ no B is zero.
 from __future__ import annotations
 
 import gc
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,10 +23,12 @@ from .models import shared
 __all__ = [
     "ALPHA",
     "DROPOUT",
+    "MODELS",
     "PROVIDERS",
     "SIZES",
     "Built",
     "LlamaSizes",
+    "Model",
     "Provider",
     "R",
     "base_model",
@@ -41,12 +44,14 @@ COMPILER = "inductor"
 _PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _STD = 0.02  # of the weights, and of B
 _LEARNING_RATE = 1e-4
-_PATCHED = ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")  # what Liger changes for the whole process
 
 
 @dataclass(frozen=True)
 class LlamaSizes:
-    """Llama-3-8B's by default; ``tokens`` of each sequence, ``batches``: the numbers of sequences of a step."""
+    """Llama-3-8B's by default; ``tokens`` of each sequence, ``batches``: the numbers of sequences of a step.
+
+    ``kind``: transformers' name of the architecture, "Llama" or "Qwen2".
+    """
 
     hidden: int = 4096
     inner: int = 14336
@@ -56,9 +61,25 @@ class LlamaSizes:
     vocabulary: int = 128256
     tokens: int = 4096
     batches: tuple[int, int] = (1, 2)
+    kind: str = "Llama"
 
 
-SIZES = {"gpu-llama": LlamaSizes(), "llama-small": LlamaSizes(64, 96, 4, 2, 3, 256, 96)}
+@dataclass(frozen=True)
+class Model:
+    """One of the models: its sizes by preset, and the best that is published of its LoRA on one H100."""
+
+    sizes: dict[str, LlamaSizes]
+    tokens_per_second: int
+    tflops: int
+
+
+_SMALL = LlamaSizes(64, 96, 4, 2, 3, 256, 96)
+SIZES = {"gpu-llama": LlamaSizes(), "llama-small": _SMALL}
+_QWEN = {
+    "gpu-llama": LlamaSizes(3584, 18944, 28, 4, 28, 152064, kind="Qwen2"),
+    "llama-small": replace(_SMALL, kind="Qwen2"),
+}
+MODELS = {"Llama-3-8B": Model(SIZES, 12473, 402), "Qwen2.5-7B": Model(_QWEN, 14110, 423)}
 
 
 @dataclass(frozen=True)
@@ -131,13 +152,12 @@ def needs_liger(name: str, device: str) -> str | None:
 
 
 def base_model(sizes: LlamaSizes, device: str, dtype: torch.dtype) -> Any:
-    """transformers' ``LlamaForCausalLM``, frozen, in training mode: made where it stays, in the dtype that it has.
+    """transformers' ``LlamaForCausalLM``, or Qwen2's, frozen, in training mode: made where it stays, in its dtype.
 
-    transformers draws the weights (normal, 0.02); norms begin with ones.
+    transformers draws the weights (normal, 0.02); norms begin with ones, Qwen2's biases with zeros.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
+    transformers = importlib.import_module("transformers")
+    config = getattr(transformers, f"{sizes.kind}Config")(
         vocab_size=sizes.vocabulary,
         hidden_size=sizes.hidden,
         intermediate_size=sizes.inner,
@@ -154,7 +174,7 @@ def base_model(sizes: LlamaSizes, device: str, dtype: torch.dtype) -> Any:
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = LlamaForCausalLM(config)
+            model = getattr(transformers, f"{sizes.kind}ForCausalLM")(config)
     finally:
         torch.set_default_dtype(before)
     return model.train().requires_grad_(False)
@@ -226,10 +246,9 @@ def _with_liger(adapt: Callable[[Any], tuple[Any, str]], swiglu: bool) -> Callab
     """Liger's kernels around the adapters; its SwiGLU only where no MLP of ours stands in its place."""
 
     def adapted(llama: Any) -> tuple[Any, str]:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
+        liger = importlib.import_module("liger_kernel.transformers")
         model, note = adapt(llama)
-        apply_liger_kernel_to_llama(model=llama, swiglu=swiglu)
+        getattr(liger, f"apply_liger_kernel_to_{llama.config.model_type}")(model=llama, swiglu=swiglu)
         return model, note
 
     return adapted
@@ -238,14 +257,16 @@ def _with_liger(adapt: Callable[[Any], tuple[Any, str]], swiglu: bool) -> Callab
 @contextmanager
 def unpatched() -> Iterator[None]:
     """Undoes at its end what Liger has changed in transformers beyond one model."""
-    from transformers.models.llama import modeling_llama
-
-    before = {name: getattr(modeling_llama, name) for name in _PATCHED}
+    before = []
+    for kind in {sizes.kind for model in MODELS.values() for sizes in model.sizes.values()}:
+        module = importlib.import_module(f"transformers.models.{kind.lower()}.modeling_{kind.lower()}")
+        for name in ("apply_rotary_pos_emb", f"{kind}RMSNorm", f"{kind}MLP"):
+            before.append((module, name, getattr(module, name)))
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(modeling_llama, name, value)
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 PROVIDERS = {

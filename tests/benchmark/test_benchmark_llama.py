@@ -248,7 +248,7 @@ def test_with_liger_both_are_compared_and_timed(monkeypatch: pytest.MonkeyPatch)
         pytest.skip("this one is for a CPU; on a GPU, bench runs Liger's own kernels")
     stand_in(monkeypatch)
     monkeypatch.setattr(llama, "needs_liger", llama_models.needs_liger)
-    monkeypatch.setitem(llama.SIZES, "llama-small", llama_models.LlamaSizes(32, 48, 4, 2, 2, 32, 8, (1, 1)))
+    monkeypatch.setitem(llama_models.SIZES, "llama-small", llama_models.LlamaSizes(32, 48, 4, 2, 2, 32, 8, (1, 1)))
     monkeypatch.setattr(llama, "measured_steps", once)
     found = by_place(run(*LIGER, "fused"))
     assert {name for name, _ in found} == {*LIGER, "fused"}
@@ -275,6 +275,29 @@ def test_on_a_cpu_ligers_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_large_model_is_refused_on_a_cpu() -> None:
     with pytest.raises(InvalidArgumentError, match="llama-small"):
         llama.run_llama("gpu-llama", "cpu", "2026-01-01")
+
+
+def test_a_qwen_is_trained_likewise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its q, k and v have biases; its published row is another."""
+    sizes = llama_models.LlamaSizes(32, 48, 4, 2, 2, 32, 8, (1, 1), "Qwen2")
+    monkeypatch.setitem(llama_models.MODELS["Qwen2.5-7B"].sizes, "llama-small", sizes)
+    monkeypatch.setattr(llama, "measured_steps", once)
+    document = run("frozen", "peft", "fused", model="Qwen2.5-7B")
+    assert {cell["status"] for cell in document["cells"]} == {"timed"}
+    found = by_place(document)["fused", 1]
+    assert found["note"] == "14 layers, 4 groups and 2 gated MLPs are fused"
+    assert len(found["distances"]) == 3
+    base = llama_models.base_model(sizes, "cpu", torch.float32)
+    assert base.model.layers[0].self_attn.q_proj.bias is not None
+    assert document["published"]["tokens_per_second"] == 14110
+    assert "of a Qwen2 of" in markdown(llama_report.table(document))
+    large = llama_models.MODELS["Qwen2.5-7B"].sizes["gpu-llama"]
+    assert (large.hidden, large.inner, large.layers, large.vocabulary) == (3584, 18944, 28, 152064)
+
+
+def test_an_unknown_model_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"one of Llama-3-8B, Qwen2\.5-7B"):
+        run(model="Llama-4")
 
 
 # The budget
@@ -324,7 +347,7 @@ def made(**speeds: float) -> dict[str, Any]:
         told = {"status": "timed", "reason": None, "loss": 12.5, "first_step_s": 1.0, "note": ""}
         cells.append({**place, **told, "numbers": numbers})
     document = {"preset": "gpu-llama", "date": "2026-01-01", "alpha": 32, "dropout": 0.1, "left_out": None}
-    document |= {"published": llama_report.PUBLISHED, "compared": "with PEFT", "parameters": 8030261248}
+    document |= {"published": llama_report.published("Llama-3-8B"), "compared": "with PEFT", "parameters": 8030261248}
     document |= {"sizes": {"hidden": 4096, "layers": 32, "batches": [1, 2]}, "cells": cells}
     document["environment"] = {"device": "NVIDIA H100", "versions": {"torch": "2.11.0"}}
     return {**document, "reached": llama_report.reached(document)}
