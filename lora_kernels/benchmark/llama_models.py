@@ -260,8 +260,8 @@ def unpatched() -> Iterator[None]:
     before = []
     for kind in {sizes.kind for model in MODELS.values() for sizes in model.sizes.values()}:
         module = importlib.import_module(f"transformers.models.{kind.lower()}.modeling_{kind.lower()}")
-        for name in ("apply_rotary_pos_emb", f"{kind}RMSNorm", f"{kind}MLP"):
-            before.append((module, name, getattr(module, name)))
+        names = ("apply_rotary_pos_emb", f"{kind}RMSNorm", f"{kind}MLP")
+        before += [(module, name, getattr(module, name)) for name in names]
     try:
         yield
     finally:

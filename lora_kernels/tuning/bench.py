@@ -24,6 +24,7 @@ from ..backends.triton.choose.tuned import identify
 from ..benchmark.providers import make_setups
 from ..benchmark.timing import Candidate, Timing, measure
 from ..errors import LoRAKernelsError
+from .group_passes import group_pass_of
 from .passes import Inputs, Pass, Results, pass_of, workload_of
 from .search import NothingToStoreError, Refusal
 
@@ -81,9 +82,12 @@ class DeviceTrial:
 
     def __init__(self, bench: DeviceBench, cell: Cell) -> None:
         self._bench, self._cell = bench, cell
-        setups = make_setups(workload_of(cell), bench.device.type, _sets(cell, bench.device))
-        self._sets = [Inputs.of(setup) for setup in setups]
-        self._pass: Pass | None = pass_of(cell, self._sets, setups[0].scaling)
+        count, where = _sets(cell, bench.device), bench.device.type
+        of_members = [make_setups(workload_of(own), where, count, i) for i, own in enumerate(cell.members)]
+        inputs, scaling = [[Inputs.of(setup) for setup in setups] for setups in of_members], of_members[0][0].scaling
+        self._sets = inputs[0]
+        self._pass: Pass | None
+        self._pass = group_pass_of(cell, inputs, scaling) if cell.others else pass_of(cell, self._sets, scaling)
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -134,10 +138,11 @@ class DeviceTrial:
         runs = [Candidate(_FLOOR, self._opened.floor)]
         runs += [Candidate(name, self._runner(plan)) for name, plan in names.items()]
         found: dict[Plan, dict[str, float]] = {plan: {} for plan in plans}
-        ways = [(PYTHON.name, without_library)]
+        ways: dict[str, Callable[[], AbstractContextManager[None]]] = {}
         if launching_on(self._bench.device) is PREPARED:
-            ways.insert(0, (PREPARED.name, nullcontext))
-        for way, context in ways:
+            ways[PREPARED.name] = nullcontext
+        ways[PYTHON.name] = without_library
+        for way, context in ways.items():
             operators.forget()  # what is kept launches as it did
             with context():
                 timings = self._bench.clock(runs, _FLOOR, 0.0, _HOST_ROUNDS, device, sets, True)
@@ -199,7 +204,8 @@ def _sets(cell: Cell, device: torch.device) -> int:
     """As many as exceed the L2 cache; one on a CPU."""
     if device.type != "cuda":
         return 1
-    one = (cell.tokens * cell.k + cell.tokens * cell.n + cell.n * cell.k) * cell.itemsize
+    columns = sum(cell.ns)
+    one = (cell.tokens * cell.k + cell.tokens * columns + columns * cell.k) * cell.itemsize
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return max(1, min(_MAX_SETS, -(-_CACHE_TURNS * cache // one)))
 

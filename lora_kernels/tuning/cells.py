@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.triton.choose.blocks import next_power_of_2
+from ..backends.triton.choose.hopper_group_blocks import MEMBERS
 from ..backends.triton.choose.plans import DIRECTIONS, DTYPES, Cell
 from ..errors import InvalidArgumentError
 
@@ -18,15 +19,19 @@ __all__ = ["PRESETS", "Preset", "cells_of", "directions", "numbers", "preset", "
 _SQUARE, _LARGE, _KEYS = (4096, 4096), (8192, 8192), (4096, 1024)
 _SHAPES = (_SQUARE, (4096, 14336), (14336, 4096), _LARGE, _KEYS)
 _FEW = (1, 16, 2, 4, 8)
+_GROUPS = ((4096, 4096, 1024, 1024), (4096, 14336, 14336))  # q, k and v, gate and up of Llama-3-8B
 _TOKENS = (8192, 1, 16, 2048, 4096, 16384, 1024, 512, 256, 128, 64, 32, 8, 4, 2)
 _RANKS = (16, 8, 64, 128)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination of the values, the ones named first in each list first."""
+    """Every combination of the values, the ones named first in each list first.
 
-    shapes: Sequence[tuple[int, int]]
+    A shape is in_features and out_features; of layers that read one x the out_features of each.
+    """
+
+    shapes: Sequence[tuple[int, ...]]
     tokens: Sequence[int]
     ranks: Sequence[int] = (16,)
     dtypes: Sequence[str] = ("bfloat16",)
@@ -40,8 +45,9 @@ class Grid:
         )  # fmt: skip
         cells = []
         for places in sorted(product(*(range(len(values)) for values in lists)), key=sum):
-            direction, dtype, r, dropout, tokens, (k, n) = (v[i] for v, i in zip(lists, places, strict=True))
-            cells.append(Cell(direction, next_power_of_2(tokens), k, n, r, dtype, dropout))
+            direction, dtype, r, dropout, tokens, (k, n, *more) = (v[i] for v, i in zip(lists, places, strict=True))
+            others = tuple((width, r) for width in more)
+            cells.append(Cell(direction, next_power_of_2(tokens), k, n, r, dtype, dropout, others))
         return cells
 
 
@@ -82,6 +88,11 @@ PRESETS = {
             (*_PUBLISHED, Grid(_SHAPES, (1, 512, 16, 2048, 64)), Grid(_SHAPES, (2048, 512), directions=("backward",))),
         ),
         Preset(
+            "groups",
+            "layers of one x, where a GPU has kernels for them: q, k and v, gate and up of Llama-3-8B",
+            (Grid(_GROUPS, (8192, 4096, 2048), dropouts=(False, True), directions=DIRECTIONS),),
+        ),
+        Preset(
             "grid",
             "the published ones, then M from 1 to 16384, r of 8, 16, 64 and 128, dropout on and off",
             (*_PUBLISHED, Grid(_SHAPES, _TOKENS, _RANKS, dropouts=(False, True), directions=DIRECTIONS)),
@@ -102,7 +113,7 @@ def preset(name: str) -> Preset:
 
 
 def cells_of(
-    shapes: Sequence[tuple[int, int]],
+    shapes: Sequence[tuple[int, ...]],
     tokens: Sequence[int],
     ranks: Sequence[int],
     dtypes: Sequence[str],
@@ -146,25 +157,29 @@ def numbers(option: str, text: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def shapes(text: str) -> list[tuple[int, int]]:
-    """in_features x out_features of a list such as ``4096x4096,4096x14336``.
+def shapes(text: str) -> list[tuple[int, ...]]:
+    """in_features x out_features of a list such as ``4096x4096,4096x14336+14336``, with + those of layers of one x.
 
     Raises:
         InvalidArgumentError: it is no such list.
     """
     found = []
     for part in text.split(","):
-        sides = part.strip().split("x")
-        if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+        k, _, ns = part.strip().partition("x")
+        sides = [k, *ns.split("+")]
+        if len(sides) > 1 + MEMBERS[-1] or not all(side.isdecimal() and int(side) for side in sides):
             raise InvalidArgumentError(
-                f"--shapes {text} was given: it must be in_features x out_features, such as 4096x4096,4096x14336."
+                f"--shapes {text} was given: it must be in_features x out_features, such as 4096x4096, or "
+                f"4096x4096+1024+1024 for 2 to {MEMBERS[-1]} layers that read one x, with commas between them."
             )
-        found.append((int(sides[0]), int(sides[1])))
+        found.append(tuple(map(int, sides)))
     return list(dict.fromkeys(found))
 
 
-def shapes_of_model(path: Path) -> list[tuple[int, int]]:
+def shapes_of_model(path: Path) -> list[tuple[int, ...]]:
     """The linear layers of a decoder, from transformers' ``config.json``: attention's four and the MLP's three.
+
+    Then those that read one x: q, k and v; gate and up.
 
     Raises:
         InvalidArgumentError: the file cannot be read, or lacks the sizes that such a config has.
@@ -181,7 +196,9 @@ def shapes_of_model(path: Path) -> list[tuple[int, int]]:
             f"--from-config {path} cannot be used ({type(error).__name__}: {error}): name the config.json of a "
             "transformers decoder, or give --shapes."
         ) from error
+    layers: tuple[tuple[int, ...], ...]
     layers = ((hidden, queries), (hidden, inner), (inner, hidden), (hidden, keys), (queries, hidden))
+    layers += ((hidden, queries, keys, keys), (hidden, inner, inner))
     return list(dict.fromkeys(layers))
 
 

@@ -34,7 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listed += "; with --device cpu, " + "; ".join(f"{p.name}: {p.describe}" for p in OF_CPUS.values())
     what = parser.add_argument_group("what to tune", "of each list, and of each preset, the first values come first")
     what.add_argument("--preset", metavar="NAME", help=f"default: published, on CPUs cpu. {listed}")
-    what.add_argument("--shapes", metavar="KxN,...", help="in_features x out_features, such as 4096x4096,4096x14336")
+    what.add_argument(
+        "--shapes",
+        metavar="KxN,...",
+        help="in_features x out_features, such as 4096x4096; of layers of one x 4096x4096+1024+1024",
+    )
     what.add_argument("--from-config", type=Path, metavar="FILE", help="the shapes of a transformers config.json")
     what.add_argument("--tokens", metavar="M,...", help=f"default: {_DEFAULT_TOKENS}; each stands for its power of 2")
     what.add_argument("--ranks", metavar="R,...", help=f"default: {_DEFAULT_RANKS}")

@@ -48,8 +48,9 @@ def cells(args: argparse.Namespace) -> list[ProductCell]:
         return preset(args.preset or _DEFAULT_PRESET).cells(chosen)
     if args.preset:
         raise InvalidArgumentError(f"--preset {args.preset} has its own shapes: leave it out, or name no others.")
+    given = shapes(args.shapes) if args.shapes else shapes_of_model(args.from_config)
     return cells_of(
-        shapes(args.shapes) if args.shapes else shapes_of_model(args.from_config),
+        list(dict.fromkeys((k, n) for k, *ns in given for n in ns)),  # here each product is one by itself
         numbers("--tokens", args.tokens or _DEFAULT_TOKENS),
         [part.strip() for part in (args.dtypes or _DEFAULT_DTYPES).split(",")],
         chosen,

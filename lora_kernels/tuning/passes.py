@@ -53,7 +53,7 @@ class Inputs:
 class Pass(Protocol):
     """One direction of a cell, with its sets of inputs."""
 
-    def floor(self, i: int) -> Tensor:
+    def floor(self, i: int) -> Any:
         """The frozen layer's product on set ``i``."""
 
     def run(self, plan: Plan, i: int) -> Results:
@@ -73,19 +73,21 @@ def pass_of(cell: Cell, sets: list[Inputs], scaling: float) -> Pass:
 
 
 class _Common:
-    def __init__(self, cell: Cell, sets: list[Inputs], scaling: float) -> None:
+    def __init__(self, cell: Cell, sets: list[Inputs], scaling: float, member: int = 0) -> None:
+        """``member``: of layers of one x; each draws a mask of its own."""
         from ..backends.triton.operators import mask
 
         x = sets[0].x
         capability = machine_of(x.device).capability
         self._operand = operand_on(capability, x.dtype, cell.k, cell.n, cell.r)
         self._cell, self._sets, self._scaling = cell, sets, scaling
-        self._p = DROPOUT if cell.dropout else 0.0
-        self._state = torch.tensor(_SEED, device=x.device) if cell.dropout else None
-        self._mask = None if self._state is None else mask(self._state, cell.tokens, cell.k, self._p)
-        self._rows = torch.linspace(0, cell.tokens - 1, min(cell.tokens, _ROWS), device=x.device).long()
+        self.p = DROPOUT if cell.dropout else 0.0
+        seed = (_SEED[0] + member, _SEED[1])
+        self.state = torch.tensor(seed, device=x.device) if cell.dropout else None
+        self._mask = None if self.state is None else mask(self.state, cell.tokens, cell.k, self.p)
+        self.rows = torch.linspace(0, cell.tokens - 1, min(cell.tokens, _ROWS), device=x.device).long()
 
-    def _judge(self, name: str, found: Tensor, exact: Tensor, yardstick: Tensor, error: Tensor | None) -> str | None:
+    def judge(self, name: str, found: Tensor, exact: Tensor, yardstick: Tensor, error: Tensor | None) -> str | None:
         dtype = self._sets[0].x.dtype
         verdict = accuracy.judge(name, found, exact, yardstick, dtype, self._cell.tf32, expected=error)
         return None if verdict.passed else str(verdict)
@@ -107,10 +109,10 @@ class _Common:
 class ForwardPass(_Common):
     """y and h."""
 
-    def __init__(self, cell: Cell, sets: list[Inputs], scaling: float) -> None:
+    def __init__(self, cell: Cell, sets: list[Inputs], scaling: float, member: int = 0) -> None:
         from ..backends.triton.operators import run_plan
 
-        super().__init__(cell, sets, scaling)
+        super().__init__(cell, sets, scaling, member)
         self._run_plan = run_plan
 
     def floor(self, i: int) -> Tensor:
@@ -118,7 +120,7 @@ class ForwardPass(_Common):
 
     def run(self, plan: Plan, i: int) -> Results:
         s = self._sets[i]
-        given = (s.x, s.weight, s.lora_a, s.lora_b, None, self._scaling, self._p, self._state)
+        given = (s.x, s.weight, s.lora_a, s.lora_b, None, self._scaling, self.p, self.state)
         return self._run_plan(plan, *given)  # type: ignore[arg-type]
 
     def wrong(self, results: Results) -> str | None:
@@ -126,9 +128,9 @@ class ForwardPass(_Common):
         h = self._unscaled(h)
         of_y, of_h = zip(*self._expected, strict=True)
         dtype, tf32 = self._sets[0].x.dtype, self._cell.tf32
-        hidden = accuracy.judge("h", h[self._rows], of_h[0], of_h[1], dtype, tf32)
+        hidden = accuracy.judge("h", h[self.rows], of_h[0], of_h[1], dtype, tf32)
         ceiling = accuracy.TF32_CEILING if tf32 else accuracy.CEILINGS[dtype]
-        if found := self._judge("y", y[self._rows], *of_y):
+        if found := self.judge("y", y[self.rows], *of_y):
             return found
         if not bool(torch.isfinite(y).all()):
             return "y has values that are not finite."
@@ -140,11 +142,11 @@ class ForwardPass(_Common):
     def _expected(self) -> list[tuple[Any, ...]]:
         """(y, h) of the chosen rows: exact, the yardstick, the errors to expect."""
         s = self._sets[0]
-        kept = None if self._mask is None else self._mask[self._rows]
+        kept = None if self._mask is None else self._mask[self.rows]
 
         def run(number: Callable[[Tensor], Any]) -> tuple[Any, ...]:
-            x, weight, a, b = (number(t) for t in (s.x[self._rows], s.weight, s.lora_a, s.lora_b))
-            return reference.forward(x, weight, a, b, None, self._scaling, kept, self._p)
+            x, weight, a, b = (number(t) for t in (s.x[self.rows], s.weight, s.lora_a, s.lora_b))
+            return reference.forward(x, weight, a, b, None, self._scaling, kept, self.p)
 
         return self._three_ways(run)
 
@@ -152,23 +154,23 @@ class ForwardPass(_Common):
 class BackwardPass(_Common):
     """dx, da and db, from the h and, of dropout, the words or the seed that forward has left."""
 
-    def __init__(self, cell: Cell, sets: list[Inputs], scaling: float) -> None:
+    def __init__(self, cell: Cell, sets: list[Inputs], scaling: float, member: int = 0) -> None:
         from ..backends.triton.operators import run_backward
 
-        super().__init__(cell, sets, scaling)
+        super().__init__(cell, sets, scaling, member)
         self._run_backward = run_backward
-        self._kept = self._state
-        if self._state is not None and kept().prefers_words(cell.n):
-            self._kept = self._words(self._state)
+        self.kept = self.state
+        if self.state is not None and kept().prefers_words(cell.n):
+            self.kept = self._words(self.state)
         hs = [self._hidden(s, s.x.dtype).float() for s in sets]
-        self._hs = hs if self._operand is None else [self._operand.pack(scaling * h) for h in hs]
+        self.hs = hs if self._operand is None else [self._operand.pack(scaling * h) for h in hs]
 
     def floor(self, i: int) -> Tensor:
         return torch.mm(self._sets[i].dy, self._sets[i].weight)
 
     def run(self, plan: Plan, i: int) -> Results:
         s = self._sets[i]
-        given = (s.dy, s.x, s.weight, s.lora_a, s.lora_b, None, self._hs[i], self._scaling, self._p, self._kept)
+        given = (s.dy, s.x, s.weight, s.lora_a, s.lora_b, None, self.hs[i], self._scaling, self.p, self.kept)
         dx, da, db, _ = self._run_backward(plan, *given)  # type: ignore[arg-type]
         assert dx is not None
         assert da is not None
@@ -178,31 +180,38 @@ class BackwardPass(_Common):
     def wrong(self, results: Results) -> str | None:
         if not all(bool(torch.isfinite(result).all()) for result in results):
             return "a gradient has values that are not finite."
-        found = (results[0][self._rows], *results[1:])
-        verdicts = map(self._judge, ("dx", "da", "db"), found, *self._expected)
+        found = (results[0][self.rows], *results[1:])
+        verdicts = map(self.judge, ("dx", "da", "db"), found, *zip(*self.expected, strict=True))
+        return next(filter(None, verdicts), None)
+
+    def wrong_of_adapters(self, da: Tensor, db: Tensor) -> str | None:
+        """What the policy has against them, where dx is that of several layers."""
+        if not all(bool(torch.isfinite(result).all()) for result in (da, db)):
+            return "a gradient has values that are not finite."
+        verdicts = map(self.judge, ("da", "db"), (da, db), *zip(*self.expected[1:], strict=True))
         return next(filter(None, verdicts), None)
 
     def _words(self, state: Tensor) -> Tensor:
         from ..backends.triton.run.launcher import index_of, launched
         from ..backends.triton.run.steps import draw_step
 
-        drawn: Tensor = launched(draw_step(self._cell.tokens, self._cell.k, self._p), index_of(state.device), state)
+        drawn: Tensor = launched(draw_step(self._cell.tokens, self._cell.k, self.p), index_of(state.device), state)
         return drawn
 
     def _hidden(self, s: Inputs, dtype: torch.dtype) -> Tensor:
         x, a = (t.to(s.x.dtype).to(dtype) for t in (s.x, s.lora_a))
-        return reference.drop(x, self._mask, self._p) @ a.t()
+        return reference.drop(x, self._mask, self.p) @ a.t()
 
     @cached_property
-    def _expected(self) -> list[tuple[Any, ...]]:
-        """dx of the chosen rows, da and db: exact, the yardstick, the errors to expect."""
-        s, rows = self._sets[0], self._rows
+    def expected(self) -> list[tuple[Any, ...]]:
+        """Of dx of the chosen rows, da and db each: exact, the yardstick, the errors to expect."""
+        s, rows = self._sets[0], self.rows
         kept = None if self._mask is None else self._mask[rows]
 
         def run(number: Callable[[Tensor], Any]) -> tuple[Any, ...]:
-            dy, x, weight, a, b, h = map(number, (s.dy, s.x, s.weight, s.lora_a, s.lora_b, self._unscaled(self._hs[0])))
+            dy, x, weight, a, b, h = map(number, (s.dy, s.x, s.weight, s.lora_a, s.lora_b, self._unscaled(self.hs[0])))
             dh = self._scaling * (dy @ b)
-            dx = dy[rows] @ weight + reference.drop(dh[rows] @ a, kept, self._p)
-            return dx, dh.t() @ reference.drop(x, self._mask, self._p), self._scaling * (dy.t() @ h)
+            dx = dy[rows] @ weight + reference.drop(dh[rows] @ a, kept, self.p)
+            return dx, dh.t() @ reference.drop(x, self._mask, self.p), self._scaling * (dy.t() @ h)
 
-        return self._three_ways(run)
+        return list(zip(*self._three_ways(run), strict=True))

@@ -107,9 +107,11 @@ def predicted_ratio(machine: Machine, cell: Cell, seconds: float) -> float | Non
     if cell.tf32 or machine.interpreter:
         return None
     direction = "dx" if cell.direction == "backward" else "forward"
-    work = Workload(direction, cell.tokens, cell.k, cell.n, cell.r, cell.dtype)
-    floor = roofline.cost(FLOOR, work, roofline.gpu_machine("this", machine))
-    return None if floor is None else seconds / floor.seconds
+    floors = []
+    for member in cell.members:
+        work = Workload(direction, cell.tokens, cell.k, member.n, member.r, cell.dtype)
+        floors.append(roofline.cost(FLOOR, work, roofline.gpu_machine("this", machine)))
+    return None if None in floors else seconds / sum(floor.seconds for floor in floors if floor is not None)
 
 
 def _found_json(found: Found, machine: Machine) -> dict[str, Any]:
@@ -141,7 +143,8 @@ def _timing_json(timing: Timing) -> dict[str, Any]:
 
 def _place(cell: Cell) -> list[str]:
     dtype = SHORT.get(cell.dtype, cell.dtype)
-    return [cell.direction, f"{cell.k}→{cell.n}", str(cell.tokens), str(cell.r), dtype, "yes" if cell.dropout else "no"]
+    ns, dropout = "+".join(map(str, cell.ns)), "yes" if cell.dropout else "no"
+    return [cell.direction, f"{cell.k}→{ns}", str(cell.tokens), str(cell.r), dtype, dropout]
 
 
 def _ratio_text(ratio: float | None) -> str:
@@ -171,5 +174,7 @@ def _counted(outcomes: Sequence[Outcome]) -> str:
     chosen = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
     return (
         f"{counts['tuned']} cells tuned in {seconds:.0f} s, {counts['kept']} kept, {counts['failed']} failed, "
-        f"{counts['not reached']} not reached." + (f" Chosen: {chosen}." if chosen else "")
+        f"{counts['not reached']} not reached"
+        + (f", {counts['one way']} without a choice." if counts["one way"] else ".")
+        + (f" Chosen: {chosen}." if chosen else "")
     )

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from ..backends.triton.choose.blocks import Machine
 from ..backends.triton.choose.candidates import candidates, predicted_seconds
+from ..backends.triton.choose.group_plans import Apart
 from ..backends.triton.choose.plans import Cell, Plan
 from ..benchmark.timing import Timing
 from ..errors import LoRAKernelsError
@@ -174,7 +175,7 @@ def search(machine: Machine, cell: Cell, trial: Trial, limit: int = CANDIDATES) 
         alive = _survivors(latest)
     order = sorted(latest, key=lambda plan: latest[plan].ratio)
     stored, composition = order[0], _best_composition(latest)
-    if not stored.is_composition:
+    if not _is_plain(stored):
         floor, latest = _time(trial, [stored, composition], CONFIRMATION)
         timings |= latest
         if stored not in latest or not beats(latest[stored], timings[composition]):
@@ -187,7 +188,7 @@ def search(machine: Machine, cell: Cell, trial: Trial, limit: int = CANDIDATES) 
         timings=dict(sorted(timings.items(), key=lambda item: item[1].ratio)),
         predicted={plan: predicted_seconds(machine, cell, plan) for plan in tried},
         refused=refused,
-        composition=None if stored.is_composition else composition,
+        composition=None if _is_plain(stored) else composition,
         runner_up=others[0] if others else None,
         host=trial.host(list(timings)),
     )
@@ -213,7 +214,12 @@ def _survivors(latest: Mapping[Plan, Timing]) -> list[Plan]:
 
 
 def _best_composition(latest: Mapping[Plan, Timing]) -> Plan:
-    return min((plan for plan in latest if plan.is_composition), key=lambda plan: latest[plan].ratio)
+    return min(filter(_is_plain, latest), key=lambda plan: latest[plan].ratio)
+
+
+def _is_plain(plan: Plan) -> bool:
+    """What runs wherever anything does: a composition; of a group each layer by itself."""
+    return plan.is_composition or isinstance(plan, Apart)
 
 
 def _time(trial: Trial, plans: Sequence[Plan], rounds: int) -> tuple[Timing, dict[Plan, Timing]]:
@@ -223,8 +229,8 @@ def _time(trial: Trial, plans: Sequence[Plan], rounds: int) -> tuple[Timing, dic
 
 
 def _need_composition(cell: Cell, alive: Sequence[Plan], refused: Mapping[Plan, Refusal]) -> None:
-    if not any(plan.is_composition for plan in alive):
-        said = " ".join(f"{plan}: {refusal.sentence}" for plan, refusal in refused.items() if plan.is_composition)
+    if not any(map(_is_plain, alive)):
+        said = " ".join(f"{plan}: {refusal.sentence}" for plan, refusal in refused.items() if _is_plain(plan))
         raise NothingToStoreError(
             f"{cell} is not tuned, for no plain composition runs there. {said} Free the device's memory, or leave the "
             "cell out."

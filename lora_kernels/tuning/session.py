@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Protocol
 
 from ..backends.triton.choose.blocks import Machine
+from ..backends.triton.choose.candidates import candidates
 from ..backends.triton.choose.plans import Cell
 from ..backends.triton.choose.table import DeviceName, Row, TableError, Timed, merge_into, read, versions_of
+from ..backends.triton.choose.why import obstacle
 from ..console import Progress
 from .search import CANDIDATES, Found, NothingToStoreError, Trial, search
 
 __all__ = ["Bench", "Options", "Outcome", "run", "stored_rows"]
 
 _MICRO = 1e6
+_KERNELS = {"forward": "hopper_group", "backward": "dx_hopper_group"}
 
 
 class Bench(Protocol):
@@ -37,10 +40,11 @@ class Outcome:
     """What became of a cell.
 
     Attributes:
-        status: "tuned"; "kept", it was in the table; "failed"; "not reached" within the budget.
+        status: "tuned"; "kept", it was in the table; "failed"; "not reached" within the budget; "one way", there is no
+            choice, so nothing was measured.
         row: what the table has for it now.
         found: the measurement, where there was one.
-        sentence: why it failed.
+        sentence: why it failed, or has no choice.
         seconds: what it took.
     """
 
@@ -91,7 +95,9 @@ def run(
         progress("tune", position, len(cells))
         took = [outcome.seconds for outcome in outcomes if outcome.seconds]
         expected = sum(took) / len(took) if took else 0.0
-        if cell in before:
+        if sentence := _one_way(bench.machine, cell):
+            outcomes.append(Outcome(cell, "one way", sentence=sentence))
+        elif cell in before:
             outcomes.append(Outcome(cell, "kept", before[cell]))
         elif now() - begun + expected >= options.budget:
             outcomes.append(Outcome(cell, "not reached"))
@@ -111,6 +117,13 @@ def stored_rows(path: Path, versions: dict[str, str]) -> dict[Cell, Row]:
         return {row.cell: row for row in read(path).rows if row.versions == versions_of(row.plan, versions)}
     except TableError:
         return {}
+
+
+def _one_way(machine: Machine, cell: Cell) -> str | None:
+    """A sentence where the machine has one plan for ``cell``: of layers of one x, each by itself."""
+    if not cell.others or len(candidates(machine, cell)) > 1:
+        return None
+    return f"There is one way to run it here, each layer by itself. {obstacle(machine, cell, _KERNELS[cell.direction])}"
 
 
 def _tune(cell: Cell, bench: Bench, limit: int, now: Callable[[], float]) -> Outcome:

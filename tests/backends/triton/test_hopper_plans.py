@@ -492,5 +492,5 @@ def test_the_tuner_judges_them(direction: str, p: float, monkeypatch: pytest.Mon
     assert judged.wrong(results) is None
     assert judged.wrong((results[0], 1.1 * results[1], *results[2:])) is not None
     if isinstance(judged, passes.BackwardPass) and p:  # so narrow a layer keeps the mask: the pass does not draw it
-        assert judged._kept is not None
-        assert judged._kept.shape == (case.m, row_words(case.k))
+        assert judged.kept is not None
+        assert judged.kept.shape == (case.m, row_words(case.k))
