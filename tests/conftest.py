@@ -192,10 +192,10 @@ def without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from lora_kernels.backends.triton.choose import candidates, ranking
 
     monkeypatch.setattr(nvrtc, "path", lambda: None)
-    for remembered in (candidates.candidates, ranking.plans_for):
+    for remembered in (candidates.candidates, candidates.predicted, ranking.plans_for):
         remembered.cache_clear()
     yield
-    for remembered in (candidates.candidates, ranking.plans_for):
+    for remembered in (candidates.candidates, candidates.predicted, ranking.plans_for):
         remembered.cache_clear()
 
 

@@ -58,6 +58,7 @@ __all__ = [
     "of_row",
     "on_one_stream",
     "order",
+    "predicted",
     "predicted_seconds",
 ]
 
@@ -167,10 +168,21 @@ def candidates(machine: Machine, cell: Cell, launching: Launching = PREPARED) ->
 
     The interpreter's come in a fixed order, the fused ones first: there, they are what is to be seen.
     """
-    plans = list(_every(machine, cell))
+    found = list(predicted(machine, cell))
     if not machine.interpreter:
-        plans.sort(key=lambda plan: (order(machine, cell, plan, launching), predicted_seconds(machine, cell, plan)))
-    return tuple(plans)
+        costs = {
+            plan: launching.cost(seconds, host_seconds(machine, cell, plan, launching), _beside(plan))
+            for plan, seconds in found
+        }
+        found.sort(key=lambda pair: (costs[pair[0]], pair[1]))
+    return tuple(plan for plan, _ in found)
+
+
+@lru_cache(maxsize=1024)
+def predicted(machine: Machine, cell: Cell) -> tuple[tuple[Any, float], ...]:
+    """Every plan that fits the machine, with the seconds of :func:`predicted_seconds`; of the interpreter's, none."""
+    plans = _every(machine, cell)
+    return tuple((plan, 0.0 if machine.interpreter else predicted_seconds(machine, cell, plan)) for plan in plans)
 
 
 def _every(machine: Machine, cell: Cell) -> Iterator[Any]:
