@@ -277,7 +277,7 @@ NEARLY = 1.05
     "cell", MEASURED, ids=lambda c: f"{c['tokens']} tokens, {c['in_features']}x{c['out_features']}"
 )
 def test_the_choice_is_nearly_the_quickest_measured(cell: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an H100, untuned, of what was measured there, in graphs; to choose takes no NVRTC. Else one launch is taken."""
+    """On an H100, untuned, of what was measured there, in graphs; else one launch is taken. It takes no NVRTC."""
     monkeypatch.setattr(nvrtc, "why_not", lambda: None)
     candidates.candidates.cache_clear()
     candidates.predicted.cache_clear()
