@@ -2,9 +2,10 @@
 
 ``bench/results/nvidia-h100/tune.json`` holds every candidate's time. The tuner timed them in CUDA graphs, where a
 launch costs nothing; outside of a graph a second stream costs the host about 80 µs a call by Python, and at few tokens
-that is many times what it saves. The file has no host's time of each candidate, by which a choice could weigh it. So of each cell the quickest plan on **one** stream ships, chosen as the tuner chooses: one
-that is no plain composition only if it beats the best of those by more than the clock's noise. Whoever runs graphs
-alone may do better with a table of their own (``lora-kernels tune``), whose rows count before these.
+that is many times what it saves. The file has no host's time of each candidate, by which a choice could weigh it. So of
+each cell the quickest plan on **one** stream ships, chosen as the tuner chooses: one that is no plain composition only
+if it beats the best of those by more than the clock's noise. Whoever runs graphs alone may do better with a table of
+their own (``lora-kernels tune``), whose rows count before these.
 """
 
 from __future__ import annotations
