@@ -257,9 +257,11 @@ def _with_liger(adapt: Callable[[Any], tuple[Any, str]], swiglu: bool) -> Callab
 @contextmanager
 def unpatched() -> Iterator[None]:
     """Undoes at its end what Liger has changed in transformers beyond one model."""
+    from transformers.models.llama import modeling_llama
+    from transformers.models.qwen2 import modeling_qwen2
+
     before = []
-    for kind in {sizes.kind for model in MODELS.values() for sizes in model.sizes.values()}:
-        module = importlib.import_module(f"transformers.models.{kind.lower()}.modeling_{kind.lower()}")
+    for kind, module in (("Llama", modeling_llama), ("Qwen2", modeling_qwen2)):
         names = ("apply_rotary_pos_emb", f"{kind}RMSNorm", f"{kind}MLP")
         before += [(module, name, getattr(module, name)) for name in names]
     try:
