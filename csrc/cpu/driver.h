@@ -5,6 +5,7 @@
 #include "coded_few.h"
 #include "gains.h"
 #include "gated.h"
+#include "low_rank.h"
 #include "tiled_few.h"
 #include "tiled_products.h"
 
@@ -141,12 +142,31 @@ struct Driver {
                 static_cast<bf16*>(f.out)};
     }
 #endif
+    // Where the low-rank parts stand alone and nothing drops of them. AMX's tiles make them quicker.
+    static bool is_low_rank(const ProductCall& f) {
+        if ((LORA_TILES && __is_same(E, bf16)) || f.gain != nullptr || f.linear != nullptr) return false;
+        for (int64_t t = 0; t < f.count; ++t) {
+            if (f.terms[t].weight != nullptr || f.terms[t].dropout.active) return false;
+        }
+        return true;
+    }
+    static LowRankProduct<T, E> low_rank(const ProductCall& f) {
+        return {f.m,
+                f.n,
+                f.terms,
+                f.count,
+                f.transposed,
+                static_cast<T>(f.factor),
+                adapter(f.bias),
+                static_cast<E*>(f.out)};
+    }
     static FewInputGradient<T, E> few_dx(const ProductCall& f) {
         return {f.m, f.n, f.terms, f.count, static_cast<E*>(f.out)};
     }
     static size_t product_scratch(const ProductCall& f) {
         if (f.m == 0) return 0;
         const int64_t threads = threads_of(f);
+        if (is_low_rank(f)) return bytes(threads * low_rank(f).scratch_per_task());
         if (!few(f)) return bytes(threads * many(f).scratch_per_task());
         if (!f.transposed) return bytes(threads * few_dx(f).scratch_per_task());
 #if LORA_TILES
@@ -161,6 +181,7 @@ struct Driver {
     static void product(const ProductCall& f) {
         if (f.m == 0) return;
         T* scratch = static_cast<T*>(f.scratch);
+        if (is_low_rank(f)) return low_rank(f).run(threads_of(f), scratch);
         if (!few(f)) return many(f).run(threads_of(f), scratch);
         if (!f.transposed) return few_dx(f).run(threads_of(f), scratch);
 #if LORA_TILES
