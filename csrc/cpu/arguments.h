@@ -61,8 +61,9 @@ struct Adapter {
         const int64_t rows = vector ? 1 : sizes[0], columns = vector ? sizes[0] : sizes[1];
         converted = std::make_unique<Scratch>(static_cast<size_t>(rows * columns) * size_of(hidden_of(compute)));
         data = converted->get();
-        kernels_for(compute).adapter(tensor.const_data_ptr(), own, vector ? 0 : tensor.stride(0),
-                                     tensor.stride(vector ? 0 : 1), rows, columns, thread_count(), converted->get());
+        const Stored stored = {tensor.const_data_ptr(), own, vector ? 0 : tensor.stride(0),
+                               tensor.stride(vector ? 0 : 1)};
+        kernels_for(compute).adapter(stored, rows, columns, thread_count(), converted->get());
     }
 };
 

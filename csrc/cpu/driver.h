@@ -3,6 +3,7 @@
 #pragma once
 
 #include "coded_few.h"
+#include "few_layer.h"
 #include "gains.h"
 #include "gated.h"
 #include "low_rank.h"
@@ -215,6 +216,26 @@ struct Driver {
         output.run(threads_of(f), low + f.m * r);
     }
 
+    // A layer's forward in one go, where the kernels have that.
+    static bool whole_forward(const FewForwardCall& f) {
+#if LORA_PAIRS
+        if constexpr (in_pairs<E>) return FewLayer{f}.pays(threads_of(f));
+#endif
+        return false;
+    }
+    static int64_t threads_of(const FewForwardCall& f) { return useful_threads(f.threads, f.m * f.n * f.k); }
+    static size_t few_forward_scratch(const FewForwardCall& f) {
+#if LORA_PAIRS
+        if constexpr (in_pairs<E>) return FewLayer{f}.scratch(threads_of(f));
+#endif
+        return 0;
+    }
+    static void few_forward(const FewForwardCall& f) {
+#if LORA_PAIRS
+        if constexpr (in_pairs<E>) FewLayer{f}.run(threads_of(f));
+#endif
+    }
+
     static void apply_gain(const GainCall& f) {
         const int64_t tasks = least(useful_threads(f.threads, f.m * f.n * WORK_PER_ELEMENT), f.m);
         run_tasks(tasks, [&](int64_t task) {
@@ -342,85 +363,6 @@ struct Driver {
     static void row_norms(const RowNormsCall& f) { norms_of(f).run(threads_of(f), static_cast<T*>(f.scratch)); }
 };
 
-// Adapters and bias come in any dtype and leave as T, rounded to E on the way; gradients go the other way.
-template <class T, class E>
-struct Conversion {
-    template <class S>
-    static void rows_of(const void* source, int64_t row_stride, int64_t column_stride, const Range& rows,
-                        int64_t columns, T* out) {
-        constexpr int VL = lanes<T>;
-        constexpr bool rounds = sizeof(E) == 2 && !same<S, E>;
-        const bool one_row = column_stride == 1 && row_stride == columns;  // the rows of the range follow each other
-        const int64_t length = one_row ? columns * (rows.end - rows.begin) : columns;
-        for (int64_t i = rows.begin; i < (one_row ? rows.begin + 1 : rows.end); ++i) {
-            const S* from = static_cast<const S*>(source) + i * row_stride;
-            T* to = out + i * columns;
-            int64_t j = 0;
-            if constexpr (vectorizes<S>) {
-                for (; column_stride == 1 && j + VL <= length; j += VL) {
-                    Vector<T> value = load(from + j);
-                    if constexpr (rounds) {
-                        E rounded[VL];
-                        store(value, rounded);
-                        value = load(rounded);
-                    }
-                    store(value, to + j);
-                }
-            }
-            for (; j < length; ++j) {
-                E rounded;
-                narrow(static_cast<T>(widen(from[j * column_stride])), &rounded);
-                to[j] = widen(rounded);
-            }
-        }
-    }
-
-    static void adapter(const void* source, Dtype dtype, int64_t row_stride, int64_t column_stride, int64_t rows,
-                        int64_t columns, int64_t threads, void* out) {
-        const auto convert = dtype == Dtype::fp32   ? rows_of<float>
-                             : dtype == Dtype::bf16 ? rows_of<bf16>
-                             : dtype == Dtype::fp16 ? rows_of<fp16>
-                                                    : rows_of<double>;
-        const int64_t tasks = least(useful_threads(threads, rows * columns * WORK_PER_ELEMENT), rows);
-        run_tasks(tasks, [&](int64_t index) {
-            const Range range = share(rows, 1, tasks, index);
-            convert(source, row_stride, column_stride, range, columns, static_cast<T*>(out));
-        });
-    }
-
-    template <class S>
-    static void row_to(const T* from, int64_t count, void* out) {
-        constexpr int VL = lanes<T>;
-        S* to = static_cast<S*>(out);
-        int64_t j = 0;
-        if constexpr (vectorizes<S>) {
-            for (; j + VL <= count; j += VL) store(load(from + j), to + j);
-        }
-        for (; j < count; ++j) narrow(static_cast<Scalar<S>>(from[j]), to + j);
-    }
-
-    static void gradient(const void* source, int64_t count, Dtype dtype, void* out) {
-        const T* from = static_cast<const T*>(source);
-        switch (dtype) {
-            case Dtype::fp32:
-                return row_to<float>(from, count, out);
-            case Dtype::bf16:
-                return row_to<bf16>(from, count, out);
-            case Dtype::fp16:
-                return row_to<fp16>(from, count, out);
-            case Dtype::fp64:
-                return row_to<double>(from, count, out);
-        }
-    }
-
-    template <class A, class B>
-    static constexpr bool same = __is_same(A, B);
-    template <class S>
-    static constexpr bool vectorizes = same<T, double> ? same<S, double> : !same<S, double>;  // load and store exist
-    template <class S>
-    using Scalar = decltype(widen(S{}));
-};
-
 static void draw_mask(const Dropout& dropout, int64_t rows, int64_t columns, int64_t threads, bool* keep) {
     const int64_t tasks = least(useful_threads(threads, rows * columns), rows);
     run_tasks(tasks, [&](int64_t task) {
@@ -439,6 +381,9 @@ constexpr Kernels KERNELS = {Driver<T, E>::shrink_scratch,
                              Driver<T, E>::shrink,
                              Driver<T, E>::product_scratch,
                              Driver<T, E>::product,
+                             Driver<T, E>::whole_forward,
+                             Driver<T, E>::few_forward_scratch,
+                             Driver<T, E>::few_forward,
                              Driver<T, E>::apply_gain,
                              Driver<T, E>::output_grads_scratch,
                              Driver<T, E>::output_grads,

@@ -10,6 +10,8 @@ namespace lora_kernels {
 // Runs body(context, task) for task = 0 .. tasks - 1 on torch's threads; task i always means the same work.
 void parallel(int64_t tasks, void (*body)(void* context, int64_t task), void* context);
 
+enum class Dtype { fp32, bf16, fp16, fp64 };
+
 struct Dropout {
     bool active;
     uint64_t key, stream;  // the seed's two words
@@ -56,6 +58,28 @@ struct ProductCall {  // out = gain * (Σ terms) + bias
     const void *bias, *gain;  // T (n) or null
     void* linear;             // E (m, n): Σ terms, where gain is there and somebody asks for it
     void* out;                // E (m, n)
+    int64_t threads;
+    void* scratch;
+};
+
+// An adapter as it is stored.
+struct Stored {
+    const void* data;
+    Dtype dtype;
+    int64_t row_stride, column_stride;
+};
+
+struct FewForwardCall {  // h = (x * D) Aᵀ and out = x Wᵀ + factor h lora_bᵀ + bias, of few tokens
+    int64_t m, n, k, r;
+    const void* x;  // E (m, k)
+    int64_t ldx;
+    const void* weight;  // E (n, k)
+    int64_t ldw;
+    Stored lora_a, lora_b;  // (r, k), (n, r)
+    const void* bias;       // T (n) or null
+    double factor;
+    Dropout dropout;
+    void *h, *out;  // T (m, r), E (m, n)
     int64_t threads;
     void* scratch;
 };
@@ -194,13 +218,14 @@ struct CodedInputGradCall {  // out = dy W + D * (dh lora_a); k of 4-bit codes a
     void* scratch;
 };
 
-enum class Dtype { fp32, bf16, fp16, fp64 };
-
 struct Kernels {
     size_t (*shrink_scratch)(const ShrinkCall&);
     void (*shrink)(const ShrinkCall&);
     size_t (*product_scratch)(const ProductCall&);
     void (*product)(const ProductCall&);
+    bool (*whole_forward)(const FewForwardCall&);  // whether the next two run
+    size_t (*few_forward_scratch)(const FewForwardCall&);
+    void (*few_forward)(const FewForwardCall&);
     void (*apply_gain)(const GainCall&);
     size_t (*output_grads_scratch)(const OutputGradsCall&);
     void (*output_grads)(const OutputGradsCall&);
@@ -216,8 +241,7 @@ struct Kernels {
     size_t (*coded_input_grad_scratch)(const CodedInputGradCall&);
     void (*coded_input_grad)(const CodedInputGradCall&);
     // out (rows, columns), contiguous T: a matrix of any dtype and strides, rounded to the compute dtype.
-    void (*adapter)(const void* source, Dtype dtype, int64_t row_stride, int64_t column_stride, int64_t rows,
-                    int64_t columns, int64_t threads, void* out);
+    void (*adapter)(const Stored& source, int64_t rows, int64_t columns, int64_t threads, void* out);
     // out (count) of any dtype from T, rounded once.
     void (*gradient)(const void* source, int64_t count, Dtype dtype, void* out);
     // keep (rows, columns) of bool.

@@ -52,6 +52,36 @@ Tensor shrink_by(const Tensor& x, const Tensor& lora_a, double p, const Tensor* 
     return h;
 }
 
+std::optional<std::tuple<Tensor, Tensor>> whole_forward(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
+                                                        const Tensor& lora_b, const std::optional<Tensor>& bias,
+                                                        double scaling, double p, const Tensor* state) {
+    const Dtype compute = dtype_of(x, "x");
+    const int64_t m = rows_of(x, "x"), k = columns_of(x, "x"), r = rows_of(lora_a, "lora_a"),
+                  n = rows_of(lora_b, "lora_b");
+    const Kernels& kernels = kernels_for(compute);
+    FewForwardCall call = {m,  n,       k,       r,  nullptr, 0,       nullptr,        0,      {},
+                           {}, nullptr, scaling, {}, nullptr, nullptr, thread_count(), nullptr};
+    const auto stored = [](const Tensor& adapter, const char* name) -> Stored {
+        return {adapter.const_data_ptr(), dtype_of(adapter, name), adapter.stride(0), adapter.stride(1)};
+    };
+    call.lora_a = stored(lora_a, "lora_a"), call.lora_b = stored(lora_b, "lora_b");
+    if (!kernels.whole_forward(call) || !multiplies(weight, compute, Pass::forward, m, n, k)) return std::nullopt;
+    expect(weight, "weight", {n, k}, compute);
+    expect(lora_a, "lora_a", {r, k});
+    expect(lora_b, "lora_b", {n, r});
+    expect(bias, "bias", {n});
+    const Matrix tokens(x, "x"), base(weight, "weight");
+    const OptionalAdapter offset(bias, "bias", compute);
+    Tensor h = empty({m, r}, scalar_type_of(hidden_of(compute))), y = empty({m, n}, x.scalar_type());
+    call.x = tokens.data, call.ldx = tokens.stride, call.weight = base.data, call.ldw = base.stride;
+    call.bias = offset.data, call.dropout = dropout_of(state, p), call.h = h.mutable_data_ptr();
+    call.out = y.mutable_data_ptr();
+    Scratch scratch(kernels.few_forward_scratch(call));
+    call.scratch = scratch.get();
+    kernels.few_forward(call);
+    return std::make_tuple(h, y);
+}
+
 Tensor product_with(const Tensor& x, const Tensor& weight, const Tensor& lora_b, const Tensor& h,
                     const std::optional<Tensor>& bias, const std::optional<Tensor>& gain, double scaling,
                     std::optional<Tensor>* linear, const Tensor* out) {

@@ -29,6 +29,11 @@ inline int64_t columns_of(const Tensor& matrix, const char* name) {
 // h (m, r) = (x * D) Aᵀ
 Tensor shrink_by(const Tensor& x, const Tensor& lora_a, double p, const Tensor* state, int64_t row = 0);
 
+// h and y of few tokens, where the kernels make both in one go; else nothing.
+std::optional<std::tuple<Tensor, Tensor>> whole_forward(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
+                                                        const Tensor& lora_b, const std::optional<Tensor>& bias,
+                                                        double scaling, double p, const Tensor* state);
+
 // y; `linear`, where it is not null, is given what the gain acts on.
 Tensor product_with(const Tensor& x, const Tensor& weight, const Tensor& lora_b, const Tensor& h,
                     const std::optional<Tensor>& bias, const std::optional<Tensor>& gain, double scaling,

@@ -7,9 +7,9 @@
 namespace lora_kernels {
 namespace LORA_CAPABILITY {
 
-// Registers: BLOCK_ROWS x BLOCK_PANELS panels of sums. More rows would be written at once than a set of the first-level
+// Registers: TILE_HEIGHT x TILE_PANELS panels of sums. More rows would be written at once than a set of the first-level
 // cache holds lines, for rows lie a power of two apart.
-constexpr int BLOCK_ROWS = 6, BLOCK_PANELS = LORA_VECTOR_BYTES == 64 ? 2 : 1;
+constexpr int TILE_HEIGHT = 6, TILE_PANELS = LORA_VECTOR_BYTES == 64 ? 2 : 1;
 
 template <class T, class E>
 LORA_INLINE void store_two(Vector<T> first, Vector<T> second, E* p) {
@@ -23,7 +23,7 @@ LORA_INLINE void store_two(Vector<T> first, Vector<T> second, E* p) {
 template <class T, class E>
 struct LowRankProduct {
     static constexpr int64_t COLUMNS = 256;  // whose panels stay in the first-level cache for all rows
-    static constexpr int VECTORS = BLOCK_PANELS * PANEL_VECTORS;
+    static constexpr int VECTORS = TILE_PANELS * PANEL_VECTORS;
 
     int64_t m, n;
     const Term* terms;
@@ -106,8 +106,8 @@ struct LowRankProduct {
     template <int MR>
     void rows(int64_t i, int64_t j, int64_t columns, const T* panels) const {
         int64_t within = 0;
-        for (; within + BLOCK_PANELS * PANEL<T> <= columns; within += BLOCK_PANELS * PANEL<T>)
-            block<MR, BLOCK_PANELS>(i, j + within, within, panels);
+        for (; within + TILE_PANELS * PANEL<T> <= columns; within += TILE_PANELS * PANEL<T>)
+            block<MR, TILE_PANELS>(i, j + within, within, panels);
         for (; within < columns; within += PANEL<T>) block<MR, 1>(i, j + within, within, panels);
     }
 
@@ -116,18 +116,20 @@ struct LowRankProduct {
             const int64_t columns = least(COLUMNS, range.end - j);
             pack(j, columns, panels);
             int64_t i = tokens.begin;
-            for (; i + BLOCK_ROWS <= tokens.end; i += BLOCK_ROWS) rows<BLOCK_ROWS>(i, j, columns, panels);
+            for (; i + TILE_HEIGHT <= tokens.end; i += TILE_HEIGHT) rows<TILE_HEIGHT>(i, j, columns, panels);
             for (; i + 2 <= tokens.end; i += 2) rows<2>(i, j, columns, panels);
             if (i < tokens.end) rows<1>(i, j, columns, panels);
         }
     }
 
-    // Columns are cut among the tasks, so that each panel is packed once; tokens too where columns are few.
+    // Tokens are cut among the tasks, as the library cuts them, which reads what is written here; columns too where
+    // tokens are few, for each task packs the panels that it multiplies.
     void run(int64_t threads, T* scratch) const {
         if (n == 0) return;
-        const int64_t across = least(threads, ceil_div(n, UNIT)), down = least(threads / across, ceil_div(m, ROWS));
+        const int64_t down = least(threads, ceil_div(m, LOW_RANK_ROWS)),
+                      across = least(threads / down, ceil_div(n, UNIT));
         run_tasks(across * down, [&](int64_t task) {
-            part(share(m, ROWS, down, task / across), share(n, UNIT, across, task % across),
+            part(share(m, TILE_HEIGHT, down, task / across), share(n, UNIT, across, task % across),
                  scratch + task * scratch_per_task());
         });
     }

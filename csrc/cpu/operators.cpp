@@ -147,6 +147,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
                                            const Tensor& lora_b, const std::optional<Tensor>& bias, double scaling,
                                            double p, const std::optional<Tensor>& state) {
     expect_one_rank(lora_a, lora_b);
+    if (auto whole = whole_forward(x, weight, lora_a, lora_b, bias, scaling, p, pointer(state)))
+        return {std::get<1>(*whole), std::get<0>(*whole), no_words()};
     Tensor h = shrink(x, lora_a, p, state);
     return {product_with(x, weight, lora_b, h, bias, std::nullopt, scaling, nullptr), h, no_words()};
 }
