@@ -8,11 +8,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#include <cstdint>
 #include <memory>
 #include <optional>
 
@@ -62,21 +57,6 @@ inline Dtype hidden_of(Dtype compute) { return compute == Dtype::fp64 ? Dtype::f
 // What lora_a and lora_b are rounded to: fp16's range is too small for them (lora_kernels/reference.py, adapter_dtype).
 inline Dtype adapter_of(Dtype compute) { return compute == Dtype::fp16 ? Dtype::fp32 : compute; }
 
-// Asks for huge pages under a large result, whole ones within it alone, as NumPy does for its arrays. The kernel clears
-// fresh memory when it is first written to, and page by page of 4 KiB that takes three times as long. glibc maps blocks
-// of this size anew at each allocation; smaller ones come from its heap, which stays. Advice, which may be refused.
-inline void advise_huge_pages(const Tensor& tensor) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t large = 32 << 20, page = 2 << 20;
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()),
-                    bytes = static_cast<uintptr_t>(tensor.numel()) * tensor.element_size(),
-                    first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
-    if (bytes >= large) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-    static_cast<void>(tensor);
-#endif
-}
-
 // A fresh contiguous CPU tensor of at most three dimensions.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
     int64_t strides[3] = {1, 1, 1}, step = 1;
@@ -89,9 +69,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
         dims, sizes.begin(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
         aoti_torch_device_type_cpu(), 0, &handle));
-    const Tensor made(handle);
-    if (step >= 4 << 20) advise_huge_pages(made);  // of fewer elements none is large
-    return made;
+    return Tensor(handle);
 }
 
 // A matrix with unit column stride: the tensor itself, or a contiguous copy where its columns are strided.
