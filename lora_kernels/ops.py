@@ -98,8 +98,9 @@ the parts are. ``after`` is not read. ``packed_product`` and ``packed_input_grad
 lora_b and h, or dh and lora_a, are None.
 
 ``native_coded_values``, ``native_coded_product`` and ``native_coded_input_grad`` are what the C++ library has for
-weights of codes on CPUs; what they take of a weight is :class:`Codes`. They run within the three before them, so that
-nothing that watches sees them. ``triton`` has functions for such weights (:class:`CodeKernels`), where nobody watches.
+weights of codes on CPUs; what they take of a weight is :class:`CodedParts`. They run within the three before them, so
+that nothing that watches sees them. ``triton`` has functions for such weights (:class:`CodeKernels`), where nobody
+watches.
 
 The overload ``.Tensor`` of an operator takes its numbers as 0-dim fp64 tensors: see ``graph_numbers.py``. What each
 operator counts for PyTorch's ``FlopCounterMode`` is in ``flops.py``.
@@ -126,7 +127,7 @@ __all__ = [
     "NAMESPACE",
     "OPERATOR_NAMES",
     "CodeKernels",
-    "Codes",
+    "CodedParts",
     "Operators",
     "code_kernels",
     "coded_input_grad",
@@ -340,7 +341,7 @@ for _name, _schema in _CODED.items():
     _library.define(f"{_name}{_schema}")
 
 
-class Codes(NamedTuple):
+class CodedParts(NamedTuple):
     """What the C++ library reads of a weight of codes.
 
     Attributes:
@@ -360,7 +361,7 @@ class Codes(NamedTuple):
 
 
 _forms: dict[str, Callable[..., Tensor]] = {}
-_codes: dict[str, Callable[..., Codes | None]] = {}
+_codes: dict[str, Callable[..., CodedParts | None]] = {}
 _code_kernels: dict[str, CodeKernels] = {}
 
 
@@ -377,7 +378,9 @@ class CodeKernels(NamedTuple):
     few_tokens: Callable[..., tuple[Tensor, Tensor, Tensor | None] | None]
 
 
-def register_form(name: str, values: Callable[..., Tensor], codes: Callable[..., Codes | None] | None = None) -> None:
+def register_form(
+    name: str, values: Callable[..., Tensor], codes: Callable[..., CodedParts | None] | None = None
+) -> None:
     """Has ``dequantize`` ask ``values(parts, spec, rows, columns, dtype)`` for weights of the form ``name``.
 
     ``codes(parts, spec, rows, columns)`` is what the C++ library reads in place of the values, or None.
@@ -411,7 +414,7 @@ def dequantize(
     return values
 
 
-def codes_of(parts: list[Tensor], form: str, spec: str, rows: int, columns: int) -> Codes | None:
+def codes_of(parts: list[Tensor], form: str, spec: str, rows: int, columns: int) -> CodedParts | None:
     """The codes of a packed weight, where the C++ library for CPUs is loaded and reads such codes."""
     read = _codes.get(form)
     return None if read is None or not has_coded_kernels() else read(parts, spec, rows, columns)
@@ -428,7 +431,7 @@ def has_coded_kernels() -> bool:
 
 
 def coded_values(
-    codes: Codes,
+    codes: CodedParts,
     rows: int,
     columns: int,
     dtype: torch.dtype,
@@ -443,13 +446,13 @@ def coded_values(
     return values
 
 
-def coded_product(x: Tensor, codes: Codes, *arguments: Any) -> tuple[Tensor, Tensor]:
+def coded_product(x: Tensor, codes: CodedParts, *arguments: Any) -> tuple[Tensor, Tensor]:
     """What ``packed_product`` gives for few tokens, by the C++ library: see the schema."""
     found: tuple[Tensor, Tensor] = torch.ops.lora_kernels.native_coded_product.default._op(x, *codes, *arguments)
     return found
 
 
-def coded_input_grad(dy: Tensor, codes: Codes, *arguments: Any) -> Tensor:
+def coded_input_grad(dy: Tensor, codes: CodedParts, *arguments: Any) -> Tensor:
     """What ``packed_input_grad`` gives for few tokens, by the C++ library: see the schema."""
     found: Tensor = torch.ops.lora_kernels.native_coded_input_grad.default._op(dy, *codes, *arguments)
     return found

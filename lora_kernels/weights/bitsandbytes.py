@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codes import Codes as Stored
+from ..codes import Codes
 from ..errors import InvalidTypeError, LoRAStateError
-from ..ops import Codes, register_form
+from ..ops import CodedParts, register_form
 from . import eight_bits, four_bits
 from .by_codes import reading
 from .packed import Layout, Packed
@@ -209,7 +209,7 @@ def _four_bit_values(parts: list[Tensor], spec: str, rows: int, columns: int, dt
     return values.view(rows, columns).to(dtype)
 
 
-def _four_bit_codes(parts: list[Tensor], spec: str, rows: int, columns: int) -> Codes | None:
+def _four_bit_codes(parts: list[Tensor], spec: str, rows: int, columns: int) -> CodedParts | None:
     """For products, which take rows of codes in multiples of 32."""
     return four_bits.codes(parts, *_settings(spec)) if columns % 32 == 0 else None
 
@@ -297,7 +297,7 @@ def _eight_bit_values(parts: list[Tensor], spec: str, rows: int, columns: int, d
     return parts[0].to(dtype, copy=True).mul_(_scales(parts).unsqueeze(1)) if found is None else found
 
 
-def _eight_bit_codes(parts: list[Tensor], spec: str, rows: int, columns: int) -> Codes | None:
+def _eight_bit_codes(parts: list[Tensor], spec: str, rows: int, columns: int) -> CodedParts | None:
     return eight_bits.codes(parts[0], _scales(parts), 1, columns)
 
 
@@ -305,13 +305,13 @@ def _scales(parts: list[Tensor]) -> Tensor:
     return parts[1].mul(1.0 / 127.0)
 
 
-def _four_bits_stored(layout: Layout) -> Stored | None:
+def _four_bits_stored(layout: Layout) -> Codes | None:
     quant_type, blocksize, nested, order = layout.spec.split("/")
-    return None if order else Stored(quant_type, 1, int(blocksize), int(nested))
+    return None if order else Codes(quant_type, 1, int(blocksize), int(nested))
 
 
-def _eight_bits_stored(layout: Layout) -> Stored:
-    return Stored("int8", 1, 0, per=127)
+def _eight_bits_stored(layout: Layout) -> Codes:
+    return Codes("int8", 1, 0, per=127)
 
 
 FOUR_BITS, EIGHT_BITS = _FourBits(), _EightBits()

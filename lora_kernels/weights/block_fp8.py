@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..codes import Codes as Stored
+from ..codes import Codes
 from ..errors import LoRAStateError
-from ..ops import Codes, register_form
+from ..ops import CodedParts, register_form
 from . import eight_bits
 from .by_codes import reading
 from .packed import Layout, Packed
@@ -135,7 +135,7 @@ def _block(spec: str, rows: int, columns: int) -> tuple[int, int]:
     return int(high), int(wide)
 
 
-def _codes(parts: list[Tensor], spec: str, rows: int, columns: int) -> Codes | None:
+def _codes(parts: list[Tensor], spec: str, rows: int, columns: int) -> CodedParts | None:
     return eight_bits.codes(parts[0], parts[1], *_block(spec, rows, columns))
 
 
@@ -154,9 +154,9 @@ def _values(parts: list[Tensor], spec: str, rows: int, columns: int, dtype: torc
     return values
 
 
-def _stored(layout: Layout) -> Stored:
+def _stored(layout: Layout) -> Codes:
     high, wide = (0, 0) if layout.spec == _WHOLE else map(int, layout.spec.split("/"))
-    return Stored("e4m3", high, wide)
+    return Codes("e4m3", high, wide)
 
 
 BLOCK_FP8 = _BlockFp8()

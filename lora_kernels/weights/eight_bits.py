@@ -16,7 +16,7 @@ _E4M3 = torch.float8_e4m3fn
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def codes(data: Tensor, scales: Tensor, high: int, wide: int, zeros: Tensor | None = None) -> ops.Codes | None:
+def codes(data: Tensor, scales: Tensor, high: int, wide: int, zeros: Tensor | None = None) -> ops.CodedParts | None:
     """What the C++ library reads of W (N, K); None where it reads no such weight.
 
     Args:
@@ -33,10 +33,10 @@ def codes(data: Tensor, scales: Tensor, high: int, wide: int, zeros: Tensor | No
     ):
         return None
     parts = [data.view(torch.uint8) if data.dtype is _E4M3 else data, scales.float(), *given[2:]]
-    return ops.Codes(parts, None, high, wide, 0)
+    return ops.CodedParts(parts, None, high, wide, 0)
 
 
-def values(read: ops.Codes | None, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+def values(read: ops.CodedParts | None, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
     """W (rows, columns) in ``dtype``; None where the library is not there or does not read such a weight."""
     if read is None or dtype not in _DTYPES or not ops.has_coded_kernels():
         return None

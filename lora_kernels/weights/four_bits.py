@@ -61,11 +61,11 @@ def values(
 
 def codes(
     parts: list[Tensor], quant_type: str, blocksize: int, nested: int, by_columns: bool = False
-) -> ops.Codes | None:
+) -> ops.CodedParts | None:
     """What the C++ library reads of the ``parts`` that :func:`values` takes; None where it reads no such weight."""
     if parts[0].device.type != "cpu" or not _fit(parts, blocksize, by_columns):
         return None
-    return ops.Codes(_as_bytes(parts), _table(quant_type), 1, blocksize, nested)
+    return ops.CodedParts(_as_bytes(parts), _table(quant_type), 1, blocksize, nested)
 
 
 def _fit(parts: list[Tensor], blocksize: int, by_columns: bool) -> bool:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codes import Codes as Stored
+from ..codes import Codes
 from ..errors import LoRAStateError
-from ..ops import Codes, register_form
+from ..ops import CodedParts, register_form
 from . import eight_bits
 from .by_codes import reading
 from .packed import Layout, Packed
@@ -25,7 +25,7 @@ __all__ = ["FORMS"]
 _UNSUPPORTED = torch.float64  # torchao makes values of up to 32 bits
 _OF_INPUTS = ("act_quant_kwargs", "activation_quantization", "act_pre_scale", "act_quant_scale")
 Rebuild = Callable[[Any, list[Tensor], list[str], torch.dtype], Any]
-CodesOf = Callable[[list[Tensor], str, int, int], Codes | None]
+CodesOf = Callable[[list[Tensor], str, int, int], CodedParts | None]
 Again = Callable[[Any, Any, Tensor], Any]  # a class, a weight of it, values to quantise as that was
 
 
@@ -48,12 +48,12 @@ class _TensorForm:
         self.name, self.codes, self.number = f"torchao-{kind}", codes, number
         register_form(self.name, reading(self.name, self.values, self._stored), codes)
 
-    def _stored(self, layout: Layout) -> Stored | None:
+    def _stored(self, layout: Layout) -> Codes | None:
         block = layout.spec.split("/")[0]
         if not self.number or "," not in block:
             return None
         high, wide = _block(block)
-        return Stored(self.number, high, wide, zeros=layout.tensors > 2)
+        return Codes(self.number, high, wide, zeros=layout.tensors > 2)
 
     def knows(self, module: nn.Module) -> bool:
         return type(module).forward is nn.Linear.forward
@@ -145,13 +145,13 @@ def _int8(kind: Any, parts: list[Tensor], words: list[str], dtype: torch.dtype) 
     return kind(parts[0], parts[1], _block(words[0]), dtype, zero_point=parts[2] if len(parts) > 2 else None)
 
 
-def _int8_codes(parts: list[Tensor], spec: str, rows: int, columns: int) -> Codes | None:
+def _int8_codes(parts: list[Tensor], spec: str, rows: int, columns: int) -> CodedParts | None:
     """Also of int8 numbers that stand for fewer bits."""
     high, wide = _block(spec.split("/")[0])
     return _read(parts, high, wide)
 
 
-def _read(parts: list[Tensor], high: int, wide: int) -> Codes | None:
+def _read(parts: list[Tensor], high: int, wide: int) -> CodedParts | None:
     exact = parts[1].dtype in (torch.float32, torch.bfloat16, torch.float16)
     return eight_bits.codes(parts[0], parts[1], high, wide, *parts[2:]) if exact else None
 
@@ -188,7 +188,7 @@ def _float8(kind: Any, parts: list[Tensor], words: list[str], dtype: torch.dtype
     return kind(*parts, dtype=dtype)
 
 
-def _float8_codes(parts: list[Tensor], spec: str, rows: int, columns: int) -> Codes | None:
+def _float8_codes(parts: list[Tensor], spec: str, rows: int, columns: int) -> CodedParts | None:
     grid = parts[1].shape
     if len(grid) != 2 or 0 in grid or rows % grid[0] or columns % grid[1]:
         return None

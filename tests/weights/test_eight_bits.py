@@ -33,7 +33,7 @@ def _packed(kind: str, n: int, k: int, dtype: torch.dtype) -> Any:
     return known.packed(layer.requires_grad_(False))
 
 
-def _codes(packed: Any) -> ops.Codes:
+def _codes(packed: Any) -> ops.CodedParts:
     found = ops.codes_of(list(packed.parts), *packed.layout[:-1])
     assert found is not None
     return found

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops import Codes, coded_input_grad, coded_product, coded_values, codes_of, dequantize
+from ...ops import CodedParts, coded_input_grad, coded_product, coded_values, codes_of, dequantize
 from ...tensors import as_dtype
 
 __all__ = ["FEW_TOKENS", "OPERATORS"]
@@ -24,7 +24,7 @@ _PART_BYTES = 8 << 20  # of values that are made at a time
 _UNIT = 64  # rows or columns: a part is a multiple of it
 
 
-def _codes(tokens: Tensor, parts: list[Tensor], form: str, spec: str, rows: int, columns: int) -> Codes | None:
+def _codes(tokens: Tensor, parts: list[Tensor], form: str, spec: str, rows: int, columns: int) -> CodedParts | None:
     if tokens.device.type != "cpu" or tokens.dtype not in _DTYPES:
         return None
     return codes_of(parts, form, spec, rows, columns)
