@@ -86,8 +86,8 @@ def own_bytes() -> int:
 def memory_left(size: int) -> Iterator[None]:
     """Within the block this process may map ``size`` bytes more, and no more.
 
-    What earlier tests freed lies in the allocator's heap, still mapped, and serves without a mapping: free pieces that
-    are larger than ``size`` are taken first and held.
+    What earlier tests freed lies in the allocator's heap, still mapped, and serves without a mapping: free pieces of
+    twice ``size`` are taken first and held. There are no more of them than this process has mapped.
 
     OpenMP's threads are there before: where libgomp cannot create one it ends the process (``gomp_fatal``), whoever
     opened the region. A region of fewer threads ends the others; MKL opens such where it chooses their number itself.
@@ -95,12 +95,12 @@ def memory_left(size: int) -> Iterator[None]:
     torch.set_num_threads(torch.get_num_threads())  # which makes MKL take as many as PyTorch
     torch.ones(2**20).add_(1.0)  # a region of all threads
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (own_bytes() + size, hard))
-    held = []
+    mapped = own_bytes()
+    held: list[Tensor] = []
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + size, hard))
     try:
         with suppress(RuntimeError):
-            while True:
-                held.append(torch.empty(2 * size, dtype=torch.uint8))
+            held.extend(torch.empty(2 * size, dtype=torch.uint8) for _ in range(mapped // (2 * size)))
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
