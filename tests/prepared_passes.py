@@ -393,7 +393,8 @@ def experts_calls(m: int, p: float) -> tuple[dict[str, Callable[[float], Any]], 
             grouped_mm.runs = lambda x, weight: True
             expert_operators.F = SimpleNamespace(grouped_mm=lambda *given, **named: base)
             try:
-                return call(s)
+                with expert_operators.base_by_library():
+                    return call(s)
             finally:
                 grouped_mm.runs, expert_operators.F = runs, product
 

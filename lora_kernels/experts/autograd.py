@@ -25,7 +25,6 @@ from ..gate import chosen
 from ..ops import operators
 from ..weights.stacked import PackedExperts
 from . import grouped
-from .packed_autograd import project_packed
 from .problem import Adapter, Drop
 from .routing import Routing, sum_of_slots
 
@@ -71,6 +70,8 @@ def project(
     drawn = "eager" if way == _GROUPED else way
     chosen(x, drawn)
     if isinstance(weight, PackedExperts):
+        from .packed_autograd import project_packed  # loads the compiler, which no import of the package does
+
         found: Tensor = project_packed(x if spread else x.contiguous(), weight, adapter, routing, p, spread, drawn)
         return found
     state = None

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_kernels import grouped_mm
+from lora_kernels.backends.triton import expert_operators
 from lora_kernels.dispatch import backend, select, use_backend
 from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, UnsupportedTransformError
 from lora_kernels.experts.autograd import project
@@ -94,7 +95,8 @@ def by_grouped_mm() -> Iterator[None]:
     """As where it runs on the device: it has the base product, and the kernels add to that."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grouped_mm, "runs", lambda x, weight: True)
-        yield
+        with expert_operators.base_by_library():
+            yield
 
 
 def compare(got: dict[str, Tensor], problem: dict[str, Any], mask: Tensor | None = None, p: float = 0.0) -> None:

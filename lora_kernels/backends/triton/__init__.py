@@ -152,11 +152,6 @@ def plans_on(
 
 def _of_experts(problem: Problem) -> str:
     base = "The product of each projection has the low-rank term inside."
-    if problem.dtype is torch.bfloat16:
-        base = (
-            "grouped_mm has the base product where rows are aligned to 16 bytes, and the low-rank term is added in "
-            "place; else the product has the term inside."
-        )
     dropped = " Dropout's mask is drawn once in each pass; backward keeps a 16-byte seed." * bool(problem.dropout_p)
     return f"Grouped kernels over the tokens sorted by expert; the host waits for nothing. {base}{dropped}"
 

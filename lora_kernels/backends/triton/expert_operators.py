@@ -1,8 +1,8 @@
 """The operators of a mixture's stacked experts on top of the kernels; ``choose/experts.py`` counts what they move.
 
-Where ``grouped_mm`` runs on the device it has the base product, and the low-rank term is added onto its result in
-place: the sum is rounded twice. Elsewhere (fp16, fp32, a weight in another dtype, rows that are not aligned) the
-product has the term inside, with one rounding, and x is gathered as it is read. The host waits for nothing.
+The product has the low-rank term inside, with one rounding, and x is gathered as it is read. Within
+``base_by_library`` ``grouped_mm`` has the base product where it runs on the device (bf16, aligned rows), and the term is
+added onto its result in place: the sum is rounded twice. The host waits for nothing.
 
 Launches: ``experts_forward`` 2; ``experts_backward`` 1 for dh, 1 for each of dx, da, db that is due. ``grouped_mm``
 comes beside them, and in forward a copy of the tokens' rows in sorted order, which it has to read. Of a seed, one more
@@ -28,10 +28,10 @@ from .run.launcher import PassRun
 from .run.prepared import Cache, alignment, matrix, precision_of
 from .run.steps import seeded
 
-__all__ = ["always_inside", "experts_backward", "experts_forward", "forget"]
+__all__ = ["base_by_library", "experts_backward", "experts_forward", "forget"]
 
 _runs: Cache[PassRun] = Cache()
-_inside = False
+_library = False
 
 
 def forget() -> None:
@@ -40,14 +40,14 @@ def forget() -> None:
 
 
 @contextmanager
-def always_inside() -> Iterator[None]:
-    """Within it ``grouped_mm`` has no base product, in all threads: for benchmarks, which measure both ways."""
-    global _inside
-    before, _inside = _inside, True
+def base_by_library() -> Iterator[None]:
+    """Within it ``grouped_mm`` has the base product where it can, in all threads: for benchmarks, which measure both."""
+    global _library
+    before, _library = _library, True
     try:
         yield
     finally:
-        _inside = before
+        _library = before
 
 
 def experts_forward(
@@ -65,7 +65,7 @@ def experts_forward(
     m, (n, k) = (x if tokens is None else tokens).shape[0], weight.shape[1:]
     if 0 in (m, n, k):
         return x.new_zeros((m, n)), x.new_zeros((m, a.shape[1]), dtype=torch.float32)
-    inside = _inside or not grouped_mm.runs(x, weight)
+    inside = not (_library and grouped_mm.runs(x, weight))
     made = None if inside else F.grouped_mm(_sorted(x, tokens), weight.transpose(1, 2), offs=offsets)
     arguments = (x, weight if inside else None, a, b, offsets, tokens, made, float(scaling), state)
     key = (
@@ -106,7 +106,7 @@ def experts_backward(
             a.new_zeros(a.shape if due[1] else 0),
             b.new_zeros(b.shape if due[2] else 0),
         )
-    inside = weight is not None and (_inside or not grouped_mm.runs(dy, weight))
+    inside = weight is not None and not (_library and grouped_mm.runs(dy, weight))
     made = None if weight is None or inside else F.grouped_mm(dy, weight, offs=offsets)
     state = state if due[0] or due[1] else None
     tensors = (dy, x, weight if inside else None, a, b, offsets, tokens, None if h is None else h.contiguous(), made)

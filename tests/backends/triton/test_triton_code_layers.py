@@ -34,7 +34,8 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return noted
 
     kernels = ops.CodeKernels(*(noting(of, getattr(code_operators, of)) for of in ops.CodeKernels._fields))
-    monkeypatch.setattr(ops, "_code_kernels", {"cpu": kernels, "cuda": kernels})
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter's
+    monkeypatch.setattr(ops, "_code_kernels", {device: kernels})
     return called
 
 
