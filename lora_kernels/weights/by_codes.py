@@ -1,7 +1,7 @@
 """Weights that kernels read as they are stored: which forms, by what numbers, and the kernels in Triton that do it.
 
-A form names its numbers where it is registered (``reading``). The kernels are there where they were asked for
-(``LORA_KERNELS_GPU_QUANTIZED=own``); everywhere else, and for what they do not take, its package makes the values.
+A form names its numbers where it is registered (``reading``). The kernels are there on GPUs where ``triton`` runs,
+unless ``LORA_KERNELS_GPU_QUANTIZED=package``. Elsewhere, and for what they do not take, its package makes the values.
 """
 
 from __future__ import annotations

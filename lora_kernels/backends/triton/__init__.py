@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["BACKEND", "interpreter_fault", "kept", "plans_on", "quantized"]
 
 _WIDE = 8192  # output features from which on the mask is drawn again
-_QUANTIZED = ("package", "own")  # the first is taken where none is named: the other is not yet measured on a GPU
+_QUANTIZED = ("package", "own")
 
 
 class TritonBackend:
@@ -116,7 +116,7 @@ class TritonBackend:
         names = (*OPERATOR_NAMES, *GROUP_OPERATOR_NAMES, *EXPERTS_OPERATOR_NAMES)
         own = {name: next(getattr(m, name) for m in modules if name in m.__all__) for name in names}
         register(self.name, own, kept(), experts=True)
-        if quantized() == "own":
+        if quantized(device_type) == "own":
             from . import code_operators
 
             register_code_kernels(device_type, CodeKernels(code_operators.values, code_operators.few_tokens))
@@ -160,17 +160,14 @@ def _quantized_weight(problem: Problem) -> str:
     """Sentences on whose kernels read a quantised weight, where those in Triton do."""
     if not problem.codes:
         return ""
-    if quantized() == "own":
+    if quantized(problem.device_type) == "own":
         from .choose.blocks import FEW_TOKENS
 
         return (
             f" Triton's kernels read its weight as {problem.codes}. Up to {FEW_TOKENS} tokens are multiplied with that "
             "itself, where nobody watches the operators; all else with its values, which they make."
         )
-    return (
-        f" Its weight's values are made by its package. {env.GPU_QUANTIZED_VARIABLE}=own takes kernels in Triton, not "
-        "yet measured on a GPU."
-    )
+    return f" Its weight's values are made by its package. {env.GPU_QUANTIZED_VARIABLE}=own takes kernels in Triton."
 
 
 def _launches() -> str:
@@ -265,13 +262,13 @@ def kept() -> _Kept:
 
 
 @cache
-def quantized() -> str:
-    """Whose kernels read a quantised weight: "package" or "own". Reads the environment once.
+def quantized(device_type: str) -> str:
+    """Whose kernels read a quantised weight: "package" or, by default on GPUs, "own". Reads the environment once.
 
     Raises:
         InvalidArgumentError: the variable has an unknown word.
     """
-    named = env.gpu_quantized() or _QUANTIZED[0]
+    named = env.gpu_quantized() or ("own" if device_type == "cuda" else "package")
     if named not in _QUANTIZED:
         raise InvalidArgumentError(
             f"{env.GPU_QUANTIZED_VARIABLE}={named} was given: it must be one of {', '.join(_QUANTIZED)}. Set one of "

@@ -143,7 +143,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     triton.quantized.cache_clear()
 
 
-@pytest.mark.parametrize(("word", "own"), [("", 0), ("package", 0), ("own", 2)])
+@pytest.mark.parametrize(("word", "own"), [("", 2 if torch.cuda.is_available() else 0), ("package", 0), ("own", 2)])
 def test_the_switch_decides_who_makes_the_values(
     word: str, own: int, chosen: list[str], monkeypatch: pytest.MonkeyPatch, triton_device: str
 ) -> None:
