@@ -1,8 +1,8 @@
 """The operators of a mixture's stacked experts on top of the kernels; ``choose/experts.py`` counts what they move.
 
 The product has the low-rank term inside, with one rounding, and x is gathered as it is read. The host waits for
-nothing. Within ``base_by_library`` ``grouped_mm`` has the base product where it runs on the device (bf16, aligned rows),
-and the term is added onto its result in place: the sum is rounded twice.
+nothing. Within ``base_by_library`` ``grouped_mm`` has the base product where it runs on the device (bf16, aligned
+rows), and the term is added onto its result in place: the sum is rounded twice.
 
 Launches: ``experts_forward`` 2; ``experts_backward`` 1 for dh, 1 for each of dx, da, db that is due. ``grouped_mm``
 comes beside them, and in forward a copy of the tokens' rows in sorted order, which it has to read. Of a seed, one more
