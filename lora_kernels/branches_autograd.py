@@ -91,8 +91,6 @@ def forward_only(
         rest = member.lora_b, activate(activation, z), member.bias, member.gain, scaling, with_linear
         if ops.packed_product is not None and (layout := layouts[i] if layouts else None) is not None:
             y, linear = ops.packed_product(flat, list(parts[i]), *layout[:-1], *rest)
-        elif read and (found := by_codes.product(flat, layouts[i], parts[i], *rest)) is not None:
-            y, linear = found
         else:
             weight = _values(i, member.weight, layouts, parts, x.dtype, flat)
             y, linear = ops.product(flat, weight, *rest)

@@ -99,8 +99,8 @@ lora_b and h, or dh and lora_a, are None.
 
 ``native_coded_values``, ``native_coded_product`` and ``native_coded_input_grad`` are what the C++ library has for
 weights of codes on CPUs; what they take of a weight is :class:`CodedParts`. They run within the three before them, so
-that nothing that watches sees them. ``triton`` has functions for such weights (:class:`CodeKernels`), where nobody
-watches.
+that nothing that watches sees them. ``triton`` has functions for such weights (:class:`CodeKernels`): they run within
+the same three, and where nobody watches h is formed with them too.
 
 The overload ``.Tensor`` of an operator takes its numbers as 0-dim fp64 tensors: see ``graph_numbers.py``. What each
 operator counts for PyTorch's ``FlopCounterMode`` is in ``flops.py``.
@@ -138,10 +138,12 @@ __all__ = [
     "has_coded_kernels",
     "is_watched",
     "operators",
+    "product_by_codes",
     "reads_codes",
     "register",
     "register_code_kernels",
     "register_form",
+    "register_product",
 ]
 
 NAMESPACE = "lora_kernels"
@@ -363,6 +365,7 @@ class CodedParts(NamedTuple):
 _forms: dict[str, Callable[..., Tensor]] = {}
 _codes: dict[str, Callable[..., CodedParts | None]] = {}
 _code_kernels: dict[str, CodeKernels] = {}
+_products: dict[str, Callable[..., tuple[Tensor, Tensor | None] | None]] = {}
 
 
 class CodeKernels(NamedTuple):
@@ -371,7 +374,7 @@ class CodeKernels(NamedTuple):
     Attributes:
         values: ``values(parts, codes, rows, columns, dtype)`` -> W (N, K). It runs within ``dequantize``.
         few_tokens: ``few_tokens(x, parts, codes, lora_a, lora_b, h, bias, gain, scaling, p, state, with_linear)`` ->
-            y, h, l or None; None where it does not take them. It runs where nobody watches.
+            y, h, l or None; None where it does not take them. Without an adapter ``lora_b`` and ``h`` are None.
     """
 
     values: Callable[..., Tensor]
@@ -461,6 +464,19 @@ def coded_input_grad(dy: Tensor, codes: CodedParts, *arguments: Any) -> Tensor:
 def register_code_kernels(device_type: str, kernels: CodeKernels) -> None:
     """Has :func:`code_kernels` give ``kernels``."""
     _code_kernels[device_type] = kernels
+
+
+def register_product(form: str, product: Callable[..., tuple[Tensor, Tensor | None] | None]) -> None:
+    """Has :func:`product_by_codes` ask ``product(x, parts, spec, rows, columns, ...)`` for weights of ``form``."""
+    _products[form] = product
+
+
+def product_by_codes(
+    x: Tensor, parts: list[Tensor], form: str, spec: str, rows: int, columns: int, *rest: Any
+) -> tuple[Tensor, Tensor | None] | None:
+    """What ``packed_product`` gives, and None for no l, by :func:`code_kernels`; None: multiply by the values."""
+    product = _products.get(form)
+    return None if product is None else product(x, parts, spec, rows, columns, *rest)
 
 
 def code_kernels(device_type: str) -> CodeKernels | None:

@@ -7,17 +7,17 @@ unless ``LORA_KERNELS_GPU_QUANTIZED=package``. Elsewhere, and for what they do n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..codes import FOUR_BITS, UNIT, Codes
-from ..ops import code_kernels
+from ..ops import code_kernels, register_product
 from .packed import Layout
 
-__all__ = ["codes_of", "forward", "number_of", "product", "reading"]
+__all__ = ["codes_of", "forward", "number_of", "reading"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STORED = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
@@ -27,6 +27,7 @@ _readers: dict[str, Callable[[Layout], Codes | None]] = {}
 def reading(form: str, values: Callable[..., Tensor], codes: Callable[[Layout], Codes | None]) -> Callable[..., Tensor]:
     """``values`` of ``form`` for ``ops.register_form``, which asks the kernels first; ``codes``: what they read."""
     _readers[form] = codes
+    register_product(form, partial(_product, form))
 
     def values_or_kernels(parts: list[Tensor], spec: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         if dtype in _DTYPES and (kernels := code_kernels(parts[0].device.type)) is not None:
@@ -69,19 +70,22 @@ def _given(parts: Sequence[Tensor], codes: Codes) -> list[Tensor] | None:
     return [bits, scales if scales.dtype in _DTYPES else scales.float(), *parts[2:]]
 
 
-def product(
+def _product(
+    form: str,
     x: Tensor,
-    layout: Layout | None,
-    parts: tuple[Tensor, ...],
-    lora_b: Tensor,
-    h: Tensor,
+    parts: list[Tensor],
+    spec: str,
+    rows: int,
+    columns: int,
+    lora_b: Tensor | None,
+    h: Tensor | None,
     bias: Tensor | None,
     gain: Tensor | None,
     scaling: float,
     with_linear: bool,
-) -> tuple[Tensor, Any] | None:
-    """What the ``triton`` backend's ``product`` gives, in one pass over the codes; None: multiply by the values."""
-    if layout is None or (found := _ready(x, layout, parts)) is None:
+) -> tuple[Tensor, Tensor | None] | None:
+    """As ``ops.register_product`` wants it."""
+    if lora_b is None or (found := _ready(x, Layout(form, spec, rows, columns, len(parts)), parts)) is None:
         return None
     few_tokens, given, codes = found
     with_linear = with_linear and gain is not None

@@ -110,12 +110,12 @@ class TritonBackend:
         return plans_on(blocks.machine_of(device), name, table, problem, tokens, launching)
 
     def register(self, device_type: str) -> None:
-        from . import expert_operators, gated_operators, group_operators, operators, part_operators
+        from . import expert_operators, gated_operators, group_operators, operators, packed_operators, part_operators
 
         modules = (operators, part_operators, gated_operators, group_operators, expert_operators)
         names = (*OPERATOR_NAMES, *GROUP_OPERATOR_NAMES, *EXPERTS_OPERATOR_NAMES)
         own = {name: next(getattr(m, name) for m in modules if name in m.__all__) for name in names}
-        register(self.name, own, kept(), experts=True)
+        register(self.name, own, kept(), experts=True, packed=packed_operators.OPERATORS)
         if quantized(device_type) == "own":
             from . import code_operators
 
@@ -165,7 +165,7 @@ def _quantized_weight(problem: Problem) -> str:
 
         return (
             f" Triton's kernels read its weight as {problem.codes}. Up to {FEW_TOKENS} tokens are multiplied with that "
-            "itself, where nobody watches the operators; all else with its values, which they make."
+            "itself; all else with its values, which they make."
         )
     return f" Its weight's values are made by its package. {env.GPU_QUANTIZED_VARIABLE}=own takes kernels in Triton."
 

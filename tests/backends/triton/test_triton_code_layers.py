@@ -78,14 +78,20 @@ def test_a_layer_multiplies_few_tokens_by_the_codes(own: list[str], triton_devic
 
 
 @interpreted
-def test_a_watched_call_and_many_tokens_take_the_values(own: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_tokens_take_the_values_and_a_watched_call_the_codes(
+    own: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Watched, h is formed in a launch of its own; so it is in compiled code, which sees one operator of the weight."""
     layer, other = layer_and_twin("nf4", torch.float32, "cpu")
     x = torch.randn(17, 96)
     with use_backend("triton"), torch.no_grad():
         layer(x)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(x[:3])
         monkeypatch.setattr(branches_autograd, "is_watched", lambda: True)
-        assert torch.allclose(layer(x[:3]), other(x[:3]), atol=1e-4)
-    assert own == ["values", "values"]
+        watched, expected = layer(x[:3]), other(x[:3])
+    assert own == ["values", "few_tokens", "few_tokens"]
+    assert torch.allclose(watched, expected, atol=1e-4)
+    assert same_bits(compiled, watched)
 
 
 @pytest.mark.parametrize(
