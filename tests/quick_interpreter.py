@@ -76,7 +76,12 @@ def _dtypes_by_name(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def install() -> None:
-    """For this process; its launches come from one thread at a time, as the interpreter has it."""
+    """For this process, once; its launches come from one thread at a time, as the interpreter has it.
+
+    Within itself each call of ``_patch_lang`` would note everything twice: a test loads ``conftest.py`` many times.
+    """
+    if interpreter._patch_lang is not STOCK[1][2]:
+        return
     options = interpreter.interpreter_builder.options
     assert not options.debug
     interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)

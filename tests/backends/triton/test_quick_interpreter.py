@@ -74,3 +74,12 @@ def test_after_a_launch_the_language_is_as_before(good: bool) -> None:
             with pytest.raises(interpreter.InterpreterError, match="the test wants it so"):
                 kernel[(1,)](x, out, False)
         assert all(now is then for now, then in zip(builtins(), before, strict=True))
+
+
+def test_it_is_installed_once() -> None:
+    """A second time within itself it would note all that it replaces twice, the third time four times."""
+    installed = [getattr(owner, name) for owner, name, _ in quick_interpreter.STOCK]
+    assert all(now is not before for now, (_, _, before) in zip(installed, quick_interpreter.STOCK, strict=True))
+    quick_interpreter.install()
+    again = [getattr(owner, name) for owner, name, _ in quick_interpreter.STOCK]
+    assert all(one is other for one, other in zip(installed, again, strict=True))
