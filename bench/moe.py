@@ -215,18 +215,18 @@ def table(result: dict[str, Any]) -> Table:
     """A row for each provider and dtype, and whether the goals were reached."""
     sizes, machine = Sizes(**result["sizes"]), result["environment"]
     versions = machine["versions"]
+    where = machine["device"] + ("" if machine["device_type"] == "cuda" else f", {machine['threads']} threads")
     caption = (
         f"A training step of one layer of {sizes.experts} experts, {sizes.hidden} → 2 x {sizes.intermediate} → "
         f"{sizes.hidden}, {sizes.k} for each of {sizes.tokens} tokens, r = {sizes.r}. Ratio: time over the frozen "
-        f"experts' of the same round, median (20th to 80th percentile). {machine['device']}, {machine['threads']} "
-        f"threads; torch {versions['torch']}, peft {versions['peft']}; lora_kernels at commit "
-        f"{machine['git']}. {result.get('context', '')}"
+        f"experts' of the same round, median (20th to 80th percentile). {where}; torch {versions['torch']}, peft "
+        f"{versions['peft']}; lora_kernels at commit {machine['git']}. {result.get('context', '')}"
     ).strip()
     rows = [
         [
             row["dtype"],
             NAMES[row["provider"]],
-            f"{row['seconds'] * 1e3:.0f}",
+            _milliseconds(row["seconds"]),
             f"{row['ratio']:.2f} ({row['p20']:.2f}-{row['p80']:.2f})",
             f"{row['peak_bytes'] / 2**20:.0f}",
         ]
@@ -234,6 +234,11 @@ def table(result: dict[str, Any]) -> Table:
     ]
     notes = [_verdict(dtype, result["rows"]) for dtype in dict.fromkeys(row["dtype"] for row in result["rows"])]
     return Table(caption, ["dtype", "who", "ms", "ratio", "peak, MiB"], rows, frozenset(), frozenset(), notes)
+
+
+def _milliseconds(seconds: float) -> str:
+    """Three digits, or all of the integer."""
+    return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:#.3g}"
 
 
 def _verdict(dtype: str, rows: Sequence[dict[str, Any]]) -> str:

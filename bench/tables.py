@@ -15,8 +15,8 @@ beside LoRA and PEFT beside this package, of the presets ``ratios`` and ``gpu-ra
 ``bench/convergence.py``, ``bench/model_memory.py`` and ``bench/long_context.py`` found of whole models,
 ``model:traffic`` what ``bench/dram_bytes.py`` counted or measured,
 ``model:block`` what ``bench --preset gpu-block`` did, ``model:headline`` one sentence of it, ``model:llama`` what
-``bench --preset gpu-llama`` did, ``model:few-tokens`` each plan's time for 1 to 16 tokens, and ``model:moe`` what
-``bench/moe.py`` measured of stacked experts. ``brief:`` is the short table of README.md:
+``bench --preset gpu-llama`` did, ``model:few-tokens`` each plan's time for 1 to 16 tokens, and ``model:moe``,
+``model:moe-qwen3`` and ``model:moe-mixtral`` what ``bench/moe.py`` measured of stacked experts. ``brief:`` is the short table of README.md:
 ``brief:DEVICE/PRESET/DIRECTION[/...][+DIRECTION[/...] ...]`` joins cells of several passes.
 A table of measurements shows no predicted number; only ``beside:`` and ``predicted:`` do, and they have no place in
 README.md.
@@ -60,6 +60,8 @@ _MODELS = {  # the result's file, what makes the table of it, what stands above
     "llama": ("nvidia-h200/llama.json", llama_report.table, ""),
     "few-tokens": ("nvidia-h100/few-tokens.json", few_tokens.table, ""),
     "moe": ("moe-cpu.json", moe.table, ""),
+    "moe-qwen3": ("nvidia-h200/moe.json", moe.table, ""),
+    "moe-mixtral": ("nvidia-h200/moe-mixtral.json", moe.table, ""),
     "traffic": ("step-traffic.json", dram_bytes.table, ""),
 }
 _SENTENCES = {"headline": ("nvidia-h200/llama.json", headline)}  # likewise, without a table
@@ -71,6 +73,7 @@ _OTHERS = (
     "hopper_step.json",
     "host.json",
     "llama.json",
+    "moe-mixtral.json",
     "moe.json",
     "tune.json",
     "tuned.json",
