@@ -141,6 +141,43 @@ def test_few_tokens_are_multiplied_as_by_the_values(numbers: str, triton_device:
             few(codes, parts, 1, 20, dtype, False, 0.0)
 
 
+LOOKED_UP = (Codes("nf4", 1, 64), Codes("nf4", 1, 128, 4), Codes("fp4", 1, 192), Codes("fp4", 1, 32, 4))
+
+
+def test_numbers_that_are_looked_up_are_the_values(triton_device: str) -> None:
+    """Bit for bit, of columns all over W: units of 64 and of 32 columns, steps that end within K and beyond it."""
+    torch.manual_seed(5)
+    for codes, dtype, (n, k) in itertools.product(LOOKED_UP, DTYPES[1:], ((N, 320), (32, 1024), (5, 32))):
+        if triton_device == "cpu" and dtype is torch.float16 and k > 320:
+            continue
+        parts, columns = parts_of(codes, n, k, triton_device), torch.randperm(k)[:16].to(triton_device)
+        x, a = torch.eye(k, dtype=dtype, device=triton_device)[columns], torch.zeros(1, k, device=triton_device)
+        b = torch.zeros(n, 1, device=triton_device)
+        found = code_operators.few_tokens(x, parts, codes, a, b, None, None, None, 1.0, 0.0, None, False)
+        assert found is not None
+        assert same_bits(found[0] + 0.0, by_formula(parts, codes, n, k, dtype)[:, columns].t() + 0.0)
+
+
+@interpreted
+def test_codes_that_are_not_looked_up_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes off a 16-byte boundary, which the general kernel reads."""
+    codes, (x, a, b) = Codes("nf4", 1, 64), (torch.randn(3, K).bfloat16(), torch.randn(2, K), torch.randn(N, 2))
+    parts = parts_of(codes, N, K, "cpu")
+    shifted = [torch.cat([parts[0][:3], parts[0]])[3:], parts[1]]
+    looked_up, step = [], code_operators._four_bits_step
+
+    def noted(*arguments: Any) -> Any:
+        looked_up.append(arguments)
+        return step(*arguments)
+
+    monkeypatch.setattr(code_operators, "_four_bits_step", noted)
+    rest = a, b, None, None, None, 0.5, 0.0, None, False
+    found: list[Any] = [code_operators.few_tokens(x, of, codes, *rest) for of in (parts, shifted)]
+    assert len(looked_up) == 1
+    for i in (0, 1):
+        assert torch.allclose(found[0][i].float(), found[1][i].float(), rtol=0.02, atol=0.02)
+
+
 @interpreted
 @pytest.mark.parametrize("i", range(5))
 def test_a_fault_in_each_part_shows(i: int) -> None:
