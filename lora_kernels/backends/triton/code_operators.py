@@ -1,7 +1,7 @@
 """Quantised weights on top of the kernels that read them as they are stored: their values, and few tokens' forward.
 
-Launches: ``values`` 1, of nested statistics too; ``few_tokens`` 1, and one more where K is split. Of dropout's seed,
-one more before them draws the mask.
+Launches: ``values`` 1, of nested statistics too; ``few_tokens`` 1, and one more where K is split, always over
+4-bit codes in 16-bit compute. Of dropout's seed, one more before them draws the mask.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ def _four_bits_config(c: Call, codes: Codes) -> FewTokensConfig:
 def _four_bits_step(config: FewTokensConfig, c: Call, codes: Codes, splits: int | None = None) -> Step:
     """``few_four_bits_kernel`` as a ``_few_step``; ``splits``: of K, in the place of the chosen number."""
     parts = few_codes_splits(c.machine, c.k, c.n, config) if splits is None else splits
-    pdl, strip = c.machine.capability >= 90, 64
+    pdl, strip = c.machine.capability >= 90, 32
     static: tuple[Any, ...] = (c.m, c.n, c.k, c.r, c.keep_scale, *c.stride_x, *c.stride_a)
     run = sum_run(c.machine, config, codes.nested > 0)
     static += (codes.number, codes.wide, codes.nested, config.block_k // 4, run)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_kernels import LoRAKernelsError
 from lora_kernels.backends.triton import code_operators, operators
+from lora_kernels.backends.triton.kernels import few_four_bits
 from lora_kernels.codes import FOUR_BITS, Codes
 from lora_kernels.weights import four_bits
 from numerics import check_all, same_bits, three_ways
@@ -156,6 +157,58 @@ def test_numbers_that_are_looked_up_are_the_values(triton_device: str) -> None:
         found = code_operators.few_tokens(x, parts, codes, a, b, None, None, None, 1.0, 0.0, None, False)
         assert found is not None
         assert same_bits(found[0] + 0.0, by_formula(parts, codes, n, k, dtype)[:, columns].t() + 0.0)
+
+
+def ptx(text: str, given: list[int]) -> dict[str, int]:
+    """The registers after such a text, the operands ``$n`` among them: the outputs come first, then ``given``."""
+    count = 4 if "lop3" in text else 8
+    at: dict[str, int] = {f"${count + i}": value for i, value in enumerate(given)}
+
+    def number(of: str) -> int:
+        return at[of] if of in at else int(of.replace("0f", "0x"), 0)
+
+    def as_float(bits: int) -> Tensor:
+        return torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
+
+    def half(bits: int, dtype: torch.dtype) -> int:
+        return int(as_float(bits).to(dtype).view(torch.int16)) & 0xFFFF
+
+    for line in text.strip("{}").replace("\n", " ").split(";"):
+        name, *of = line.replace(",", "").split() or [""]
+        if name in ("", ".reg"):
+            continue
+        a, b, *rest = (number(operand) for operand in of[1:])
+        if name == "mul.f32":
+            at[of[0]] = int((as_float(a) * as_float(b)).view(torch.int32)) & 0xFFFFFFFF
+        elif name.startswith("cvt.rn."):
+            dtype = torch.bfloat16 if "bf16x2" in name else torch.float16
+            at[of[0]] = half(a, dtype) << 16 | half(b, dtype)
+        elif name == "prmt.b32":
+            of_bytes, selected = (a | b << 32).to_bytes(8, "little"), [rest[0] >> 4 * i & 15 for i in range(4)]
+            assert max(selected) < 8
+            at[of[0]] = int.from_bytes(bytes(of_bytes[i] for i in selected), "little")
+        elif name == "lop3.b32":
+            assert rest[1] == 0xEA
+            at[of[0]] = a & b | rest[0]
+        else:
+            at[of[0]] = {"and.b32": a & b, "shr.b32": a >> b}[name]
+    return at
+
+
+@pytest.mark.parametrize("number", FOUR_BITS)
+def test_the_instructions_look_the_numbers_up(number: str) -> None:
+    """What Triton's interpreter does not run, instruction by instruction."""
+    torch.manual_seed(5)
+    for dtype, word in ((torch.bfloat16, "bf16"), (torch.float16, "f16")):
+        for eight in (0x76543210, 0xFEDCBA98, *torch.randint(0, 2**32, (6,)).tolist()):
+            factor = torch.randn(()).exp2() * (-1) ** (eight & 1)
+            bits = int(factor.view(torch.int32)) & 0xFFFFFFFF
+            made = ptx(few_four_bits._products_of(number, word), [bits])
+            found = ptx(few_four_bits._look_up(), [eight, *(made[f"${i}"] for i in range(8))])
+            pairs = b"".join(found[f"${i}"].to_bytes(4, "little") for i in range(4))
+            codes = [eight >> shift & 15 for shift in (4, 0, 12, 8, 20, 16, 28, 24)]
+            expected = (torch.tensor(four_bits.TABLES[number])[codes] * factor).to(dtype)
+            assert same_bits(torch.frombuffer(bytearray(pairs), dtype=dtype) + 0.0, expected + 0.0)
 
 
 @interpreted
