@@ -60,12 +60,14 @@ def few_codes_config(machine: Machine, r: int, itemsize: int, exact: bool, with_
 def few_four_bits_config(machine: Machine, m: int, r: int, unit: int) -> FewTokensConfig:
     """A strip of W's rows whose codes look their numbers up, in steps of 4 units of ``unit`` columns, 32 or 64.
 
-    Tokens are the narrow side of the tensor core's tile, and 8 of them will do.
+    Tokens are the narrow side of the tensor core's tile, and 8 of them will do. Of 16 a strip of 32 rows would read
+    twice as many bytes as of its codes, so that strips are wider.
     """
-    block_m, block_r = FEW_TOKENS // 2 if m <= FEW_TOKENS // 2 else FEW_TOKENS, max(next_power_of_2(r), 16)
+    few, block_r = m <= FEW_TOKENS // 2, max(next_power_of_2(r), 16)
+    block_m = FEW_TOKENS // 2 if few else FEW_TOKENS
     if machine.interpreter:
         return FewTokensConfig(block_m, 32, 4 * unit, block_r, 4, 1)
-    return FewTokensConfig(block_m, 32, 4 * unit, block_r, 2, 3)
+    return FewTokensConfig(block_m, 32 if few else 64, 4 * unit, block_r, 2, 3)
 
 
 def sum_run(machine: Machine, config: FewTokensConfig, nested: bool) -> int:

@@ -267,10 +267,11 @@ def few_four_bits_kernel(
         first = tl.program_id(1) * chunk
         last = tl.minimum(first + chunk, K)
     HIDDEN: tl.constexpr = (R + _RANKS - 1) // _RANKS
+    TWO: tl.constexpr = dtype == tl.float16 and lora_a_ptr.dtype.element_ty != tl.float16  # a high and a low operand
     if tl.program_id(0) < HIDDEN:
         _hidden_part(
             x_ptr, lora_a_ptr, words_ptr, h_ptr, keep_scale, tl.program_id(0) * _RANKS, first, last, M, K, R,
-            stride_xm, stride_xk, stride_ar, stride_ak, 16, _RANKS, 128, PRECISION,
+            stride_xm, stride_xk, stride_ar, stride_ak, 16, _RANKS, 64 if TWO else 128, PRECISION,
         )  # fmt: skip
     else:
         first_n = (tl.program_id(0) - HIDDEN).to(tl.int64) * BLOCK_N
