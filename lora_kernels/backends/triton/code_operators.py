@@ -1,7 +1,7 @@
 """Quantised weights on top of the kernels that read them as they are stored: their values, and few tokens' forward.
 
-Launches: ``values`` 1, of nested statistics too; ``few_tokens`` 1, and one more where K is split. Of dropout's seed,
-one more before them draws the mask.
+Launches: ``values`` 1, of nested statistics too; ``few_tokens`` 1, and one more where K is split, always over
+4-bit codes in 16-bit compute. Of dropout's seed, one more before them draws the mask.
 """
 
 from __future__ import annotations
@@ -17,9 +17,18 @@ from ...codes import FOUR_BITS, UNIT, Codes
 from ...errors import InvalidArgumentError
 from .choose import blocks
 from .choose.blocks import FEW_TOKENS, FewTokensConfig
-from .choose.code_blocks import CODES_RANK, eight_bit_block, few_codes_config, few_codes_splits, four_bit_block
+from .choose.code_blocks import (
+    CODES_RANK,
+    eight_bit_block,
+    few_codes_config,
+    few_codes_splits,
+    few_four_bits_config,
+    four_bit_block,
+    sum_run,
+)
 from .kernels.codes import eight_bit_values_kernel, four_bit_values_kernel
 from .kernels.few_codes import few_codes_kernel
+from .kernels.few_four_bits import few_four_bits_kernel, sum_four_bits_kernel
 from .kernels.few_tokens import sum_parts_kernel
 from .run.call import Call, cdiv, rows_in_one_piece, told
 from .run.launcher import PassRun
@@ -30,6 +39,8 @@ __all__ = ["few_tokens", "forget", "values"]
 
 _TABLE = 256  # numbers that a nested absmax is one of
 _SUM_BLOCK = 512
+_RANKS = 16  # of h, that a program of few_four_bits_kernel makes
+_LONGEST_STEP = 2**22  # numbers; 16 of them and 256 more, or 128, stay below 2^31
 
 Found: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 
@@ -150,10 +161,11 @@ def few_tokens(
         return _found(run(*arguments), h)
     _check(parts, codes, n, k)
     call = _call_of(x, lora_a, lora_b, h, bias, gain, p, state)
-    runs = [
-        PassRun(seeded(_few_step(config, call, codes, lora_a is not None, with_linear), state, m, k, p), x.device)
-        for config in _configs(call, lora_a is not None)
-    ]
+    with_a = lora_a is not None
+    steps = [_few_step(config, call, codes, with_a, with_linear) for config in _configs(call, with_a)]
+    if lora_a is not None and not with_linear and _looked_up(call, codes, parts[0]):
+        steps.insert(0, _four_bits_step(_four_bits_config(call, codes), call, codes))
+    runs = [PassRun(seeded(step, state, m, k, p), x.device) for step in steps]
     chosen, results = first_that_runs(runs, lambda run: run(*arguments))
     _runs.keep(key, chosen)
     return _found(results, h)
@@ -242,6 +254,69 @@ def _few_step(config: FewTokensConfig, c: Call, codes: Codes, with_a: bool, with
         product(stream, *of, h_parts, y_parts, None, scaling)
         total(stream, y_parts, h_parts, bias, y, formed)
         return y, formed, linear
+
+    return step
+
+
+def _looked_up(c: Call, codes: Codes, data: Tensor) -> bool:
+    """Whether ``few_four_bits_kernel`` takes a call with lora_a: 16-bit compute, codes from a 16-byte boundary on.
+
+    It takes no step of x or of W's rows that 32 bits do not count.
+    """
+    if codes.number not in FOUR_BITS or c.dtype.itemsize != 2 or data.data_ptr() % 16:
+        return False
+    able = c.machine.interpreter or c.machine.capability >= 80
+    return able and max(*c.stride_x, c.k) < _LONGEST_STEP
+
+
+def _four_bits_config(c: Call, codes: Codes) -> FewTokensConfig:
+    """Units are of 64 columns where neither a block nor a row ends within one."""
+    return few_four_bits_config(c.machine, c.m, c.r, UNIT if (codes.wide | c.k) % (2 * UNIT) else 2 * UNIT)
+
+
+def _four_bits_step(config: FewTokensConfig, c: Call, codes: Codes, splits: int | None = None) -> Step:
+    """``few_four_bits_kernel`` as a ``_few_step``; ``splits``: of K, in the place of the chosen number."""
+    parts = few_codes_splits(c.machine, c.k, c.n, config) if splits is None else splits
+    pdl, strip = c.machine.capability >= 90, 32
+    static: tuple[Any, ...] = (c.m, c.n, c.k, c.r, c.keep_scale, *c.stride_x, *c.stride_a)
+    run = sum_run(c.machine, config, codes.nested > 0)
+    static += (codes.number, codes.wide, codes.nested, config.block_k // 4, run)
+    static += (config.block_m, config.block_n, config.block_k, parts)
+    static += (c.k % (parts * config.block_k) == 0, c.precision, pdl)
+    options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    grid = (cdiv(c.r, _RANKS) + cdiv(c.n, config.block_n), parts, 1)
+    product = Launch(few_four_bits_kernel, grid, static, **options, **_in_two_roundings(codes))
+    static = (c.m, c.n, c.r, *c.stride_b, c.stride_bias, FEW_TOKENS, strip, config.block_r, parts)
+    options = {"launch_pdl": True} if pdl and not c.machine.interpreter else {}
+    total = Launch(
+        sum_four_bits_kernel,
+        (cdiv(c.n, strip), 1, 1),
+        (*static, c.split, c.precision, pdl),
+        num_warps=4,
+        num_stages=1,
+        **options,
+    )
+    absent = () if codes.nested else (None,) * 3
+
+    def step(
+        stream: int | None,
+        x: Tensor,
+        weight: list[Tensor],
+        lora_a: Tensor,
+        lora_b: Tensor,
+        h: None,
+        bias: Tensor | None,
+        gain: None,
+        scaling: float,
+        words: Tensor | None,
+    ) -> tuple[Tensor, Tensor, None]:
+        y = torch.empty((c.m, c.n), dtype=c.dtype, device=c.device)
+        formed = torch.empty((c.m, c.r), dtype=torch.float32, device=c.device)
+        y_parts = torch.empty((parts, c.m, c.n), dtype=torch.float32, device=c.device)
+        h_parts = torch.empty((parts, c.m, c.r), dtype=torch.float32, device=c.device)
+        product(stream, x, *weight, *absent, lora_a, words, h_parts, y_parts)
+        total(stream, y_parts, h_parts, lora_b, bias, y, formed, scaling)
+        return y, formed, None
 
     return step
 

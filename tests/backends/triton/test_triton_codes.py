@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_kernels import LoRAKernelsError
 from lora_kernels.backends.triton import code_operators, operators
+from lora_kernels.backends.triton.kernels import few_four_bits
 from lora_kernels.codes import FOUR_BITS, Codes
 from lora_kernels.weights import four_bits
 from numerics import check_all, same_bits, three_ways
@@ -139,6 +140,95 @@ def test_few_tokens_are_multiplied_as_by_the_values(numbers: str, triton_device:
             few(codes, parts, 5, 3, dtype, True, 0.0)
         if dtype is torch.float16 or triton_device == "cuda":
             few(codes, parts, 1, 20, dtype, False, 0.0)
+
+
+LOOKED_UP = (Codes("nf4", 1, 64), Codes("nf4", 1, 128, 4), Codes("fp4", 1, 192), Codes("fp4", 1, 32, 4))
+
+
+def test_numbers_that_are_looked_up_are_the_values(triton_device: str) -> None:
+    """Bit for bit, of columns all over W: units of 64 and of 32 columns, steps that end within K and beyond it."""
+    torch.manual_seed(5)
+    for codes, dtype, (n, k) in itertools.product(LOOKED_UP, DTYPES[1:], ((N, 320), (32, 1024), (5, 32))):
+        if triton_device == "cpu" and dtype is torch.float16 and k > 320:
+            continue
+        parts, columns = parts_of(codes, n, k, triton_device), torch.randperm(k)[:16].to(triton_device)
+        x, a = torch.eye(k, dtype=dtype, device=triton_device)[columns], torch.zeros(1, k, device=triton_device)
+        b = torch.zeros(n, 1, device=triton_device)
+        found = code_operators.few_tokens(x, parts, codes, a, b, None, None, None, 1.0, 0.0, None, False)
+        assert found is not None
+        assert same_bits(found[0] + 0.0, by_formula(parts, codes, n, k, dtype)[:, columns].t() + 0.0)
+
+
+def ptx(text: str, given: list[int]) -> dict[str, int]:
+    """The registers after such a text, the operands ``$n`` among them: the outputs come first, then ``given``."""
+    count = 4 if "lop3" in text else 8
+    at: dict[str, int] = {f"${count + i}": value for i, value in enumerate(given)}
+
+    def number(of: str) -> int:
+        return at[of] if of in at else int(of.replace("0f", "0x"), 0)
+
+    def as_float(bits: int) -> Tensor:
+        return torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
+
+    def half(bits: int, dtype: torch.dtype) -> int:
+        return int(as_float(bits).to(dtype).view(torch.int16)) & 0xFFFF
+
+    for line in text.strip("{}").replace("\n", " ").split(";"):
+        name, *of = line.replace(",", "").split() or [""]
+        if name in ("", ".reg"):
+            continue
+        a, b, *rest = (number(operand) for operand in of[1:])
+        if name == "mul.f32":
+            at[of[0]] = int((as_float(a) * as_float(b)).view(torch.int32)) & 0xFFFFFFFF
+        elif name.startswith("cvt.rn."):
+            dtype = torch.bfloat16 if "bf16x2" in name else torch.float16
+            at[of[0]] = half(a, dtype) << 16 | half(b, dtype)
+        elif name == "prmt.b32":
+            of_bytes, selected = (a | b << 32).to_bytes(8, "little"), [rest[0] >> 4 * i & 15 for i in range(4)]
+            assert max(selected) < 8
+            at[of[0]] = int.from_bytes(bytes(of_bytes[i] for i in selected), "little")
+        elif name == "lop3.b32":
+            assert rest[1] == 0xEA
+            at[of[0]] = a & b | rest[0]
+        else:
+            at[of[0]] = {"and.b32": a & b, "shr.b32": a >> b}[name]
+    return at
+
+
+@pytest.mark.parametrize("number", FOUR_BITS)
+def test_the_instructions_look_the_numbers_up(number: str) -> None:
+    """What Triton's interpreter does not run, instruction by instruction."""
+    torch.manual_seed(5)
+    for dtype, word in ((torch.bfloat16, "bf16"), (torch.float16, "f16")):
+        for eight in (0x76543210, 0xFEDCBA98, *torch.randint(0, 2**32, (6,)).tolist()):
+            factor = torch.randn(()).exp2() * (-1) ** (eight & 1)
+            bits = int(factor.view(torch.int32)) & 0xFFFFFFFF
+            made = ptx(few_four_bits._products_of(number, word), [bits])
+            found = ptx(few_four_bits._look_up(), [eight, *(made[f"${i}"] for i in range(8))])
+            pairs = b"".join(found[f"${i}"].to_bytes(4, "little") for i in range(4))
+            codes = [eight >> shift & 15 for shift in (4, 0, 12, 8, 20, 16, 28, 24)]
+            expected = (torch.tensor(four_bits.TABLES[number])[codes] * factor).to(dtype)
+            assert same_bits(torch.frombuffer(bytearray(pairs), dtype=dtype) + 0.0, expected + 0.0)
+
+
+@interpreted
+def test_codes_that_are_not_looked_up_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes off a 16-byte boundary, which the general kernel reads."""
+    codes, (x, a, b) = Codes("nf4", 1, 64), (torch.randn(3, K).bfloat16(), torch.randn(2, K), torch.randn(N, 2))
+    parts = parts_of(codes, N, K, "cpu")
+    shifted = [torch.cat([parts[0][:3], parts[0]])[3:], parts[1]]
+    looked_up, step = [], code_operators._four_bits_step
+
+    def noted(*arguments: Any) -> Any:
+        looked_up.append(arguments)
+        return step(*arguments)
+
+    monkeypatch.setattr(code_operators, "_four_bits_step", noted)
+    rest = a, b, None, None, None, 0.5, 0.0, None, False
+    found: list[Any] = [code_operators.few_tokens(x, of, codes, *rest) for of in (parts, shifted)]
+    assert len(looked_up) == 1
+    for i in (0, 1):
+        assert torch.allclose(found[0][i].float(), found[1][i].float(), rtol=0.02, atol=0.02)
 
 
 @interpreted

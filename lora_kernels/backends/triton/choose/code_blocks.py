@@ -7,7 +7,15 @@ from functools import lru_cache
 
 from .blocks import FEW_TOKENS, FewTokensConfig, Machine, fits_shared_memory, next_power_of_2
 
-__all__ = ["CODES_RANK", "eight_bit_block", "few_codes_config", "few_codes_splits", "four_bit_block"]
+__all__ = [
+    "CODES_RANK",
+    "eight_bit_block",
+    "few_codes_config",
+    "few_codes_splits",
+    "few_four_bits_config",
+    "four_bit_block",
+    "sum_run",
+]
 
 # Up to this rank the launch that reads the codes forms h as well: every program of it reads all of A.
 CODES_RANK = 64
@@ -46,6 +54,32 @@ def few_codes_config(machine: Machine, r: int, itemsize: int, exact: bool, with_
     while config.num_stages > 1 and not fits_shared_memory(machine, config, itemsize):
         config = replace(config, num_stages=config.num_stages - 1)
     return config
+
+
+@lru_cache(maxsize=4096)
+def few_four_bits_config(machine: Machine, m: int, r: int, unit: int) -> FewTokensConfig:
+    """A strip of W's rows whose codes look their numbers up, in steps of 4 units of ``unit`` columns, 32 or 64.
+
+    Tokens are the narrow side of the tensor core's tile, and 8 of them will do. Of 16 a strip of 32 rows would read
+    twice as many bytes as of its codes, so that strips are wider.
+    """
+    few, block_r = m <= FEW_TOKENS // 2, max(next_power_of_2(r), 16)
+    block_m = FEW_TOKENS // 2 if few else FEW_TOKENS
+    if machine.interpreter:
+        return FewTokensConfig(block_m, 32, 4 * unit, block_r, 4, 1)
+    return FewTokensConfig(block_m, 32 if few else 64, 4 * unit, block_r, 2, 3)
+
+
+def sum_run(machine: Machine, config: FewTokensConfig, nested: bool) -> int:
+    """How many columns of a unit are summed before the next unit's: as a thread has them of the left operand.
+
+    wgmma, which takes 64 rows and 4 warps, wants 2. For mma.sync the compiler tells it by the narrowest number that
+    an operand is made of, and halves that for ``tl.join``: 4, with nested statistics, which are bytes, 8. What else is
+    summed right, but by way of shared memory.
+    """
+    if 90 <= machine.capability < 100 and min(config.block_n, 4 * config.block_m) >= 64 and config.num_warps % 4 == 0:
+        return 2
+    return 8 if nested else 4
 
 
 def few_codes_splits(machine: Machine, k: int, n: int, config: FewTokensConfig) -> int:

@@ -212,6 +212,7 @@ def _kernel(name: str) -> Any:
         codes,
         experts,
         few_codes,
+        few_four_bits,
         few_tokens,
         forward,
         gain,
@@ -221,8 +222,8 @@ def _kernel(name: str) -> Any:
         persistent,
     )
 
-    modules: tuple[Any, ...] = (backward, codes, experts, few_codes, few_tokens, forward, gain, gated, input_grad)
-    modules += (persistent, packed)
+    modules: tuple[Any, ...] = (backward, codes, experts, few_codes, few_tokens, forward, gain, gated)
+    modules += (few_four_bits, input_grad, persistent, packed)
     if name.startswith("hopper_"):
         from ..kernels.hopper import (
             group_dx,
