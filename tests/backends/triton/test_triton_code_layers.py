@@ -34,6 +34,8 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return noted
 
     kernels = ops.CodeKernels(*(noting(of, getattr(code_operators, of)) for of in ops.CodeKernels._fields))
+    for name, noted in kernels._asdict().items():  # on a GPU the backend registers them anew at its first choice
+        monkeypatch.setattr(code_operators, name, noted)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter's
     monkeypatch.setattr(ops, "_code_kernels", {device: kernels})
     return called
