@@ -69,6 +69,7 @@ _SENTENCES = {"headline": ("nvidia-h200/llama.json", headline)}  # likewise, wit
 _OTHERS = (
     "block.json",
     "checks.json",
+    "few-codes.json",
     "few-tokens.json",
     "hopper_step.json",
     "host.json",

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ from triton.runtime import driver
 
 from cases import Case, make
 from driver_stand_in import NAME, DriverStandIn
-from lora_kernels import grouped_mm
 from lora_kernels.backends.triton import code_operators, expert_operators, operators, part_operators
 from lora_kernels.backends.triton.choose import blocks, hopper_blocks
 from lora_kernels.backends.triton.choose.candidates import candidates
@@ -370,7 +368,7 @@ def calls_of(m: int, p: float) -> tuple[dict[str, Callable[[float], Any]], list[
 
 
 def experts_calls(m: int, p: float) -> tuple[dict[str, Callable[[float], Any]], list[torch.Tensor]]:
-    """The same of three experts: with the base inside, and added to what stands for ``grouped_mm``'s result."""
+    """The same of three experts."""
     bf16, state = torch.bfloat16, torch.tensor([1, 2]) if p else None
     x, dy, weight = (
         torch.ones(m // 2, 256, dtype=bf16),
@@ -379,7 +377,6 @@ def experts_calls(m: int, p: float) -> tuple[dict[str, Callable[[float], Any]], 
     )
     a, b, h = torch.ones(3, 16, 256), torch.ones(3, 128, 16), torch.ones(m, 16)
     offsets, tokens = torch.tensor([9, 9, m], dtype=torch.int32), torch.arange(m) // 2
-    y, dx = torch.ones(m, 128, dtype=bf16), torch.ones(m, 256, dtype=bf16)
 
     def forward(s: float) -> Any:
         return expert_operators.experts_forward(x, weight, a, b, offsets, tokens, s, p, state)
@@ -387,22 +384,8 @@ def experts_calls(m: int, p: float) -> tuple[dict[str, Callable[[float], Any]], 
     def backward(s: float) -> Any:
         return expert_operators.experts_backward(dy, x, weight, a, b, offsets, tokens, h, s, p, state)
 
-    def added(base: torch.Tensor, call: Callable[[float], Any]) -> Callable[[float], Any]:
-        def run(s: float) -> Any:
-            runs, product = grouped_mm.runs, expert_operators.F
-            grouped_mm.runs = lambda x, weight: True
-            expert_operators.F = SimpleNamespace(grouped_mm=lambda *given, **named: base)
-            try:
-                with expert_operators.base_by_library():
-                    return call(s)
-            finally:
-                grouped_mm.runs, expert_operators.F = runs, product
-
-        return run
-
-    calls = {"experts_forward": forward, "experts_forward in place": added(y, forward)}
-    calls |= {"experts_backward": backward, "experts_backward in place": added(dx, backward)}
-    given = [x, dy, weight, a, b, h, offsets, tokens, y, dx]
+    calls = {"experts_forward": forward, "experts_backward": backward}
+    given = [x, dy, weight, a, b, h, offsets, tokens]
     return calls, given if state is None else [*given, state]
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import mixtures
 from lora_kernels import dispatch, explain, use_backend
 from lora_kernels.accuracy import judge
-from lora_kernels.backends.triton import expert_operators
 from lora_kernels.config import AdapterOptions
 from lora_kernels.errors import InvalidArgumentError, LoRAStateError
 from lora_kernels.experts import autograd, routing, run
@@ -129,7 +128,6 @@ def test_as_if_each_experts_weight_were_made_on_a_gpu() -> None:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     plain: Any = nullcontext
     cases = [("gpt_oss", dtype, "triton", plain) for dtype in (bf16, fp16, fp32)]
-    cases += [("gpt_oss", bf16, "triton", expert_operators.base_by_library)]
     cases += [(*each, "eager", plain) for each in itertools.product(["qwen3_moe", "gpt_oss"], [bf16, fp32])]
     for kind, dtype, name, way in cases:
         layer = adapted(kind, dtype, lora_dropout=0.5).cuda().eval()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_kernels import grouped_mm
-from lora_kernels.backends.triton import expert_operators
 from lora_kernels.dispatch import backend, select, use_backend
 from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, UnsupportedTransformError
 from lora_kernels.experts.autograd import project
@@ -37,7 +34,7 @@ WAYS = {
     "grouped bf16": ("grouped", torch.bfloat16),
     "triton fp32": ("triton", torch.float32),
     "triton fp16": ("triton", torch.float16),
-    "triton in place bf16": ("triton in place", torch.bfloat16),
+    "triton bf16": ("triton", torch.bfloat16),
 }
 INTERPRETED = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a GPU, on which test_layer.py runs the kernels: nothing is interpreted"
@@ -52,7 +49,7 @@ ROUTINGS = {  # top_k_index (T, k), E
     "no token": (torch.empty((0, 2), dtype=torch.int64), 4),
     "many experts": ((torch.arange(48).reshape(6, 8) * 37) % 512, 512),
 }
-BRIEF = {"triton fp16": ("sentinels",), "triton in place bf16": ("some have none", "sentinels")}
+BRIEF = {"triton fp16": ("sentinels",), "triton bf16": ("some have none", "sentinels")}
 PAIRS = [
     pytest.param(*way.values, routing, marks=way.marks)
     for way in EVERY_WAY
@@ -84,19 +81,9 @@ def parts(routing: Routing) -> tuple[list[tuple[int, slice]], int]:
 def run(way: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, dy: Tensor, routing: Routing, p: float = 0.0) -> Any:
     """y and the gradients, with s = 1.5."""
     x, a, b = (tensor.clone().requires_grad_() for tensor in (x, a, b))
-    with by_grouped_mm() if way == "triton in place" else nullcontext():
-        y = project(x, weight, Adapter(a, b, 1.5), routing, p, way=way and way.split()[0])
-        y.backward(dy)
+    y = project(x, weight, Adapter(a, b, 1.5), routing, p, way=way)
+    y.backward(dy)
     return {"y": y.detach(), "dx": x.grad, "da": a.grad, "db": b.grad}
-
-
-@contextmanager
-def by_grouped_mm() -> Iterator[None]:
-    """As where it runs on the device: it has the base product, and the kernels add to that."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grouped_mm, "runs", lambda x, weight: True)
-        with expert_operators.base_by_library():
-            yield
 
 
 def compare(got: dict[str, Tensor], problem: dict[str, Any], mask: Tensor | None = None, p: float = 0.0) -> None:
@@ -197,9 +184,8 @@ def test_any_routing_by_triton(data: st.DataObject) -> None:
     problem = made(torch.tensor(data.draw(slots)).reshape(tokens, 1), experts, torch.float32, r, 36, 68)
     whole = {name: problem[name].mul(3).round() for name in ("x", "weight", "a", "b", "dy")}
     exact = run("eager", **{name: tensor.double() for name, tensor in whole.items()}, routing=problem["routing"])
-    for way in ("triton", "triton in place"):
-        got = run(way, **whole, routing=problem["routing"])
-        assert all(torch.equal(got[name].double(), exact[name]) for name in exact)
+    got = run("triton", **whole, routing=problem["routing"])
+    assert all(torch.equal(got[name].double(), exact[name]) for name in exact)
 
 
 def _exchange_two(problem: dict[str, Any]) -> None:
@@ -212,12 +198,11 @@ def _skip_the_last(problem: dict[str, Any]) -> None:
 
 @INTERPRETED
 @pytest.mark.parametrize("fault", [_exchange_two, _skip_the_last])
-@pytest.mark.parametrize("way", ["triton", "triton in place"])
-def test_faults_are_seen_by_triton(way: str, fault: Callable[[dict[str, Any]], None]) -> None:
+def test_faults_are_seen_by_triton(fault: Callable[[dict[str, Any]], None]) -> None:
     problem, wrong = (made(*ROUTINGS["each"], torch.float32) for _ in range(2))
     fault(wrong)
     with pytest.raises(AssertionError, match=r"(?m)^y\b"):
-        compare(run(way, **wrong), problem)
+        compare(run("triton", **wrong), problem)
 
 
 @pytest.mark.parametrize("way", ["eager", "grouped", "native", pytest.param("triton", marks=INTERPRETED)])

@@ -19,6 +19,7 @@ from .choose import blocks
 from .choose.blocks import FEW_TOKENS, FewTokensConfig
 from .choose.code_blocks import (
     CODES_RANK,
+    FOUR_BITS_PROGRAMS,
     eight_bit_block,
     few_codes_config,
     few_codes_splits,
@@ -271,12 +272,12 @@ def _looked_up(c: Call, codes: Codes, data: Tensor) -> bool:
 
 def _four_bits_config(c: Call, codes: Codes) -> FewTokensConfig:
     """Units are of 64 columns where neither a block nor a row ends within one."""
-    return few_four_bits_config(c.machine, c.m, c.r, UNIT if (codes.wide | c.k) % (2 * UNIT) else 2 * UNIT)
+    return few_four_bits_config(c.machine, c.m, c.k, c.n, c.r, UNIT if (codes.wide | c.k) % (2 * UNIT) else 2 * UNIT)
 
 
 def _four_bits_step(config: FewTokensConfig, c: Call, codes: Codes, splits: int | None = None) -> Step:
     """``few_four_bits_kernel`` as a ``_few_step``; ``splits``: of K, in the place of the chosen number."""
-    parts = few_codes_splits(c.machine, c.k, c.n, config) if splits is None else splits
+    parts = few_codes_splits(c.machine, c.k, c.n, config, FOUR_BITS_PROGRAMS) if splits is None else splits
     pdl, strip = c.machine.capability >= 90, 32
     static: tuple[Any, ...] = (c.m, c.n, c.k, c.r, c.keep_scale, *c.stride_x, *c.stride_a)
     run = sum_run(c.machine, config, codes.nested > 0)

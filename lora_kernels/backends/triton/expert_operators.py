@@ -1,25 +1,18 @@
 """The operators of a mixture's stacked experts on top of the kernels; ``choose/experts.py`` counts what they move.
 
 The product has the low-rank term inside, with one rounding, and x is gathered as it is read. The host waits for
-nothing. Within ``base_by_library`` ``grouped_mm`` has the base product where it runs on the device (bf16, aligned
-rows), and the term is added onto its result in place: the sum is rounded twice.
-
-Launches: ``experts_forward`` 2; ``experts_backward`` 1 for dh, 1 for each of dx, da, db that is due. ``grouped_mm``
-comes beside them, and in forward a copy of the tokens' rows in sorted order, which it has to read. Of a seed, one more
-launch draws the mask. Empty results launch nothing.
+nothing. Launches: ``experts_forward`` 2; ``experts_backward`` 1 for dh, 1 for each of dx, da, db that is due. Of a
+seed, one more launch draws the mask. Empty results launch nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ... import grouped_mm
 from ...errors import InvalidArgumentError
 from .choose import blocks
 from .choose.experts import Experts
@@ -28,26 +21,14 @@ from .run.launcher import PassRun
 from .run.prepared import Cache, alignment, matrix, precision_of
 from .run.steps import seeded
 
-__all__ = ["base_by_library", "experts_backward", "experts_forward", "forget"]
+__all__ = ["experts_backward", "experts_forward", "forget"]
 
 _runs: Cache[PassRun] = Cache()
-_library = False
 
 
 def forget() -> None:
     """Forget what was made ready."""
     _runs.clear()
-
-
-@contextmanager
-def base_by_library() -> Iterator[None]:
-    """Within it ``grouped_mm`` has the base product where it can, in all threads: for benchmarks, which time both."""
-    global _library
-    before, _library = _library, True
-    try:
-        yield
-    finally:
-        _library = before
 
 
 def experts_forward(
@@ -65,23 +46,15 @@ def experts_forward(
     m, (n, k) = (x if tokens is None else tokens).shape[0], weight.shape[1:]
     if 0 in (m, n, k):
         return x.new_zeros((m, n)), x.new_zeros((m, a.shape[1]), dtype=torch.float32)
-    inside = not (_library and grouped_mm.runs(x, weight))
-    made = None if inside else F.grouped_mm(_sorted(x, tokens), weight.transpose(1, 2), offs=offsets)
-    arguments = (x, weight if inside else None, a, b, offsets, tokens, made, float(scaling), state)
-    key = (
-        "forward",
-        *_key(*arguments[:-2]),
-        p,
-        _shape(state),
-        alignment(*arguments[:-2], state),
-        precision_of(x.dtype),
-    )
+    arguments = (x, weight, a, b, offsets, tokens, float(scaling), state)
+    tensors = arguments[:-2]
+    key = ("forward", *_key(*tensors), p, _shape(state), alignment(*tensors, state), precision_of(x.dtype))
     run = _runs.get(key)
     if run is None:
-        call = _call(x, weight, a, b, m, inside, p, state)
+        call = _call(x, weight, a, b, m, p, state)
         run = _runs.keep(key, PassRun(seeded(forward_step(call), state, m, k, p), x.device))
     y, h = run(*arguments)
-    return y if made is None else made, h
+    return y, h
 
 
 def experts_backward(
@@ -106,20 +79,18 @@ def experts_backward(
             a.new_zeros(a.shape if due[1] else 0),
             b.new_zeros(b.shape if due[2] else 0),
         )
-    inside = weight is not None and not (_library and grouped_mm.runs(dy, weight))
-    made = None if weight is None or inside else F.grouped_mm(dy, weight, offs=offsets)
     state = state if due[0] or due[1] else None
-    tensors = (dy, x, weight if inside else None, a, b, offsets, tokens, None if h is None else h.contiguous(), made)
+    tensors = (dy, x, weight, a, b, offsets, tokens, None if h is None else h.contiguous())
     key = ("backward", *_key(*tensors), p, _shape(state), alignment(*tensors, state), precision_of(dy.dtype))
     run = _runs.get(key)
     if run is None:
-        call = _call(dy if x is None else x, weight, a, b, m, inside, p, state)
+        call = _call(dy if x is None else x, weight, a, b, m, p, state)
         step = seeded(backward_step(call, dy.stride(), due), state, m, k, p)
         with torch.inference_mode(False):
             absent = tuple(torch.empty(0, dtype=own.dtype, device=own.device) for own in (dy, a, b, dy))
         run = _runs.keep(key, PassRun(step, dy.device, absent))
     dx, da, db, _ = run(*tensors, float(scaling), state)
-    return dx if made is None else made, da, db
+    return dx, da, db
 
 
 def _both(lora_a: Tensor | None, lora_b: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -129,10 +100,6 @@ def _both(lora_a: Tensor | None, lora_b: Tensor | None) -> tuple[Tensor, Tensor]
             "use_backend('eager'), or leave the choice automatic."
         )
     return lora_a, lora_b
-
-
-def _sorted(x: Tensor, tokens: Tensor | None) -> Tensor:
-    return x if tokens is None else x.index_select(0, tokens)
 
 
 def _shape(tensor: Tensor | None) -> torch.Size | None:
@@ -146,7 +113,7 @@ def _key(*tensors: Tensor | None) -> Iterator[Any]:
 
 
 def _call(
-    x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, rows: int, inside: bool, p: float, state: Tensor | None
+    x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, rows: int, p: float, state: Tensor | None
 ) -> ExpertsCall:
     """``x``: or dy, where x is not read."""
     precision = precision_of(x.dtype)
@@ -159,7 +126,7 @@ def _call(
         k=a.shape[2],
         n=b.shape[1],
         stride_x=x.stride(),
-        stride_w=weight.stride() if weight is not None and inside else None,
+        stride_w=None if weight is None else weight.stride(),
         stride_a=a.stride(),
         stride_b=b.stride(),
         a_dtype=a.dtype,

@@ -1,4 +1,4 @@
-"""Launch configurations of the kernels that read a quantised weight as it is stored. None was measured on a GPU yet."""
+"""Launch configurations of the kernels that read a quantised weight as it is stored."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from .blocks import FEW_TOKENS, FewTokensConfig, Machine, fits_shared_memory, ne
 
 __all__ = [
     "CODES_RANK",
+    "FOUR_BITS_PROGRAMS",
     "eight_bit_block",
     "few_codes_config",
     "few_codes_splits",
@@ -20,7 +21,9 @@ __all__ = [
 # Up to this rank the launch that reads the codes forms h as well: every program of it reads all of A.
 CODES_RANK = 64
 
-_PROGRAMS = 4  # of a multiprocessor, at which a further split of K ends
+FOUR_BITS_PROGRAMS = 2  # of a multiprocessor, where codes look their numbers up: more of them add more parts
+_SHARES = 4  # of K, as many as these programs take where W is square and large
+_LARGE = 2**25  # numbers of W
 _STEPS = 2  # of BLOCK_K columns, at least, in each share of K
 
 
@@ -57,17 +60,20 @@ def few_codes_config(machine: Machine, r: int, itemsize: int, exact: bool, with_
 
 
 @lru_cache(maxsize=4096)
-def few_four_bits_config(machine: Machine, m: int, r: int, unit: int) -> FewTokensConfig:
+def few_four_bits_config(machine: Machine, m: int, k: int, n: int, r: int, unit: int) -> FewTokensConfig:
     """A strip of W's rows whose codes look their numbers up, in steps of 4 units of ``unit`` columns, 32 or 64.
 
-    Tokens are the narrow side of the tensor core's tile, and 8 of them will do. Of 16 a strip of 32 rows would read
-    twice as many bytes as of its codes, so that strips are wider.
+    Tokens are the narrow side of the tensor core's tile, and 8 of them will do. Strips are of 64 rows. They are of 32
+    where 4 shares of K would give two multiprocessors fewer than 3 programs, but of 9 tokens on that reads too much of
+    x. A large weight is multiplied by wgmma, which takes 4 warps. Measured on an H200 (``few-codes.json``).
     """
     few, block_r = m <= FEW_TOKENS // 2, max(next_power_of_2(r), 16)
     block_m = FEW_TOKENS // 2 if few else FEW_TOKENS
     if machine.interpreter:
         return FewTokensConfig(block_m, 32, 4 * unit, block_r, 4, 1)
-    return FewTokensConfig(block_m, 32 if few else 64, 4 * unit, block_r, 2, 3)
+    idle = 2 * _SHARES * -(-n // 64) < 3 * machine.sm_count
+    warps = 4 if k * n > _LARGE and not idle else 2
+    return FewTokensConfig(block_m, 32 if few and idle else 64, 4 * unit, block_r, warps, 3)
 
 
 def sum_run(machine: Machine, config: FewTokensConfig, nested: bool) -> int:
@@ -82,10 +88,13 @@ def sum_run(machine: Machine, config: FewTokensConfig, nested: bool) -> int:
     return 8 if nested else 4
 
 
-def few_codes_splits(machine: Machine, k: int, n: int, config: FewTokensConfig) -> int:
-    """How many programs share K: the codes of a layer are few bytes, and more programs have more of them in flight."""
+def few_codes_splits(machine: Machine, k: int, n: int, config: FewTokensConfig, programs: int = 4) -> int:
+    """How many programs share K: the codes of a layer are few bytes, and more programs have more of them in flight.
+
+    ``programs``: of a multiprocessor, at which a further split ends.
+    """
     splits = 1
-    most = 16 if machine.interpreter else _PROGRAMS * machine.sm_count
+    most = 16 if machine.interpreter else programs * machine.sm_count
     while -(-n // config.block_n) * splits * 2 <= most and k >= 2 * splits * _STEPS * config.block_k:
         splits *= 2
     return splits

@@ -1,23 +1,14 @@
-"""Which kernels run the experts of a mixture, and by which blocks: data in, data out. Nothing of it was measured yet.
+"""By which blocks the experts of a mixture run: data in, data out.
 
-The base product is ``grouped_mm``'s where that runs on the device only, and the low-rank term is added in place. Else
-the product has the term inside. What the adapters of Qwen3-30B-A3B's layer (8192 tokens, top-8: M = 65536 rows; H =
-2048, I = 768; r = 16, bf16) move to and from memory beyond the base products of sorted rows, and their time at 3.35
-TB/s. The base products of both passes take about 1.9 ms at 650 Tflop/s:
-
-======================= ============================================================== ======== =======
-way                     bytes an element of x, y, dy, dx                               GB       ms
-======================= ============================================================== ======== =======
-grouped_mm for all      4 (gate_up's x 6), 8, 4, 8: a term of y's, of dx's size is     5.3      1.6
-                        written, and added by another read of both
-in place                4, 4, 4, 4                                                     2.9      0.86
-inside                  4, 0, 4, 0; and x is not copied in sorted order: 0.3 GB less   1.2      0.36
-======================= ============================================================== ======== =======
+The product has the low-rank term inside. The alternative, which adds the term to ``grouped_mm``'s product, was measured
+on an H200 and removed: it took 0.71 of the frozen experts' time for 0.64 on Qwen3-30B-A3B's layer, and the same 0.82 on
+Mixtral's, with twice the memory (``bench/results/nvidia-h200/moe.json``, ``moe-mixtral.json``). Beyond the base
+products' own, in bytes an element of x, y, dy and dx: the term inside moves 4, 0, 4 and 0; added, 4, 4, 4 and 4.
 
 gate_up's x counts as the tokens' own 34 MB, of which L2 keeps what the other experts of a token read again. h and dh
-are 4 r bytes a row and a mask K / 8: small beside the rest. In place and inside each read dy twice, for dh and for db:
-one read of both would write parts of dh, and save 0.2 GB. Launches beside the base product's: in place 2 and 4, inside
-1 and 3; dropout draws its mask by one more in each pass. ``grouped_mm`` for all takes 3 and about 15.
+are 4 r bytes a row and a mask K / 8: small beside the rest. dy is read twice beside the product, for dh and for db: one
+read of both would write parts of dh, and save 0.2 GB of Qwen3's 1.2. Launches: 2 forward and 4 backward; dropout draws
+its mask by one more in each pass.
 
 An expert's da and db are summed by one program for each block of columns, so few programs work where one expert has
 all rows: then they take up to the time of the base product.
@@ -31,19 +22,17 @@ from functools import lru_cache
 import torch
 
 from .blocks import (
-    ExpandConfig,
     GemmConfig,
     Machine,
     OuterConfig,
     ShrinkConfig,
-    expand_config,
     gemm_configs,
     next_power_of_2,
     outer_config,
     shrink_config,
 )
 
-__all__ = ["Experts", "add_config", "experts_outer_config", "experts_shrink_config", "product_config"]
+__all__ = ["Experts", "experts_outer_config", "experts_shrink_config", "product_config"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +63,11 @@ class Experts:
 
 @lru_cache(maxsize=4096)
 def experts_shrink_config(machine: Machine, of: Experts) -> ShrinkConfig:
-    """h or dh of ``experts_shrink_kernel``."""
+    """h or dh of ``experts_shrink_kernel``; Qwen3's passes took 1 to 4 % less in steps of 64 columns than of 128."""
     if machine.interpreter:
         return ShrinkConfig(8, 32, 16, 4, 1)
     config = shrink_config(machine, of.power, of.r, of.dtype.itemsize, of.tf32)
-    config = replace(config, block_m=min(config.block_m, of.each))
+    config = replace(config, block_m=min(config.block_m, of.each), block_k=min(config.block_k, 64))
     if of.parts:
         wide = config.block_r > 32
         config = replace(config, block_m=min(config.block_m, 32), block_k=min(config.block_k, 32 if wide else 64))
@@ -100,20 +89,15 @@ def _shortest(configs: tuple[GemmConfig, ...]) -> GemmConfig:
 
 
 @lru_cache(maxsize=4096)
-def add_config(machine: Machine, of: Experts) -> ExpandConfig:
-    """Tiles of y or dx that the low-rank term is added to."""
-    if machine.interpreter:
-        return ExpandConfig(8, 64, 16, 4)
-    config = expand_config(machine, of.r, of.dtype.itemsize, of.tf32)
-    config = replace(config, block_m=min(config.block_m, of.each))
-    return replace(config, block_r=min(config.block_r, 16)) if of.parts else config
-
-
-@lru_cache(maxsize=4096)
 def experts_outer_config(machine: Machine, of: Experts, columns: int) -> OuterConfig:
-    """Columns of da or db a program: wide where the experts are many, which give programs enough."""
+    """Columns of da or db a program: wide where the experts are many, which give programs enough.
+
+    Of 16-bit rows and up to 16 ranks 128 columns in steps of 32 rows took 2 to 4 % less of a pass than 64 by 64.
+    """
     if machine.interpreter:
         return OuterConfig(8, 64, 16, 4, 1)
     config = outer_config(machine, columns * of.experts, of.r, of.dtype.itemsize, of.tf32)
+    if of.dtype is torch.bfloat16 and of.r <= 16:
+        config = replace(config, block_m=32, block_k=128)
     config = replace(config, block_m=min(config.block_m, of.each))
     return replace(config, block_m=min(config.block_m, 32)) if of.parts else config

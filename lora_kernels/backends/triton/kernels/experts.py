@@ -141,21 +141,19 @@ def experts_product_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
     GROUP_M: tl.constexpr,
-    BASE: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """y = x W_eᵀ + keep * (scaling h B_eᵀ) for the rows of each expert e, zero for rows of none.
 
-    Without BASE x W_eᵀ is what y holds, and the sum is rounded a second time. With BASE there is one rounding.
     Backward: dx, with x = dy, W_e its transpose, h = dh, B_e = A_eᵀ, scaling = 1 / (1 - p), no tokens.
 
     ======= =========================== =======================================================
-    x       (M, K), or (T, K)           any strides; None without BASE
+    x       (M, K), or (T, K)           any strides
     tokens  (M,) int64 or None          contiguous; the row of x that each sorted row is
     offsets (E,) int32                  contiguous
-    weight  (E, N, K)                   any strides, any float dtype; None without BASE
+    weight  (E, N, K)                   any strides, any float dtype
     h       (M, R) fp32                 contiguous
     B       (E, N, R)                   any strides, any float dtype
     words   (M, 4 ceil(N / 128)) int32  ``packed_mask``, of y's elements; None: nothing is dropped
@@ -163,8 +161,8 @@ def experts_product_kernel(
     ======= =========================== =======================================================
 
     Grid: one program a tile (BLOCK_M, BLOCK_N) of y, of tiles_m tiles of rows, in ``tile_at``'s order. The low-rank
-    product comes first, because the mask acts on it only. fp32 accumulation; 2 M N (K + R) flops, or 2 M N R without
-    BASE (R's twice with SPLIT); reads x, W, h, B and writes y, or reads and writes y.
+    product comes first, because the mask acts on it only. fp32 accumulation, one rounding; 2 M N (K + R) flops (R's
+    twice with SPLIT); reads x, W, h, B and writes y.
     """
     tile_m, tile_n = tile_at(tl.program_id(0), tiles_m * BLOCK_M, N, BLOCK_M, BLOCK_N, GROUP_M)
     group, first_row, end = _rows_of_tile(offsets_ptr, tile_m, M, E, BLOCK_M, BLOCK_E)
@@ -190,27 +188,23 @@ def experts_product_kernel(
         acc = tl.where(keep_tile(words_ptr, offs_m, first_column, mask_m, N, BLOCK_N), acc, 0.0)
     y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
     mask_y = mask_m[:, None] & mask_n[None, :]
-    if BASE:
-        rows = _rows_of_x(tokens_ptr, offs_m, mask_m)
-        offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
-        step = tl.full((), BLOCK_K, tl.int64)
-        x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :] * stride_xk
-        w_ptrs = weight_ptr + expert * stride_we + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
-        for k in range(0, last, BLOCK_K):
-            mask_x = mask_m[:, None]
-            mask_w = mask_n[None, :]
-            if not EVEN_K:
-                mask_k = offs_k < K - k
-                mask_x = mask_x & mask_k[None, :]
-                mask_w = mask_w & mask_k[:, None]
-            x = tl.load(x_ptrs, mask=mask_x, other=0.0)  # (BLOCK_M, BLOCK_K)
-            w = tl.load(w_ptrs, mask=mask_w, other=0.0)  # (BLOCK_K, BLOCK_N)
-            acc = dot(x, rounded(w, x.dtype), acc, PRECISION)
-            x_ptrs += step * stride_xk
-            w_ptrs += step * stride_wk
-    else:
-        if group < E:  # beyond the last expert y holds anything
-            acc += tl.load(y_ptrs, mask=mask_y, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_N)
+    rows = _rows_of_x(tokens_ptr, offs_m, mask_m)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    step = tl.full((), BLOCK_K, tl.int64)
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    w_ptrs = weight_ptr + expert * stride_we + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
+    for k in range(0, last, BLOCK_K):
+        mask_x = mask_m[:, None]
+        mask_w = mask_n[None, :]
+        if not EVEN_K:
+            mask_k = offs_k < K - k
+            mask_x = mask_x & mask_k[None, :]
+            mask_w = mask_w & mask_k[:, None]
+        x = tl.load(x_ptrs, mask=mask_x, other=0.0)  # (BLOCK_M, BLOCK_K)
+        w = tl.load(w_ptrs, mask=mask_w, other=0.0)  # (BLOCK_K, BLOCK_N)
+        acc = dot(x, rounded(w, x.dtype), acc, PRECISION)
+        x_ptrs += step * stride_xk
+        w_ptrs += step * stride_wk
     tl.store(y_ptrs, rounded(acc, y_ptr.dtype.element_ty), mask=mask_y)
 
 

@@ -185,7 +185,7 @@ def jobs_of(case: Case, arch: int) -> Iterator[Job]:
 
 
 def _call_experts(case: Case) -> None:
-    """Both passes of gate_up_proj of 128 experts, 2048 -> 1536, top-8: with the base inside, and added to in place."""
+    """Both passes of gate_up_proj of 128 experts, 2048 -> 1536, top-8."""
     from ..choose import blocks
     from ..choose.experts import Experts
     from ..run.experts import ExpertsCall, backward_step, forward_step
@@ -200,29 +200,28 @@ def _call_experts(case: Case) -> None:
     lora_a, lora_b = meta(experts, r, k, dtype=adapter), meta(experts, n, r, dtype=adapter)
     offsets, tokens = meta(experts, dtype=torch.int32), meta(m, dtype=torch.int64)
     dropped = meta(m, row_words(k), dtype=torch.int32) if case.p else None
-    for inside in (True, False):
-        call = ExpertsCall(
-            machine=blocks.machine_of(x.device),
-            device=x.device,
-            of=Experts(m, experts, r, case.dtype, case.tf32, case.p > 0),
-            precision="tf32" if case.tf32 else "ieee",
-            k=k,
-            n=n,
-            stride_x=x.stride(),
-            stride_w=weight.stride() if inside else None,
-            stride_a=lora_a.stride(),
-            stride_b=lora_b.stride(),
-            a_dtype=adapter,
-            b_dtype=adapter,
-            keep_scale=1.0 / (1.0 - case.p),
-        )
-        base, made, dx = (weight, None, None) if inside else (None, y, meta(m, k))
-        given = (lora_a, lora_b, offsets, tokens)
-        forward_step(call)(None, x, base, *given, made, 2.5, dropped)
-        backward_step(call, y.stride(), (True, True, True))(None, y, x, base, *given, h, dx, 2.5, dropped)
+    call = ExpertsCall(
+        machine=blocks.machine_of(x.device),
+        device=x.device,
+        of=Experts(m, experts, r, case.dtype, case.tf32, case.p > 0),
+        precision="tf32" if case.tf32 else "ieee",
+        k=k,
+        n=n,
+        stride_x=x.stride(),
+        stride_w=weight.stride(),
+        stride_a=lora_a.stride(),
+        stride_b=lora_b.stride(),
+        a_dtype=adapter,
+        b_dtype=adapter,
+        keep_scale=1.0 / (1.0 - case.p),
+    )
+    given = (weight, lora_a, lora_b, offsets, tokens)
+    forward_step(call)(None, x, *given, 2.5, dropped)
+    backward_step(call, y.stride(), (True, True, True))(None, y, x, *given, h, 2.5, dropped)
 
 
 _CODES = (Codes("nf4", 1, 64, 256), Codes("fp4", 1, 64), Codes("e4m3", 128, 128))
+_NF4 = Codes("nf4", 1, 64)
 
 
 def _parts_of(codes: Codes, n: int, k: int) -> list[Tensor]:
@@ -259,7 +258,7 @@ def _call_few_tokens(
     p: float,
     state: Tensor | None,
 ) -> None:
-    """In bf16 over nested NF4, FP8, and NF4 with a gain and an h that is there; in others over FP4."""
+    """In bf16 over nested NF4, FP8, NF4 with a gain and an h that is there, and 16 tokens over a large W; else FP4."""
     from ..code_operators import few_tokens
 
     n, k = lora_b.shape[0], x.shape[1]
@@ -267,6 +266,8 @@ def _call_few_tokens(
         few_tokens(x, _parts_of(codes, n, k), codes, lora_a, lora_b, None, bias, None, 2.5, p, state, False)
     if x.dtype is _BF16:
         few_tokens(x, _parts_of(_CODES[0], n, k), _CODES[0], None, lora_b, h, bias, gain, 2.5, 0.0, None, True)
+        large, more = lora_b.new_empty((14336, lora_b.shape[1])), x.new_empty((16, k))
+        few_tokens(more, _parts_of(_NF4, 14336, k), _NF4, lora_a, large, None, None, None, 2.5, 0.0, None, False)
 
 
 @contextlib.contextmanager

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..choose.blocks import Machine, next_power_of_2
-from ..choose.experts import Experts, add_config, experts_outer_config, experts_shrink_config, product_config
+from ..choose.experts import Experts, experts_outer_config, experts_shrink_config, product_config
 from ..kernels.experts import experts_outer_kernel, experts_product_kernel, experts_shrink_kernel
 from .call import cdiv
 from .prepared import Launch
@@ -20,7 +19,7 @@ __all__ = ["ExpertsCall", "backward_step", "forward_step"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertsCall:
-    """All that a run depends on. Strides are the tensors' own; ``stride_w`` is None where grouped_mm has the base."""
+    """All that a run depends on. Strides are the tensors' own; ``stride_w`` is None where no dx is due."""
 
     machine: Machine
     device: torch.device
@@ -41,48 +40,44 @@ class ExpertsCall:
 
 
 def forward_step(c: ExpertsCall) -> Step:
-    """``step(stream, x, weight, lora_a, lora_b, offsets, tokens, y, scaling, words)`` -> y, h.
-
-    Where grouped_mm has the base ``weight`` is None, and ``y``, which has it, is added to: the step gives None for y.
-    """
+    """``step(stream, x, weight, lora_a, lora_b, offsets, tokens, scaling, words)`` -> y, h."""
     of = c.of
     shrink = _shrink(c, c.k, c.stride_x, c.stride_a)
+    assert c.stride_w is not None
     product = _product(c, c.k, c.n, c.stride_x, c.stride_w, c.stride_b, False)
 
     def step(
         stream: int | None,
         x: Tensor,
-        weight: Tensor | None,
+        weight: Tensor,
         lora_a: Tensor,
         lora_b: Tensor,
         offsets: Tensor,
         tokens: Tensor | None,
-        y: Tensor | None,
         scaling: float,
         words: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         h = c.empty(of.rows, of.r)
-        made = None if weight is None else c.empty(of.rows, c.n, dtype=of.dtype)
+        y = c.empty(of.rows, c.n, dtype=of.dtype)
         shrink(stream, x, tokens, offsets, lora_a, words, h, c.keep_scale)
-        base = (None, None) if weight is None else (x, tokens)
-        product(stream, *base, offsets, weight, h, lora_b, None, y if made is None else made, scaling)
-        return made, h
+        product(stream, x, tokens, offsets, weight, h, lora_b, None, y, scaling)
+        return y, h
 
     return step
 
 
 def backward_step(c: ExpertsCall, stride_dy: tuple[int, ...], due: tuple[bool, bool, bool]) -> Step:
-    """``step(stream, dy, x, weight, lora_a, lora_b, offsets, tokens, h, dx, scaling, words)`` -> dx, da, db, dh.
+    """``step(stream, dy, x, weight, lora_a, lora_b, offsets, tokens, h, scaling, words)`` -> dx, da, db, dh.
 
-    None for what is not ``due`` of dx, da, db, and for dx where grouped_mm has its base: then ``dx`` is added to, after
-    all memory is there.
+    None for what is not ``due`` of dx, da, db.
     """
-    of, inside = c.of, c.stride_w is not None
+    of = c.of
     due_dx, due_da, due_db = due
     with_dh = due_dx or due_da
     shrink = _shrink(c, c.n, stride_dy, _turned(c.stride_b))
-    stride_w = None if c.stride_w is None else _turned(c.stride_w)
-    product = _product(c, c.n, c.k, stride_dy, stride_w, _turned(c.stride_a), of.dropout)
+    product = None
+    if c.stride_w is not None:
+        product = _product(c, c.n, c.k, stride_dy, _turned(c.stride_w), _turned(c.stride_a), of.dropout)
     of_x = _outer(c, c.k, c.stride_x, (c.k, 1))
     of_dy = _outer(c, c.n, stride_dy, (1, of.r))
 
@@ -96,11 +91,10 @@ def backward_step(c: ExpertsCall, stride_dy: tuple[int, ...], due: tuple[bool, b
         offsets: Tensor,
         tokens: Tensor | None,
         h: Tensor | None,
-        dx: Tensor | None,
         scaling: float,
         words: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        made = c.empty(of.rows, c.k, dtype=of.dtype) if due_dx and inside else None
+        dx = c.empty(of.rows, c.k, dtype=of.dtype) if due_dx else None
         da = c.empty(of.experts, of.r, c.k, dtype=c.a_dtype) if due_da else None
         db = c.empty(of.experts, c.n, of.r, dtype=c.b_dtype) if due_db else None
         dh = c.empty(of.rows, of.r) if with_dh else None
@@ -110,11 +104,9 @@ def backward_step(c: ExpertsCall, stride_dy: tuple[int, ...], due: tuple[bool, b
             of_x(stream, dh, x, tokens, offsets, words, da, c.keep_scale)
         if due_db:
             of_dy(stream, h, dy, None, offsets, None, db, scaling)
-        if due_dx:
-            out = dx if made is None else made
-            base = dy if inside else None
-            product(stream, base, None, offsets, weight, dh, lora_a, words, out, c.keep_scale)
-        return made, da, db, dh
+        if product is not None:
+            product(stream, dy, None, offsets, weight, dh, lora_a, words, dx, c.keep_scale)
+        return dx, da, db, dh
 
     return step
 
@@ -147,30 +139,24 @@ def _product(
     depth: int,
     columns: int,
     stride_x: tuple[int, ...],
-    stride_w: tuple[int, ...] | None,
+    stride_w: tuple[int, ...],
     stride_b: tuple[int, ...],
     masked: bool,
 ) -> Launch:
     """``launch(stream, x, tokens, offsets, weight, h, b, words, y, scaling)``."""
     of = replace(c.of, dropout=masked)
-    options: dict[str, Any]
-    if stride_w is None:
-        add = add_config(c.machine, of)
-        block_m, block_n, block_k, block_r, group_m = add.block_m, add.block_n, 16, add.block_r, 1
-        options = {"num_warps": add.num_warps, "num_stages": 1}
-    else:
-        gemm = product_config(c.machine, of, columns)
-        block_m, block_n, block_k, block_r = gemm.block_rows, gemm.block_columns, gemm.block_sum, gemm.block_r
-        group_m, options = gemm.group_m, {"num_warps": gemm.num_warps, "num_stages": gemm.num_stages}
+    gemm = product_config(c.machine, of, columns)
+    block_m, block_n, block_k = gemm.block_rows, gemm.block_columns, gemm.block_sum
     tiles = _tiles(of, block_m)
     sizes = (of.rows, tiles, of.experts, columns, depth, of.r)
-    tile = (block_m, block_n, block_k, block_r, next_power_of_2(of.experts), group_m, stride_w is not None)
+    tile = (block_m, block_n, block_k, gemm.block_r, next_power_of_2(of.experts), gemm.group_m)
     how = (depth % block_k == 0, of.dtype.itemsize == 2, c.precision)
     return Launch(
         experts_product_kernel,
         (tiles * cdiv(columns, block_n), 1, 1),
-        (*sizes, *stride_x, *(stride_w or (0, 0, 0)), *stride_b, *tile, *how),
-        **options,
+        (*sizes, *stride_x, *stride_w, *stride_b, *tile, *how),
+        num_warps=gemm.num_warps,
+        num_stages=gemm.num_stages,
     )
 
 
