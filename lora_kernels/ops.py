@@ -378,7 +378,7 @@ class CodeKernels(NamedTuple):
     """
 
     values: Callable[..., Tensor]
-    few_tokens: Callable[..., tuple[Tensor, Tensor, Tensor | None] | None]
+    few_tokens: Callable[..., tuple[Tensor, Tensor | None, Tensor | None] | None]
 
 
 def register_form(

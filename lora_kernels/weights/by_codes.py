@@ -85,7 +85,7 @@ def _product(
     with_linear: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
     """As ``ops.register_product`` wants it."""
-    if lora_b is None or (found := _ready(x, Layout(form, spec, rows, columns, len(parts)), parts)) is None:
+    if (found := _ready(x, Layout(form, spec, rows, columns, len(parts)), parts)) is None:
         return None
     few_tokens, given, codes = found
     with_linear = with_linear and gain is not None

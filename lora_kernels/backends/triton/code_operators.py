@@ -43,7 +43,7 @@ _SUM_BLOCK = 512
 _RANKS = 16  # of h, that a program of few_four_bits_kernel makes
 _LONGEST_STEP = 2**22  # numbers; 16 of them and 256 more, or 128, stay below 2^31
 
-Found: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+Found: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
 
 _runs: Cache[PassRun] = Cache()
 
@@ -127,7 +127,7 @@ def few_tokens(
     parts: list[Tensor],
     codes: Codes,
     lora_a: Tensor | None,
-    lora_b: Tensor,
+    lora_b: Tensor | None,
     h: Tensor | None,
     bias: Tensor | None,
     gain: Tensor | None,
@@ -138,34 +138,40 @@ def few_tokens(
 ) -> Found | None:
     """y (M, N), h (M, R) fp32 and l (M, N), where it is asked for, in one pass over the codes; W is never written.
 
-    y = g * l + bias with l = x Wᵀ + s h Bᵀ; with ``lora_a`` also h = (x * D) Aᵀ, else h is given. None where the
-    kernel does not take such a call: more than 16 tokens, nothing, 4-bit rows that are no whole units, or h to be
-    formed at a rank above 64 or beside a gain.
+    y = g * l + bias with l = x Wᵀ + s h Bᵀ; with ``lora_a`` also h = (x * D) Aᵀ, else h is given. Without ``lora_b``
+    there is no adapter. None where no kernel takes such a call: more than 16 tokens, nothing, 4-bit rows that are no
+    whole units, h to be formed at a rank above 64 or beside a gain, or no adapter beside others than 4-bit codes in
+    16-bit compute.
 
     Raises:
         InvalidArgumentError: a part has fewer numbers than the weight needs.
     """
-    (m, k), (n, r) = x.shape, lora_b.shape
-    if not 0 < m <= FEW_TOKENS or k == 0 or n == 0 or r == 0 or (codes.number in FOUR_BITS and k % UNIT):
+    (m, k), four_bits = x.shape, codes.number in FOUR_BITS
+    if not 0 < m <= FEW_TOKENS or k == 0 or (four_bits and k % UNIT):
+        return None
+    n, r = (parts[0].numel() * (1 + four_bits) // k, 0) if lora_b is None else lora_b.shape
+    if n == 0 or (r == 0 and lora_b is not None):
         return None
     if lora_a is not None and (r > CODES_RANK or gain is not None):
         return None
     h = None if h is None else rows_in_one_piece(h)
     vectors = tuple(None if t is None else (t.dtype, t.stride()) for t in (bias, gain))
-    given = (x, *parts, lora_b, *(t for t in (lora_a, h) if t is not None))
+    given = (x, *parts, *(t for t in (lora_b, lora_a, h) if t is not None))
     aligned = alignment(*given, bias, gain, state)
-    of = (codes, lora_a is None, with_linear, p, told(state), precision_of(x.dtype))
+    of = (codes, lora_a is None, lora_b is None, with_linear, p, told(state), precision_of(x.dtype))
     key = ("few", *of, *(fact for t in given for fact in matrix(t)), *vectors, aligned)
     arguments = (x, parts, lora_a, lora_b, h, bias, gain, float(scaling), state)
     run = _runs.get(key)
     if run is not None:
         return _found(run(*arguments), h)
     _check(parts, codes, n, k)
-    call = _call_of(x, lora_a, lora_b, h, bias, gain, p, state)
+    call = _call_of(x, n, lora_a, lora_b, h, bias, gain, p, state)
     with_a = lora_a is not None
-    steps = [_few_step(config, call, codes, with_a, with_linear) for config in _configs(call, with_a)]
-    if lora_a is not None and not with_linear and _looked_up(call, codes, parts[0]):
-        steps.insert(0, _four_bits_step(_four_bits_config(call, codes), call, codes))
+    steps = [_few_step(config, call, codes, with_a, with_linear) for config in _configs(call, with_a) if r]
+    if _looked_up(call, codes, parts[0]):
+        steps.insert(0, _four_bits_step(_four_bits_config(call, codes), call, codes, with_a, with_linear))
+    if not steps:
+        return None
     runs = [PassRun(seeded(step, state, m, k, p), x.device) for step in steps]
     chosen, results = first_that_runs(runs, lambda run: run(*arguments))
     _runs.keep(key, chosen)
@@ -175,22 +181,21 @@ def few_tokens(
 def _found(results: tuple[Tensor, Tensor | None, Tensor | None], h: Tensor | None) -> Found:
     """With the h that was given, where none was formed."""
     y, formed, linear = results
-    kept = h if formed is None else formed
-    assert kept is not None
-    return y, kept, linear
+    return y, h if formed is None else formed, linear
 
 
 def _call_of(
     x: Tensor,
+    n: int,
     lora_a: Tensor | None,
-    lora_b: Tensor,
+    lora_b: Tensor | None,
     h: Tensor | None,
     bias: Tensor | None,
     gain: Tensor | None,
     p: float,
     state: Tensor | None,
 ) -> Call:
-    n, r = lora_b.shape
+    r = 0 if lora_b is None else lora_b.shape[1]
     return Call.over(
         x,
         k=x.shape[1],
@@ -198,7 +203,7 @@ def _call_of(
         r=r,
         stride_x=x.stride(),
         stride_a=(0, 0) if lora_a is None else lora_a.stride(),
-        stride_b=lora_b.stride(),
+        stride_b=(0, 0) if lora_b is None else lora_b.stride(),
         stride_bias=0 if bias is None else bias.stride(0),
         stride_gain=0 if gain is None else gain.stride(0),
         stride_h=r if h is None else h.stride(0),
@@ -260,11 +265,11 @@ def _few_step(config: FewTokensConfig, c: Call, codes: Codes, with_a: bool, with
 
 
 def _looked_up(c: Call, codes: Codes, data: Tensor) -> bool:
-    """Whether ``few_four_bits_kernel`` takes a call with lora_a: 16-bit compute, codes from a 16-byte boundary on.
+    """Whether ``few_four_bits_kernel`` takes a call: 16-bit compute, codes from a 16-byte boundary on.
 
-    It takes no step of x or of W's rows that 32 bits do not count.
+    It takes no step of x or of W's rows that 32 bits do not count, and no rank that is no tile of the second stage.
     """
-    if codes.number not in FOUR_BITS or c.dtype.itemsize != 2 or data.data_ptr() % 16:
+    if codes.number not in FOUR_BITS or c.dtype.itemsize != 2 or data.data_ptr() % 16 or c.r > CODES_RANK:
         return False
     able = c.machine.interpreter or c.machine.capability >= 80
     return able and max(*c.stride_x, c.k) < _LONGEST_STEP
@@ -275,7 +280,9 @@ def _four_bits_config(c: Call, codes: Codes) -> FewTokensConfig:
     return few_four_bits_config(c.machine, c.m, c.k, c.n, c.r, UNIT if (codes.wide | c.k) % (2 * UNIT) else 2 * UNIT)
 
 
-def _four_bits_step(config: FewTokensConfig, c: Call, codes: Codes, splits: int | None = None) -> Step:
+def _four_bits_step(
+    config: FewTokensConfig, c: Call, codes: Codes, with_a: bool, with_linear: bool, splits: int | None = None
+) -> Step:
     """``few_four_bits_kernel`` as a ``_few_step``; ``splits``: of K, in the place of the chosen number."""
     parts = few_codes_splits(c.machine, c.k, c.n, config, FOUR_BITS_PROGRAMS) if splits is None else splits
     pdl, strip = c.machine.capability >= 90, 32
@@ -285,9 +292,11 @@ def _four_bits_step(config: FewTokensConfig, c: Call, codes: Codes, splits: int 
     static += (config.block_m, config.block_n, config.block_k, parts)
     static += (c.k % (parts * config.block_k) == 0, c.precision, pdl)
     options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    grid = (cdiv(c.r, _RANKS) + cdiv(c.n, config.block_n), parts, 1)
+    of_h = cdiv(c.r, _RANKS) if with_a else 0
+    grid = (of_h + cdiv(c.n, config.block_n), parts, 1)
     product = Launch(few_four_bits_kernel, grid, static, **options, **_in_two_roundings(codes))
-    static = (c.m, c.n, c.r, *c.stride_b, c.stride_bias, FEW_TOKENS, strip, config.block_r, parts)
+    static = (c.m, c.n, c.r, *c.stride_b, c.stride_bias, c.stride_gain, c.r if with_a else c.stride_h)
+    static += (FEW_TOKENS, strip, config.block_r, parts, parts if with_a else 1)
     options = {"launch_pdl": True} if pdl and not c.machine.interpreter else {}
     total = Launch(
         sum_four_bits_kernel,
@@ -303,21 +312,22 @@ def _four_bits_step(config: FewTokensConfig, c: Call, codes: Codes, splits: int 
         stream: int | None,
         x: Tensor,
         weight: list[Tensor],
-        lora_a: Tensor,
-        lora_b: Tensor,
-        h: None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        h: Tensor | None,
         bias: Tensor | None,
-        gain: None,
+        gain: Tensor | None,
         scaling: float,
         words: Tensor | None,
-    ) -> tuple[Tensor, Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         y = torch.empty((c.m, c.n), dtype=c.dtype, device=c.device)
-        formed = torch.empty((c.m, c.r), dtype=torch.float32, device=c.device)
+        linear = torch.empty((c.m, c.n), dtype=c.dtype, device=c.device) if with_linear else None
+        formed = torch.empty((c.m, c.r), dtype=torch.float32, device=c.device) if with_a else None
         y_parts = torch.empty((parts, c.m, c.n), dtype=torch.float32, device=c.device)
-        h_parts = torch.empty((parts, c.m, c.r), dtype=torch.float32, device=c.device)
+        h_parts = torch.empty((parts, c.m, c.r), dtype=torch.float32, device=c.device) if with_a else None
         product(stream, x, *weight, *absent, lora_a, words, h_parts, y_parts)
-        total(stream, y_parts, h_parts, lora_b, bias, y, formed, scaling)
-        return y, formed, None
+        total(stream, y_parts, h_parts if with_a else h, lora_b, bias, gain, y, formed, linear, scaling)
+        return y, formed, linear
 
     return step
 

@@ -79,6 +79,16 @@ def test_a_layer_multiplies_few_tokens_by_the_codes(own: list[str], triton_devic
             check_passes(kind, own, triton_device, options)
 
 
+def test_while_the_adapter_is_off_few_tokens_are_multiplied_by_the_codes(own: list[str], triton_device: str) -> None:
+    layer, other = layer_and_twin("nf4", torch.bfloat16, triton_device)
+    x = torch.randn(5, 96, device=triton_device).bfloat16()
+    with use_backend("triton"), torch.no_grad(), layer.enable_lora(False), other.enable_lora(False):
+        own.clear()
+        found, expected = layer(x), other(x)
+    assert own == ["few_tokens"]
+    assert torch.allclose(found.float(), expected.float(), rtol=0.02, atol=0.02)
+
+
 @interpreted
 def test_many_tokens_take_the_values_and_a_watched_call_the_codes(
     own: list[str], monkeypatch: pytest.MonkeyPatch

@@ -146,7 +146,10 @@ LOOKED_UP = (Codes("nf4", 1, 64), Codes("nf4", 1, 128, 4), Codes("fp4", 1, 192),
 
 
 def test_numbers_that_are_looked_up_are_the_values(triton_device: str) -> None:
-    """Bit for bit, of columns all over W: units of 64 and of 32 columns, steps that end within K and beyond it."""
+    """Bit for bit, of columns all over W: units of 64 and of 32 columns, steps that end within K and beyond it.
+
+    With an adapter that adds nothing, and without one.
+    """
     torch.manual_seed(5)
     for codes, dtype, (n, k) in itertools.product(LOOKED_UP, DTYPES[1:], ((N, 320), (32, 1024), (5, 32))):
         if triton_device == "cpu" and dtype is torch.float16 and k > 320:
@@ -154,9 +157,10 @@ def test_numbers_that_are_looked_up_are_the_values(triton_device: str) -> None:
         parts, columns = parts_of(codes, n, k, triton_device), torch.randperm(k)[:16].to(triton_device)
         x, a = torch.eye(k, dtype=dtype, device=triton_device)[columns], torch.zeros(1, k, device=triton_device)
         b = torch.zeros(n, 1, device=triton_device)
-        found = code_operators.few_tokens(x, parts, codes, a, b, None, None, None, 1.0, 0.0, None, False)
-        assert found is not None
-        assert same_bits(found[0] + 0.0, by_formula(parts, codes, n, k, dtype)[:, columns].t() + 0.0)
+        for adapter in ((a, b), (None, None)):
+            found = code_operators.few_tokens(x, parts, codes, *adapter, None, None, None, 1.0, 0.0, None, False)
+            assert found is not None
+            assert same_bits(found[0] + 0.0, by_formula(parts, codes, n, k, dtype)[:, columns].t() + 0.0)
 
 
 def ptx(text: str, given: list[int]) -> dict[str, int]:
@@ -249,8 +253,8 @@ def test_a_fault_in_each_part_shows(i: int) -> None:
 def test_what_the_kernel_does_not_take_is_left_to_the_values() -> None:
     def asked(codes: Codes, m: int = 2, k: int = 64, r: int = 2, **changed: Any) -> Any:
         given = {"lora_a": torch.ones(r, k), "h": None, "gain": None} | changed
-        parts = parts_of(codes, 4, k, "cpu")
-        rest = given["lora_a"], torch.ones(4, r), given["h"], None, given["gain"]
+        parts, lora_b = parts_of(codes, 4, k, "cpu"), torch.ones(4, r) if r else None
+        rest = given["lora_a"] if r else None, lora_b, given["h"], None, given["gain"]
         return code_operators.few_tokens(torch.ones(m, k), parts, codes, *rest, 1.0, 0.0, None, False)
 
     nf4, fp8 = Codes("nf4", 1, 64), Codes("e4m3", 128, 128)
@@ -258,6 +262,7 @@ def test_what_the_kernel_does_not_take_is_left_to_the_values() -> None:
     assert asked(fp8, k=51) is not None
     for none in (asked(nf4, m=17), asked(nf4, m=0), asked(nf4, k=48), asked(nf4, r=65), asked(nf4, gain=torch.ones(4))):
         assert none is None
+    assert asked(nf4, r=0) is None  # without an adapter in fp32
 
 
 @pytest.mark.parametrize("codes", [Codes("nf4", 1, 64, 4), Codes("int8", 1, 10, zeros=True)], ids=str)

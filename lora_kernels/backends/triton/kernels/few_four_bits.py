@@ -205,6 +205,40 @@ def _hidden_part(
     tl.store(h_ptr + offs, h * keep_scale, mask=mask_m[:, None] & mask_r[None, :])
 
 
+@triton.jit
+def _strip_part(
+    x_ptr, data_ptr, scales_ptr, outer_ptr, outer_table_ptr, offset_ptr, y_ptr, strip, first, last, M, N, K,
+    stride_xm, stride_xk, NUMBER: tl.constexpr, WIDE: tl.constexpr, OUTER: tl.constexpr, UNIT: tl.constexpr,
+    RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x Wᵀ of columns ``first`` to ``last``, W's rows of strip number ``strip``."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    first_n = strip.to(tl.int64) * BLOCK_N
+    rows = tl.minimum(N - first_n, BLOCK_N).to(tl.int32)
+    mask_n = tl.arange(0, BLOCK_N) < rows
+    eights_ptr = data_ptr.to(tl.pointer_type(tl.int32)) + first_n * (K // 32 * 4)
+    offs_u = tl.arange(0, BLOCK_N)[:, None] * K + (tl.arange(0, 4) * UNIT)[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for k in range(first, last, BLOCK_K):
+        left = last - k
+        start = tl.full((), k, tl.int64)
+        x = _pieces(x_ptr + start * stride_xk, stride_xm, stride_xk, left, M, BLOCK_M, UNIT, EVEN_K)
+        codes = _eights(eights_ptr + k // 8, K, left, rows, BLOCK_N, UNIT, EVEN_K)  # (BLOCK_N, 4, UNIT / 8)
+        number = first_n * K + k
+        block = number // WIDE + (number % WIDE + offs_u) // WIDE  # (BLOCK_N, 4)
+        mask_u = mask_n[:, None]
+        if not EVEN_K:
+            mask_u = mask_u & (tl.arange(0, 4) * UNIT < left)[None, :]
+        factor = _nested_factor(scales_ptr, outer_ptr, outer_table_ptr, offset_ptr, block, mask_u, OUTER)
+        w = _numbers(codes, factor, UNIT, NUMBER, dtype)  # (BLOCK_N, 4, UNIT)
+        acc = dot(_in_order(w, UNIT, RUN), tl.trans(_in_order(x, UNIT, RUN)), acc, PRECISION)
+    offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
+    offs_part = tl.program_id(1).to(tl.int64) * M + offs_m
+    y_ptrs = y_ptr + first_n + offs_part[None, :] * N + tl.arange(0, BLOCK_N)[:, None]
+    tl.store(y_ptrs, acc, mask=mask_n[:, None] & (offs_m < M)[None, :])
+
+
 @triton.jit(do_not_specialize=["M"])
 def few_four_bits_kernel(
     x_ptr,
@@ -241,14 +275,14 @@ def few_four_bits_kernel(
 ):
     """x Wᵀ and h = keep_scale (x * keep) Aᵀ of each of PARTS shares of K, for M <= BLOCK_M.
 
-    ``sum_four_bits_kernel`` is the second stage.
+    ``sum_four_bits_kernel`` is the second stage. Without lora_a no h is formed.
 
     ======== ======================= ==================================================================
     x        (M, K)                  any strides, all in all below 2^31; bf16 or fp16
     data     (N, K / 2)              contiguous, from a 16-byte boundary on; K and WIDE multiples of UNIT
-    lora_a   (R, K)                  any strides, any float dtype
+    lora_a   (R, K) or None          any strides, any float dtype
     words    (M, 4 ceil(K / 128))    int32 (``packed_mask``); None: nothing is dropped
-    h        (PARTS, M, R) fp32      contiguous
+    h        (PARTS, M, R) fp32      contiguous; None without lora_a
     y        (PARTS, M, N) fp32      contiguous
     ======== ======================= ==================================================================
 
@@ -266,37 +300,27 @@ def few_four_bits_kernel(
         chunk = tl.cdiv(tl.cdiv(K, PARTS), BLOCK_K) * BLOCK_K
         first = tl.program_id(1) * chunk
         last = tl.minimum(first + chunk, K)
-    HIDDEN: tl.constexpr = (R + _RANKS - 1) // _RANKS
-    TWO: tl.constexpr = dtype == tl.float16 and lora_a_ptr.dtype.element_ty != tl.float16  # a high and a low operand
-    if tl.program_id(0) < HIDDEN:
-        _hidden_part(
-            x_ptr, lora_a_ptr, words_ptr, h_ptr, keep_scale, tl.program_id(0) * _RANKS, first, last, M, K, R,
-            stride_xm, stride_xk, stride_ar, stride_ak, 16, _RANKS, 64 if TWO else 128, PRECISION,
+    if lora_a_ptr is None:
+        _strip_part(
+            x_ptr, data_ptr, scales_ptr, outer_ptr, outer_table_ptr, offset_ptr, y_ptr, tl.program_id(0), first, last,
+            M, N, K, stride_xm, stride_xk, NUMBER, WIDE, OUTER, UNIT, RUN, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+            PRECISION,
         )  # fmt: skip
     else:
-        first_n = (tl.program_id(0) - HIDDEN).to(tl.int64) * BLOCK_N
-        rows = tl.minimum(N - first_n, BLOCK_N).to(tl.int32)
-        mask_n = tl.arange(0, BLOCK_N) < rows
-        eights_ptr = data_ptr.to(tl.pointer_type(tl.int32)) + first_n * (K // 32 * 4)
-        offs_u = tl.arange(0, BLOCK_N)[:, None] * K + (tl.arange(0, 4) * UNIT)[None, :]
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for k in range(first, last, BLOCK_K):
-            left = last - k
-            start = tl.full((), k, tl.int64)
-            x = _pieces(x_ptr + start * stride_xk, stride_xm, stride_xk, left, M, BLOCK_M, UNIT, EVEN_K)
-            codes = _eights(eights_ptr + k // 8, K, left, rows, BLOCK_N, UNIT, EVEN_K)  # (BLOCK_N, 4, UNIT / 8)
-            number = first_n * K + k
-            block = number // WIDE + (number % WIDE + offs_u) // WIDE  # (BLOCK_N, 4)
-            mask_u = mask_n[:, None]
-            if not EVEN_K:
-                mask_u = mask_u & (tl.arange(0, 4) * UNIT < left)[None, :]
-            factor = _nested_factor(scales_ptr, outer_ptr, outer_table_ptr, offset_ptr, block, mask_u, OUTER)
-            w = _numbers(codes, factor, UNIT, NUMBER, dtype)  # (BLOCK_N, 4, UNIT)
-            acc = dot(_in_order(w, UNIT, RUN), tl.trans(_in_order(x, UNIT, RUN)), acc, PRECISION)
-        offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
-        offs_part = tl.program_id(1).to(tl.int64) * M + offs_m
-        y_ptrs = y_ptr + first_n + offs_part[None, :] * N + tl.arange(0, BLOCK_N)[:, None]
-        tl.store(y_ptrs, acc, mask=mask_n[:, None] & (offs_m < M)[None, :])
+        HIDDEN: tl.constexpr = (R + _RANKS - 1) // _RANKS
+        # A high and a low operand.
+        TWO: tl.constexpr = dtype == tl.float16 and lora_a_ptr.dtype.element_ty != tl.float16
+        if tl.program_id(0) < HIDDEN:
+            _hidden_part(
+                x_ptr, lora_a_ptr, words_ptr, h_ptr, keep_scale, tl.program_id(0) * _RANKS, first, last, M, K, R,
+                stride_xm, stride_xk, stride_ar, stride_ak, 16, _RANKS, 64 if TWO else 128, PRECISION,
+            )  # fmt: skip
+        else:
+            _strip_part(
+                x_ptr, data_ptr, scales_ptr, outer_ptr, outer_table_ptr, offset_ptr, y_ptr, tl.program_id(0) - HIDDEN,
+                first, last, M, N, K, stride_xm, stride_xk, NUMBER, WIDE, OUTER, UNIT, RUN, BLOCK_M, BLOCK_N, BLOCK_K,
+                EVEN_K, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -305,8 +329,10 @@ def sum_four_bits_kernel(
     h_parts_ptr,
     lora_b_ptr,
     bias_ptr,
+    gain_ptr,
     y_ptr,
     h_ptr,
+    linear_ptr,
     scaling,
     M,
     N,
@@ -314,24 +340,31 @@ def sum_four_bits_kernel(
     stride_bn: tl.constexpr,
     stride_br: tl.constexpr,
     stride_bias,
+    stride_gain,
+    stride_hm: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PARTS: tl.constexpr,
+    PARTS_H: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y = Σ_i y_parts[i] + scaling h Bᵀ + bias, rounded once, and h = Σ_i h_parts[i], each in the order of i.
+    """y = gain * (Σ_i y_parts[i] + scaling h Bᵀ) + bias, rounded once, and h = Σ_i h_parts[i], each in the order of i.
 
-    ======== =================== ==========================================
-    y_parts  (PARTS, M, N) fp32  contiguous
-    h_parts  (PARTS, M, R) fp32  contiguous
-    lora_b   (N, R)              any strides, any float dtype, R <= BLOCK_R
-    bias     (N,) or None        any stride, any float dtype
-    y        (M, N)              contiguous
-    h        (M, R) fp32         contiguous
-    ======== =================== ==========================================
+    Without lora_b there is no low-rank term, and no h.
+
+    ======== ====================== ===============================================
+    y_parts  (PARTS, M, N) fp32     contiguous
+    h_parts  (PARTS_H, M, R) fp32   rows stride_hm apart; several are contiguous
+    lora_b   (N, R) or None         any strides, any float dtype, R <= BLOCK_R
+    bias     (N,) or None           any stride, any float dtype
+    gain     (N,) fp32 or None      any stride
+    y        (M, N)                 contiguous
+    h        (M, R) fp32, or None   contiguous
+    linear   (M, N) or None         contiguous; gets Σ_i y_parts[i] + scaling h Bᵀ
+    ======== ====================== ===============================================
 
     Grid (ceil(N / BLOCK_N)): a strip of y each, the first one writes h. fp32 accumulation; 2 M N R flops.
     """
@@ -341,8 +374,9 @@ def sum_four_bits_kernel(
     mask_n = offs_n < N
     offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
     mask_r = offs_r < R
-    b_ptrs = lora_b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
-    b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
+    if lora_b_ptr is not None:
+        b_ptrs = lora_b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
+        b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
     wait_for_previous(PDL)
     mask = mask_m[:, None] & mask_n[None, :]
     y_ptrs = y_parts_ptr + offs_m[:, None] * N + offs_n[None, :]
@@ -350,9 +384,13 @@ def sum_four_bits_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in tl.static_range(PARTS):
         acc += tl.load(y_ptrs + i * part, mask=mask, other=0.0)  # (BLOCK_M, BLOCK_N)
-    mask_h = mask_m[:, None] & mask_r[None, :]
-    h = load_hidden(h_parts_ptr, offs_m, offs_r, mask_h, M, R, PARTS, 0)  # (BLOCK_M, BLOCK_R)
-    if tl.program_id(0) == 0:
-        tl.store(h_ptr + offs_m[:, None] * R + offs_r[None, :], h, mask=mask_h)
-    acc = dot_hidden(h * scaling, b, acc, y_ptr.dtype.element_ty, SPLIT, PRECISION)
-    store_output(acc, y_ptr, None, bias_ptr, None, stride_bias, 0, offs_m, offs_n, mask_m, mask_n, N)
+    if lora_b_ptr is not None:
+        mask_h = mask_m[:, None] & mask_r[None, :]
+        h = load_hidden(h_parts_ptr, offs_m, offs_r, mask_h, M, stride_hm, PARTS_H, 0)  # (BLOCK_M, BLOCK_R)
+        if h_ptr is not None:
+            if tl.program_id(0) == 0:
+                tl.store(h_ptr + offs_m[:, None] * R + offs_r[None, :], h, mask=mask_h)
+        acc = dot_hidden(h * scaling, b, acc, y_ptr.dtype.element_ty, SPLIT, PRECISION)
+    store_output(
+        acc, y_ptr, linear_ptr, bias_ptr, gain_ptr, stride_bias, stride_gain, offs_m, offs_n, mask_m, mask_n, N
+    )
