@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -303,12 +304,22 @@ def test_an_unknown_model_is_refused() -> None:
 # The budget
 
 
-def test_what_there_is_no_time_for_is_left_out_and_said() -> None:
+def test_what_there_is_no_time_for_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that each cell takes 10 seconds of, however busy this machine is."""
+    seconds, cell = [0.0], llama._cell
+
+    def taking_ten(*arguments: Any) -> Any:
+        found = cell(*arguments)
+        seconds[0] += 10.0
+        return found
+
+    monkeypatch.setattr(llama, "_cell", taking_ten)
+    monkeypatch.setattr(llama, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
     cells = run("frozen", "fused", "compiled", budget=15.0)["cells"]
     left_out = {cell["provider"] for cell in cells if cell["status"] == "left out"}
     assert left_out >= {"fused", "compiled"}
     assert cells[0]["status"] == "timed"
-    assert "of the budget of 15 s were left" in cells[1]["reason"]
+    assert "5 s of the budget of 15 s were left" in cells[1]["reason"]
 
 
 def test_without_time_nothing_is_begun_but_all_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,7 +72,7 @@ def few_four_bits_config(machine: Machine, m: int, k: int, n: int, r: int, unit:
     if machine.interpreter:
         return FewTokensConfig(block_m, 32, 4 * unit, block_r, 4, 1)
     idle = 2 * _SHARES * -(-n // 64) < 3 * machine.sm_count
-    warps = 4 if k * n > _LARGE and not idle else 2
+    warps = 4 if k * n > _LARGE and not idle and 90 <= machine.capability < 100 else 2
     return FewTokensConfig(block_m, 32 if few and idle else 64, 4 * unit, block_r, warps, 3)
 
 
