@@ -14,6 +14,8 @@ from lora_kernels.backends.triton.choose.blocks import Machine
 from lora_kernels.backends.triton.choose.candidates import candidates, fits, in_order, of_row, predicted_seconds
 from lora_kernels.backends.triton.choose.group_candidates import static_fault
 from lora_kernels.backends.triton.choose.group_plans import GROUP_KERNELS, Apart
+from lora_kernels.backends.triton.choose.hopper_group_blocks import group_da_configs
+from lora_kernels.backends.triton.choose.hopper_group_cost import HopperGroupModel
 from lora_kernels.backends.triton.choose.kernel_files import digest_of, files_of
 from lora_kernels.backends.triton.choose.launching import GRAPH
 from lora_kernels.backends.triton.choose.plans import Cell, is_of, plan_from_json, plan_to_json
@@ -62,6 +64,41 @@ def test_the_prediction_is_that_of_one_layer_where_they_are_the_same(direction: 
     plan = next(plan for plan in candidates(H100, cell) if isinstance(plan, GROUP_KERNELS))
     largest = max(predicted_seconds(H100, own, candidates(H100, own)[0]) for own in cell.members)
     assert largest < predicted_seconds(H100, cell, plan) < predicted_seconds(H100, cell, Apart())
+
+
+H200 = MACHINES["h200"].gpu
+assert H200 is not None
+_PROFILED = {2048: (53.7, 145.0, 4), 8192: (97.4, 616.1, 16)}  # da and dx in us, and the tiles of dx's last finisher
+
+
+@pytest.mark.parametrize("tokens", _PROFILED)
+def test_masked_da_is_predicted_as_it_was_profiled(tokens: int) -> None:
+    """On an H200, beside dx: what da took after dx's end is what a program takes that begins there."""
+    da, dx, tiles = _PROFILED[tokens]
+    cell = replace(QKV, tokens=tokens, direction="backward", dropout=True)
+    config = next(one for one in group_da_configs((16, 16, 16), True) if one.name == "c128")
+    model = HopperGroupModel(H200, cell)
+    assert model.da_is_arithmetic(config)
+    assert 1e6 * model.da(config) == pytest.approx(da - dx / tiles, rel=0.05)
+
+
+@pytest.mark.parametrize("machine", [H100, H200], ids=["h100", "h200"])
+@pytest.mark.parametrize("tokens", [2048, 8192])
+def test_masked_da_is_by_two_programs_a_multiprocessor(machine: Machine, tokens: int) -> None:
+    """They mask and multiply in turn; without masks da is bound by its bytes, and either will do."""
+    cell = replace(QKV, tokens=tokens, direction="backward", dropout=True)
+    plan = candidates(machine, cell)[0]
+    assert (plan.da.name, plan.da.ctas, plan.da.masked) == ("c128x2", 2, True)
+    model = HopperGroupModel(machine, replace(cell, dropout=False))
+    assert not any(model.da_is_arithmetic(config) for config in group_da_configs((16, 16, 16), False))
+
+
+@pytest.mark.parametrize("ranks", [(16, 16), (64, 64), (64, 16), (16, 16, 16), (32, 32, 32)])
+def test_two_masked_programs_share_the_registers(ranks: tuple[int, ...]) -> None:
+    """What the consumers and the loading warps of both hold is what a multiprocessor has."""
+    (config,) = (one for one in group_da_configs(ranks, True) if one.ctas == 2)
+    assert config.consumer_registers == 232
+    assert 2 * 32 * (4 * config.consumer_registers + 4 * 24) <= 65536
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 2**24])

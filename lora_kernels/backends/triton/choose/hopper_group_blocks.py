@@ -1,6 +1,7 @@
 """Configurations of the Gluon kernels of a group: 2 to 4 layers that read one x. See ``hopper_blocks``.
 
-None is measured yet: they are those of one layer, with what several members need of shared memory and of registers.
+They are those of one layer, with what several members need of shared memory and of registers. None was measured beside
+its rivals yet. ``group_da_configs`` tells what a profile of masked da says of the order.
 An empty list says that a kernel has no room for the group; its members then run one by one, by a layer's own steps,
 which read and write the same operands.
 """
@@ -32,6 +33,7 @@ Ranks = tuple[int, ...]  # padded, a number a member
 _ON_MULTIPROCESSOR = 233472
 _SLACK = 1024
 _REGISTERS = 65536
+_LOADING_REGISTERS = 24
 _MASKED_COLUMNS = (
     128  # of dx's tile: the members' terms, which the compiler keeps apart until the last, have no room for more
 )
@@ -128,6 +130,12 @@ class HopperGroupDa:
         return self.block_n * sum(self.ranks) // (32 * self.warps)
 
     @property
+    def consumer_registers(self) -> int:
+        """Registers a thread that sums may hold: the loading warp and those that fill it up to 4 keep 24 each."""
+        every = self.options["maxnreg"] * (self.warps + 4) - _LOADING_REGISTERS * 4
+        return min(every // self.warps // 8 * 8, 240)
+
+    @property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.warps, "maxnreg": _max_registers(self.warps, self.ctas)}
 
@@ -173,6 +181,14 @@ def group_dh_db_configs(ranks: Ranks, wide: bool = False) -> tuple[HopperDhDb, .
 
 @cache
 def group_da_configs(ranks: Ranks, masked: bool, wide: bool = False) -> tuple[HopperGroupDa, ...]:
+    """Two programs a multiprocessor where they fit, masked too.
+
+    Under masks a program works member by member: it masks x in registers, stores it, and waits for the product. Alone
+    on its multiprocessor, as "c128" is, it leaves the tensor cores idle while it masks (``hardware.Assumptions``). Two
+    programs fill each other's waits. Masked "c128x2" has the machine code of "c128", without spills, for its consumers
+    have 232 registers; it has not been measured yet. Of one layer (hopper_step.json, masked) two programs took 31.7 and
+    32.3 us, one program 32.8; one of 8 warps took 35.2, so "c128w8" comes last.
+    """
     wanted = [
         HopperGroupDa("c128x2", ranks, 128, 5, masked=masked),
         HopperGroupDa("c128", ranks, 128, 5, ctas=1, masked=masked),
@@ -180,7 +196,8 @@ def group_da_configs(ranks: Ranks, masked: bool, wide: bool = False) -> tuple[Ho
     ]
     wanted = [replace(c, wide=True) for c in wanted if c.ctas == 1] if wide else wanted
     held = 64 * 128 // 128 if masked or wide else 0  # x's tile in registers, and masked or split
-    kept = [c for c in wanted if c.accumulators + held * 4 // c.warps <= c.options["maxnreg"] - 40]
+    room = {c: c.consumer_registers if masked and c.ctas > 1 else c.options["maxnreg"] for c in wanted}
+    kept = [c for c in wanted if c.accumulators + held * 4 // c.warps <= room[c] - 40]
     return tuple(_with_room(kept, 2))
 
 

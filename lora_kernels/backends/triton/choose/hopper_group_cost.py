@@ -1,6 +1,6 @@
 """What a group's Gluon plans should take: ``HopperModel``'s terms, x counted once, and the tiles of all members.
 
-No constant is fitted to a group yet: they are those of one layer.
+The constants are those of one layer, but for ``member_tile`` and ``member_pair``: a group's masked da.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def hopper_group_seconds(machine: Machine, cell: Cell, plan: HopperGroup | DxHop
     first = model.pack() + model.dh_db(plan.dh_db) + memory_seconds(machine, model.dh_parts(plan.dh_db))
     rest = model.da(plan.da) + memory_seconds(machine, model.sum_of_grads_bytes(plan)) + launch_seconds()
     dx = model.dx(plan.dx)
-    together = model.joined_dx.beside(plan.dx.product, dx, rest) if plan.beside else dx + rest
+    share = 1.0 if model.da_is_arithmetic(plan.da) else None
+    together = model.joined_dx.beside(plan.dx.product, dx, rest, share) if plan.beside else dx + rest
     return first + launch_seconds() + together
 
 
@@ -121,13 +122,35 @@ class HopperGroupModel:
         return 4.0 * sum(config.ranks) * self.cell.k * self._chunks(config)[1]
 
     def da(self, config: HopperGroupDa) -> float:
-        machine = self.machine
-        chunk, count = self._chunks(config)
-        programs = count * -(-self.cell.k // config.block_n)
+        return read_seconds(max(self._da_reads(config), self._da_arithmetic(config)))
+
+    def da_is_arithmetic(self, config: HopperGroupDa) -> bool:
+        """Whether masking x and its products, not its bytes, are what da takes."""
+        return self._da_arithmetic(config) > self._da_reads(config)
+
+    def _da_programs(self, config: HopperGroupDa) -> int:
+        return self._chunks(config)[1] * -(-self.cell.k // config.block_n)
+
+    def _da_arithmetic(self, config: HopperGroupDa) -> float:
+        """Masks and products, which no load hides: of the programs that share a multiprocessor, one after the other.
+
+        8 warps take what 4 do: they share the units that mask.
+        """
+        if not config.masked:
+            return 0.0
+        assumed, multiprocessors = hardware.ASSUMED, self.machine.sm_count
+        programs, tiles = self._da_programs(config), config.block_m * config.block_n / (64 * 128)
+        together = min(config.ctas, -(-programs // multiprocessors))
+        waves = -(-programs // (multiprocessors * together))
+        one = self._chunks(config)[0] * len(self.cell.ns) * tiles * assumed.member_tile
+        return waves * one * (together * assumed.member_pair if together > 1 else 1.0)
+
+    def _da_reads(self, config: HopperGroupDa) -> float:
+        machine, programs, chunk = self.machine, self._da_programs(config), self._chunks(config)[0]
         tile = 2 * config.block_m * (config.block_n + sum(config.ranks))
         chain = chain_seconds(machine, programs, chunk, tile, config.stages, hardware.ASSUMED.latency)
         moved = self.da_bytes(config) / (hardware.ASSUMED.masked_read if config.masked else 1.0)
-        return read_seconds(max(memory_seconds(machine, moved, programs), chain))
+        return max(memory_seconds(machine, moved, programs), chain)
 
     def sum_of_grads_bytes(self, plan: DxHopperGroup) -> float:
         joint, count = plan.dh_db, self._blocks(plan.dh_db.block_n)
