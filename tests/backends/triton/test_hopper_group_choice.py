@@ -84,11 +84,12 @@ def test_masked_da_is_predicted_as_it_was_profiled(tokens: int) -> None:
 
 @pytest.mark.parametrize("machine", [H100, H200], ids=["h100", "h200"])
 @pytest.mark.parametrize("tokens", [2048, 8192])
-def test_masked_da_is_by_two_programs_a_multiprocessor(machine: Machine, tokens: int) -> None:
+def test_masked_da_is_by_one_program_a_multiprocessor_and_two_are_tried(machine: Machine, tokens: int) -> None:
     """They mask and multiply in turn; without masks da is bound by its bytes, and either will do."""
     cell = replace(QKV, tokens=tokens, direction="backward", dropout=True)
-    plan = candidates(machine, cell)[0]
-    assert (plan.da.name, plan.da.ctas, plan.da.masked) == ("c128x2", 2, True)
+    plans = [plan for plan in candidates(machine, cell) if not isinstance(plan, Apart)]
+    assert (plans[0].da.name, plans[0].da.ctas, plans[0].da.masked) == ("c128", 1, True)
+    assert any(plan.da.name == "c128x2" for plan in plans)
     model = HopperGroupModel(machine, replace(cell, dropout=False))
     assert not any(model.da_is_arithmetic(config) for config in group_da_configs((16, 16, 16), False))
 

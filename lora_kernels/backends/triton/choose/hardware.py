@@ -74,8 +74,8 @@ class Assumptions:
         inside: what forming h adds to a tile, as a share of it; the tiles of two columns do.
         masked_read: share of the bandwidth that da reaches under a mask.
         member_tile: what a group's masked da takes a member and tile of 64 x 128, where a program is alone on its
-            multiprocessor; ``member_pair``: what share of their sum two programs take there. That one is assumed:
-            by the machine code 0.4 at best, and 1 if neither fills the other's waits.
+            multiprocessor; ``member_pair``: what share of their sum two programs take there. That one is not
+            measured: by the machine code 0.4 at best, and 1, which is assumed, if neither fills the other's waits.
     """
 
     library: float = 0.745
@@ -112,7 +112,7 @@ class Assumptions:
     inside: float = 0.24
     masked_read: float = 0.87
     member_tile: float = 0.56e-6
-    member_pair: float = 0.6
+    member_pair: float = 1.0
 
 
 ASSUMED = Assumptions()

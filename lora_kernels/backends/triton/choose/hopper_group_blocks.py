@@ -185,13 +185,14 @@ def group_da_configs(ranks: Ranks, masked: bool, wide: bool = False) -> tuple[Ho
 
     Under masks a program works member by member: it masks x in registers, stores it, and waits for the product. Alone
     on its multiprocessor, as "c128" is, it leaves the tensor cores idle while it masks (``hardware.Assumptions``). Two
-    programs fill each other's waits. Masked "c128x2" has the machine code of "c128", without spills, for its consumers
-    have 232 registers; it has not been measured yet. Of one layer (hopper_step.json, masked) two programs took 31.7 and
-    32.3 us, one program 32.8; one of 8 warps took 35.2, so "c128w8" comes last.
+    programs could fill each other's waits. Masked "c128x2" has the machine code of "c128", without spills, for its
+    consumers have 232 registers. It has not been measured yet, so it comes second, and the tuner tries it. Of one layer
+    (hopper_step.json, masked) two programs took 31.7 and 32.3 us, one program 32.8; one of 8 warps took 35.2.
     """
+    two = HopperGroupDa("c128x2", ranks, 128, 5, masked=masked)
+    one = HopperGroupDa("c128", ranks, 128, 5, ctas=1, masked=masked)
     wanted = [
-        HopperGroupDa("c128x2", ranks, 128, 5, masked=masked),
-        HopperGroupDa("c128", ranks, 128, 5, ctas=1, masked=masked),
+        *((one, two) if masked else (two, one)),
         HopperGroupDa("c128w8", ranks, 128, 5, warps=8, ctas=1, masked=masked),
     ]
     wanted = [replace(c, wide=True) for c in wanted if c.ctas == 1] if wide else wanted
