@@ -178,6 +178,20 @@ def fakes(kept: Kept) -> dict[str, Callable[..., Any]]:
             b.new_empty(0 if h is None or lora_b is None else b.shape),
         )
 
+    def combine(
+        rows: Tensor, weights: Tensor | None, places: Tensor, offsets: Tensor, k: int, dtype: torch.dtype
+    ) -> Tensor:
+        tokens = places.shape[0] // k if weights is None else weights.shape[0]
+        return rows.new_empty((tokens, rows.shape[1]), dtype=dtype)
+
+    def combine_grad(
+        dy: Tensor, rows: Tensor | None, weights: Tensor, places: Tensor, offsets: Tensor, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            dy.new_empty(0 if dtype is None else (places.shape[0], dy.shape[1]), dtype=dtype),
+            weights.new_empty(0 if rows is None else weights.shape),
+        )
+
     def packed_product(
         x: Tensor,
         parts: list[Tensor],
@@ -212,7 +226,7 @@ def fakes(kept: Kept) -> dict[str, Callable[..., Any]]:
     functions = (
         forward, backward, mask, shrink, product, output_grads, input_grad, a_grad, gain_grad, row_norms,
         gated, gated_grad, group_forward, group_backward, experts_forward, experts_backward,
-        packed_product, packed_input_grad,
+        combine, combine_grad, packed_product, packed_input_grad,
     )  # fmt: skip
     return {function.__name__: function for function in functions}
 

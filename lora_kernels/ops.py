@@ -76,6 +76,21 @@ experts_backward dy (M,N), x?, weight?, lora_a?, lora_b?,         dx (M,K), a ro
 
 ``tokens`` (int64) has the row of x that each sorted row is. ``native`` and ``triton`` take no absent adapter.
 
+``triton`` has these too; where a backend has none, ``experts/routing.py`` composes them. ``places[t k + j]`` is the
+sorted row of token t's j-th expert, int64 (M). Rows that belong to no expert count as zero, whatever they hold:
+
+============ ==================================================== ======================================================
+operator     arguments                                            returns
+============ ==================================================== ======================================================
+combine      rows (M,H), weights (T,k)?, places, offsets (E), k,  y (T,H) in dtype, rounded once: y[t] = Σ_j w[t,j]
+             dtype                                                rows[places[t k + j]], w = 1 without weights
+combine_grad dy (T,H), rows (M,H)?, weights (T,k), places,        d_rows (M,H) in dtype: row places[t k + j] is w[t,j]
+             offsets (E), dtype?                                  dy[t]; d_weights (T,k): entry [t,j] is <dy[t],
+                                                                  rows[places[t k + j]]>
+============ ==================================================== ======================================================
+
+They are computed in fp32. d_rows is due iff ``dtype`` is there, else it has dy's; d_weights is due iff ``rows`` is.
+
 Of ``group_backward`` dx is due iff there are ``weights``, every da iff ``x``, every db iff there are ``hs``.
 
 ``dh`` (M,R) is s dy B, and ``D`` is mask / (1 - p), or 1 where ``state`` is None. ``backward`` gives what it can from
@@ -122,6 +137,7 @@ from .graph_numbers import by_numbers, tensor_schema, with_numbers
 from .kept import Kept
 
 __all__ = [
+    "COMBINE_OPERATOR_NAMES",
     "EXPERTS_OPERATOR_NAMES",
     "GROUP_OPERATOR_NAMES",
     "NAMESPACE",
@@ -181,6 +197,11 @@ _EXPERTS_SCHEMAS = {
     "experts_backward": "(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_a, Tensor? lora_b, Tensor offsets, "
     "Tensor? tokens, Tensor? h, float scaling, float p, Tensor? state) -> (Tensor dx, Tensor da, Tensor db)",
 }
+_COMBINE_SCHEMAS = {
+    "combine": "(Tensor rows, Tensor? weights, Tensor places, Tensor offsets, SymInt k, ScalarType dtype) -> Tensor",
+    "combine_grad": "(Tensor dy, Tensor? rows, Tensor weights, Tensor places, Tensor offsets, ScalarType? dtype) -> "
+    "(Tensor d_rows, Tensor d_weights)",
+}
 _PACKED_SCHEMAS = {
     "packed_product": "(Tensor x, Tensor[] parts, str form, str spec, SymInt rows, SymInt columns, Tensor? lora_b, "
     "Tensor? h, Tensor? bias, Tensor? gain, float scaling, bool with_linear) -> (Tensor y, Tensor linear)",
@@ -188,6 +209,7 @@ _PACKED_SCHEMAS = {
     "Tensor? lora_a, float p, Tensor? state) -> Tensor",
 }
 OPERATOR_NAMES = tuple(_SCHEMAS)
+COMBINE_OPERATOR_NAMES = tuple(_COMBINE_SCHEMAS)  # of a backend that has kernels for them
 EXPERTS_OPERATOR_NAMES = tuple(_EXPERTS_SCHEMAS)  # ``native`` has them on CPUs
 GROUP_OPERATOR_NAMES = tuple(_GROUP_SCHEMAS)  # of a backend that has kernels for groups
 
@@ -227,6 +249,8 @@ class Operators:
     group_backward: Callable[..., tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]] = _no_group
     experts_forward: Callable[..., tuple[Tensor, Tensor]] = _no_experts
     experts_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = _no_experts
+    combine: Callable[..., Tensor] | None = None
+    combine_grad: Callable[..., tuple[Tensor, Tensor]] | None = None
     packed_product: Callable[..., tuple[Tensor, Tensor]] | None = None
     packed_input_grad: Callable[..., Tensor] | None = None
 
@@ -250,7 +274,8 @@ def register(
     traced: dict[str, Any] = {}
     direct: dict[str, Any] = {}
     packets = _packets[backend] = {}
-    schemas = _SCHEMAS | {name: schema for name, schema in _GROUP_SCHEMAS.items() if name in implementations}
+    own = _GROUP_SCHEMAS | _COMBINE_SCHEMAS
+    schemas = _SCHEMAS | {name: schema for name, schema in own.items() if name in implementations}
     schemas |= _EXPERTS_SCHEMAS if experts else {}
     compiled = len(implementations) < len(schemas)
     in_python = packed or {}

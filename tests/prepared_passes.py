@@ -26,7 +26,7 @@ from triton.runtime import driver
 
 from cases import Case, make
 from driver_stand_in import NAME, DriverStandIn
-from lora_kernels.backends.triton import code_operators, expert_operators, operators, part_operators
+from lora_kernels.backends.triton import code_operators, combine_operators, expert_operators, operators, part_operators
 from lora_kernels.backends.triton.choose import blocks, hopper_blocks
 from lora_kernels.backends.triton.choose.candidates import candidates
 from lora_kernels.backends.triton.choose.group_plans import DxHopperGroup, HopperGroup
@@ -50,7 +50,7 @@ from lora_kernels.packed_mask import packed_keep_words
 STREAM, HIGH, DEVICE = 0x77, 0x55, ("cpu", -1, 0)
 WRITTEN = "cuLaunchKernelEx", "cuEventRecord", "cuStreamWaitEvent"
 CACHES = operators._runs, operators._backward_runs, part_operators._steps, code_operators._runs
-CACHES = *CACHES, expert_operators._runs
+CACHES = *CACHES, expert_operators._runs, combine_operators._runs
 TIMED = "--time" in sys.argv
 SIZES = {"i1": 1, "u1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "fp32": 4, "fp64": 8}
 
@@ -389,6 +389,23 @@ def experts_calls(m: int, p: float) -> tuple[dict[str, Callable[[float], Any]], 
     return calls, given if state is None else [*given, state]
 
 
+def combine_calls(m: int) -> tuple[dict[str, Callable[[float], Any]], list[torch.Tensor]]:
+    """Of two rows a token: the sum with weights and without, and each gradient alone and both."""
+    bf16, tokens = torch.bfloat16, m // 2
+    rows, dy, weights = torch.ones(m, 256, dtype=bf16), torch.ones(tokens, 256, dtype=bf16), torch.ones(tokens, 2)
+    places, offsets = torch.arange(m), torch.tensor([9, 9, m], dtype=torch.int32)
+    summed, grad = combine_operators.combine, combine_operators.combine_grad
+    of = places, offsets
+    calls: dict[str, Callable[[float], Any]] = {
+        "combine": lambda s: summed(rows, weights, *of, 2, bf16),
+        "combine without weights": lambda s: summed(rows, None, *of, 2, bf16),
+        "combine_grad": lambda s: grad(dy, rows, weights, *of, bf16),
+        "combine_grad of rows": lambda s: grad(dy, None, weights, *of, bf16),
+        "combine_grad of weights": lambda s: grad(dy, rows, weights, *of, None),
+    }
+    return calls, [rows, dy, weights, places, offsets]
+
+
 def compare_operator(
     stand_in: DriverStandIn, name: str, call: Callable[[float], Any], given: list[torch.Tensor]
 ) -> dict[str, Any]:
@@ -468,7 +485,8 @@ def main(path: str, folder: str) -> None:
         calls, given = calls_of(m, p)
         if (m, p) == (256, 0.1):
             for_experts = experts_calls(m, p)
-            calls, given = calls | for_experts[0], given + for_experts[1]
+            of_slots = combine_calls(m)
+            calls, given = calls | for_experts[0] | of_slots[0], given + for_experts[1] + of_slots[1]
         for name, call in calls.items():
             operators_found.append(compare_operator(stand_in, f"{name}, {m} tokens, dropout {p}", call, given))
     print(json.dumps({"runs": found, "operators": operators_found}))

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from cases import Case, make
-from lora_kernels.backends.triton import code_operators, gated_operators, operators, part_operators
+from lora_kernels.backends.triton import code_operators, combine_operators, gated_operators, operators, part_operators
 from lora_kernels.backends.triton.choose import blocks
 from lora_kernels.backends.triton.choose.blocks import FEW_TOKENS
 from lora_kernels.backends.triton.choose.plans import Cell, FewTokens
@@ -102,6 +102,10 @@ def _parts(case: Case) -> Iterator[dict[str, Any]]:
     yield _three_times("input_grad", lambda: part_operators.input_grad(*several))
     yield _three_times("gain_grad", lambda: part_operators.gain_grad(i.dy, i.dy, gain, bias))
     yield _three_times("gated", lambda: gated_operators.gated(i.dy, i.dy, 0))
+    weights, offsets = torch.ones(case.m // 2, 2), torch.tensor([0, case.m], dtype=torch.int32)
+    of = weights, torch.arange(case.m), offsets
+    yield _three_times("combine", lambda: combine_operators.combine(i.dy, *of, 2, case.dtype))
+    yield _three_times("combine_grad", lambda: combine_operators.combine_grad(i.dy[::2], i.dy, *of, case.dtype))
     yield _three_times("gated_grad", lambda: gated_operators.gated_grad(i.dy, i.dy, i.dy, 0, True))
     codes, absmax = torch.zeros(case.n * case.k // 2, dtype=torch.uint8), torch.zeros(512, dtype=torch.uint8)
     nested = [codes, absmax, torch.ones(2), torch.ones(256), torch.ones(())]

@@ -26,7 +26,7 @@ from ..ops import operators
 from ..weights.stacked import PackedExperts
 from . import grouped
 from .problem import Adapter, Drop
-from .routing import Routing, sum_of_slots
+from .routing import Routing, spread_grad
 
 __all__ = ["project"]
 
@@ -159,7 +159,7 @@ class _Project(torch.autograd.Function):
             dx, da, db = run(dy, x, weight, a, b, offsets, tokens, h, scaling, p, state)
         need_x, _, need_a, need_b = ctx.needs_input_grad[:4]
         if dx is not None and need_x and places is not None:
-            dx = sum_of_slots(dx, places, k)
+            dx = spread_grad(dx, places, offsets, k, "eager" if way == _GROUPED else way)
         due = (dx if need_x else None, None, da if need_a else None, db if need_b else None)
         return *due, *[None] * 9
 

@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InvalidArgumentError, InvalidTypeError
+from ..errors import InvalidArgumentError, InvalidTypeError, UnsupportedTransformError
+from ..gate import chosen
+from ..ops import operators
 
-__all__ = ["Routing", "combine", "sum_of_slots"]
+__all__ = ["Routing", "combine", "spread_grad", "sum_of_slots"]
 
 _CHUNK = 2048  # rows whose products are in memory at a time
+_COMPUTED_IN_FP32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Routing:
@@ -58,12 +61,51 @@ def sum_of_slots(rows: Tensor, places: Tensor, k: int, weights: Tensor | None = 
     return rows.index_select(0, places).view(-1, k, rows.shape[1]).sum(1)
 
 
-def combine(rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
-    """(T, F): the rows (M, F) of each token's experts, times its ``weights`` (T, k), added up."""
+def spread_grad(d_rows: Tensor, places: Tensor, offsets: Tensor, k: int, name: str) -> Tensor:
+    """``sum_of_slots`` of the gradients of sorted rows, which the backend ``name`` gave; in one pass where it can."""
+    summed = operators(name).combine
+    return sum_of_slots(d_rows, places, k) if summed is None else summed(d_rows, None, places, offsets, k, d_rows.dtype)
+
+
+def combine(rows: Tensor, weights: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
+    """(T, F) in ``dtype``: the rows (M, F) of each token's experts, times its ``weights`` (T, k), added up."""
+    name = chosen(rows)
+    if operators(name).combine is not None and {rows.dtype, weights.dtype, dtype}.issubset(_COMPUTED_IN_FP32):
+        in_one_pass: Tensor = _CombineInOnePass.apply(rows, weights, routing.places, routing.offsets, dtype, name)
+        return in_one_pass
     combined: Tensor = _Combine.apply(
         rows, weights, routing.slots, routing.tokens, routing.places, routing.present, routing.k
     )
-    return combined
+    return combined.to(dtype)
+
+
+class _CombineInOnePass(torch.autograd.Function):
+    """By a backend's ``combine`` and ``combine_grad``: no product of rows and weights is ever in memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weights: Tensor, places: Tensor, offsets: Tensor, dtype: torch.dtype, name: str
+    ) -> Tensor:
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights, places, offsets)
+        ctx.settings = rows.dtype, name
+        own: Any = operators(name)
+        y: Tensor = own.combine(rows, weights, places, offsets, weights.shape[1], dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise UnsupportedTransformError(
+                "a double backward (create_graph=True) was asked for through the sum over a token's experts, which has "
+                "first derivatives alone. Differentiate once, or call the model within use_backend('eager')."
+            )
+        rows, weights, places, offsets = ctx.saved_tensors
+        dtype, name = ctx.settings
+        need_rows, need_weights = ctx.needs_input_grad[:2]
+        own: Any = operators(name)
+        due = dtype if need_rows else None
+        d_rows, d_weights = own.combine_grad(grad_outputs[0], rows, weights, places, offsets, due)
+        return d_rows if need_rows else None, d_weights if need_weights else None, None, None, None, None
 
 
 class _Combine(torch.autograd.Function):

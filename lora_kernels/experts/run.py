@@ -91,7 +91,7 @@ def run(
     x = projected(x, DOWN, False)
     if getattr(module, "has_post_expert_norm", False):
         x = module.post_expert_norm(x)
-    return combine(x, top_k_weights, routing).to(hidden_states.dtype)
+    return combine(x, top_k_weights, routing, hidden_states.dtype)
 
 
 def _project(

@@ -118,6 +118,20 @@ def test_as_if_each_experts_weight_were_made(kind: str, dtype: torch.dtype) -> N
     compare(layer, inputs(layer, dtype), dtype)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing is interpreted")
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_as_if_each_experts_weight_were_made_by_triton(kind: str) -> None:
+    """Interpreted: projections, the gate, and the sum over a token's experts."""
+    layer = adapted(kind)
+    layer._is_expert_parallel = True
+    given = inputs(layer, torch.float32)
+    given[1][::2, 1] = layer.num_experts
+    with use_backend("triton"):
+        compare(layer, given, torch.float32)
+        y = layer(*given[:3])
+    assert type(y.grad_fn).__name__ == "_CombineInOnePassBackward"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="it needs a GPU and torch sees no CUDA device")
 def test_as_if_each_experts_weight_were_made_on_a_gpu() -> None:
@@ -200,8 +214,8 @@ def _exchange(monkeypatch: pytest.MonkeyPatch, factor: str) -> None:
 
 
 def _take_another_tokens_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = autograd.sum_of_slots
-    monkeypatch.setattr(autograd, "sum_of_slots", lambda rows, places, k: plain(rows, places.roll(1), k))
+    plain = autograd.spread_grad
+    monkeypatch.setattr(autograd, "spread_grad", lambda rows, places, *rest: plain(rows, places.roll(1), *rest))
 
 
 FAULTS = {

@@ -22,6 +22,7 @@ from ...errors import InvalidArgumentError
 from ...explaining.report import PassPlan
 from ...kept import Kept
 from ...ops import (
+    COMBINE_OPERATOR_NAMES,
     EXPERTS_OPERATOR_NAMES,
     GROUP_OPERATOR_NAMES,
     OPERATOR_NAMES,
@@ -110,10 +111,18 @@ class TritonBackend:
         return plans_on(blocks.machine_of(device), name, table, problem, tokens, launching)
 
     def register(self, device_type: str) -> None:
-        from . import expert_operators, gated_operators, group_operators, operators, packed_operators, part_operators
+        from . import (
+            combine_operators,
+            expert_operators,
+            gated_operators,
+            group_operators,
+            operators,
+            packed_operators,
+            part_operators,
+        )
 
-        modules = (operators, part_operators, gated_operators, group_operators, expert_operators)
-        names = (*OPERATOR_NAMES, *GROUP_OPERATOR_NAMES, *EXPERTS_OPERATOR_NAMES)
+        modules = (operators, part_operators, gated_operators, group_operators, expert_operators, combine_operators)
+        names = (*OPERATOR_NAMES, *GROUP_OPERATOR_NAMES, *EXPERTS_OPERATOR_NAMES, *COMBINE_OPERATOR_NAMES)
         own = {name: next(getattr(m, name) for m in modules if name in m.__all__) for name in names}
         register(self.name, own, kept(), experts=True, packed=packed_operators.OPERATORS)
         if quantized(device_type) == "own":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kept import no_words
-from . import code_operators, expert_operators, gated_operators, part_operators
+from . import code_operators, combine_operators, expert_operators, gated_operators, part_operators
 from .choose import ranking
 from .choose.launching import Launching
 from .choose.plans import GLUON_PLANS, BackwardPlan, DxHopper, DxInside, ForwardPlan, Hopper, HopperInside, Ring
@@ -50,6 +50,7 @@ def forget() -> None:
     gated_operators.forget()
     code_operators.forget()
     expert_operators.forget()
+    combine_operators.forget()
     ranking.forget()
 
 

@@ -164,6 +164,8 @@ def test_a_warm_call_of_each_operator_is_one_pass(compared_all: dict[str, dict[s
         assert operators[f"experts_{name}, 256 tokens, dropout 0.1"]["launches"] == [count, count]
     for name in ("forward", "backward", "input_grad of two", "a_grad", *(f"experts_{each}" for each in experts)):
         assert operators[f"{name}, 256 tokens, dropout 0.1"]["passes"] == [True]
+    for name in ("", " without weights", "_grad", "_grad of rows", "_grad of weights"):
+        assert operators[f"combine{name}, 256 tokens, dropout 0.1"]["launches"] == [1, 1]
     for name in ("four bits", "four bits, nested", "few codes", "few codes with a gain"):
         assert operators[f"{name}, 8 tokens, dropout 0.0"]["passes"] == [True]
 

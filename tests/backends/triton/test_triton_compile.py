@@ -60,6 +60,7 @@ def test_every_kernel_is_in_the_report(arch: int, compiled: dict[str, Any]) -> N
         "gain_grad",
         "gated",
         "gated_grad",
+        *("combine", "combine_grad"),
         "four_bit_values",
         "eight_bit_values",
         "few_codes",

@@ -42,8 +42,8 @@ def test_ready_made_launches_are_triton_s(results: list[dict[str, Any]]) -> None
     """Grid, stream, function, and each argument in its place."""
     kinds = {"few_tokens", "fused", "lora_first", "dx_fused", "dx_lora_first"}
     assert {result["plan"].split()[0] for result in results} == kinds | {
-        "product", "input_grad", "gain_grad", "row_norms", "gated", "gated_grad", "four_bits",
-        "few_codes",
+        "product", "input_grad", "gain_grad", "row_norms", "gated", "gated_grad", "combine", "combine_grad",
+        "four_bits", "few_codes",
     }  # fmt: skip
     for result in results:
         assert result["first"] == result["third"], result["plan"]

@@ -166,6 +166,7 @@ def jobs_of(case: Case, arch: int) -> Iterator[Job]:
             gated_operators.gated(dy[:, : n // 2], dy[:, n // 2 :], 0)
             gated_operators.gated_grad(dy[:, : n // 2], dy[:, : n // 2], dy[:, n // 2 :], 0, True)
             _call_values(n, k, case.dtype)
+            _call_combine(case.m, case.dtype)
             part_operators.output_grads(dy, lora_b, h, bias, 2.5)
             part_operators.input_grad([dy, dy], [weight, weight], [h, h], [lora_a, lora_a], p, 2 * states)
             call = Call.forward(x, weight, None, lora_b, bias, 0.0, None, h, gain)
@@ -218,6 +219,26 @@ def _call_experts(case: Case) -> None:
     given = (weight, lora_a, lora_b, offsets, tokens)
     forward_step(call)(None, x, *given, 2.5, dropped)
     backward_step(call, y.stride(), (True, True, True))(None, y, x, *given, h, 2.5, dropped)
+
+
+def _call_combine(tokens: int, dtype: torch.dtype) -> None:
+    """A token's eight rows by weights of both kinds and by none, each gradient alone and both; odd widths too."""
+    from ..combine_operators import combine, combine_grad
+
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    k, offsets, places = 8, meta(128, dtype=torch.int32), meta(8 * tokens, dtype=torch.int64)
+    for width in (2048, 4096, 1031):
+        rows, dy = meta(k * tokens, width), meta(tokens, width)
+        own, wide = meta(tokens, k), meta(tokens, k, dtype=_FP32)
+        for weights in (own, wide, None):
+            combine(rows, weights, places, offsets, k, dtype)
+        combine_grad(dy, rows, own, places, offsets, dtype)
+        combine_grad(dy, rows, wide, places, offsets, dtype)
+        combine_grad(dy, rows, own, places, offsets, None)
+        combine_grad(dy, None, own, places, offsets, dtype)
+    combine(meta(tokens, width), meta(tokens, 1), meta(tokens, dtype=torch.int64), offsets, 1, dtype)
 
 
 _CODES = (Codes("nf4", 1, 64, 256), Codes("fp4", 1, 64), Codes("e4m3", 128, 128))

@@ -58,6 +58,8 @@ _NO_PRODUCT = (
     "gain_grad_kernel",
     "gated_kernel",
     "gated_grad_kernel",
+    "combine_kernel",
+    "combine_grad_kernel",
     "eight_bit_values_kernel",
     "four_bit_values_kernel",
     "hopper_pack_kernel",
@@ -210,6 +212,7 @@ def _kernel(name: str) -> Any:
     from ..kernels import (
         backward,
         codes,
+        combine,
         experts,
         few_codes,
         few_four_bits,
@@ -222,7 +225,7 @@ def _kernel(name: str) -> Any:
         persistent,
     )
 
-    modules: tuple[Any, ...] = (backward, codes, experts, few_codes, few_tokens, forward, gain, gated)
+    modules: tuple[Any, ...] = (backward, codes, combine, experts, few_codes, few_tokens, forward, gain, gated)
     modules += (few_four_bits, input_grad, persistent, packed)
     if name.startswith("hopper_"):
         from ..kernels.hopper import (
