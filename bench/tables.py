@@ -81,6 +81,7 @@ _OTHERS = (
     "qlora-package.json",
     "qlora-step-own.json",
     "qlora-step-package.json",
+    "step-profile.json",
     "tune.json",
     "tuned.json",
     "verify.json",

@@ -279,7 +279,7 @@ def _call_few_tokens(
     p: float,
     state: Tensor | None,
 ) -> None:
-    """In bf16 over nested NF4, FP8, NF4 with a gain and an h that is there, and 16 tokens over a large W; else FP4."""
+    """In bf16 over nested NF4, also by a given h and a gain; FP8; NF4, large, and without an adapter; else over FP4."""
     from ..code_operators import few_tokens
 
     n, k = lora_b.shape[0], x.shape[1]
@@ -289,6 +289,7 @@ def _call_few_tokens(
         few_tokens(x, _parts_of(_CODES[0], n, k), _CODES[0], None, lora_b, h, bias, gain, 2.5, 0.0, None, True)
         large, more = lora_b.new_empty((14336, lora_b.shape[1])), x.new_empty((16, k))
         few_tokens(more, _parts_of(_NF4, 14336, k), _NF4, lora_a, large, None, None, None, 2.5, 0.0, None, False)
+        few_tokens(x, _parts_of(_NF4, n, k), _NF4, None, None, None, bias, None, 1.0, 0.0, None, False)
 
 
 @contextlib.contextmanager
