@@ -47,9 +47,9 @@ class Assumptions:
     them is used: of the plain plans under dropout only the mask's bytes and its own kernel are modelled.
 
     ``member_tile`` is fitted to an H200's ``step-profile.json``: q, k and v of 4096 to 4096, 1024 and 1024 columns,
-    r = 16, p = 0.1. Of 2048 tokens masked da took 53.7 us beside a dx of 145.0, of 8192 tokens 97.4 beside 616.1. Where dx has
-    a tile less, on 16 and on 64 multiprocessors, da began a 4th and a 16th of dx before its end. Elsewhere it began
-    when dx ended. So a program of 8 steps took 17.4 us, one of 32 steps 58.9: 1.7 us a step of three members. The
+    r = 16, p = 0.1. Of 2048 tokens masked da took 53.7 us beside a dx of 145.0, of 8192 tokens 97.4 beside 616.1. Where
+    dx has a tile less, on 16 and on 64 multiprocessors, da began a 4th and a 16th of dx before its end. Elsewhere it
+    began when dx ended. So a program of 8 steps took 17.4 us, one of 32 steps 58.9: 1.7 us a step of three members. The
     machine code agrees: a step masks for 1026 cycles, multiplies for 768 and stores for 512, in turn, and waits at
     barriers. The figures are means of ten calls; in some of those of 8192 tokens da may have begun before dx.
 
