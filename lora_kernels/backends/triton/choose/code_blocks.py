@@ -64,8 +64,8 @@ def few_four_bits_config(machine: Machine, m: int, k: int, n: int, r: int, unit:
     """A strip of W's rows whose codes look their numbers up, in steps of 4 units of ``unit`` columns, 32 or 64.
 
     Tokens are the narrow side of the tensor core's tile, and 8 of them will do. Strips are of 64 rows. They are of 32
-    where 4 shares of K would give two multiprocessors fewer than 3 programs, but of 9 tokens on that reads too much of
-    x. A large weight is multiplied by wgmma, which takes 4 warps. Measured on an H200 (``few-codes.json``).
+    where 4 shares of K would give two multiprocessors fewer than 3 programs, but from 9 tokens on that reads too much
+    of x. A large weight takes 4 warps, which from 9 tokens on is wgmma. Measured on an H200 (``few-codes.json``).
     """
     few, block_r = m <= FEW_TOKENS // 2, max(next_power_of_2(r), 16)
     block_m = FEW_TOKENS // 2 if few else FEW_TOKENS
