@@ -3,8 +3,8 @@
 ``python bench/moe.py`` measures Qwen3-MoE's shape on a CPU, made small enough to run (E = 32, H = 1024, I = 768, top-8,
 M = 2048 tokens, r = 16), and writes ``bench/results/moe-cpu.json``. ``--layer qwen3-30b`` is Qwen3-30B-A3B's (E = 128,
 H = 2048, M = 8192), which ``make gpu-bench`` runs in bf16; ``--layer mixtral-8x7b`` is Mixtral's (E = 8, H = 4096,
-I = 14336, top-2, M = 4096). ``--small`` is for tests. All providers are compared with float64 before they are timed. They run in turn
-on the same data, and the ratio to the frozen experts is the result.
+I = 14336, top-2, M = 4096). ``--small`` is for tests. All providers are compared with float64 before they are timed.
+They run in turn on the same data, and the ratio to the frozen experts is the result.
 
 *frozen*: the experts module without adapters, by transformers' ``grouped_mm``. *peft*: ``ParamWrapper``. *loop*: a
 ``FusedLoRALinear`` for each expert and projection. *added*, measured once: the low-rank term added to ``grouped_mm``'s
