@@ -178,6 +178,65 @@ def fakes(kept: Kept) -> dict[str, Callable[..., Any]]:
             b.new_empty(0 if h is None or lora_b is None else b.shape),
         )
 
+    def experts_mlp_forward(
+        x: Tensor,
+        up_weight: Tensor,
+        up_a: Tensor,
+        up_b: Tensor,
+        down_weight: Tensor,
+        down_a: Tensor,
+        down_b: Tensor,
+        offsets: Tensor,
+        slots: Tensor,
+        weights: Tensor,
+        up_scaling: float,
+        down_scaling: float,
+        up_p: float,
+        down_p: float,
+        up_state: Tensor | None,
+        down_state: Tensor | None,
+        number: int,
+        wide: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        m, hidden = slots.shape[0], kept.hidden_dtype(x.dtype)
+        return (
+            x.new_empty((x.shape[0], down_weight.shape[1]), dtype=hidden if wide else x.dtype),
+            x.new_empty((m, up_weight.shape[1])),
+            x.new_empty((m, up_a.shape[1]), dtype=hidden),
+            x.new_empty((m, down_a.shape[1]), dtype=hidden),
+        )
+
+    def experts_mlp_backward(
+        dy: Tensor,
+        x: Tensor,
+        joined: Tensor,
+        up_weight: Tensor,
+        up_a: Tensor,
+        up_b: Tensor,
+        down_weight: Tensor,
+        down_a: Tensor,
+        down_b: Tensor,
+        offsets: Tensor,
+        slots: Tensor,
+        weights: Tensor,
+        up_h: Tensor,
+        down_h: Tensor,
+        up_scaling: float,
+        down_scaling: float,
+        up_p: float,
+        down_p: float,
+        up_state: Tensor | None,
+        down_state: Tensor | None,
+        number: int,
+        need_x: bool,
+        need_weights: bool,
+        need_up: bool,
+        need_down: bool,
+    ) -> tuple[Tensor, ...]:
+        due = [(x, need_x), (weights, need_weights)]
+        due += [(factor, need_up) for factor in (up_a, up_b)] + [(factor, need_down) for factor in (down_a, down_b)]
+        return tuple(of.new_empty(of.shape if needed else 0) for of, needed in due)
+
     def combine(
         rows: Tensor, weights: Tensor | None, places: Tensor, offsets: Tensor, k: int, dtype: torch.dtype
     ) -> Tensor:
@@ -226,7 +285,7 @@ def fakes(kept: Kept) -> dict[str, Callable[..., Any]]:
     functions = (
         forward, backward, mask, shrink, product, output_grads, input_grad, a_grad, gain_grad, row_norms,
         gated, gated_grad, group_forward, group_backward, experts_forward, experts_backward,
-        combine, combine_grad, packed_product, packed_input_grad,
+        experts_mlp_forward, experts_mlp_backward, combine, combine_grad, packed_product, packed_input_grad,
     )  # fmt: skip
     return {function.__name__: function for function in functions}
 

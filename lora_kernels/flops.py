@@ -125,6 +125,66 @@ def _experts_backward(
     return _backward(dy, x, weight, lora_a[1:], lora_b[1:], None, h)
 
 
+def _experts_mlp_forward(
+    x: _Shape,
+    up_weight: _Shape,
+    up_a: _Shape,
+    up_b: _Shape,
+    down_weight: _Shape,
+    down_a: _Shape,
+    down_b: _Shape,
+    offsets: _Shape,
+    slots: _Shape,
+    *_: Any,
+    **__: Any,
+) -> int:
+    rows = (slots[0], x[1]), (slots[0], down_weight[2])
+    of_both = (rows[0], up_weight, up_a, up_b), (rows[1], down_weight, down_a, down_b)
+    return sum(_experts_forward(*of, offsets, None) for of in of_both)
+
+
+def _experts_mlp_backward(
+    dy: _Shape,
+    x: _Shape,
+    joined: _Shape,
+    up_weight: _Shape,
+    up_a: _Shape,
+    up_b: _Shape,
+    down_weight: _Shape,
+    down_a: _Shape,
+    down_b: _Shape,
+    offsets: _Shape,
+    slots: _Shape,
+    weights: _Shape,
+    up_h: _Shape,
+    down_h: _Shape,
+    up_scaling: float,
+    down_scaling: float,
+    up_p: float,
+    down_p: float,
+    up_state: _Shape | None,
+    down_state: _Shape | None,
+    number: int,
+    need_x: bool,
+    need_weights: bool,
+    need_up: bool,
+    need_down: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    m = slots[0]
+    inward = need_x or need_up
+    down = _of_due((m, dy[1]), down_weight, down_a, down_b, down_h, inward or need_weights, need_down)
+    return down + (_of_due((m, joined[1]), up_weight, up_a, up_b, up_h, need_x, need_up) if inward else 0)
+
+
+def _of_due(dy: _Shape, weight: _Shape, a: _Shape, b: _Shape, h: _Shape, need_x: bool, need_adapter: bool) -> int:
+    x = (dy[0], weight[2])
+    return _backward(
+        dy, x if need_adapter else None, weight if need_x else None, a[1:], b[1:], None, h if need_adapter else None
+    )
+
+
 def _packed_product(
     x: _Shape, parts: Any, form: str, spec: str, rows: int, columns: int, lora_b: _Shape | None, *_: Any, **__: Any
 ) -> int:
@@ -152,6 +212,8 @@ FORMULAS: Mapping[str, Callable[..., int]] = {
     "group_backward": _group_backward,
     "experts_forward": _experts_forward,
     "experts_backward": _experts_backward,
+    "experts_mlp_forward": _experts_mlp_forward,
+    "experts_mlp_backward": _experts_mlp_backward,
     "packed_product": _packed_product,
     "packed_input_grad": _packed_input_grad,
 }

@@ -76,6 +76,24 @@ experts_backward dy (M,N), x?, weight?, lora_a?, lora_b?,         dx (M,K), a ro
 
 ``tokens`` (int64) has the row of x that each sorted row is. ``native`` and ``triton`` take no absent adapter.
 
+On CPUs ``native`` has these too, for both projections and what lies between them. ``slots[i] = t k + j`` is the place
+in ``weights`` (T,k) that sorted row i has, int64 (M): it is of token t. ``number`` is of σ in ``activations.GATES``:
+
+==================== ============================================ ======================================================
+operator             arguments                                    returns
+==================== ============================================ ======================================================
+experts_mlp_forward  x (T,H), up_weight (E,2I,H), up_a, up_b,     y (T,H): y[t] = Σ w y_i over the rows i of t, rounded
+                     down_weight (E,H,I), down_a, down_b,         once, fp32 (fp64 for fp64) iff ``wide``; joined
+                     offsets (E), slots (M), weights (T,k),       (M,2I), of x by ``up``: y_i is by ``down`` of
+                     up_s, down_s, up_p, down_p, up_state?,       σ(joined[:,:I]) joined[:,I:]; up_h (M,R),
+                     down_state?, number, wide                    down_h (M,R)
+experts_mlp_backward dy (T,H), x, joined, up_weight, up_a, up_b,  dx (T,H); d_weights (T,k); d_up_a, d_up_b, d_down_a,
+                     down_weight, down_a, down_b, offsets, slots, d_down_b, of (E,R,K) and (E,N,R)
+                     weights, up_h, down_h, up_s, down_s, up_p,
+                     down_p, up_state?, down_state?, number,
+                     need_x, need_weights, need_up, need_down
+==================== ============================================ ======================================================
+
 ``triton`` has these too; where a backend has none, ``experts/routing.py`` composes them. ``places[t k + j]`` is the
 sorted row of token t's j-th expert, int64 (M). Rows that belong to no expert count as zero, whatever they hold:
 
@@ -124,7 +142,7 @@ operator counts for PyTorch's ``FlopCounterMode`` is in ``flops.py``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -197,6 +215,20 @@ _EXPERTS_SCHEMAS = {
     "experts_backward": "(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_a, Tensor? lora_b, Tensor offsets, "
     "Tensor? tokens, Tensor? h, float scaling, float p, Tensor? state) -> (Tensor dx, Tensor da, Tensor db)",
 }
+_BOTH_STACKS = (
+    "Tensor up_weight, Tensor up_a, Tensor up_b, Tensor down_weight, Tensor down_a, Tensor down_b, Tensor offsets, "
+    "Tensor slots, Tensor weights, "
+)
+_OF_BOTH_STACKS = (
+    "float up_scaling, float down_scaling, float up_p, float down_p, Tensor? up_state, Tensor? down_state, int number, "
+)
+_EXPERTS_MLP_SCHEMAS = {
+    "experts_mlp_forward": f"(Tensor x, {_BOTH_STACKS}{_OF_BOTH_STACKS}bool wide) -> (Tensor y, Tensor joined, "
+    "Tensor up_h, Tensor down_h)",
+    "experts_mlp_backward": f"(Tensor dy, Tensor x, Tensor joined, {_BOTH_STACKS}Tensor up_h, Tensor down_h, "
+    f"{_OF_BOTH_STACKS}bool need_x, bool need_weights, bool need_up, bool need_down) -> (Tensor dx, Tensor d_weights, "
+    "Tensor d_up_a, Tensor d_up_b, Tensor d_down_a, Tensor d_down_b)",
+}
 _COMBINE_SCHEMAS = {
     "combine": "(Tensor rows, Tensor? weights, Tensor places, Tensor offsets, SymInt k, ScalarType dtype) -> Tensor",
     "combine_grad": "(Tensor dy, Tensor? rows, Tensor weights, Tensor places, Tensor offsets, ScalarType? dtype) -> "
@@ -211,6 +243,7 @@ _PACKED_SCHEMAS = {
 OPERATOR_NAMES = tuple(_SCHEMAS)
 COMBINE_OPERATOR_NAMES = tuple(_COMBINE_SCHEMAS)  # of a backend that has kernels for them
 EXPERTS_OPERATOR_NAMES = tuple(_EXPERTS_SCHEMAS)  # ``native`` has them on CPUs
+EXPERTS_MLP_OPERATOR_NAMES = tuple(_EXPERTS_MLP_SCHEMAS)  # ``native`` alone has them, on CPUs
 GROUP_OPERATOR_NAMES = tuple(_GROUP_SCHEMAS)  # of a backend that has kernels for groups
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -249,6 +282,8 @@ class Operators:
     group_backward: Callable[..., tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]] = _no_group
     experts_forward: Callable[..., tuple[Tensor, Tensor]] = _no_experts
     experts_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = _no_experts
+    experts_mlp_forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+    experts_mlp_backward: Callable[..., tuple[Tensor, ...]] | None = None
     combine: Callable[..., Tensor] | None = None
     combine_grad: Callable[..., tuple[Tensor, Tensor]] | None = None
     packed_product: Callable[..., tuple[Tensor, Tensor]] | None = None
@@ -259,14 +294,14 @@ def register(
     backend: str,
     implementations: Mapping[str, Callable[..., Any]],
     kept: Kept,
-    experts: bool = False,
+    library: Collection[str] = (),
     packed: Mapping[str, Callable[..., Any]] | None = None,
 ) -> None:
     """Define, implement and fake the operators of ``backend``; calling it again does nothing.
 
     An operator that ``implementations`` leaves out is one that a C++ library has registered, or will. One that it has
     for such a backend serves the devices that the library has no kernel for. ``kept`` tells what forward leaves for
-    backward, ``experts`` whether there are the operators of stacked experts, ``packed`` those of packed weights.
+    backward, ``library`` which operators the library has beyond those of a layer, ``packed`` those of packed weights.
     """
     if backend in _registered:
         return
@@ -274,9 +309,8 @@ def register(
     traced: dict[str, Any] = {}
     direct: dict[str, Any] = {}
     packets = _packets[backend] = {}
-    own = _GROUP_SCHEMAS | _COMBINE_SCHEMAS
-    schemas = _SCHEMAS | {name: schema for name, schema in own.items() if name in implementations}
-    schemas |= _EXPERTS_SCHEMAS if experts else {}
+    own = _GROUP_SCHEMAS | _EXPERTS_SCHEMAS | _EXPERTS_MLP_SCHEMAS | _COMBINE_SCHEMAS
+    schemas = _SCHEMAS | {name: own[name] for name in own if name in implementations or name in library}
     compiled = len(implementations) < len(schemas)
     in_python = packed or {}
     schemas |= {name: _PACKED_SCHEMAS[name] for name in in_python}

@@ -9,6 +9,7 @@
 #include "low_rank.h"
 #include "tiled_few.h"
 #include "tiled_products.h"
+#include "weighted.h"
 
 namespace lora_kernels {
 namespace LORA_CAPABILITY {
@@ -332,6 +333,17 @@ struct Driver {
         f.da == nullptr ? call.template run<false>(f.number, threads) : call.template run<true>(f.number, threads);
     }
 
+    static void weighted_sum(const WeightedSumCall& f) {
+        const WeightedSum<T, E> call = {
+            f.m, f.n, matrix(f.rows), f.tokens, adapter(f.factors), static_cast<T*>(f.sums)};
+        call.run(useful_threads(f.threads, f.m * f.n * WORK_PER_ELEMENT));
+    }
+    static void weigh(const WeighingCall& f) {
+        const Weighing<T, E> call = {
+            f.m, f.n, matrix(f.rows), adapter(f.factors), static_cast<E*>(f.grads), static_cast<T*>(f.products)};
+        call.run(useful_threads(f.threads, f.m * f.n * WORK_PER_ELEMENT));
+    }
+
     static void gain_grad(const GainGradCall& f) {
         const GainGradients<T, E> gradients = {f.m,
                                                f.n,
@@ -393,6 +405,8 @@ constexpr Kernels KERNELS = {Driver<T, E>::shrink_scratch,
                              Driver<T, E>::row_norms_scratch,
                              Driver<T, E>::row_norms,
                              Driver<T, E>::gated,
+                             Driver<T, E>::weighted_sum,
+                             Driver<T, E>::weigh,
                              CodedDriver<T, E>::values,
                              CodedDriver<T, E>::product_scratch,
                              CodedDriver<T, E>::product,

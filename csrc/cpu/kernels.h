@@ -153,6 +153,24 @@ struct GatedCall {         // a = σ(gate) * up; or dgate = da * up * σ'(gate),
     int64_t ldout, threads;
 };
 
+struct WeightedSumCall {  // sums[tokens[i]] += factors[i] * rows[i], rows of one token following each other
+    int64_t m, n;
+    const void* rows;  // E (m, n), contiguous
+    const int64_t* tokens;
+    const void* factors;  // T (m), or null: 1
+    void* sums;           // T (tokens, n), contiguous
+    int64_t threads;
+};
+
+struct WeighingCall {  // products[i] = <rows[i], grads[i]>, and then grads[i] *= factors[i]
+    int64_t m, n;
+    const void* rows;     // E (m, n), contiguous; read where products are due
+    const void* factors;  // T (m)
+    void* grads;          // E (m, n), contiguous
+    void* products;       // T (m), or null
+    int64_t threads;
+};
+
 // W (n, k) of 4-bit codes: value i of its rows, one after the other, is table[code i] * absmax[i / blocksize].
 struct FourBits {
     int64_t n, k, blocksize;
@@ -235,6 +253,8 @@ struct Kernels {
     size_t (*row_norms_scratch)(const RowNormsCall&);
     void (*row_norms)(const RowNormsCall&);
     void (*gated)(const GatedCall&);
+    void (*weighted_sum)(const WeightedSumCall&);
+    void (*weigh)(const WeighingCall&);
     void (*coded_values)(const CodedValuesCall&);
     size_t (*coded_product_scratch)(const CodedProductCall&);
     void (*coded_product)(const CodedProductCall&);

@@ -119,7 +119,7 @@ class EagerBackend:
         return composed_plan.plans(problem, tokens)
 
     def register(self, device_type: str) -> None:
-        register(self.name, self.operators(), _Kept(), experts=True)
+        register(self.name, self.operators(), _Kept())
 
     def operators(self) -> dict[str, Callable[..., Any]]:
         """Its implementations of the operators of ``ops.py``, by name."""

@@ -28,7 +28,7 @@ from . import grouped
 from .problem import Adapter, Drop
 from .routing import Routing, spread_grad
 
-__all__ = ["project"]
+__all__ = ["check", "project"]
 
 _GROUPED = "grouped"  # by torch's grouped_mm, whose mask eager draws
 
@@ -55,16 +55,7 @@ def project(
         InvalidTypeError: ``weight`` requires a gradient.
         UnsupportedTransformError: within ``torch.func`` or ``vmap``, or a double backward.
     """
-    if torch._C._are_functorch_transforms_active():
-        raise UnsupportedTransformError(
-            "LoRA on stacked experts was called under torch.func or vmap, which are not supported. Call the model on "
-            "the whole batch, and differentiate backward."
-        )
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise InvalidTypeError(
-            f"a stacked expert weight {tuple(weight.shape)} requires a gradient, and beside an adapter it is frozen: a "
-            "gradient of its size is never made. Call requires_grad_(False) on it, or train it without an adapter."
-        )
+    check(weight)
     if way is None:
         way = _way_for(x, weight, adapter)
     drawn = "eager" if way == _GROUPED else way
@@ -85,6 +76,20 @@ def project(
         x, weight, a, b, state, routing.offsets, routing.present, tokens, places, scaling, p, routing.k, way
     )
     return y
+
+
+def check(weight: Tensor | PackedExperts) -> None:
+    """Raises as :func:`project` does."""
+    if torch._C._are_functorch_transforms_active():
+        raise UnsupportedTransformError(
+            "LoRA on stacked experts was called under torch.func or vmap, which are not supported. Call the model on "
+            "the whole batch, and differentiate backward."
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise InvalidTypeError(
+            f"a stacked expert weight {tuple(weight.shape)} requires a gradient, and beside an adapter it is frozen: a "
+            "gradient of its size is never made. Call requires_grad_(False) on it, or train it without an adapter."
+        )
 
 
 def _way_for(x: Tensor, weight: Tensor | PackedExperts, adapter: Adapter | None) -> str:

@@ -16,25 +16,29 @@ from ..errors import UnsupportedTransformError
 from ..gate import chosen
 from ..ops import operators
 
-__all__ = ["apply_gate"]
+__all__ = ["apply_gate", "number_of"]
 
 _DEFAULT = ("transformers.integrations.moe", "_default_apply_gate")
 
 
 def apply_gate(module: Any, joined: Tensor) -> Tensor:
     """(M, I) of ``joined`` (M, 2 I), what gate_up_proj gave, as ``module._apply_gate`` has it."""
-    activation = gate_of(module.act_fn) if _is_default(module) else None
-    if activation is not None:
+    number = number_of(module)
+    if number is not None:
         name = chosen(joined)
         if name != "eager":
-            gated: Tensor = _Gated.apply(joined, GATES.index(activation), name)
+            gated: Tensor = _Gated.apply(joined, number, name)
             return gated
     y: Tensor = module._apply_gate(joined)
     return y
 
 
-def _is_default(module: Any) -> bool:
-    return "_apply_gate" not in module.__dict__ and _has_default(type(module))
+def number_of(module: Any) -> int | None:
+    """Which of ``GATES`` the module's gate is; None: another."""
+    if "_apply_gate" in module.__dict__ or not _has_default(type(module)):
+        return None
+    activation = gate_of(module.act_fn)
+    return None if activation is None else GATES.index(activation)
 
 
 def _has_default(kind: type) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from .. import storage
 from ..errors import InvalidArgumentError, LoRAStateError
-from ..gate import autocast_input, device_type_of, is_autocast_enabled
+from ..gate import autocast_input, chosen, device_type_of, is_autocast_enabled
+from ..ops import operators
 from ..tensors import PLAIN_TENSORS, as_dtype
 from ..weights.stacked import PackedExperts
-from .autograd import project
-from .gate import apply_gate
+from .autograd import check, project
+from .gate import apply_gate, number_of
 from .held import packed
+from .mlp_autograd import Stack, run_mlp
 from .problem import Adapter
 from .routing import Routing, combine
 from .suitable import DOWN, UP
@@ -86,12 +89,52 @@ def run(
         return _project(module, x, name, weight_of(module, name), adapters.get(name), p, routing, spread)
 
     up = UP[getattr(module, "has_gate", True)]
+    in_one = _in_one(module, hidden_states, up, top_k_weights, adapters, dropout, weight_of, routing)
+    if in_one is not None:
+        return in_one
     x = projected(hidden_states, up, True)
     x = apply_gate(module, x) if up == "gate_up_proj" else module.act_fn(x)
     x = projected(x, DOWN, False)
     if getattr(module, "has_post_expert_norm", False):
         x = module.post_expert_norm(x)
     return combine(x, top_k_weights, routing, hidden_states.dtype)
+
+
+def _in_one(
+    module: Any,
+    hidden_states: Tensor,
+    up: str,
+    weights: Tensor,
+    adapters: Mapping[str, Adapter],
+    dropout: Mapping[str, float],
+    weight_of: Callable[[Any, str], Tensor | PackedExperts],
+    routing: Routing,
+) -> Tensor | None:
+    """y by the operators that have all of it in one, where the module does nothing that those do not."""
+    if not hidden_states.is_cpu or up != "gate_up_proj" or up not in adapters or DOWN not in adapters:
+        return None
+    number = number_of(module)
+    if number is None or getattr(module, "has_bias", False) or getattr(module, "has_post_expert_norm", False):
+        return None
+    stacks: list[Stack] = []
+    for name in (up, DOWN):
+        weight, adapter = weight_of(module, name), adapters[name]
+        if isinstance(weight, PackedExperts):
+            return None
+        _check_adapter(module, name, weight, adapter)
+        check(weight)
+        stacks.append(Stack(weight, adapter, dropout.get(name, 0.0)))
+    first, second = stacks
+    autocast = is_autocast_enabled("cpu")
+    x = autocast_input(hidden_states, "cpu") if autocast else as_dtype(hidden_states, first.weight.dtype)
+    # A row's gradient before its weight, which backward's products make here, may be out of fp16's range.
+    if x.dtype is torch.float16 or (not autocast and second.weight.dtype is not x.dtype):
+        return None
+    backend_name = chosen(x)
+    if operators(backend_name).experts_mlp_forward is None:
+        return None
+    with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
+        return run_mlp(x, first, second, weights, routing, number, hidden_states.dtype, backend_name)
 
 
 def _project(
@@ -105,12 +148,7 @@ def _project(
     spread: bool,
 ) -> Tensor:
     """(M, N) of x (M, K), or with ``spread`` (T, K), with the experts' bias."""
-    if adapter is not None and adapter.a.shape[0] != weight.shape[0]:
-        raise LoRAStateError(
-            f"{type(module).__name__}.{name} has the weights of {weight.shape[0]} experts here and adapters of "
-            f"{adapter.a.shape[0]}: its experts were split over processes after they were adapted, and which adapter "
-            "is whose is not known. Train them by FSDP2, which gathers the weights, or in one process."
-        )
+    _check_adapter(module, name, weight, adapter)
     device_type = device_type_of(x)
     if is_autocast_enabled(device_type):
         x = autocast_input(x, device_type)
@@ -120,6 +158,15 @@ def _project(
         y = project(as_dtype(x, weight.dtype or x.dtype), weight, adapter, routing, p, spread)
     bias = getattr(module, f"{name}_bias") if getattr(module, "has_bias", False) else None
     return y if bias is None else y.add_(bias.index_select(0, routing.experts))
+
+
+def _check_adapter(module: Any, name: str, weight: Tensor | PackedExperts, adapter: Adapter | None) -> None:
+    if adapter is not None and adapter.a.shape[0] != weight.shape[0]:
+        raise LoRAStateError(
+            f"{type(module).__name__}.{name} has the weights of {weight.shape[0]} experts here and adapters of "
+            f"{adapter.a.shape[0]}: its experts were split over processes after they were adapted, and which adapter "
+            "is whose is not known. Train them by FSDP2, which gathers the weights, or in one process."
+        )
 
 
 def _check_shapes(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:

@@ -115,8 +115,40 @@ def test_experts_count_as_layers(name: str, backend: str) -> None:
         assert count(lambda: getattr(ops._registered[backend], name)(*arguments)) == count(products) > 0
 
 
+@pytest.mark.parametrize("due", range(16))
+def test_experts_in_one_operator_count_as_their_projections(due: int) -> None:
+    dispatch.select("cpu", torch.float32, "native")
+    table, t, k, h, inner = ops._registered["native"], 6, 2, 8, 5
+    x, dy, weights, joined = torch.randn(t, h), torch.randn(t, h), torch.rand(t, k), torch.randn(t * k, 2 * inner)
+    up = torch.randn(1, 2 * inner, h), torch.randn(1, R, h), torch.randn(1, 2 * inner, R)
+    down = torch.randn(1, h, inner), torch.randn(1, R + 1, inner), torch.randn(1, h, R + 1)
+    offsets, slots, a = torch.tensor([t * k], dtype=torch.int32), torch.arange(t * k), torch.randn(t * k, inner)
+    given, numbers = (*up, *down, offsets, slots, weights), (0.5, 0.5, 0.0, 0.0, None, None, 0)
+    rows, outer, hs = x[slots // k], dy[slots // k], (torch.randn(t * k, R), torch.randn(t * k, R + 1))
+    need_x, need_weights, need_up, need_down = (bool(due >> i & 1) for i in range(4))
+    parts = table.experts_forward, table.experts_backward
+
+    def by_projections() -> None:
+        (w, up_a, up_b), (v, down_a, down_b) = up, down
+        inward = need_x or need_up
+        parts[0](rows, *up, offsets, None, 0.5, 0.0, None)
+        parts[0](a, *down, offsets, None, 0.5, 0.0, None)
+        own = (a if need_down else None, v if inward or need_weights else None, down_a, down_b, offsets, None)
+        parts[1](outer, *own, hs[1] if need_down else None, 0.5, 0.0, None)
+        if inward:
+            own = (rows if need_up else None, w if need_x else None, up_a, up_b, offsets, None)
+            parts[1](joined, *own, hs[0] if need_up else None, 0.5, 0.0, None)
+
+    def in_one() -> None:
+        table.experts_mlp_forward(x, *given, *numbers, False)
+        table.experts_mlp_backward(dy, x, joined, *given, *hs, *numbers, need_x, need_weights, need_up, need_down)
+
+    with torch.no_grad():
+        assert count(in_one) == count(by_projections) > 0
+
+
 PACKED = ("packed_product", "packed_input_grad")
-SEVERAL = (*ops.GROUP_OPERATOR_NAMES, *ops.EXPERTS_OPERATOR_NAMES, *PACKED)
+SEVERAL = (*ops.GROUP_OPERATOR_NAMES, *ops.EXPERTS_OPERATOR_NAMES, *ops.EXPERTS_MLP_OPERATOR_NAMES, *PACKED)
 
 
 @pytest.mark.parametrize("name", PACKED)

@@ -162,7 +162,7 @@ def test_as_if_each_experts_weight_were_made_on_a_gpu() -> None:
     ("on_gpu", "dtype", "backend", "words"),
     [
         (False, torch.float32, "eager", "expert after expert"),
-        (False, torch.float32, "native", "One operator a projection"),
+        (False, torch.float32, "native", "One operator a pass"),
         (True, torch.bfloat16, "eager", "grouped_mm for each product"),
         (True, torch.float32, "eager", "The host waits"),
         (True, torch.bfloat16, "native", "for CPUs only"),
@@ -227,11 +227,12 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize(("backend", "kind"), [("eager", "qwen3_moe"), ("native", "gpt_oss")])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_seen(fault: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_are_seen(fault: str, backend: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what runs projection by projection; test_mlp.py has those of both in one."""
     inject, seen_in = FAULTS[fault]
-    layer = adapted("qwen3_moe")
+    layer = adapted(kind)
     with use_backend(backend):
         compare(layer, inputs(layer, torch.float32), torch.float32)
         layer.zero_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...dispatch import Problem
 from ...explaining.report import PassPlan
 from ...kept import Kept
-from ...ops import register
+from ...ops import EXPERTS_MLP_OPERATOR_NAMES, EXPERTS_OPERATOR_NAMES, register
 from .. import draw_seed, why_not_capability
 from ..composed import Composition
 from . import choice, coded, load
@@ -76,9 +76,8 @@ class NativeBackend:
         return why.plans(problem, tokens)
 
     def register(self, device_type: str) -> None:
-        register(
-            self.name, Composition(_keep, _KEPT.hidden_dtype).operators, _KEPT, experts=True, packed=coded.OPERATORS
-        )
+        library = (*EXPERTS_OPERATOR_NAMES, *EXPERTS_MLP_OPERATOR_NAMES)
+        register(self.name, Composition(_keep, _KEPT.hidden_dtype).operators, _KEPT, library, coded.OPERATORS)
         if device_type != "meta":
             load.load(device_type)
         if device_type == "cpu":
@@ -91,7 +90,10 @@ class NativeBackend:
 def _of_experts(problem: Problem, library: str) -> str:
     if problem.device_type != "cpu":
         return "It has kernels of stacked experts for CPUs only: on a GPU what 'eager' names runs in their place."
-    return f"One operator a projection, for all experts together. The library {library}."
+    return (
+        "One operator a pass for all experts, gate, both projections and the sum over a token's experts within; one a "
+        f"projection where a bias, another gate or fp16 is between. The library {library}."
+    )
 
 
 def _keep(like: Tensor, p: float, state: Tensor) -> Tensor:
