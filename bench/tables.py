@@ -16,7 +16,7 @@ beside LoRA and PEFT beside this package, of the presets ``ratios`` and ``gpu-ra
 ``model:traffic`` what ``bench/dram_bytes.py`` counted or measured,
 ``model:block`` what ``bench --preset gpu-block`` did, ``model:headline`` one sentence of it, ``model:llama`` what
 ``bench --preset gpu-llama`` did, ``model:few-tokens`` each plan's time for 1 to 16 tokens, and ``model:moe``,
-``model:moe-kept``, ``model:moe-qwen3`` and ``model:moe-mixtral`` what ``bench/moe.py`` measured of stacked experts.
+``model:moe-avx2``, ``model:moe-kept``, ``model:moe-qwen3`` and ``model:moe-mixtral`` what ``bench/moe.py`` measured of stacked experts.
 ``brief:`` is the short table of README.md:
 ``brief:DEVICE/PRESET/DIRECTION[/...][+DIRECTION[/...] ...]`` joins cells of several passes.
 A table of measurements shows no predicted number; only ``beside:`` and ``predicted:`` do, and they have no place in
@@ -61,6 +61,7 @@ _MODELS = {  # the result's file, what makes the table of it, what stands above
     "llama": ("nvidia-h200/llama.json", llama_report.table, ""),
     "few-tokens": ("nvidia-h100/few-tokens.json", few_tokens.table, ""),
     "moe": ("moe-cpu.json", moe.table, ""),
+    "moe-avx2": ("amd-epyc-avx2/moe-cpu.json", moe.table, ""),
     "moe-kept": ("moe-cpu-kept.json", moe.table, ""),
     "moe-qwen3": ("nvidia-h200/moe.json", moe.table, ""),
     "moe-mixtral": ("nvidia-h200/moe-mixtral.json", moe.table, ""),
@@ -77,6 +78,7 @@ _OTHERS = (
     "host.json",
     "llama-before.json",
     "llama.json",
+    "moe-cpu.json",
     "moe-mixtral.json",
     "moe.json",
     "qlora-own.json",
