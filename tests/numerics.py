@@ -77,11 +77,10 @@ def three_ways(
 
 
 _SUMS = {"mm", "addmm", "bmm", "baddbmm"}
-_ROUNDED = {
-    *("add", "add_", "sub", "mul", "mul_", "div", "neg", "sigmoid", "silu", "gelu", "tanh", "pow", "rsqrt", "mean", "sum"),
-    *("silu_backward", "gelu_backward", "sigmoid_backward", "tanh_backward", "index_add", "index_add_", "clamp"),
-    "_softmax",
-}
+_ROUNDED = set(
+    "add add_ sub mul mul_ div neg sigmoid silu gelu tanh pow rsqrt mean sum clamp index_add index_add_ _softmax "
+    "silu_backward gelu_backward sigmoid_backward tanh_backward".split()
+)
 
 
 class _Roundings(TorchDispatchMode):
