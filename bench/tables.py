@@ -16,7 +16,8 @@ beside LoRA and PEFT beside this package, of the presets ``ratios`` and ``gpu-ra
 ``model:traffic`` what ``bench/dram_bytes.py`` counted or measured,
 ``model:block`` what ``bench --preset gpu-block`` did, ``model:headline`` one sentence of it, ``model:llama`` what
 ``bench --preset gpu-llama`` did, ``model:few-tokens`` each plan's time for 1 to 16 tokens, and ``model:moe``,
-``model:moe-avx2``, ``model:moe-kept``, ``model:moe-qwen3`` and ``model:moe-mixtral`` what ``bench/moe.py`` measured of stacked experts.
+``model:moe-avx2``, ``model:moe-kept``, ``model:moe-qwen3`` and ``model:moe-mixtral`` what ``bench/moe.py`` measured of
+stacked experts.
 ``brief:`` is the short table of README.md:
 ``brief:DEVICE/PRESET/DIRECTION[/...][+DIRECTION[/...] ...]`` joins cells of several passes.
 A table of measurements shows no predicted number; only ``beside:`` and ``predicted:`` do, and they have no place in

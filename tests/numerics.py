@@ -77,10 +77,11 @@ def three_ways(
 
 
 _SUMS = {"mm", "addmm", "bmm", "baddbmm"}
-_ROUNDED = set(
-    "add add_ sub mul mul_ div neg sigmoid silu gelu tanh pow rsqrt mean sum clamp index_add index_add_ _softmax "
-    "silu_backward gelu_backward sigmoid_backward tanh_backward".split()
-)
+_ROUNDED = {
+    *("add", "add_", "sub", "mul", "mul_", "div", "neg", "pow", "rsqrt", "mean", "sum", "index_add", "index_add_"),
+    *("clamp", "sigmoid", "silu", "gelu", "tanh", "_softmax", "silu_backward", "gelu_backward", "sigmoid_backward"),
+    "tanh_backward",
+}
 
 
 class _Roundings(TorchDispatchMode):
