@@ -28,7 +28,7 @@ from . import grouped
 from .problem import Adapter, Drop
 from .routing import Routing, spread_grad
 
-__all__ = ["check", "project"]
+__all__ = ["check", "draw_state", "project", "refuse_second_derivatives"]
 
 _GROUPED = "grouped"  # by torch's grouped_mm, whose mask eager draws
 
@@ -67,8 +67,7 @@ def project(
         return found
     state = None
     if p != 0.0 and adapter is not None:
-        rows = routing.slots.shape[0]
-        state = backend(drawn).dropout_state(x.new_empty(()).expand(rows, weight.shape[2]), p)
+        state = draw_state(x, routing, weight.shape[2], p, drawn)
     a, b, scaling = (None, None, 0.0) if adapter is None else adapter
     tokens, places = (routing.tokens, routing.places) if spread else (None, None)
     x = x if spread else x.contiguous()
@@ -90,6 +89,21 @@ def check(weight: Tensor | PackedExperts) -> None:
             f"a stacked expert weight {tuple(weight.shape)} requires a gradient, and beside an adapter it is frozen: a "
             "gradient of its size is never made. Call requires_grad_(False) on it, or train it without an adapter."
         )
+
+
+def refuse_second_derivatives() -> None:
+    """Raises within a double backward."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise UnsupportedTransformError(
+            "a double backward (create_graph=True) was asked for through LoRA on stacked experts, which has first "
+            "derivatives alone. Differentiate once, or merge the adapter into the weights first."
+        )
+
+
+def draw_state(x: Tensor, routing: Routing, columns: int, p: float, name: str) -> Tensor:
+    """What the backend ``name`` regenerates the mask of the sorted rows (M, ``columns``) from, on x's device."""
+    state: Tensor = backend(name).dropout_state(x.new_empty(()).expand(routing.slots.shape[0], columns), p)
+    return state
 
 
 def _way_for(x: Tensor, weight: Tensor | PackedExperts, adapter: Adapter | None) -> str:
@@ -145,11 +159,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise UnsupportedTransformError(
-                "a double backward (create_graph=True) was asked for through LoRA on stacked experts, which has first "
-                "derivatives alone. Differentiate once, or merge the adapter into the weights first."
-            )
+        refuse_second_derivatives()
         (dy,) = grad_outputs
         dy = dy.contiguous()
         x, weight, a, b, h, state, offsets, present, tokens, places = ctx.saved_tensors

@@ -23,10 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import backend
-from ..errors import UnsupportedTransformError
 from ..ops import operators
 from ..tensors import as_dtype
+from .autograd import draw_state, refuse_second_derivatives
 from .problem import Adapter
 from .routing import Routing
 
@@ -45,22 +44,15 @@ def run_mlp(
     x: Tensor, up: Stack, down: Stack, weights: Tensor, routing: Routing, number: int, dtype: torch.dtype, name: str
 ) -> Tensor:
     """y (T, H) in ``dtype`` of x (T, H), by the operators of the backend ``name``; σ's ``number`` is of ``GATES``."""
-    states = [_state(x, stack, routing, name) for stack in (up, down)]
+    states = [
+        None if stack.p == 0.0 else draw_state(x, routing, stack.weight.shape[2], stack.p, name) for stack in (up, down)
+    ]
     settings = (up.adapter.scaling, down.adapter.scaling, up.p, down.p, *states, number)
     y: Tensor = _MLP.apply(
         x, up.weight, up.adapter.a, up.adapter.b, down.weight, down.adapter.a, down.adapter.b, routing.offsets,
         routing.slots, weights, *settings, dtype is not x.dtype, name,
     )  # fmt: skip
     return as_dtype(y, dtype)
-
-
-def _state(x: Tensor, stack: Stack, routing: Routing, name: str) -> Tensor | None:
-    if stack.p == 0.0:
-        return None
-    state: Tensor = backend(name).dropout_state(
-        x.new_empty(()).expand(routing.slots.shape[0], stack.weight.shape[2]), stack.p
-    )
-    return state
 
 
 class _MLP(torch.autograd.Function):
@@ -100,11 +92,7 @@ class _MLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise UnsupportedTransformError(
-                "a double backward (create_graph=True) was asked for through LoRA on stacked experts, which has first "
-                "derivatives alone. Differentiate once, or merge the adapter into the weights first."
-            )
+        refuse_second_derivatives()
         x, joined, *rest, up_state, down_state = ctx.saved_tensors
         numbers, number, name = ctx.settings
         dy = as_dtype(grad_outputs[0], x.dtype)

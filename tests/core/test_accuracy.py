@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from cases import Case, Inputs, make, measures
 from lora_kernels.accuracy import expected_errors, judge, run_reference, sum_error
 from lora_kernels.rounding import Arithmetic, rounding_square
+from numerics import drawn_errors, three_ways
 
 SUMS = 3000  # of which a mean of squares is taken: it is 3 % off
 
@@ -130,3 +133,20 @@ def test_a_lucky_yardstick_does_not_fail_a_result_that_is_as_exact_as_can_be_exp
     unlucky = lucky * (1 + 2.0**-23)
     assert not judge("y", unlucky * (1 + 2.0**-22), exact, lucky, torch.float32).passed
     assert judge("y", unlucky, exact, lucky, torch.float32, expected=sum_error(left, right)).passed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_errors_that_are_drawn_are_those_that_are_derived(dtype: torch.dtype) -> None:
+    """A product of a product, and its elementwise product: what both ways can do. Within a tenth, over all elements."""
+    torch.manual_seed(4)
+    given = [torch.randn(size).to(dtype) for size in ((64, 96), (96, 24), (24, 40), (64, 40))]
+
+    def formula(number: Callable[[Tensor], Any]) -> dict[str, Any]:
+        x, a, b, factor = map(number, given)
+        return {"product": x @ a, "of both": (x @ a) @ b, "times": ((x @ a) @ b) * factor}
+
+    exact, _, derived = three_ways(dtype, formula)
+    drawn = drawn_errors(dtype, lambda: formula(Tensor.double), exact)
+    for name, error in derived.items():
+        ratio = drawn[name].norm() / error.norm()
+        assert 0.9 < ratio < 1.1, (name, float(ratio))

@@ -152,8 +152,8 @@ def test_weights_stored_transposed() -> None:
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_dropout_is_of_the_seeds_masks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Tensor] = []
-    state = mlp_autograd._state
-    monkeypatch.setattr(mlp_autograd, "_state", lambda *given: drawn.append(state(*given)) or drawn[-1])
+    draw = mlp_autograd.draw_state
+    monkeypatch.setattr(mlp_autograd, "draw_state", lambda *given: drawn.append(draw(*given)) or drawn[-1])
     problem, p = made(INDICES["many rows"], dtype), 0.5
     got = run(**problem, p=p)
     m = problem["routing"].slots.shape[0]
@@ -239,24 +239,26 @@ def _without_last(offsets: Tensor) -> Tensor:
     return torch.cat([offsets[:last], offsets[last - 1].expand(len(offsets) - last)])
 
 
+@pytest.mark.parametrize(("given_to", "seen_in"), [("forward", "y"), ("backward", "dx")])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_is_seen(fault: str, given_to: str, seen_in: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = made(INDICES["three"], FP32)
     select("cpu", FP32, "native")
     table: Any = ops.operators("native")
-    names = ("x", "up_weight", "up_a", "up_b", "down_weight", "down_a", "down_b", "offsets", "slots", "weights")
+    names = ["x", "up_weight", "up_a", "up_b", "down_weight", "down_a", "down_b", "offsets", "slots", "weights"]
+    names = names if given_to == "forward" else ["dy", "x", "joined", *names[1:]]
 
     class Faulty:
-        def experts_mlp_forward(self, *given: Any) -> Any:
-            changed = dict(zip(names, given, strict=False))
-            FAULTS[fault](changed)
-            return table.experts_mlp_forward(*changed.values(), *given[len(names) :])
+        experts_mlp_forward, experts_mlp_backward = table.experts_mlp_forward, table.experts_mlp_backward
 
-        def experts_mlp_backward(self, *given: Any) -> Any:
-            return table.experts_mlp_backward(*given)
+    def faulty(*given: Any) -> Any:
+        changed = dict(zip(names, given, strict=False))
+        FAULTS[fault](changed)
+        return getattr(table, f"experts_mlp_{given_to}")(*changed.values(), *given[len(names) :])
 
-    monkeypatch.setattr(mlp_autograd, "operators", lambda name: Faulty())
-    with pytest.raises(AssertionError, match="y"):
+    monkeypatch.setattr(Faulty, f"experts_mlp_{given_to}", staticmethod(faulty))
+    monkeypatch.setattr(mlp_autograd, "operators", lambda name: Faulty)
+    with pytest.raises(AssertionError, match=rf"(?m)^{seen_in} FAILS"):
         compare(run(**problem), problem)
 
 
