@@ -71,6 +71,11 @@ class PackedBranch(Branch):
     def is_plain(self) -> bool:
         return False
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether it is what ``lora_linear`` would compute with its values."""
+        return self.gain is None and self.activation == "identity" and self.state is None
+
     def computing(self, dtype: torch.dtype) -> PackedBranch:
         """The same, multiplied in ``dtype``."""
         weight = self.weight

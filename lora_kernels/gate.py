@@ -1,8 +1,8 @@
 """Between what is called and the operators: autocast, checks, dropout's draw, the choice of backend, recording.
 
-Three ways lead through it. :func:`run_plain` is the plain layer's, the shortest. :func:`run_branches` takes several
-branches of one x, and what the plain layer does not have: gains, activations between A and B. :func:`run_branch` takes
-one branch and chooses between the two.
+Four ways lead through it. :func:`run_plain` is the plain layer's, the shortest, and :func:`run_packed` the same over a
+packed weight. :func:`run_branches` takes several branches of one x, and what the plain layer does not have: gains,
+activations between A and B. :func:`run_branch` takes one branch and chooses among the others.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from .config import plain_number
 from .dispatch import COMPUTE_DTYPES, backend, select
 from .errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, UnsupportedTransformError
 from .ops import operators
+from .packed_autograd import apply_packed_function
+from .packed_autograd import forward_only as packed_forward_only
 from .reference import drop
 from .tensors import as_dtype, flatten
 from .weights import product
@@ -46,6 +48,7 @@ __all__ = [
     "run_branch",
     "run_branches",
     "run_frozen",
+    "run_packed",
     "run_plain",
 ]
 
@@ -115,6 +118,49 @@ def _run_plain(
     return forward_only(x, weight, lora_a, lora_b, bias, scaling, p, state, name)
 
 
+def run_packed(
+    x: Tensor, weight: Packed, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float, p: float
+) -> Tensor:
+    """y (..., N) in x's dtype of one plain branch over a packed weight, where nobody compiles; see :func:`run_plain`.
+
+    It runs in the weight's compute dtype, else autocast's, else x's, as the packages' own layers.
+    """
+    if torch._C._is_any_autocast_enabled() and is_autocast_enabled(device_type := device_type_of(x)):
+        dtype = packed_dtype(x, weight, device_type)
+        with torch.autocast(device_type, enabled=False):
+            return _run_packed_in(dtype, x, weight, lora_a, lora_b, bias, scaling, p)
+    dtype = weight.dtype if weight.dtype is not None and x.is_floating_point() else x.dtype
+    return _run_packed_in(dtype, x, weight, lora_a, lora_b, bias, scaling, p)
+
+
+def _run_packed_in(
+    dtype: torch.dtype,
+    given_x: Tensor,
+    weight: Packed,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    p: float,
+) -> Tensor:
+    x = as_dtype(given_x, dtype)
+    stands: Any = weight if weight.dtype is dtype else replace(weight, dtype=dtype)
+    check(x, stands, lora_a, lora_b, bias, False)
+    if p != 0.0 and type(p) is not float:
+        p = plain_number(p)
+    if forward_ad._current_level >= 0:
+        refuse_tangents(x, lora_a, lora_b, bias)
+    x, name = prepare(x, None)
+    state = draw_state(x, p, name) if p != 0.0 else None
+    of = x, lora_a, lora_b, bias, float(number(scaling)), p, state, name, weight.layout
+    y: Tensor
+    if torch.is_grad_enabled() and _any_requires_grad(x, lora_a, lora_b, bias):
+        y = apply_packed_function(*of, *weight.parts)
+    else:
+        y = packed_forward_only(*of, weight.parts)[0]
+    return y if dtype is given_x.dtype else y.to(given_x.dtype)
+
+
 def run_branches(x: Tensor, branches: Sequence[Branch], p: float, backend_name: str | None = None) -> list[Tensor]:
     """Each branch's y (..., N_i) for x (..., K), and in backward one dx.
 
@@ -123,14 +169,14 @@ def run_branches(x: Tensor, branches: Sequence[Branch], p: float, backend_name: 
     """
     device_type = device_type_of(x)
     if type(branches[0]) is PackedBranch:
-        return _run_packed(x, branches, p, backend_name, device_type)
+        return _run_packed_branches(x, branches, p, backend_name, device_type)
     if torch._C._is_any_autocast_enabled() and is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
             return _run_branches(autocast_input(x, device_type), branches, p, backend_name, autocast=True)
     return _run_branches(x, branches, p, backend_name, autocast=False)
 
 
-def _run_packed(
+def _run_packed_branches(
     x: Tensor, branches: Sequence[Any], p: float, backend_name: str | None, device_type: str
 ) -> list[Tensor]:
     """The same beside packed weights: in their compute dtype, and y in x's dtype, as the packages' own layers."""
@@ -261,6 +307,8 @@ def run_branch(x: Tensor, branch: Branch, p: float, share: Callable[[Tensor], Te
     b = branch
     if b.is_plain:
         return run_plain(x, b.weight, b.lora_a, b.lora_b, b.bias, b.scaling, p, None, share)
+    if type(b) is PackedBranch and b.is_bare and not torch.compiler.is_compiling():
+        return run_packed(x, b.weight, b.lora_a, b.lora_b, b.bias, b.scaling, p)
     if b.gain is None or p == 0.0:
         return run_branches(x, [b], p)[0]
     dropped = F.dropout(x, p) if share is None else _dropped(x, p, share)

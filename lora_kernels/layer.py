@@ -22,7 +22,7 @@ from .config import AdapterOptions, scaling_of
 from .dispatch import Problem
 from .errors import InvalidArgumentError, LoRAStateError
 from .explaining.report import IN_PARTS, of_packed
-from .gate import run_branch, run_frozen, run_plain
+from .gate import run_branch, run_frozen, run_packed, run_plain
 from .shared_input import NO_OTHERS, SharedInput
 from .tensors import PLAIN_TENSORS
 from .weights import known
@@ -197,7 +197,10 @@ class LoRALayer(nn.Module):
             if sharded.is_sharded(weight):
                 return sharded.forward(self, input, p)
             if known.is_packed(weight):
-                return run_branch(input, self.branch(), p)
+                if self.use_dora or self.activation != "identity" or is_compiling():
+                    return run_branch(input, self.branch(), p)
+                bias = self.total_bias if lora_bias is not None else bias
+                return run_packed(input, known.read(self, weight), lora_a, lora_b, bias, self.scaling, p)
         if lora_bias is not None:
             bias = merging.with_offset(bias, lora_bias, self.scaling)
         weight = weight.t() if self.is_transposed else weight

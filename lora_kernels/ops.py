@@ -422,6 +422,7 @@ class CodedParts(NamedTuple):
 
 
 _forms: dict[str, Callable[..., Tensor]] = {}
+_has_coded_kernels = False
 _codes: dict[str, Callable[..., CodedParts | None]] = {}
 _code_kernels: dict[str, CodeKernels] = {}
 _products: dict[str, Callable[..., tuple[Tensor, Tensor | None] | None]] = {}
@@ -489,7 +490,10 @@ def reads_codes(parts: list[Tensor], form: str, spec: str, rows: int, columns: i
 
 def has_coded_kernels() -> bool:
     """Whether the C++ library for CPUs is loaded, which has :func:`coded_values` and the products with codes."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::native_coded_values", "CPU")
+    global _has_coded_kernels  # a library stays loaded: that it is there is asked once
+    if not _has_coded_kernels:
+        _has_coded_kernels = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::native_coded_values", "CPU")
+    return _has_coded_kernels
 
 
 def coded_values(

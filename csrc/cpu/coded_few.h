@@ -1,7 +1,7 @@
 // Weights of codes: all their values, and the products of few tokens that read the codes themselves.
 #pragma once
 
-#include "eight_bits.h"
+#include "eight_bits_few.h"
 #include "four_bits_few.h"
 
 namespace lora_kernels {
@@ -181,6 +181,8 @@ struct CodedDriver {
             }
             if (f.weight.eight_bits) {
                 if (!in_pairs<E>) widen_block(given, f.ldx, f.m, k, x, k);
+                if (!in_pairs<E> && f.m <= FewEightBits<E>::DIRECT)
+                    return FewEightBits<E>{f.weight.eight, output_of(f, x)}.run(threads);
                 return FewCoded<E>{{f.weight}, output_of(f, x), given, f.ldx}.run(threads, rest);
             }
             const FewFourBits<E> few = four_bits(f, x);

@@ -28,6 +28,47 @@ LORA_INLINE FloatVector scaled_bytes(WordVector bytes, float scale, float zero) 
     return E4M3 ? e4m3(bytes) * scale : (signed_bytes(bytes) - zero) * scale;
 }
 
+#if defined(__AVX2__) && defined(__F16C__) && LORA_VECTOR_BYTES == 32
+// 16 e4m3 numbers: a byte moved into fp16's exponent and mantissa is the number divided by 256, exactly.
+LORA_INLINE void e4m3_numbers(const uint8_t* codes, FloatVector& low, FloatVector& high) {
+    const __m256i bytes = _mm256_cvtepu8_epi16(read<__m128i>(codes));
+    const __m256i magnitude = _mm256_and_si256(bytes, _mm256_set1_epi16(0x7F));
+    const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7F));
+    const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(bytes, magnitude), 8);
+    const __m256i number = _mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign);
+    const __m256i half = _mm256_or_si256(number, _mm256_and_si256(nan, _mm256_set1_epi16(0x7E00)));
+    low = (FloatVector)_mm256_cvtph_ps(_mm256_castsi256_si128(half)) * 256.0f;
+    high = (FloatVector)_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)) * 256.0f;
+}
+LORA_INLINE FloatVector int8_numbers(const uint8_t* codes) {
+    return (FloatVector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)codes)));
+}
+#endif
+
+// The values of two vectors of codes.
+template <bool E4M3>
+LORA_INLINE void scaled_codes(const uint8_t* codes, float scale, float zero, FloatVector (&out)[2]) {
+    constexpr int VL = lanes<float>;
+#if defined(__AVX2__) && defined(__F16C__) && LORA_VECTOR_BYTES == 32
+    if constexpr (E4M3) {
+        e4m3_numbers(codes, out[0], out[1]);
+        out[0] = out[0] * scale, out[1] = out[1] * scale;
+    } else {
+        out[0] = (int8_numbers(codes) - zero) * scale, out[1] = (int8_numbers(codes + VL) - zero) * scale;
+    }
+#else
+    out[0] = scaled_bytes<E4M3>(widen_bytes(codes), scale, zero);
+    out[1] = scaled_bytes<E4M3>(widen_bytes(codes + VL), scale, zero);
+#endif
+}
+
+// The first `count` lanes of v; the others are zero.
+LORA_INLINE FloatVector first_lanes(FloatVector v, int64_t count) {
+    float values[lanes<float>];
+    store(v, values);
+    return load_part(values, count);
+}
+
 // The same of 32 bf16 at a time, where no product with `scale` is below the least normal number.
 #if LORA_VECTOR_BYTES == 64 && defined(__AVX512BF16__) && defined(__AVX512BW__)
 constexpr int64_t NEAR = 32;
@@ -75,6 +116,12 @@ LORA_INLINE void eight_bit_row(const EightBits& w, int64_t row, int64_t begin, i
             }
         }
 #endif
+        for (; at + 2 * VL <= stop; at += 2 * VL) {
+            FloatVector found[2];
+            scaled_codes<E4M3>(codes + at, scale, zero, found);
+            store(found[0], to + (at - begin));
+            store(found[1], to + (at - begin) + VL);
+        }
         for (; at + VL <= stop; at += VL)
             store(scaled_bytes<E4M3>(widen_bytes(codes + at), scale, zero), to + (at - begin));
         if (at == stop) continue;

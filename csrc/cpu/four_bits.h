@@ -1,85 +1,19 @@
-// A weight of 4-bit codes: a block's values, how codes look them up, and bitsandbytes' two orders of them.
+// A weight of 4-bit codes: its statistics, its values, and bitsandbytes' two orders of codes.
 //
-// Value i of W, its rows one after the other, is table[code i] * absmax[i / blocksize], rounded to E. A block has one
-// absmax, so its 16 values are made and rounded once, and a code looks its value up.
+// Value i of W, its rows one after the other, is table[code i] * absmax[i / blocksize], rounded to E.
 #pragma once
 
-#include "few.h"
+#include "code_lookup.h"
 
 namespace lora_kernels {
 namespace LORA_CAPABILITY {
 
-constexpr int CODES = 16;
 constexpr int64_t CODE_UNIT = 32;  // blocks are multiples of it, and so is k of a product
 
 #if LORA_VECTOR_BYTES == 64
 constexpr int CODE_ROWS = 4;
 #else
 constexpr int CODE_ROWS = 2;
-#endif
-
-// A block's 16 values, rounded to E.
-template <class E>
-struct BlockValues {
-    static constexpr int PARTS = CODES / lanes<float>;
-    FloatVector parts[PARTS];
-
-    __attribute__((always_inline)) BlockValues(const float* table, float absmax) {
-#pragma GCC unroll 4
-        for (int i = 0; i < PARTS; ++i) {
-            parts[i] = load(table + i * lanes<float>) * absmax;
-            if constexpr (sizeof(E) == 2) {
-                E rounded[lanes<float>];
-                store(parts[i], rounded);
-                parts[i] = load(rounded);
-            }
-        }
-    }
-
-    // Of the low four bits of each lane.
-    __attribute__((always_inline)) FloatVector operator[](WordVector code) const {
-#if defined(__AVX512F__) && LORA_VECTOR_BYTES == 64
-        return (FloatVector)_mm512_maskz_permutexvar_ps(0xFFFF, (__m512i)code, (__m512)parts[0]);
-#elif defined(__AVX2__) && LORA_VECTOR_BYTES == 32
-        const __m256 low = _mm256_permutevar8x32_ps((__m256)parts[0], (__m256i)code);
-        const __m256 high = _mm256_permutevar8x32_ps((__m256)parts[1], (__m256i)code);
-        return (FloatVector)_mm256_blendv_ps(low, high, (__m256)(code << 28));
-#else
-        float values[CODES];
-        __builtin_memcpy(values, parts, sizeof values);
-        FloatVector found;
-        for (int i = 0; i < lanes<float>; ++i) found[i] = values[code[i] & 15u];
-        return found;
-#endif
-    }
-};
-
-// Where E has 16 bits and a vector 32 of them, a block's values in both halves of it: the fifth bit of an index, which
-// is the next code's, does not matter then.
-#if LORA_VECTOR_BYTES == 64 && defined(__AVX512BW__)
-#define LORA_HALF_LOOKUP 1
-template <class E>
-LORA_INLINE __m512i half_values(const float* table, float absmax) {
-    const FloatVector values = load(table) * absmax;
-    E rounded[CODES];
-#if defined(__AVX512BF16__)
-    if constexpr (__is_same(E, bf16)) {
-        write(rounded, _mm512_cvtneps_pbh((__m512)values));
-    } else {
-        store(values, rounded);
-    }
-#else
-    store(values, rounded);
-#endif
-    return _mm512_maskz_broadcast_i64x4(0xFF, read<__m256i>(rounded));
-}
-LORA_INLINE __m512i look_up(__m512i values, __m512i codes) {
-    return _mm512_maskz_permutexvar_epi16(0xFFFFFFFFu, codes, values);
-}
-LORA_INLINE __m512i widen_codes(const uint8_t* p) { return _mm512_maskz_cvtepu8_epi16(0xFFFFFFFFu, read<__m256i>(p)); }
-LORA_INLINE __m512i next_codes(__m512i bytes) { return _mm512_maskz_srli_epi16(0xFFFFFFFFu, bytes, 4); }
-#else
-#define LORA_HALF_LOOKUP 0
 #endif
 
 // table[index] of each lane.
@@ -128,33 +62,6 @@ LORA_INLINE const float* statistics(const FourBits& w, int64_t first, int64_t co
         for (; i < end; ++i) made[i] = rounded(w.nested_table[w.nested[first + i]] * absmax) + w.offset;
     }
     return made;
-}
-
-// `count` values of one absmax.
-template <class E>
-LORA_INLINE void block_values(const float* table, float absmax, const uint8_t* codes, int64_t count, E* to) {
-    int64_t at = 0;
-#if LORA_HALF_LOOKUP
-    if constexpr (sizeof(E) == 2) {
-        const __m512i values = half_values<E>(table, absmax);
-        for (; at + 32 <= count; at += 32) {
-            const WordVector bytes = widen_bytes(codes + at / 2);
-            write(to + at, look_up(values, (__m512i)((bytes >> 4) | (bytes << 16))));
-        }
-        if (at == count) return;
-    }
-#endif
-    constexpr int VL = lanes<float>;
-    const BlockValues<E> values(table, absmax);
-    for (; at + 2 * VL <= count; at += 2 * VL) {
-        const WordVector bytes = widen_bytes(codes + at / 2);
-        const FloatVector even = values[bytes >> 4], odd = values[bytes];
-        store(interleave<0>(even, odd), to + at);
-        store(interleave<1>(even, odd), to + at + VL);
-    }
-    float scaled[CODES];
-    __builtin_memcpy(scaled, values.parts, sizeof scaled);
-    for (; at < count; ++at) narrow(scaled[at % 2 == 0 ? codes[at / 2] >> 4 : codes[at / 2] & 15], to + at);
 }
 
 // Values first .. end, the first an even one, whose codes begin at `codes`.

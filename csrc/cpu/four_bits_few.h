@@ -7,11 +7,12 @@ namespace lora_kernels {
 namespace LORA_CAPABILITY {
 
 // out = gain * (x Wᵀ + low lora_bᵀ) + bias for few tokens. A row of W is cut into segments of one absmax each. Codes
-// come two a byte, the even one in the high half: x has, in each piece of columns that a step takes, the even ones
-// first, so that values need no sorting.
+// come two a byte, the even one in the high half: in each piece of columns that a step takes, x is put in the order in
+// which values are found, so that they need no sorting.
 template <class E>
 struct FewFourBits {
-    static constexpr int VL = lanes<float>;
+    using Lookup = CodeLookup<E>;
+    static constexpr int VL = lanes<float>, VECTORS = Lookup::VECTORS, STEP = Lookup::COLUMNS;
     static constexpr int64_t PAIRS_STEP = 64;
     static constexpr int64_t DIRECT = 4;  // tokens for which values are used as they are made; for more they are stored
 
@@ -46,11 +47,10 @@ struct FewFourBits {
     }
     static void arrange(const E* x, int64_t ldx, int64_t m, int64_t k, float* out) {
         for (int64_t i = 0; i < m; ++i) {
-            for (int64_t at = 0; at < k; at += 2 * VL) {
-                float wide[2 * VL], *to = out + i * k + at;
-                store(load(x + i * ldx + at), wide);
-                store(load(x + i * ldx + at + VL), wide + VL);
-                for (int q = 0; q < VL; ++q) to[q] = wide[2 * q], to[VL + q] = wide[2 * q + 1];
+            for (int64_t at = 0; at < k; at += STEP) {
+                float wide[STEP];
+                for (int q = 0; q < STEP; q += VL) store(load(x + i * ldx + at + q), wide + q);
+                for (int q = 0; q < STEP; ++q) out[i * k + at + q] = wide[Lookup::column(q)];
             }
         }
     }
@@ -66,30 +66,41 @@ struct FewFourBits {
         return scales;
     }
 
-    template <int MR, int NR>
-    void add_segment(int64_t i, const uint8_t* codes, int64_t begin, const BlockValues<E>& values, int row,
-                     FloatVector (&sums)[MR][NR]) const {
-        for (int64_t at = begin; at < begin + segment; at += 2 * VL, codes += VL) {
-            const WordVector bytes = widen_bytes(codes);
-            const FloatVector even = values[bytes >> 4], odd = values[bytes];
+    // A sum is made in so many chains: a multiply-add waits for the one before it in its own chain only.
+    static constexpr int chains_of(int tokens) { return tokens == 1 ? VECTORS : tokens == 2 ? 2 : 1; }
+
+    template <int MR, int CHAINS>
+    __attribute__((always_inline)) void add_segment(int64_t i, const uint8_t* codes, int64_t begin,
+                                                    const Lookup& values, FloatVector (&sums)[MR][CHAINS]) const {
+        const float* x = output.x + i * w.k + begin;
+        for (int64_t at = 0; at < segment; at += STEP, x += STEP) {
+            FloatVector found[VECTORS];
+            values.step(codes + at / 2, found);
 #pragma GCC unroll 4
             for (int token = 0; token < MR; ++token) {
-                const float* x = output.x + (i + token) * w.k + at;
-                sums[token][row] += load(x) * even;
-                sums[token][row] += load(x + VL) * odd;
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; ++v) sums[token][v % CHAINS] += load(x + token * w.k + v * VL) * found[v];
             }
         }
     }
 
     template <int MR, int NR>
-    void add_row_by_row(int64_t i, int64_t j, const float* const* scales, FloatVector (&sums)[MR][NR]) const {
+    void multiply_rows(int64_t i, int64_t j, const float* const* scales, FloatVector (&sums)[MR][NR]) const {
+        constexpr int CHAINS = chains_of(MR);
+        FloatVector chains[NR][MR][CHAINS] = {};
         const uint8_t* codes[NR];
         for (int row = 0; row < NR; ++row) codes[row] = codes_of(j + row);
         for (int64_t s = 0; s < segments; ++s) {
 #pragma GCC unroll 4
             for (int row = 0; row < NR; ++row) {
-                const BlockValues<E> values(w.table, scales[row][s]);
-                add_segment<MR, NR>(i, codes[row] + s * segment / 2, s * segment, values, row, sums);
+                const Lookup values(w.table, scales[row][s]);
+                add_segment(i, codes[row] + s * segment / 2, s * segment, values, chains[row]);
+            }
+        }
+        for (int row = 0; row < NR; ++row) {
+            for (int token = 0; token < MR; ++token) {
+                sums[token][row] = chains[row][token][0];
+                for (int chain = 1; chain < CHAINS; ++chain) sums[token][row] += chains[row][token][chain];
             }
         }
     }
@@ -129,17 +140,21 @@ struct FewFourBits {
 
     template <int MR, int NR>
     void direct(int64_t i, int64_t j, const float* const* scales) const {
-        FloatVector sums[MR][NR] = {};
 #if LORA_HALF_LOOKUP && LORA_PAIRS
         if constexpr (in_pairs<E>) {
             if (pairs) {
+                FloatVector sums[MR][NR] = {};
                 add_pairs_of<MR, NR>(i, j, scales, sums);
                 return in_pairs_output().template block<MR, NR>(i, j, &sums[0][0]);
             }
         }
 #endif
-        add_row_by_row<MR, NR>(i, j, scales, sums);
-        output.finish(i, j, sums);
+        constexpr int TOGETHER = LORA_VECTOR_BYTES == 64 ? NR : 1;  // by the registers
+        for (int row = 0; row < NR; row += TOGETHER) {
+            FloatVector sums[MR][TOGETHER];
+            multiply_rows<MR, TOGETHER>(i, j + row, scales + row, sums);
+            output.finish(i, j + row, sums);
+        }
     }
 
     // A row's values, arranged as x is: E (k) for pairs, else widened.
@@ -161,11 +176,11 @@ struct FewFourBits {
                 }
             }
 #endif
-            const BlockValues<E> values(w.table, scales[s]);
-            for (int64_t at = begin; at < end; at += 2 * VL, codes += VL) {
-                const WordVector bytes = widen_bytes(codes);
-                store(values[bytes >> 4], out + at);
-                store(values[bytes], out + at + VL);
+            const Lookup values(w.table, scales[s]);
+            for (int64_t at = begin; at < end; at += STEP, codes += STEP / 2) {
+                FloatVector found[VECTORS];
+                values.step(codes, found);
+                for (int v = 0; v < VECTORS; ++v) store(found[v], out + at + v * VL);
             }
         }
     }

@@ -82,17 +82,19 @@ class _FourBits:
 
     def read(self, module: Any, weight: Any) -> Packed:
         state = _state_of(module, weight)
-        if state is None or weight.requires_grad:
+        with torch._C.DisableTorchFunctionSubclass():  # the package answers such questions in Python
+            trains, data = weight.requires_grad, weight.data
+        if state is None or trains:
             raise LoRAStateError(f"the 4-bit weight of a layer cannot be read: {self._lost(weight)}")
         rows, columns = state.shape
-        if not rows * columns <= 2 * weight.nbytes < rows * columns + 32:
+        if not rows * columns <= 2 * data.nbytes < rows * columns + 32:
             raise LoRAStateError(
-                f"a 4-bit weight of {rows} x {columns} numbers has {weight.nbytes} bytes: it was converted to "
-                f"{weight.dtype}, or is a part. Under FSDP2, give MixedPrecisionPolicy and bnb_4bit_quant_storage the "
+                f"a 4-bit weight of {rows} x {columns} numbers has {data.nbytes} bytes: it was converted to "
+                f"{data.dtype}, or is a part. Under FSDP2, give MixedPrecisionPolicy and bnb_4bit_quant_storage the "
                 "same dtype."
             )
         layout = _CPU if getattr(state, "packing_format_for_cpu", False) else ""
-        parts: tuple[Tensor, ...] = (weight.data, state.absmax)
+        parts: tuple[Tensor, ...] = (data, state.absmax)
         nested = 0
         if state.nested:
             parts += (state.state2.absmax, state.state2.code, state.offset)

@@ -63,20 +63,22 @@ def codes(
     parts: list[Tensor], quant_type: str, blocksize: int, nested: int, by_columns: bool = False
 ) -> ops.CodedParts | None:
     """What the C++ library reads of the ``parts`` that :func:`values` takes; None where it reads no such weight."""
-    if parts[0].device.type != "cpu" or not _fit(parts, blocksize, by_columns):
+    if not parts[0].is_cpu or not _fit(parts, blocksize, by_columns):
         return None
     return ops.CodedParts(_as_bytes(parts), _table(quant_type), 1, blocksize, nested)
 
 
 def _fit(parts: list[Tensor], blocksize: int, by_columns: bool) -> bool:
     """Whether the kernels read such parts: whole tensors in one place, of the dtypes that the package makes."""
-    absmax = torch.uint8 if len(parts) > 2 else torch.bfloat16 if by_columns else torch.float32
-    return (
-        blocksize % _UNIT == 0
-        and parts[1].dtype is absmax
-        and all(part.dtype is torch.float32 for part in parts[2:])
-        and all(type(part) is Tensor and part.device == parts[0].device and part.is_contiguous() for part in parts)
-    )
+    if blocksize % _UNIT != 0:
+        return False
+    wanted, device = torch.uint8 if len(parts) > 2 else torch.bfloat16 if by_columns else torch.float32, parts[0].device
+    for i, part in enumerate(parts):
+        if type(part) is not Tensor or part.device != device or not part.is_contiguous():
+            return False
+        if i > 0 and part.dtype is not (wanted if i == 1 else torch.float32):
+            return False
+    return True
 
 
 def _as_bytes(parts: list[Tensor]) -> list[Tensor]:

@@ -7,7 +7,7 @@ with dy there, no compiler can join a backward's values with a forward's and kee
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -81,7 +81,7 @@ class Packed:
         return values if out is None else out.copy_(values)
 
 
-def values_of(layout: Layout, parts: tuple[Tensor, ...], dtype: torch.dtype, after: Tensor | None) -> Tensor:
+def values_of(layout: Layout, parts: Sequence[Tensor], dtype: torch.dtype, after: Tensor | None) -> Tensor:
     """The values (N, K) of a packed weight in ``dtype``, in memory of their own."""
     return dequantize(list(parts), layout.form, layout.spec, layout.rows, layout.columns, dtype, after)
 
