@@ -12,7 +12,8 @@ OUT ?= out
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 CXX_FILES := $(wildcard csrc/*.h csrc/*/* tests/native_host/*.h tests/native_host/*.cpp)
-NATIVE_TESTS := tests/backends/native/test_native_cpu.py tests/backends/native/test_native_parts.py tests/core/test_philox.py
+NATIVE_TESTS := tests/backends/native/test_native_cpu.py tests/backends/native/test_native_parts.py tests/core/test_philox.py \
+  tests/weights/test_four_bits.py tests/weights/test_eight_bits.py
 # What another PyTorch, Triton or NumPy may change: capture, what autograd keeps, the library's ABI, NVRTC, the interpreter.
 OLDEST_TESTS := $(foreach name,compile branches training_memory few_tokens native_compat native_parts ops parts import \
   triton_kernels triton_parts,$(wildcard tests/*/test_$(name).py tests/backends/*/test_$(name).py))

@@ -32,6 +32,8 @@ TESTS = [
     "tests/backends/native/test_native_cpu.py",
     "tests/backends/native/test_native_parts.py",
     "tests/core/test_philox.py",
+    "tests/weights/test_four_bits.py",
+    "tests/weights/test_eight_bits.py",
 ]
 CAPABILITY, PRODUCT = "LORA_KERNELS_CPU_CAPABILITY", "LORA_KERNELS_CPU_PRODUCT"
 

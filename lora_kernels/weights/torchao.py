@@ -218,6 +218,14 @@ def _mx(kind: Any, parts: list[Tensor], words: list[str], dtype: torch.dtype) ->
     return kind(*parts, getattr(torch, words[0]), int(words[1]), dtype, None, None, words[2] == "True")
 
 
+def _mx_codes(parts: list[Tensor], spec: str, rows: int, columns: int) -> CodedParts | None:
+    """Of MXFP8; its scales are powers of two."""
+    element, block, swizzled = spec.split("/")
+    if element != "float8_e4m3fn" or swizzled == "True" or parts[1].dtype is not torch.float8_e8m0fnu:
+        return None
+    return eight_bits.codes(parts[0], parts[1], 1, int(block))
+
+
 def _mx_again(kind: Any, weight: Any, values: Tensor) -> Any:
     """By the choice of scales that is torchao's default: the tensor does not say which one it was made with."""
     ways = {name: getattr(weight, name) for name in ("kernel_preference", "is_swizzled_scales")}
@@ -247,6 +255,13 @@ FORMS = {
             _nvfp4,
             _nvfp4_again,
         ),
-        _TensorForm("MXTensor", ("qdata", "scale"), ("elem_dtype", "block_size", "is_swizzled_scales"), _mx, _mx_again),
+        _TensorForm(
+            "MXTensor",
+            ("qdata", "scale"),
+            ("elem_dtype", "block_size", "is_swizzled_scales"),
+            _mx,
+            _mx_again,
+            _mx_codes,
+        ),
     )
 }

@@ -15,7 +15,7 @@ from numerics import same_bits
 from quantised import KINDS, adapted, check_products, quantised
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-READ = [kind for kind in ("int8", "ao-int8", "ao-int8-group", "ao-int4", "ao-float8") if kind in KINDS]
+READ = [kind for kind in ("int8", "ao-int8", "ao-int8-group", "ao-int4", "ao-float8", "ao-mxfp8") if kind in KINDS]
 READ += [kind for kind in KINDS if kind.startswith("fp8")]
 SIZES = ((96, 64), (37, 48), (33, 272))
 E4M3 = torch.float8_e4m3fn
@@ -72,8 +72,44 @@ def test_every_number_of_eight_bits(dtype: torch.dtype, scale: float) -> None:
 def test_few_tokens_are_multiplied_as_by_the_values(kind: str) -> None:
     for (n, k), dtype in zip(((37, 48), (13, 272), (96, 1040)), DTYPES, strict=True):
         packed = _packed(kind, n, k, dtype)
-        for m, r in ((1, 4), (3, 0), (5, 8), (16, 16)):
+        for m, r in ((1, 4), (2, 1), (3, 0), (4, 3), (5, 8), (16, 16)):
             check_products(_codes(packed), packed.dequantize(dtype), m, r, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [256, 203, 31])
+@pytest.mark.parametrize("scale", [1.0, 0.0, -3.7e-5, 2.0**-130, 2.0**-120, 1e35], ids=str)
+def test_few_tokens_meet_each_number_rounded_as_in_the_values(dtype: torch.dtype, k: int, scale: float) -> None:
+    """A token of one 1 picks a column of W, exactly."""
+    every = torch.arange(256, dtype=torch.uint8)[:k].repeat(2).view(2, k)
+    finite = torch.where((every & 0x7F) == 0x7F, 0, every)
+    for data in (finite.view(E4M3), every.view(torch.int8)):
+        codes = eight_bits.codes(data, torch.tensor([[scale], [-3 * scale]]), 1, k)
+        values = eight_bits.values(codes, 2, k, dtype)
+        assert codes is not None
+        assert values is not None
+        if not values.isfinite().all():  # 0 times infinity is no 0
+            continue
+        picked = torch.eye(k).to(dtype)
+        for m in (1, 2, 3, 4, 7):
+            for start in range(0, k - m + 1, 16):
+                y, _ = ops.coded_product(picked[start : start + m], codes, 2, None, None, None, None, 1.0, False)
+                assert torch.equal(y, values[:, start : start + m].t()), (m, start)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_number_that_is_none_is_seen_by_few_tokens(dtype: torch.dtype) -> None:
+    """In a code of e4m3, and in a scale, whatever bits it has; rows beside it stay as they are."""
+    data = torch.full((4, 80), 0x38, dtype=torch.uint8)  # 1.0
+    data[1, 40], data[2, 79] = 0x7F, 0xFF
+    scales = torch.ones(4, 1)
+    scales.view(torch.int32)[3] = 0x7FFFFFFF
+    for m in (1, 2, 4, 6):
+        codes = eight_bits.codes(data.view(E4M3), scales, 1, 80)
+        assert codes is not None
+        y, _ = ops.coded_product(torch.ones(m, 80, dtype=dtype), codes, 4, None, None, None, None, 1.0, False)
+        assert y.isnan().tolist() == [[False, True, True, True]] * m
+        assert (y[:, 0] == 80.0).all()
 
 
 def _other_scale(parts: list[Tensor]) -> list[Tensor]:

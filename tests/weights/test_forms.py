@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
 from lora_kernels import FusedLoRALinear, LoRAConfig, replace_linear
-from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
+from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, LoRAStateError, UnsupportedTransformError
 from lora_kernels.models.model import lora_layers
 from lora_kernels.weights import known
 from numerics import check_linear, same_bits
@@ -224,6 +224,37 @@ def test_a_double_backward_is_that_of_the_values() -> None:
         second = torch.autograd.grad(dx.square().sum(), [each.lora_A, each.lora_B])
         found.append(dict(zip(("lora_A", "lora_B"), second, strict=True)))
     check_beside(*found)
+
+
+@pytest.mark.parametrize("frozen", ["lora_B", "lora_bias", "x"])
+def test_a_double_backward_of_what_is_due(frozen: str) -> None:
+    layer = adapted("nf4", 64, 96, torch.float32, lora_bias=True)
+    other, x = twin(layer, values(layer), torch.float32), torch.randn(8, 64)
+    found = []
+    for each in (layer, other, copy.deepcopy(other).double()):
+        if frozen != "x":
+            each.adapter[frozen].requires_grad_(False)
+        own = x.to(each.lora_A.dtype).requires_grad_(frozen != "x")
+        (da,) = torch.autograd.grad(each(own).square().sum(), each.lora_A, create_graph=True)
+        left = [each.lora_A, each.lora_B] if frozen != "lora_B" else [each.lora_A]
+        second = torch.autograd.grad(da.square().sum(), left)
+        found.append(dict(zip(("lora_A", "lora_B"), second, strict=False)))
+    check_beside(*found)
+
+
+def test_a_double_backward_that_would_need_x_is_refused() -> None:
+    layer = adapted("nf4", 64, 96, torch.float32)
+    layer.lora_A.requires_grad_(False)
+    x = torch.randn(8, 64, requires_grad=True)
+    with pytest.raises(UnsupportedTransformError, match=r"x was not kept"):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize(("options", "name"), [({}, "PackedLinear"), ({"use_dora": True}, "Branches")], ids=str)
+def test_a_plain_adapter_takes_the_shorter_way(options: dict[str, Any], name: str) -> None:
+    layer = adapted("nf4", 64, 96, torch.float32, **options)
+    y = layer(torch.randn(8, 64))
+    assert type(y.grad_fn).__name__ == f"{name}FunctionBackward"
 
 
 @pytest.mark.parametrize("kind", KINDS)

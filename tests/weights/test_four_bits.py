@@ -71,6 +71,34 @@ def test_values_are_bit_for_bit_the_packages(quant_type: str, blocksize: int, ne
         assert same_bits(found + 0.0, expected + 0.0), (n, k, dtype)  # the package has zeros of both signs
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quant_type", four_bits.TABLES)
+def test_any_absmax_makes_the_values_that_pytorch_makes(quant_type: str, dtype: torch.dtype) -> None:
+    """Zero, too small, too large, and no number, whatever bits that has; the product of few tokens sees the same."""
+    absmax = torch.tensor([1.0, 0.0, 1e-42, -(2.0**-126), 3e38, -7e4, float("inf"), float("nan"), float("nan")])
+    absmax.view(torch.int32)[-1] = 0x7FFFFFFF
+    n, k = len(absmax), 64
+    codes = (torch.arange(n * k // 2) * 37 % 256).to(torch.uint8)
+    parts = [codes, absmax]
+    found = four_bits.values(parts, quant_type, k, 0, n, k, dtype)
+    assert found is not None
+    index = torch.stack((codes >> 4, codes & 15), 1).view(n, k).int()
+    expected = (torch.tensor(four_bits.TABLES[quant_type])[index] * absmax[:, None]).to(dtype)
+    assert torch.equal(found.isnan(), expected.isnan())
+    kept = ~expected.isnan()
+    assert torch.equal(found[kept], expected[kept])
+    read = four_bits.codes(parts, quant_type, k, 0)
+    assert read is not None
+    finite = expected.isfinite().all(1)
+    for m in (1, 2, 4, 6):
+        for start in range(0, k - m + 1, 8):
+            picked = torch.eye(k)[start : start + m].to(dtype)
+            y, _ = ops.coded_product(picked, read, n, None, None, None, None, 1.0, False)
+            assert torch.equal(y[:, finite], expected[finite, start : start + m].t()), (m, start)
+        y, _ = ops.coded_product(torch.ones(m, k).to(dtype), read, n, None, None, None, None, 1.0, False)
+        assert y[:, -2:].isnan().all()
+
+
 @pytest.mark.parametrize("quant_type", four_bits.TABLES)
 def test_the_table_is_the_packages(quant_type: str) -> None:
     table = bnb.functional.get_4bit_type(quant_type, device="cpu")
