@@ -3,7 +3,8 @@
 ``python bench/codes.py --json bench/results/MACHINE/codes.json`` measures a bf16 layer 2048 -> 2048 of each form whose
 package is installed; ``--small`` is for tests. *Values*: the package's own function that gives W, and what this package
 gives a product of many tokens. *Forward*: the package's layer without adapters, and ours with one of r = 16, both as
-ratios to the frozen bf16 ``nn.Linear`` of the same round. Both ways' values are compared before they are timed.
+ratios to the frozen bf16 ``nn.Linear`` of the same round. *Host*: one token of a layer 64 -> 64, which is all host time.
+Both ways' values are compared before they are timed.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ def of_kind(kind: str, side: int, seconds: float) -> dict[str, Any]:
     row["forward"] = {}
     for tokens in TOKENS:
         row["forward"][str(tokens)] = _forward(own, ours, x[:tokens], plain, seconds)
+    own, ours = layers(kind, SMALL)
+    row["host"] = _forward(own, ours, torch.randn(1, SMALL).to(DTYPE), torch.randn(SMALL, SMALL).to(DTYPE), seconds)
     return row
 
 
@@ -104,12 +107,14 @@ def table(result: dict[str, Any]) -> Table:
     caption = (
         f"A bf16 layer {side} → {side} of each form on a CPU. Values: milliseconds for all of W. M tokens: time over "
         f"the frozen bf16 nn.Linear's of the same round; ours has an adapter of r = {RANK}, the package's layer none. "
+        f"Host: microseconds of one token of a layer {SMALL} → {SMALL}. "
         f"{machine['device']}, {machine['threads']} threads; torch {machine['versions']['torch']}; lora_kernels at "
         f"commit {machine['git']}."
     )
     header = ["form", "values: package's ms", "ours ms"]
     for tokens in TOKENS:
         header += [f"M = {tokens}: package's", "lora_kernels"]
+    header += ["host: package's µs", "lora_kernels µs"]
     rows, best = [], set()
     for i, row in enumerate(result["rows"]):
         cells = [f"{row['values'][name] * 1e3:#.3g}" for name in ("package", "ours")]
@@ -122,6 +127,11 @@ def table(result: dict[str, Any]) -> Table:
             ]
             ahead = found["package"] is not None and found["package"] < found["ours"]
             best.add((i, 3 + 2 * place + (0 if ahead else 1)))
+        host = row["host"]
+        absent = host["package"] is None
+        times = [0.0 if absent else host["package"] * host["frozen"], host["ours"] * host["frozen"]]
+        cells += ["runs on no CPU" if absent else f"{times[0] * 1e6:.0f}", f"{times[1] * 1e6:.0f}"]
+        best.add((i, len(header) - (1 if absent or times[1] <= times[0] else 2)))
         rows.append([NAMES[row["kind"]], *cells])
     return Table(caption, header, rows, frozenset(best), frozenset(), [])
 
