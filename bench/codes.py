@@ -3,7 +3,7 @@
 ``python bench/codes.py --json bench/results/MACHINE/codes.json`` measures a bf16 layer 2048 -> 2048 of each form whose
 package is installed; ``--small`` is for tests. *Values*: the package's own function that gives W, and what this package
 gives a product of many tokens. *Forward*: the package's layer without adapters, and ours with one of r = 16, both as
-ratios to the frozen bf16 ``nn.Linear`` of the same round. *Host*: one token of a layer 64 -> 64, which is all host time.
+ratios to the frozen bf16 ``nn.Linear`` of the same round. *Host*: one token of a layer 64 -> 64, nearly all host time.
 Both ways' values are compared before they are timed.
 """
 

@@ -144,7 +144,7 @@ def _run_packed_in(
     p: float,
 ) -> Tensor:
     x = as_dtype(given_x, dtype)
-    stands: Any = weight if weight.dtype is dtype else replace(weight, dtype=dtype)
+    stands: Any = weight if weight.dtype is dtype else Packed(weight.layout, weight.parts, dtype)
     check(x, stands, lora_a, lora_b, bias, False)
     if p != 0.0 and type(p) is not float:
         p = plain_number(p)

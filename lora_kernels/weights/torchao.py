@@ -90,14 +90,16 @@ class _TensorForm:
         return None
 
     def read(self, module: Any, weight: Any) -> Packed:
-        if weight.requires_grad:
+        with torch._C.DisableTorchFunctionSubclass():  # the package answers such questions in Python
+            trains, (rows, columns) = weight.requires_grad, weight.shape
+        if trains:
             raise LoRAStateError(
                 f"a {self.kind} has requires_grad=True, and only adapters train. Call weight.requires_grad_(False)."
             )
-        found = (getattr(weight, name, None) for name in self.tensors)
-        parts = tuple(part for part in found if part is not None)
-        spec = "/".join(_told(getattr(weight, name)) for name in self.settings)
-        return Packed(Layout(self.name, spec, weight.shape[0], weight.shape[1], len(parts)), parts)
+        found = [getattr(weight, name, None) for name in self.tensors]
+        parts = tuple([part for part in found if part is not None])
+        spec = "/".join([_told(getattr(weight, name)) for name in self.settings])
+        return Packed(Layout(self.name, spec, rows, columns, len(parts)), parts)
 
     def prepare(self, module: Any) -> None:
         """Nothing: the tensor stays as it is."""
