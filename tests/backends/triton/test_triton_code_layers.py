@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels import branches_autograd, explain, ops, use_backend
+from lora_kernels import explain, ops, packed_autograd, use_backend
 from lora_kernels.backends import triton
 from lora_kernels.backends.triton import code_operators
 from lora_kernels.weights import known
@@ -99,7 +99,7 @@ def test_many_tokens_take_the_values_and_a_watched_call_the_codes(
     with use_backend("triton"), torch.no_grad():
         layer(x)
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(x[:3])
-        monkeypatch.setattr(branches_autograd, "is_watched", lambda: True)
+        monkeypatch.setattr(packed_autograd, "is_watched", lambda: True)
         watched, yardstick = layer(x[:3]), other(x[:3])
     assert own == ["values", "few_tokens", "few_tokens"]
     with torch.no_grad():
