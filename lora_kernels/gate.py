@@ -125,11 +125,11 @@ def run_packed(
 
     It runs in the weight's compute dtype, else autocast's, else x's, as the packages' own layers.
     """
-    if torch._C._is_any_autocast_enabled() and is_autocast_enabled(device_type := device_type_of(x)):
-        dtype = packed_dtype(x, weight, device_type)
+    device_type = device_type_of(x)
+    dtype = packed_dtype(x, weight, device_type)
+    if torch._C._is_any_autocast_enabled() and is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
             return _run_packed_in(dtype, x, weight, lora_a, lora_b, bias, scaling, p)
-    dtype = weight.dtype if weight.dtype is not None and x.is_floating_point() else x.dtype
     return _run_packed_in(dtype, x, weight, lora_a, lora_b, bias, scaling, p)
 
 

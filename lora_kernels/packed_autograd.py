@@ -1,7 +1,7 @@
 """The ``autograd.Function`` of a plain layer over a packed weight, as it runs without a compiler.
 
-It is what ``BranchesFunction`` does with one such branch, in less host time: a quantised layer of few tokens is done in
-less than that takes. Saved: the parameters as they are, x, h, the weight's own tensors, dropout's state.
+It is what ``BranchesFunction`` does with one such branch, in less host time. Saved: the parameters as they are, x, h,
+the weight's own tensors, dropout's state.
 """
 
 from __future__ import annotations

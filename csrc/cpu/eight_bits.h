@@ -69,7 +69,7 @@ LORA_INLINE FloatVector first_lanes(FloatVector v, int64_t count) {
     return load_part(values, count);
 }
 
-// The same of 32 bf16 at a time, where no product with `scale` is below the least normal number.
+// The values of 32 codes as bf16, where no product with `scale` is below the least normal number.
 #if LORA_VECTOR_BYTES == 64 && defined(__AVX512BF16__) && defined(__AVX512BW__)
 constexpr int64_t NEAR = 32;
 constexpr float LEAST_SCALE = 1e-30f;

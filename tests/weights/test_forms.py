@@ -226,6 +226,32 @@ def test_a_double_backward_is_that_of_the_values() -> None:
     check_beside(*found)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("due", ["x", "lora_A", "lora_B", "lora_bias", "x lora_B", "lora_A lora_bias"])
+def test_what_is_not_due_is_left_out_and_changes_nothing(due: str, p: float) -> None:
+    layer = adapted("nf4", 64, 96, torch.float32, lora_bias=True, lora_dropout=p)
+    x, dy = torch.randn(24, 64), torch.randn(24, 96)
+    expected = results_of(layer, x, dy)
+    for name, parameter in layer.adapter.items():
+        parameter.requires_grad_(name in due.split())
+        parameter.grad = None
+    own = x.clone().requires_grad_("x" in due.split())
+    torch.manual_seed(1)
+    layer(own).backward(dy)
+    found = {"dx": own.grad} | {name: parameter.grad for name, parameter in layer.adapter.items()}
+    names = {"x": "dx"}
+    for name in ("x", "lora_A", "lora_B", "lora_bias"):
+        key = names.get(name, name)
+        assert (found[key] is not None) == (name in due.split())
+        assert found[key] is None or same_bits(found[key], expected[key])
+
+
+@pytest.mark.parametrize("x", [[1.0] * 64, None], ids=["a list", "nothing"])
+def test_what_is_no_tensor_is_told_in_a_sentence(x: Any) -> None:
+    with pytest.raises(InvalidTypeError, match=r"must be|was given|were given"):
+        adapted("nf4", 64, 96, torch.float32)(x)
+
+
 @pytest.mark.parametrize("frozen", ["lora_B", "lora_bias", "x"])
 def test_a_double_backward_of_what_is_due(frozen: str) -> None:
     layer = adapted("nf4", 64, 96, torch.float32, lora_bias=True)
