@@ -389,7 +389,7 @@ _DEQUANTIZE = (
     "dequantize(Tensor[] parts, str form, str spec, SymInt rows, SymInt columns, ScalarType dtype, Tensor? after) -> "
     "Tensor"
 )
-_CODES = "Tensor[] parts, Tensor? table, int high, int wide, int nested"
+_CODES = "Tensor[] parts, Tensor? table, int high, int wide, int nested, bool low_first"
 _CODED = {
     "native_coded_values": f"({_CODES}, int rows, int columns, int row, int column, int height, int width, "
     "ScalarType dtype) -> Tensor",
@@ -412,6 +412,7 @@ class CodedParts(NamedTuple):
         table: the 16 numbers of 4-bit codes; None of 8-bit ones.
         high, wide: rows and columns of a block; of 4-bit codes ``wide`` numbers of W, its rows one after the other.
         nested: how many of absmax make a block, or 0.
+        low_first: whether the first of two codes is in the lower half of their byte.
     """
 
     parts: list[Tensor]
@@ -419,6 +420,7 @@ class CodedParts(NamedTuple):
     high: int
     wide: int
     nested: int
+    low_first: bool = False
 
 
 _forms: dict[str, Callable[..., Tensor]] = {}

@@ -107,12 +107,14 @@ struct CodeValues {
     __attribute__((always_inline)) CodeValues(const float* table, float absmax)
         : values(rounded_words<E>(load(table) * absmax), rounded_words<E>(load(table + lanes<float>) * absmax)) {}
 
+    template <bool LOW_FIRST>
     __attribute__((always_inline)) void step(const uint8_t* codes, E* to) const {
         // Bytes that are to be side by side in a vector lie as far apart as its unpacking takes them.
         const __m128i order = HALVES ? _mm_setr_epi8(0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15)
                                      : _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
         const __m256i bytes = _mm256_cvtepu8_epi16(_mm_shuffle_epi8(read<__m128i>(codes), order));
-        const __m256i both = _mm256_or_si256(_mm256_srli_epi16(bytes, 4), _mm256_slli_epi16(bytes, 8));
+        const __m256i both = LOW_FIRST ? _mm256_or_si256(bytes, _mm256_slli_epi16(bytes, 4))
+                                       : _mm256_or_si256(_mm256_srli_epi16(bytes, 4), _mm256_slli_epi16(bytes, 8));
         const __m256i index = _mm256_and_si256(both, _mm256_set1_epi8(15));
         const __m256i low = values.template halves<0>(2, index), high = values.template halves<1>(2, index);
         if constexpr (HALVES) {
@@ -180,11 +182,13 @@ struct CodeValues {
 
     __attribute__((always_inline)) CodeValues(const float* table, float absmax) : values(table, absmax) {}
 
+    template <bool LOW_FIRST>
     __attribute__((always_inline)) void step(const uint8_t* codes, E* to) const {
         FloatVector found[2];
         values.step(codes, found);
-        store(interleave<0>(found[0], found[1]), to);
-        store(interleave<1>(found[0], found[1]), to + lanes<float>);
+        const FloatVector even = found[LOW_FIRST ? 1 : 0], odd = found[LOW_FIRST ? 0 : 1];
+        store(interleave<0>(even, odd), to);
+        store(interleave<1>(even, odd), to + lanes<float>);
     }
 };
 
@@ -218,8 +222,8 @@ LORA_INLINE __m512i next_codes(__m512i bytes) { return _mm512_maskz_srli_epi16(0
 #define LORA_HALF_LOOKUP 0
 #endif
 
-// `count` values of one absmax, in their order.
-template <class E>
+// `count` values of one absmax, in their order; LOW_FIRST: the first of two codes is in the lower half of their byte.
+template <class E, bool LOW_FIRST>
 LORA_INLINE void block_values(const float* table, float absmax, const uint8_t* codes, int64_t count, E* to) {
     int64_t at = 0;
 #if LORA_HALF_LOOKUP
@@ -227,19 +231,20 @@ LORA_INLINE void block_values(const float* table, float absmax, const uint8_t* c
         const __m512i values = half_values<E>(table, absmax);
         for (; at + 32 <= count; at += 32) {
             const WordVector bytes = widen_bytes(codes + at / 2);
-            write(to + at, look_up(values, (__m512i)((bytes >> 4) | (bytes << 16))));
+            write(to + at,
+                  look_up(values, (__m512i)(LOW_FIRST ? bytes | (bytes << 12) : (bytes >> 4) | (bytes << 16))));
         }
         if (at == count) return;
     }
 #endif
     constexpr int STEP = CodeValues<E>::COLUMNS;
     const CodeValues<E> values(table, absmax);
-    for (; at + STEP <= count; at += STEP) values.step(codes + at / 2, to + at);
+    for (; at + STEP <= count; at += STEP) values.template step<LOW_FIRST>(codes + at / 2, to + at);
     if (at == count) return;
     uint8_t rest[STEP / 2] = {};
     E found[STEP];
     __builtin_memcpy(rest, codes + at / 2, static_cast<size_t>(count - at + 1) / 2);
-    values.step(rest, found);
+    values.template step<LOW_FIRST>(rest, found);
     __builtin_memcpy(to + at, found, static_cast<size_t>(count - at) * sizeof(E));
 }
 

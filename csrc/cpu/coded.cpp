@@ -25,7 +25,9 @@ const uint8_t* bytes_of(const Tensor& tensor, const char* name, int64_t count) {
 struct Given {
     const std::vector<Tensor>& parts;
     const std::optional<Tensor>& table;
-    int64_t high, wide, nested, rows, columns;
+    int64_t high, wide, nested;
+    bool low_first;
+    int64_t rows, columns;
 };
 
 FourBits four_bits_of(const Given& given) {
@@ -37,11 +39,11 @@ FourBits four_bits_of(const Given& given) {
                     " was given.");
     const int64_t total = rows * columns, blocks = ceil_div(total, blocksize);
     FourBits w = {};
-    w.n = rows, w.k = columns, w.blocksize = blocksize;
+    w.n = rows, w.k = columns, w.blocksize = blocksize, w.low_first = given.low_first;
     w.codes = bytes_of(parts[0], "codes", ceil_div(total, 2));
     w.table = floats_of(*given.table, "table", 16);
     if (parts[1].scalar_type() == ScalarType::BFloat16) {
-        STD_TORCH_CHECK(rows % 32 == 0 && columns % blocksize == 0 && given.nested == 0,
+        STD_TORCH_CHECK(rows % 32 == 0 && columns % blocksize == 0 && given.nested == 0 && !given.low_first,
                         "4-bit codes by columns must have rows in multiples of 32 and whole blocks in each.");
         w.by_columns = static_cast<const uint16_t*>(part_of(parts[1], ScalarType::BFloat16, "absmax", "bf16", blocks));
         return w;
@@ -104,8 +106,8 @@ const Kernels& kernels_of(Dtype compute) {
 }
 
 Tensor values(const std::vector<Tensor>& parts, const std::optional<Tensor>& table, int64_t high, int64_t wide,
-              int64_t nested, int64_t rows, int64_t columns, int64_t row, int64_t column, int64_t height, int64_t width,
-              ScalarType dtype) {
+              int64_t nested, bool low_first, int64_t rows, int64_t columns, int64_t row, int64_t column,
+              int64_t height, int64_t width, ScalarType dtype) {
     const bool whole = height == rows && width == columns, halves = table.has_value();
     STD_TORCH_CHECK(row >= 0 && column >= 0 && height >= 0 && width >= 0 && row + height <= rows &&
                         column + width <= columns && row % 32 == 0,
@@ -114,7 +116,7 @@ Tensor values(const std::vector<Tensor>& parts, const std::optional<Tensor>& tab
                     "a part of a 4-bit weight must begin at an even column, and the weight have an even number.");
     Tensor out = empty({height, width}, dtype);
     const Kernels& kernels = kernels_of(dtype_of(out, "dtype"));
-    const Codes w = weight_of({parts, table, high, wide, nested, rows, columns});
+    const Codes w = weight_of({parts, table, high, wide, nested, low_first, rows, columns});
     if (height * width > 0)
         kernels.coded_values({w, row, column, height, width, out.mutable_data_ptr(), thread_count()});
     return out;
@@ -146,9 +148,9 @@ struct LowRank {
 
 std::tuple<Tensor, Tensor> product(const Tensor& x, const std::vector<Tensor>& parts,
                                    const std::optional<Tensor>& table, int64_t high, int64_t wide, int64_t nested,
-                                   int64_t rows, const std::optional<Tensor>& lora_b, const std::optional<Tensor>& h,
-                                   const std::optional<Tensor>& bias, const std::optional<Tensor>& gain, double scaling,
-                                   bool with_linear) {
+                                   bool low_first, int64_t rows, const std::optional<Tensor>& lora_b,
+                                   const std::optional<Tensor>& h, const std::optional<Tensor>& bias,
+                                   const std::optional<Tensor>& gain, double scaling, bool with_linear) {
     const Dtype compute = dtype_of(x, "x"), wide_dtype = hidden_of(compute);
     const Kernels& kernels = kernels_of(compute);
     const Matrix tokens(x, "x");
@@ -160,7 +162,7 @@ std::tuple<Tensor, Tensor> product(const Tensor& x, const std::vector<Tensor>& p
     const bool kept = gain.has_value() && with_linear;
     Tensor y = empty({m, n}, x.scalar_type());
     Tensor linear = kept ? empty({m, n}, x.scalar_type()) : empty({0}, x.scalar_type());
-    CodedProductCall call = {factor_of({parts, table, high, wide, nested, n, tokens.columns}, m),
+    CodedProductCall call = {factor_of({parts, table, high, wide, nested, low_first, n, tokens.columns}, m),
                              m,
                              low.r,
                              tokens.data,
@@ -182,7 +184,7 @@ std::tuple<Tensor, Tensor> product(const Tensor& x, const std::vector<Tensor>& p
 }
 
 Tensor input_grad(const Tensor& dy, const std::vector<Tensor>& parts, const std::optional<Tensor>& table, int64_t high,
-                  int64_t wide, int64_t nested, int64_t columns, const std::optional<Tensor>& dh,
+                  int64_t wide, int64_t nested, bool low_first, int64_t columns, const std::optional<Tensor>& dh,
                   const std::optional<Tensor>& lora_a, double p, const std::optional<Tensor>& state) {
     const Dtype compute = dtype_of(dy, "dy");
     const Kernels& kernels = kernels_of(compute);
@@ -192,7 +194,7 @@ Tensor input_grad(const Tensor& dy, const std::vector<Tensor>& parts, const std:
     Tensor dx = empty({m, columns}, dy.scalar_type());
     const Tensor* seed = state.has_value() && low.r > 0 ? &*state : nullptr;
     CodedInputGradCall call = {
-        factor_of({parts, table, high, wide, nested, n, columns}, m),
+        factor_of({parts, table, high, wide, nested, low_first, n, columns}, m),
         m,
         {n, low.r, outer.data, outer.stride, nullptr, 0, low.low, low.ld, low.adapter, dropout_of(seed, p)},
         dx.mutable_data_ptr(),

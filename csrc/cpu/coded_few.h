@@ -187,9 +187,9 @@ struct CodedDriver {
             }
             const FewFourBits<E> few = four_bits(f, x);
             if (few.pairs) {
-                FewFourBits<E>::arrange_pairs(given, f.ldx, f.m, k, reinterpret_cast<E*>(x));
+                FewFourBits<E>::arrange_pairs(given, f.ldx, f.m, k, few.w.low_first, reinterpret_cast<E*>(x));
             } else {
-                FewFourBits<E>::arrange(given, f.ldx, f.m, k, x);
+                FewFourBits<E>::arrange(given, f.ldx, f.m, k, few.w.low_first, x);
             }
             few.run(threads, rest);
         }

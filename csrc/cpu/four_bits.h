@@ -75,7 +75,10 @@ LORA_INLINE void four_bit_values(const FourBits& w, int64_t first, int64_t end, 
         const float* absmax = statistics(w, block, count, made);
         for (int64_t i = 0; i < count; ++i) {
             const int64_t stop = least(end, (block + i + 1) * w.blocksize);
-            block_values(w.table, absmax[i], codes + (at - first) / 2, stop - at, to + (at - first));
+            const uint8_t* own = codes + (at - first) / 2;
+            E* out = to + (at - first);
+            w.low_first ? block_values<E, true>(w.table, absmax[i], own, stop - at, out)
+                        : block_values<E, false>(w.table, absmax[i], own, stop - at, out);
             at = stop;
         }
     }

@@ -7,8 +7,8 @@ namespace lora_kernels {
 namespace LORA_CAPABILITY {
 
 // out = gain * (x Wᵀ + low lora_bᵀ) + bias for few tokens. A row of W is cut into segments of one absmax each. Codes
-// come two a byte, the even one in the high half: in each piece of columns that a step takes, x is put in the order in
-// which values are found, so that they need no sorting.
+// come two a byte: in each piece of columns that a step takes, x is put in the order in which values are found, the
+// high half of each byte as an even column, so that they need no sorting.
 template <class E>
 struct FewFourBits {
     using Lookup = CodeLookup<E>;
@@ -32,25 +32,27 @@ struct FewFourBits {
     static bool takes_pairs(int64_t segment) { return LORA_HALF_LOOKUP && in_pairs<E> && segment % PAIRS_STEP == 0; }
 
     // x (m, k), arranged: as it is stored for pairs, else widened.
-    static void arrange_pairs(const E* x, int64_t ldx, int64_t m, int64_t k, E* out) {
+    static void arrange_pairs(const E* x, int64_t ldx, int64_t m, int64_t k, bool low_first, E* out) {
+        const int even = low_first ? 16 : 0;  // where a pair has what the code in the high half is multiplied with
         constexpr int HALF = PAIRS_STEP / 2;
         for (int64_t i = 0; i < m; ++i) {
             for (int64_t at = 0; at < k; at += PAIRS_STEP) {
                 uint32_t words[HALF];
                 uint16_t arranged[PAIRS_STEP];
                 __builtin_memcpy(words, x + i * ldx + at, sizeof words);
-                for (int q = 0; q < HALF; ++q) arranged[q] = static_cast<uint16_t>(words[q]);
-                for (int q = 0; q < HALF; ++q) arranged[HALF + q] = static_cast<uint16_t>(words[q] >> 16);
+                for (int q = 0; q < HALF; ++q) arranged[q] = static_cast<uint16_t>(words[q] >> even);
+                for (int q = 0; q < HALF; ++q) arranged[HALF + q] = static_cast<uint16_t>(words[q] >> (16 - even));
                 __builtin_memcpy(out + i * k + at, arranged, sizeof arranged);
             }
         }
     }
-    static void arrange(const E* x, int64_t ldx, int64_t m, int64_t k, float* out) {
+    static void arrange(const E* x, int64_t ldx, int64_t m, int64_t k, bool low_first, float* out) {
+        const int other = low_first ? 1 : 0;  // the columns of two codes in a byte are each other's place
         for (int64_t i = 0; i < m; ++i) {
             for (int64_t at = 0; at < k; at += STEP) {
                 float wide[STEP];
                 for (int q = 0; q < STEP; q += VL) store(load(x + i * ldx + at + q), wide + q);
-                for (int q = 0; q < STEP; ++q) out[i * k + at + q] = wide[Lookup::column(q)];
+                for (int q = 0; q < STEP; ++q) out[i * k + at + q] = wide[Lookup::column(q) ^ other];
             }
         }
     }

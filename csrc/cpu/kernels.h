@@ -174,8 +174,9 @@ struct WeighingCall {  // products[i] = <rows[i], grads[i]>, and then grads[i] *
 // W (n, k) of 4-bit codes: value i of its rows, one after the other, is table[code i] * absmax[i / blocksize].
 struct FourBits {
     int64_t n, k, blocksize;
-    const uint8_t* codes;  // two a byte, the first in the high half; or by columns
-    const float* table;    // (16)
+    const uint8_t* codes;  // two a byte, the first in the high half, or in the low one; or by columns
+    bool low_first;
+    const float* table;  // (16)
     const float*
         absmax;  // null where it is nested: nested_table[nested[b]] * nested_absmax[b / nested_blocksize] + offset
     const uint8_t* nested;

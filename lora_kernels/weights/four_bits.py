@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import ops
 
-__all__ = ["TABLES", "codes", "values"]
+__all__ = ["E2M1", "TABLES", "codes", "mx_codes", "values"]
 
 TABLES = {
     "nf4": (
@@ -26,13 +26,14 @@ TABLES = {
         0.0 + sign * number / 12 for sign in (1, -1) for number in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
     ),
 }
+E2M1 = tuple(sign * number for sign in (1.0, -1.0) for number in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _UNIT = 32  # codes: a block is a multiple of it
 
 
 @lru_cache(maxsize=8)
 def _table(quant_type: str) -> Tensor:
-    return torch.tensor(TABLES[quant_type], dtype=torch.float32)
+    return torch.tensor(E2M1 if quant_type == "e2m1" else TABLES[quant_type], dtype=torch.float32)
 
 
 def values(
@@ -66,6 +67,19 @@ def codes(
     if not parts[0].is_cpu or not _fit(parts, blocksize, by_columns):
         return None
     return ops.CodedParts(_as_bytes(parts), _table(quant_type), 1, blocksize, nested)
+
+
+def mx_codes(data: Tensor, scales: Tensor, blocksize: int) -> ops.CodedParts | None:
+    """The same of MXFP4: two e2m1 numbers a byte, the first in its lower half, and a power of two of each block.
+
+    Args:
+        data: the codes, of any dtype of a byte.
+        scales: e8m0, the exponent plus 127; 255 is no number.
+    """
+    if not data.is_cpu or data.element_size() != 1 or scales.element_size() != 1:
+        return None
+    parts = [data.view(torch.uint8), scales.view(torch.float8_e8m0fnu).float()]
+    return ops.CodedParts(parts, _table("e2m1"), 1, blocksize, 0, True) if _fit(parts, blocksize, False) else None
 
 
 def _fit(parts: list[Tensor], blocksize: int, by_columns: bool) -> bool:

@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoRAStateError
-from ..ops import register_form
+from .. import ops
+from ..ops import CodedParts, register_form
+from . import four_bits
 from .packed import Layout
 
-__all__ = ["is_experts", "names", "read", "values"]
+__all__ = ["codes", "is_experts", "names", "read", "values"]
 
 _KIND = ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts")
 _NAMES = ("gate_up_proj", "down_proj")
-_HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BIAS = 127
 _BLOCK = 32
+_OF_KERNELS = (torch.float32, torch.bfloat16, torch.float16)
 _FOUND: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
 
 
@@ -70,14 +72,22 @@ def _unswizzled(held: Any) -> Tensor:
     return found.transpose(-1, -2)
 
 
+def codes(parts: list[Tensor], spec: str, rows: int, columns: int) -> CodedParts | None:
+    """What the C++ library for CPUs reads of the same."""
+    return four_bits.mx_codes(parts[0], parts[1], _BLOCK)
+
+
 def values(parts: list[Tensor], spec: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """W (rows, columns) in ``dtype``; exact where that holds the exponent."""
     blocks, scales = parts
+    read = codes(parts, spec, rows, columns)
+    if read is not None and dtype in _OF_KERNELS and ops.has_coded_kernels():
+        return ops.coded_values(read, rows, columns, dtype)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    table = torch.tensor([*_HALF, *(-number for number in _HALF)], dtype=wide, device=blocks.device)
+    table = torch.tensor(four_bits.E2M1, dtype=wide, device=blocks.device)
     codes = torch.stack((blocks & 0xF, blocks >> 4), -1).view(rows, -1, _BLOCK)
     found = table[codes.int()]
     return torch.ldexp(found, scales.int().sub_(_BIAS).unsqueeze(-1)).view(rows, columns).to(dtype)
 
 
-register_form("mxfp4", values)
+register_form("mxfp4", values, codes)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..codes import Codes
 from ..errors import LoRAStateError
 from ..ops import CodedParts, register_form
-from . import eight_bits
+from . import eight_bits, four_bits
 from .by_codes import reading
 from .packed import Layout, Packed
 
@@ -221,11 +221,13 @@ def _mx(kind: Any, parts: list[Tensor], words: list[str], dtype: torch.dtype) ->
 
 
 def _mx_codes(parts: list[Tensor], spec: str, rows: int, columns: int) -> CodedParts | None:
-    """Of MXFP8; its scales are powers of two."""
+    """Of MXFP8 and MXFP4; their scales are powers of two."""
     element, block, swizzled = spec.split("/")
-    if element != "float8_e4m3fn" or swizzled == "True" or parts[1].dtype is not torch.float8_e8m0fnu:
+    if swizzled == "True" or parts[1].dtype is not torch.float8_e8m0fnu:
         return None
-    return eight_bits.codes(parts[0], parts[1], 1, int(block))
+    if element == "float4_e2m1fn_x2":
+        return four_bits.mx_codes(parts[0], parts[1], int(block)) if columns % 32 == 0 else None
+    return eight_bits.codes(parts[0], parts[1], 1, int(block)) if element == "float8_e4m3fn" else None
 
 
 def _mx_again(kind: Any, weight: Any, values: Tensor) -> Any:

@@ -164,6 +164,43 @@ def test_few_tokens_are_multiplied_as_by_the_values(quant_type: str, blocksize: 
             _check_product(parts, weight, quant_type, blocksize, outer, m, r, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "k"), [(96, 64), (7, 480), (3, 4128)])
+def test_mxfp4_is_read_as_torchao_reads_it(n: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two codes is in the lower half of their byte there."""
+    tensors = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor", reason="torchao is not installed")
+    layer = torch.nn.Linear(k, n, bias=False, dtype=dtype)
+    weight = tensors.MXTensor.to_mx(torch.randn(n, k).to(torch.bfloat16), torch.float4_e2m1fn_x2, 32)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    packed = known.packed(layer)
+    assert packed is not None
+    assert packed.kernels == ("native",)
+    found = packed.dequantize(dtype)
+    codes = ops.codes_of(list(packed.parts), *packed.layout[:-1])
+    assert codes is not None
+    assert not torch.equal(ops.coded_values(codes._replace(low_first=False), n, k, dtype), found)
+    for m, r in ((1, 4), (2, 1), (3, 16), (4, 5), (5, 8), (16, 0)):
+        check_products(codes, found, m, r, dtype)
+    monkeypatch.setattr(ops, "has_coded_kernels", lambda: False)
+    assert same_bits(found, packed.dequantize(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mxfp4_of_gpt_oss_has_the_same_values_by_the_kernels(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, groups = 5, 3
+    parts = [
+        torch.randint(0, 256, (n, groups, 16), dtype=torch.uint8),
+        torch.randint(115, 130, (n, groups), dtype=torch.uint8),
+    ]
+    of = parts, "mxfp4", "", n, 32 * groups, dtype, None
+    found = ops.dequantize(*of)
+    assert ops.codes_of(*of[:5]) is not None
+    monkeypatch.setattr(ops, "has_coded_kernels", lambda: False)
+    assert same_bits(found, ops.dequantize(*of))
+
+
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["nf4", "nf4-nested", "fp4"])
