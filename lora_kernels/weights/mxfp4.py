@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..errors import LoRAStateError
 from .. import ops
+from ..errors import LoRAStateError
 from ..ops import CodedParts, register_form
 from . import four_bits
 from .packed import Layout
@@ -85,8 +85,8 @@ def values(parts: list[Tensor], spec: str, rows: int, columns: int, dtype: torch
         return ops.coded_values(read, rows, columns, dtype)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     table = torch.tensor(four_bits.E2M1, dtype=wide, device=blocks.device)
-    codes = torch.stack((blocks & 0xF, blocks >> 4), -1).view(rows, -1, _BLOCK)
-    found = table[codes.int()]
+    numbers = torch.stack((blocks & 0xF, blocks >> 4), -1).view(rows, -1, _BLOCK)
+    found = table[numbers.int()]
     return torch.ldexp(found, scales.int().sub_(_BIAS).unsqueeze(-1)).view(rows, columns).to(dtype)
 
 
