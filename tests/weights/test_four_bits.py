@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from lora_kernels import ops
 from lora_kernels.backends.native import coded, load
-from lora_kernels.weights import four_bits, known
+from lora_kernels.weights import four_bits, known, mxfp4
 from lora_kernels.weights.packed import Layout
 from numerics import check_all, check_linear, same_bits, three_ways
 from quantised import adapted, bnb, check_beside, check_products, quantised, results_of, twin, values
@@ -194,11 +194,11 @@ def test_mxfp4_of_gpt_oss_has_the_same_values_by_the_kernels(
         torch.randint(0, 256, (n, groups, 16), dtype=torch.uint8),
         torch.randint(115, 130, (n, groups), dtype=torch.uint8),
     ]
-    of = parts, "mxfp4", "", n, 32 * groups, dtype, None
-    found = ops.dequantize(*of)
-    assert ops.codes_of(*of[:5]) is not None
+    of = parts, "", n, 32 * groups
+    found = mxfp4.values(*of, dtype)
+    assert mxfp4.codes(*of) is not None
     monkeypatch.setattr(ops, "has_coded_kernels", lambda: False)
-    assert same_bits(found, ops.dequantize(*of))
+    assert same_bits(found, mxfp4.values(*of, dtype))
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str)
