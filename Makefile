@@ -27,7 +27,7 @@ export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-quick test-oldest lint format compile-gate sanitize native-variants verify bench convergence \
+.PHONY: help demo build test test-quick test-oldest lint format compile-gate compile-records sanitize native-variants verify bench convergence \
   tables gpu-check gpu-bench gpu-grid gpu-llama gpu-qlora set-up set-up-oldest clean
 
 help: ## list the targets
@@ -64,9 +64,15 @@ format: $(STAMP) ## rewrite the code as ruff and clang-format want it
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+# Kernels whose records are there, of the same sources by the same Triton, are not compiled again, but for a sample.
+RECORDS := bench/results/compile
+COMPILE = env -u TRITON_INTERPRET $(BIN)/python -m lora_kernels.backends.triton.offline.compile_report --known $(RECORDS)
 compile-gate: $(STAMP) ## compile the kernels for GPUs that are not here; fail on spills or missing instructions
-	env -u TRITON_INTERPRET $(BIN)/python -m lora_kernels.backends.triton.offline.compile_report --check
+	$(COMPILE) --check
 	$(BIN)/python -m lora_kernels.backends.native.cuda_report --check || [ $$? -eq 3 ]  # 3: no nvcc here, and it says so
+
+compile-records: $(STAMP) ## after a change of a Triton kernel: compile it, and write what the gate knows, by the Triton of VENV
+	$(COMPILE) --json $(RECORDS)
 
 sanitize: $(STAMP) ## the native libraries' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python scripts/native_variants.py sanitize -q $(NATIVE_TESTS) tests/backends/triton/test_launcher.py

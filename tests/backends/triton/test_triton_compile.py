@@ -31,13 +31,30 @@ MACHINES = [
 SCRIPT = """
 import json
 from dataclasses import asdict
-from lora_kernels.backends.triton.offline.compile_report import QUICK, compile_job, jobs
+from dataclasses import replace
+from lora_kernels.backends.triton.offline import compile_report
+from lora_kernels.backends.triton.offline.compile_report import QUICK, faults, jobs, report
 
 found = jobs(QUICK, gluon="quick")
 names = ("mask_kernel", "shrink_kernel", "hopper_pack_kernel", "hopper_shrink_kernel")
 few = {(job.arch, job.kernel): job for job in found if job.kernel in names}
 kernels = sorted({(job.arch, job.kernel) for job in found})
-print(json.dumps({"kernels": kernels, "records": [asdict(compile_job(job)) for job in few.values()]}))
+records = report(list(few.values()), {})
+
+compile_report._AGAIN = 1 << 64  # none
+job = few[80, "mask_kernel"]
+(record,) = [r for r in records if (r.arch, r.kernel) == (80, "mask_kernel")]
+known = {record.key: replace(record, registers=7, seconds=0.0, case="another")}
+reused = report([job], known)
+changed = [replace(job, options=job.options | {"num_warps": 8}), replace(job, arch=90)]
+changed += [replace(job, constants=job.constants | {next(iter(job.constants)): 5})]
+keys = [compile_report._key_of(one) for one in (job, job, *changed)]
+compile_report._AGAIN = 1
+again = faults(report([job], known), known)
+print(json.dumps({
+    "kernels": kernels, "records": [asdict(record) for record in records], "reused": asdict(*reused),
+    "keys": keys, "again": again, "registers": record.registers,
+}))
 """
 
 
@@ -78,13 +95,32 @@ def test_some_kernels_compile(arch: int, compiled: dict[str, Any]) -> None:
     records = [Record(**record) for record in compiled["records"] if record["arch"] == arch]
     assert len(records) == (4 if arch == 90 else 2)
     assert all(record.registers > 0 for record in records)
-    assert compile_report.faults(records) == []
+    assert compile_report.faults(records, {}) == []
+
+
+def test_what_is_known_is_not_compiled_again_and_a_sample_is_compared(compiled: dict[str, Any]) -> None:
+    reused = Record(**compiled["reused"])
+    assert reused.registers == 7
+    assert reused.case.startswith("bf16 ")  # as the call's, which need not be the first of its kind as it was
+    same, again, *changed = compiled["keys"]
+    assert same == again == reused.key
+    assert len({same, *changed}) == 4
+    (fault,) = compiled["again"]
+    assert f"is not what the known record says: registers {compiled['registers']} where 7 was." in fault
+
+
+def test_the_committed_records_have_a_key_each() -> None:
+    """By which the gate knows them; CI compiles what they lack."""
+    for path in sorted((ROOT / "bench" / "results" / "compile").glob("triton-*.json")):
+        records = [Record(**record) for record in json.loads(path.read_text())]
+        assert len({record.key for record in records}) == len(records) > 1000, path.name
+        assert all(len(record.key) == 16 for record in records), path.name
 
 
 def test_the_interpreter_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
-        compile_report.report()
+        compile_report.jobs()
 
 
 BLOCKS = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "PDL": True, "num_warps": 8}
@@ -115,15 +151,17 @@ GOOD = Record("persistent_kernel", 90, "bf16", False, 250, 0, 0, 100_000, 232_44
     ],
 )
 def test_the_gate_can_fail(change: dict[str, object], sentence: str) -> None:
-    assert compile_report.faults([GOOD]) == []
-    (fault,) = compile_report.faults([Record(**({f: getattr(GOOD, f) for f in Record.__dataclass_fields__} | change))])
+    assert compile_report.faults([GOOD], {}) == []
+    (fault,) = compile_report.faults(
+        [Record(**({f: getattr(GOOD, f) for f in Record.__dataclass_fields__} | change))], {}
+    )
     assert sentence in fault
 
 
 def test_a_value_on_the_stack_for_one_more_block_is_no_fault() -> None:
     given_up = {"registers": 128, "stack": 8, "spills": 5}
     record = Record(**{f: getattr(GOOD, f) for f in Record.__dataclass_fields__} | given_up)
-    assert compile_report.faults([record]) == []
+    assert compile_report.faults([record], {}) == []
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: f"sm{machine.capability}x{machine.sm_count}")

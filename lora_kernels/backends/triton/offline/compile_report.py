@@ -1,17 +1,20 @@
 """Compiles every kernel for GPUs that are not there, and reports what the compiler made of it.
 
-``python -m lora_kernels.backends.triton.offline.compile_report [--check] [--json FILE] [--quick | --all] [--arch 80]``
+``python -m lora_kernels.backends.triton.offline.compile_report [--check] [--known FOLDER] [--json FOLDER]
+[--quick | --all] [--arch 80]``
 
-Each distinct call of ``compile_jobs`` is compiled for its target. ``--check`` exits 1, a sentence each, where registers
-spill (but for the few that the compiler gives up for one more block, ``_given_up``), where shared memory exceeds the
-device's, where fp32 products are not summed block by block, where two roundings are made one, or where an instruction
-that is meant does not appear: the tensor cores' (on Hopper in every K step), TMA's loads, dependent launch's waits. All
-but the sums is read from the machine code.
+Each distinct call of ``compile_jobs`` is compiled for its target. With ``--known`` those that the same Triton compiled
+before from the same sources are not, but for one in sixteen, which is compared. ``--check`` exits 1, a sentence each,
+where registers spill (but for the few that the compiler gives up for one more block, ``_given_up``), where shared
+memory exceeds the device's, where fp32 products are not summed block by block, where two roundings are made one, or
+where an instruction that is meant does not appear: the tensor cores' (on Hopper in every K step), TMA's loads,
+dependent launch's waits. All but the sums is read from the machine code.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -21,17 +24,18 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from .... import env
 from ..run.wrong_code import lanes_that_overflow
 from .compile_jobs import ARCHITECTURES, CASES, QUICK, Case, Job, jobs_of
 from .hopper_jobs import GLUON_KERNELS, hopper_jobs
+from .sources import key_of, source_of
 
-__all__ = ["Record", "compile_job", "faults", "jobs", "main", "report"]
+__all__ = ["Record", "compile_job", "faults", "jobs", "known_records", "main", "report"]
 
 _INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma.sync": "mma.sync"}
 _SHOWN = (
@@ -49,6 +53,7 @@ _SHOWN = (
     "GROUP_M",
 )
 _GEMMS = ("forward_kernel", "persistent_kernel", "dx_kernel", "dx_persistent_kernel")
+_AGAIN = 16
 _GIVEN_UP = (32, 12)  # bytes of stack a thread, loads and stores in the code: at most
 _BY_TMA = ("persistent_kernel", "dx_persistent_kernel")
 _NO_PRODUCT = (
@@ -86,7 +91,7 @@ class Record:
     ``products``, ``tma_loads``, ``tma_stores``, ``waits`` and ``spills`` count HGMMA, UTMALDG, UTMASTG, ACQBULK, and
     STL and LDL in the machine code, on sm_90 for GEMMs and the Gluon kernels, and wherever there is a stack.
     ``chained``: of the sums over blocks of IEEE products the compiler has made one chain. ``overflows``: of
-    ``run.wrong_code``. ``fused``: FFMA where two roundings are meant.
+    ``run.wrong_code``. ``fused``: FFMA where two roundings are meant. ``key``: ``sources.key_of``.
     """
 
     kernel: str
@@ -109,6 +114,7 @@ class Record:
     spills: int = 0
     overflows: int = 0
     fused: int = 0
+    key: str = ""
 
 
 def jobs(
@@ -131,19 +137,38 @@ def jobs(
     return list(found.values())
 
 
-def report(
-    cases: tuple[Case, ...] = CASES, architectures: tuple[int, ...] = tuple(ARCHITECTURES), gluon: str = "some"
-) -> list[Record]:
-    """Compiles what :func:`jobs` gives, on all cores."""
+def report(found: list[Job], known: dict[str, Record]) -> list[Record]:
+    """The records of ``found``: those of ``known`` by their keys, the others by compiling, on all cores.
+
+    Of ``known`` one in :data:`_AGAIN` is compiled all the same: :func:`faults` compares.
+    """
+    keys = {_key_of(job): job for job in found}
+    due = {key: job for key, job in keys.items() if key not in known or int(key, 16) % _AGAIN == 0}
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        return list(pool.map(compile_job, jobs(cases, architectures, gluon)))
+        made = dict(zip(due, pool.map(compile_job, due.values()), strict=True))
+    return [replace(made.get(key) or known[key], case=job.case, key=key) for key, job in keys.items()]
 
 
-def faults(records: list[Record]) -> list[str]:
-    """A sentence for each record that breaks a rule."""
+def _key_of(job: Job) -> str:
+    return key_of(job, inspect.getsource(compile_job) + inspect.getsource(lanes_that_overflow))
+
+
+def known_records(folder: Path) -> dict[str, Record]:
+    """The records of this release of Triton in ``folder``, by their keys; none where it has no file of it."""
+    path = folder / f"triton-{version('triton')}.json"
+    if not path.exists():
+        return {}
+    records = [Record(**record) for record in json.loads(path.read_text())]
+    return {record.key: record for record in records}
+
+
+def faults(records: list[Record], known: dict[str, Record]) -> list[str]:
+    """A sentence for each record that breaks a rule, or that is another than the known one."""
     sentences = []
     for r in records:
         where = f"{r.kernel} for sm_{r.arch} ({r.case})"
+        if other := _other_than(r, known.get(r.key, r)):
+            sentences.append(f"{where} is not what the known record says: {other}. Write the records anew.")
         if (r.stack or r.local or r.spills) and not _given_up(r):
             spilled = f"{r.stack} bytes of stack, {r.local} of local memory, {r.spills} loads and stores"
             sentences.append(f"{where} spills: {spilled}.")
@@ -159,6 +184,13 @@ def faults(records: list[Record]) -> list[str]:
             sentences.append(f"{where} has {r.fused} multiply-adds where two roundings are meant.")
         sentences += [f"{where} {lack}" for lack in _hopper_faults(r)]
     return sentences
+
+
+def _other_than(record: Record, known: Record) -> str:
+    """What they differ in; the time that it took, and which case came first, do not count."""
+    pairs = zip(asdict(record).items(), asdict(known).values(), strict=True)
+    differences = [(name, own, other) for (name, own), other in pairs if name not in ("case", "seconds")]
+    return ", ".join(f"{name} {own} where {other} was" for name, own, other in differences if own != other)
 
 
 def _given_up(record: Record) -> bool:
@@ -211,58 +243,12 @@ def _hopper_faults(record: Record) -> Iterator[str]:
         yield "has no ACQBULK: it does not wait for the kernel before."
 
 
-def _kernel(name: str) -> Any:
-    from ..kernels import (
-        backward,
-        codes,
-        combine,
-        experts,
-        few_codes,
-        few_four_bits,
-        few_tokens,
-        forward,
-        gain,
-        gated,
-        input_grad,
-        packed,
-        persistent,
-    )
-
-    modules: tuple[Any, ...] = (backward, codes, combine, experts, few_codes, few_tokens, forward, gain, gated)
-    modules += (few_four_bits, input_grad, persistent, packed)
-    if name.startswith("hopper_"):
-        from ..kernels.hopper import (
-            group_dx,
-            group_outer,
-            group_product,
-            group_shrink,
-            group_small,
-            outer,
-            product,
-            product_h,
-            shrink,
-            small,
-        )
-
-        modules = (outer, product, product_h, shrink, small)
-        modules += (group_dx, group_outer, group_product, group_shrink, group_small)
-    return next(getattr(module, name) for module in modules if name in module.__all__)
-
-
 def compile_job(job: Job) -> Record:
     """Compiles one call in this process, and reads the machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    kernel = _kernel(job.kernel)
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in job.aligned}
-    source_of = ASTSource
-    if kernel.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource
-
-        source_of = GluonASTSource
-    source = source_of(fn=kernel, signature=job.signature, constexprs=job.constants, attrs=attributes)
+    source = source_of(job)
     start = time.perf_counter()
     compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=dict(job.options))
     seconds = time.perf_counter() - start
@@ -330,7 +316,10 @@ def _table(records: list[Record]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="compile_report", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit 1 on a broken rule")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
+    parser.add_argument("--json", type=Path, metavar="FOLDER", help="write the records there, in triton-VERSION.json")
+    parser.add_argument(
+        "--known", type=Path, metavar="FOLDER", help="take what this Triton compiled from its file there"
+    )
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--quick", action="store_true", help="two cases instead of all")
     extent.add_argument("--all", action="store_true", help="every configuration of the Gluon kernels of every rank")
@@ -338,12 +327,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     gluon = "quick" if options.quick else "all" if options.all else "some"
-    records = report(QUICK if options.quick else CASES, tuple(options.arch), gluon)
+    found = jobs(QUICK if options.quick else CASES, tuple(options.arch), gluon)
+    known = known_records(options.known) if options.known else {}
+    records = report(found, known)
+    sentences = faults(records, known)
     print(_table(records))
-    sentences = faults(records)
-    print(f"{len(records)} kernels compiled in {time.perf_counter() - start:.0f} s; {len(sentences)} faults.")
+    took, old = time.perf_counter() - start, sum(record.key in known for record in records)
+    print(f"{len(records)} kernels, {old} of them known, in {took:.0f} s; {len(sentences)} faults.")
     if options.json:
-        options.json.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
+        path = options.json / f"triton-{version('triton')}.json"
+        path.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
     for sentence in sentences:
         print(sentence, file=sys.stderr)
     return 1 if options.check and sentences else 0

@@ -1,0 +1,63 @@
+"""The kernels that are compiled offline, as Triton's compiler takes them, and the key of a call."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+from .compile_jobs import Job
+
+__all__ = ["kernel_of", "key_of", "source_of"]
+
+_MODULES = (
+    *(
+        "backward",
+        "codes",
+        "combine",
+        "experts",
+        "few_codes",
+        "few_four_bits",
+        "few_tokens",
+        "forward",
+        "gain",
+        "gated",
+    ),
+    *("gain", "gated", "input_grad", "packed", "persistent"),
+)
+_HOPPER = (
+    *("outer", "product", "product_h", "shrink", "small"),
+    *("group_dx", "group_outer", "group_product", "group_shrink", "group_small"),
+)
+
+
+@lru_cache(maxsize=256)
+def kernel_of(name: str) -> Any:
+    """The kernel of that name."""
+    names = [f"hopper.{module}" for module in _HOPPER] if name.startswith("hopper_") else _MODULES
+    package = __package__.rpartition(".")[0]
+    modules = (import_module(f"{package}.kernels.{module}") for module in names)
+    return next(getattr(module, name) for module in modules if name in module.__all__)
+
+
+def source_of(job: Job) -> Any:
+    """What ``triton.compile`` takes."""
+    from triton.compiler import ASTSource
+
+    kernel = kernel_of(job.kernel)
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in job.aligned}
+    made: Any = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        made = GluonASTSource
+    return made(fn=kernel, signature=job.signature, constexprs=job.constants, attrs=attributes)
+
+
+def key_of(job: Job, reading: str) -> str:
+    """Of all that a record comes from but Triton's release: kernel, helpers, constants, types, target, ``reading``."""
+    source = source_of(job).hash()  # of the kernel's source and its helpers', by Triton
+    text = json.dumps([source, job.arch, job.exact, sorted(job.options.items()), reading])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
