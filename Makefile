@@ -28,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo build test test-quick test-oldest lint format compile-gate compile-records sanitize native-variants verify bench convergence \
-  tables gpu-check gpu-bench gpu-grid gpu-llama gpu-qlora set-up set-up-oldest clean
+  tables gpu-check gpu-bench gpu-grid gpu-llama gpu-qlora set-up set-up-oldest build-oldest clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -122,6 +122,10 @@ set-up: $(STAMP) ## only set up .venv
 
 set-up-oldest: | $(STAMP) ## only set up .venv-oldest; after .venv, for either writes the package's metadata into this folder
 	$(MAKE) set-up $(OLDEST)
+
+build-oldest: | $(STAMP) ## compile the native library for the CPU by the oldest PyTorch: every later one loads it
+	$(MAKE) set-up $(OLDEST)
+	$(VENV)-oldest/bin/lora-kernels build cpu
 
 clean: ## remove .venv, .venv-oldest and everything that was built
 	rm -rf "$(VENV)" "$(VENV)-oldest" build dist out ./*.egg-info

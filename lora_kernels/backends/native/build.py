@@ -103,12 +103,13 @@ class Recipe:
 
     @cached_property
     def key(self) -> str:
-        """The build hash, 16 hex digits: of the sources, the flags, the compiler, torch's version and the platform.
+        """The build hash, 16 hex digits: of the sources, the flags, the compiler and the platform.
 
-        What a compiler knows (capabilities, architectures) follows from its version and is asked only for a build.
+        Not of torch: the library keeps to the stable interface of ``TORCH_TARGET_VERSION``, and runs with any later
+        one. What a compiler knows (capabilities, architectures) follows from its version and is asked only for a build.
         """
         known = [self.kind, *self.flags, *_link_flags(self), str(_CAPABILITIES), str(_ARCHITECTURES)]
-        facts = [self.compiler.path, self.compiler.version, self.torch.version, platform_tag(), c_library()]
+        facts = [self.compiler.path, self.compiler.version, platform_tag(), c_library()]
         text = "\0".join([self.digest, *known, *facts])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
