@@ -80,7 +80,8 @@ def _of_torchao(kind: str, linear: nn.Linear) -> Any:
     linear.weight = nn.Parameter(given, requires_grad=False)
     if kind.startswith("ao-mx"):
         of = torch.float4_e2m1fn_x2 if kind == "ao-mxfp4" else torch.float8_e4m3fn
-        linear.weight = nn.Parameter(MXTensor.to_mx(given, of, block_size=16), requires_grad=False)
+        block = 32 if given.shape[1] % 32 == 0 else 16
+        linear.weight = nn.Parameter(MXTensor.to_mx(given, of, block_size=block), requires_grad=False)
         return linear
     ao.quantize_(
         linear,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import ops
 
-__all__ = ["E2M1", "TABLES", "codes", "mx_codes", "values"]
+__all__ = ["TABLES", "codes", "e2m1", "mx_codes", "values"]
 
 TABLES = {
     "nf4": (
@@ -26,14 +26,26 @@ TABLES = {
         0.0 + sign * number / 12 for sign in (1, -1) for number in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
     ),
 }
-E2M1 = tuple(sign * number for sign in (1.0, -1.0) for number in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
+_E2M1 = tuple(sign * number for sign in (1.0, -1.0) for number in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _UNIT = 32  # codes: a block is a multiple of it
 
 
 @lru_cache(maxsize=8)
 def _table(quant_type: str) -> Tensor:
-    return torch.tensor(E2M1 if quant_type == "e2m1" else TABLES[quant_type], dtype=torch.float32)
+    return torch.tensor(_E2M1 if quant_type == "e2m1" else TABLES[quant_type], dtype=torch.float32)
+
+
+@lru_cache(maxsize=16)
+def _pairs(device: torch.device) -> Tensor:
+    """The two e2m1 numbers of each byte, as one number of 64 bits."""
+    table = torch.tensor(_E2M1)
+    return torch.stack((table.repeat(16), table.repeat_interleave(16)), 1).view(torch.int64).flatten().to(device)
+
+
+def e2m1(data: Tensor) -> Tensor:
+    """The fp32 numbers of e2m1 codes, in one row: of each byte's two the lower half's first. On any device."""
+    return _pairs(data.device).index_select(0, data.view(torch.uint8).flatten().int()).view(torch.float32)
 
 
 def values(

@@ -84,9 +84,7 @@ def values(parts: list[Tensor], spec: str, rows: int, columns: int, dtype: torch
     if read is not None and dtype in _OF_KERNELS and ops.has_coded_kernels():
         return ops.coded_values(read, rows, columns, dtype)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    table = torch.tensor(four_bits.E2M1, dtype=wide, device=blocks.device)
-    numbers = torch.stack((blocks & 0xF, blocks >> 4), -1).view(rows, -1, _BLOCK)
-    found = table[numbers.int()]
+    found = four_bits.e2m1(blocks).view(rows, -1, _BLOCK).to(wide)
     return torch.ldexp(found, scales.int().sub_(_BIAS).unsqueeze(-1)).view(rows, columns).to(dtype)
 
 

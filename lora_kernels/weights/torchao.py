@@ -26,6 +26,7 @@ _UNSUPPORTED = torch.float64  # torchao makes values of up to 32 bits
 _OF_INPUTS = ("act_quant_kwargs", "activation_quantization", "act_pre_scale", "act_quant_scale")
 Rebuild = Callable[[Any, list[Tensor], list[str], torch.dtype], Any]
 CodesOf = Callable[[list[Tensor], str, int, int], CodedParts | None]
+ValuesOf = Callable[[Any], Tensor]  # what a tensor's `dequantize` gives
 Again = Callable[[Any, Any, Tensor], Any]  # a class, a weight of it, values to quantise as that was
 
 
@@ -43,8 +44,10 @@ class _TensorForm:
         again: Again,
         codes: CodesOf | None = None,
         number: str = "",
+        values_of: ValuesOf | None = None,
     ) -> None:
         self.kind, self.tensors, self.settings, self.rebuild, self.again = kind, tensors, settings, rebuild, again
+        self.values_of = values_of
         self.name, self.codes, self.number = f"torchao-{kind}", codes, number
         register_form(self.name, reading(self.name, self.values, self._stored), codes)
 
@@ -119,7 +122,8 @@ class _TensorForm:
         read = None if self.codes is None else self.codes(parts, spec, rows, columns)
         if (found := eight_bits.values(read, rows, columns, narrow)) is not None:
             return found.to(dtype)
-        values: Tensor = self.rebuild(_class(self.kind), parts, spec.split("/"), narrow).dequantize()
+        made = self.rebuild(_class(self.kind), parts, spec.split("/"), narrow)
+        values: Tensor = made.dequantize() if self.values_of is None else self.values_of(made)
         return values.to(dtype)
 
 
@@ -208,6 +212,16 @@ def _nvfp4(kind: Any, parts: list[Tensor], words: list[str], dtype: torch.dtype)
     return kind(parts[0], parts[1], int(words[0]), dtype, whole, is_swizzled_scales=words[1] == "True")
 
 
+def _nvfp4_values(weight: Any) -> Tensor:
+    """By a look-up: `dequantize` takes the bits of each number apart, one operation after the other."""
+    if not weight.qdata.is_contiguous():  # codes that lie by columns
+        found: Tensor = weight.dequantize()
+        return found
+    scales: Tensor = weight.get_hp_scales()
+    numbers = four_bits.e2m1(weight.qdata).view(*scales.shape, weight.block_size)
+    return numbers.mul_(scales.unsqueeze(-1)).view(weight.shape).to(weight.dtype)
+
+
 def _nvfp4_again(kind: Any, weight: Any, values: Tensor) -> Any:
     whole = weight.per_tensor_scale
     if whole is not None:
@@ -258,6 +272,7 @@ FORMS = {
             ("block_size", "is_swizzled_scales"),
             _nvfp4,
             _nvfp4_again,
+            values_of=_nvfp4_values,
         ),
         _TensorForm(
             "MXTensor",

@@ -360,6 +360,27 @@ def test_a_report_does_not_tell_of_codes_that_no_kernel_reads() -> None:
     assert "Its weight is quantized: each pass dequantizes it once" in str(lora_kernels.explain(layer, tokens=4))
 
 
+@pytest.mark.skipif("ao-nvfp4" not in KINDS, reason="this version of torchao has other tensors")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("swizzled", [False, True])
+@pytest.mark.parametrize("whole", [None, 0.37])
+def test_nvfp4_values_have_torchaos_bits(
+    whole: float | None, swizzled: bool, by_columns: bool, dtype: torch.dtype
+) -> None:
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+
+    one = None if whole is None else torch.tensor(whole)
+    w = NVFP4Tensor.to_nvfp4(torch.randn(256, 128).to(dtype), 16, one, is_swizzled_scales=swizzled)
+    linear = nn.Linear(*((256, 128) if by_columns else (128, 256)), bias=False, dtype=dtype)
+    linear.weight = nn.Parameter(w.t() if by_columns else w, requires_grad=False)
+    expected = linear.weight.dequantize()  # type: ignore[operator]
+    layer = FusedLoRALinear.from_linear(linear, r=4)
+    found = known.read(layer, layer.weight).dequantize(dtype)
+    bits = torch.int32 if dtype is torch.float32 else torch.int16
+    assert torch.equal(found.contiguous().view(bits), expected.contiguous().view(bits))
+
+
 def _not_quantised() -> Any:
     return bnb.nn.Linear4bit(64, 96)
 
