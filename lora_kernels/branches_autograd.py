@@ -427,17 +427,22 @@ def _differentiable_backward(ctx: Any, dys: Sequence[Tensor]) -> Any:
         )
     inputs: list[Any] = [alias(given_x)]
     x = flatten(inputs[0])
-    outputs = []
+    outputs, needs = [], _needs(ctx, len(scalings))
     for i, (own, scaling, activation) in enumerate(zip(saved, scalings, activations, strict=True)):
         mask = operators(backend_name).mask(states[i], *x.shape, p) if states else None
         if layouts and layouts[i] is not None:
             own = own._replace(weight=_values(i, None, layouts, parts, x.dtype, x.detach()))
+        if own.weight is None and needs[i].weight:  # its gradient does not depend on its values
+            own = own._replace(weight=x.detach().new_zeros(own.lora_b.shape[0], x.shape[1]).requires_grad_())
         y, aliases = reference_output(x, own, scaling, activation, mask, p)
         inputs += aliases
-        outputs.append(y.reshape(*x_shape[:-1], -1))
-    needed = [ctx.needs_input_grad[0], *(flag for need in _needs(ctx, len(scalings)) for flag in need)]
+        outputs.append(unflatten(y, x_shape))
+    needed = [ctx.needs_input_grad[0], *(flag for need in needs for flag in need)]
     due = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-    used = [i for i, dy in enumerate(dys) if dy is not None]
+    # Of a branch that trains nothing y is a constant, though the pass in common has it on its graph.
+    used = [i for i, dy in enumerate(dys) if dy is not None and outputs[i].requires_grad]
+    if not used:
+        return (None,) * len(ctx.needs_input_grad)
     of = [outputs[i] for i in used], due, [dys[i] for i in used]
     found = iter(torch.autograd.grad(*of, create_graph=True, allow_unused=True))
     dx, *rest = [next(found) if need else None for need in needed]

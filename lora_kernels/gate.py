@@ -188,10 +188,15 @@ def _run_packed_branches(
 
 
 def packed_dtype(x: Tensor, weight: Packed, device_type: str) -> torch.dtype:
-    """The dtype that x and a packed weight are multiplied in: the weight's, else autocast's, else x's."""
-    if weight.dtype is not None and x.is_floating_point():
+    """The dtype that x and a packed weight are multiplied in: the weight's, else autocast's, else x's.
+
+    x that no layer takes keeps its own, and is refused; fp64 does too where the weight names none, as in autocast.
+    """
+    if x.dtype not in COMPUTE_DTYPES:
+        return x.dtype
+    if weight.dtype is not None:
         return weight.dtype
-    return torch.get_autocast_dtype(device_type) if is_autocast_enabled(device_type) else x.dtype
+    return autocast_dtype(x, device_type) if is_autocast_enabled(device_type) else x.dtype
 
 
 def run_frozen(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
@@ -205,8 +210,14 @@ def run_frozen(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         )
     with torch.autocast(device_type, enabled=False) if is_autocast_enabled(device_type) else nullcontext():
         x_own = as_dtype(x, dtype)
-        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-        return product.linear(x_own, weight, bias, None if transformed else chosen(x_own)).to(x.dtype)
+        return product.linear(x_own, weight, bias, None if _is_transformed() else chosen(x_own)).to(x.dtype)
+
+
+def _is_transformed() -> bool:
+    """Whether ``torch.func``, ``vmap`` or forward-mode derivatives may act: they know PyTorch's operators alone."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _run_branches(
@@ -391,9 +402,14 @@ def draw_state(x: Tensor, p: float, backend_name: str) -> Tensor:
 
 def autocast_input(x: Tensor, device_type: str) -> Tensor:
     """x in autocast's dtype; as it is where autocast leaves it alone: fp64, and what is not floating (and refused)."""
+    return as_dtype(x, autocast_dtype(x, device_type))
+
+
+def autocast_dtype(x: Tensor, device_type: str) -> torch.dtype:
+    """The dtype that autocast gives x."""
     if x.dtype == torch.float64 or not x.is_floating_point():
-        return x
-    return x.to(torch.get_autocast_dtype(device_type))
+        return x.dtype
+    return torch.get_autocast_dtype(device_type)
 
 
 def check_dropout_p(p: float) -> None:

@@ -285,6 +285,6 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> Any:
     flags = ctx.needs_input_grad
     needed = [flags[0], *flags[_NUMBERS : _NUMBERS + PER_BRANCH * (heads + 1)]]
     due = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-    found = iter(torch.autograd.grad([y.reshape(*x_shape[:-1], -1)], due, [dy], create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad([unflatten(y, x_shape)], due, [dy], create_graph=True, allow_unused=True))
     dx, *rest = [next(found) if need else None for need in needed]
     return (dx, *[None] * (_NUMBERS - 1), *rest, *[None] * (count - len(rest)))

@@ -140,5 +140,5 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     )
     needed = list(zip((own_x, *aliases[1:4]), ctx.needs_input_grad[:4], strict=True))
     due = [tensor for tensor, need in needed if need]
-    found = iter(torch.autograd.grad(y.reshape(*x_shape[:-1], -1), due, dy, create_graph=True))
+    found = iter(torch.autograd.grad(unflatten(y, x_shape), due, dy, create_graph=True))
     return *(next(found) if need else None for _, need in needed), *(None,) * (count - 4)

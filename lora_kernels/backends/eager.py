@@ -71,8 +71,9 @@ def mask(state: Tensor, rows: int, columns: int, p: float) -> Tensor:
 
 def _draw_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     """16 random bits an element against a threshold: several times as quick as bernoulli_, which draws one by one."""
-    generator = torch.Generator().manual_seed(int(seed[0]))
-    words = torch.empty(-(-rows * columns // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(int(seed[0]))
+    words = torch.empty(-(-rows * columns // 4), dtype=torch.int64, device="cpu")
+    words.random_(-(2**63), None, generator=generator)
     bits = words.view(torch.int16)[: rows * columns].view(rows, columns)
     return bits >= dropout_threshold(p) - 32768
 

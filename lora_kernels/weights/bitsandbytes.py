@@ -83,7 +83,7 @@ class _FourBits:
     def read(self, module: Any, weight: Any) -> Packed:
         state = _state_of(module, weight)
         with torch._C.DisableTorchFunctionSubclass():  # the package answers such questions in Python
-            trains, data = weight.requires_grad, weight.data
+            trains, data = weight.requires_grad, weight.detach()  # a write is then seen, which of .data is not
         if state is None or trains:
             raise LoRAStateError(f"the 4-bit weight of a layer cannot be read: {self._lost(weight)}")
         rows, columns = state.shape
@@ -261,7 +261,8 @@ class _EightBits:
                 "the int8 weight of a layer cannot be read: its scales (SCB) are gone. Assign the Int8Params that "
                 "bitsandbytes made."
             )
-        parts = (weight.data, scales)
+        with torch._C.DisableTorchFunctionSubclass():
+            parts = (weight.detach(), scales)
         return Packed(Layout(self.name, "", weight.shape[0], weight.shape[1], len(parts)), parts)
 
     def prepare(self, module: Any) -> None:

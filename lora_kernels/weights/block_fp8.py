@@ -79,7 +79,8 @@ class _BlockFp8:
                 "model again, and convert only its other Parameters; adapter_dtype sets that of the adapters."
             )
         scale = getattr(weight, "scale", None)
-        parts = (weight.data, module._parameters["weight_scale_inv"].data if scale is None else scale)
+        own = module._parameters["weight_scale_inv"] if scale is None else scale
+        parts = (weight.detach(), own.detach())
         size = module.block_size
         spec = _WHOLE if size is None else f"{size[0]}/{size[1]}"
         return Packed(Layout(self.name, spec, weight.shape[0], weight.shape[1], len(parts)), parts)

@@ -16,18 +16,23 @@ __all__ = ["linear"]
 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None, backend_name: str | None) -> Tensor:
-    """y (..., N) in x's dtype for x (..., K), multiplied in that dtype; None: by PyTorch, as transforms need it."""
+    """y (..., N) in x's dtype for x (..., K), multiplied in that dtype.
+
+    ``backend_name`` None: by PyTorch's own operators, which transforms and forward-mode derivatives see through; then
+    autograd keeps W's values.
+    """
+    if backend_name is None:
+        values = values_of(weight.layout, weight.parts, x.dtype, None)
+        return F.linear(x, values, None if bias is None else as_dtype(bias, x.dtype))
     if not torch.is_grad_enabled() or not (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _product(x, bias, backend_name, weight.layout, weight.parts)
     y: Tensor = _Linear.apply(x, bias, backend_name, weight.layout, *weight.parts)
     return y
 
 
-def _product(
-    x: Tensor, bias: Tensor | None, backend_name: str | None, layout: Layout, parts: tuple[Tensor, ...]
-) -> Tensor:
+def _product(x: Tensor, bias: Tensor | None, backend_name: str, layout: Layout, parts: tuple[Tensor, ...]) -> Tensor:
     flat = flatten(x)
-    if backend_name is not None and (product := operators(backend_name).packed_product) is not None:
+    if (product := operators(backend_name).packed_product) is not None:
         y, _ = product(flat, list(parts), *layout[:-1], None, None, bias, None, 1.0, False)
         return unflatten(y, x.shape)
     values = values_of(layout, parts, x.dtype, flat)
@@ -36,9 +41,7 @@ def _product(
 
 class _Linear(autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, backend_name: str | None, layout: Layout, *parts: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, backend_name: str, layout: Layout, *parts: Tensor) -> Tensor:
         ctx.save_for_backward(*parts)
         ctx.settings = x.shape, backend_name, layout, None if bias is None else bias.dtype
         return _product(x, bias, backend_name, layout, parts)
@@ -55,10 +58,10 @@ class _Linear(autograd.Function):
         return dx, dbias, *[None] * (2 + layout.tensors)
 
 
-def _input_grad(dy: Tensor, backend_name: str | None, layout: Layout, parts: tuple[Tensor, ...]) -> Tensor:
+def _input_grad(dy: Tensor, backend_name: str, layout: Layout, parts: tuple[Tensor, ...]) -> Tensor:
     if torch.is_grad_enabled():  # second derivatives
         return dy @ values_of(layout, parts, dy.dtype, dy.detach())
-    if backend_name is not None and (input_grad := operators(backend_name).packed_input_grad) is not None:
+    if (input_grad := operators(backend_name).packed_input_grad) is not None:
         dx: Tensor = input_grad(dy, list(parts), *layout[:-1], None, None, 0.0, None)
         return dx
     return dy @ values_of(layout, parts, dy.dtype, dy)
