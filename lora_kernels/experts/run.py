@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import storage
-from ..errors import InvalidArgumentError, LoRAStateError
+from ..dispatch import COMPUTE_DTYPES
+from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 from ..gate import autocast_input, chosen, device_type_of, is_autocast_enabled
 from ..ops import operators
 from ..tensors import PLAIN_TENSORS, as_dtype
@@ -81,7 +82,7 @@ def run(
         dropout: likewise p of each, 0 where it has no entry.
         weight_of: gives a Parameter as (E, N, K).
     """
-    _check_shapes(hidden_states, top_k_index, top_k_weights)
+    _check(hidden_states, top_k_index, top_k_weights)
     routing = Routing(top_k_index, module.num_experts, getattr(module, "_is_expert_parallel", False))
 
     def projected(x: Tensor, name: str, spread: bool) -> Tensor:
@@ -169,10 +170,15 @@ def _check_adapter(module: Any, name: str, weight: Tensor | PackedExperts, adapt
         )
 
 
-def _check_shapes(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+def _check(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
     if x.dim() != 2 or top_k_index.shape[:1] != x.shape[:1] or top_k_weights.shape != top_k_index.shape:
         raise InvalidArgumentError(
             f"shapes that do not fit were given: hidden_states {tuple(x.shape)}, top_k_index "
             f"{tuple(top_k_index.shape)}, top_k_weights {tuple(top_k_weights.shape)}. They must be (T, H), (T, k) and "
             "(T, k)."
+        )
+    if x.dtype not in COMPUTE_DTYPES:  # a cast to W's dtype and back would change what it holds
+        raise InvalidTypeError(
+            f"hidden_states of {x.dtype} was given: it must be floating (torch.float16, torch.bfloat16, torch.float32, "
+            "torch.float64). Convert it first."
         )

@@ -17,7 +17,7 @@ import mixtures
 from lora_kernels import dispatch, explain, use_backend
 from lora_kernels.accuracy import judge
 from lora_kernels.config import AdapterOptions
-from lora_kernels.errors import InvalidArgumentError, LoRAStateError
+from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 from lora_kernels.experts import autograd, routing, run
 from lora_kernels.experts.layer import FusedLoRAExperts, around_experts
 from lora_kernels.models.disabling import adapters_disabled
@@ -396,6 +396,15 @@ def test_modules_that_cannot_be_adapted() -> None:
     other.forward = other.forward
     with pytest.raises(LoRAStateError, match="forward of its own"):
         around_experts(other, {"down_proj": OPTIONS})
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)
+def test_tokens_of_no_floating_dtype_are_refused(dtype: torch.dtype, autocast: bool) -> None:
+    layer = adapted("mixtral")
+    _, index, weights, _ = inputs(layer, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(InvalidTypeError, match=str(dtype)):
+        layer(torch.ones(40, 16).to(dtype), index, weights)
 
 
 def test_shapes_that_do_not_fit() -> None:
