@@ -37,6 +37,18 @@ def _table(quant_type: str) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float32, device="cpu")  # whatever torch.device says now
 
 
+@lru_cache(maxsize=16)
+def _pairs(device: torch.device) -> Tensor:
+    """The two e2m1 numbers of each byte, as one number of 64 bits."""
+    table = torch.tensor(_E2M1, device="cpu")
+    return torch.stack((table.repeat(16), table.repeat_interleave(16)), 1).view(torch.int64).flatten().to(device)
+
+
+def e2m1(data: Tensor) -> Tensor:
+    """The fp32 numbers of e2m1 codes, in one row: of each byte's two the lower half's first. On any device."""
+    return _pairs(data.device).index_select(0, data.view(torch.uint8).flatten().int()).view(torch.float32)
+
+
 def values(
     parts: list[Tensor],
     quant_type: str,
