@@ -122,7 +122,7 @@ def _in_one(
         weight, adapter = weight_of(module, name), adapters[name]
         if isinstance(weight, PackedExperts):
             return None
-        _check_adapter(module, name, weight, adapter)
+        _check_projection(module, name, weight, adapter, hidden_states if name == up else None)
         check(weight)
         stacks.append(Stack(weight, adapter, dropout.get(name, 0.0)))
     first, second = stacks
@@ -149,7 +149,7 @@ def _project(
     spread: bool,
 ) -> Tensor:
     """(M, N) of x (M, K), or with ``spread`` (T, K), with the experts' bias."""
-    _check_adapter(module, name, weight, adapter)
+    _check_projection(module, name, weight, adapter, x)
     device_type = device_type_of(x)
     if is_autocast_enabled(device_type):
         x = autocast_input(x, device_type)
@@ -161,7 +161,14 @@ def _project(
     return y if bias is None else y.add_(bias.index_select(0, routing.experts))
 
 
-def _check_adapter(module: Any, name: str, weight: Tensor | PackedExperts, adapter: Adapter | None) -> None:
+def _check_projection(
+    module: Any, name: str, weight: Tensor | PackedExperts, adapter: Adapter | None, x: Tensor | None
+) -> None:
+    if x is not None and x.shape[1] != weight.shape[2]:
+        raise InvalidArgumentError(
+            f"{type(module).__name__}.{name} was given tokens of {x.shape[1]} numbers: its weights take "
+            f"{weight.shape[2]}. Pass hidden_states (T, {weight.shape[2]})."
+        )
     if adapter is not None and adapter.a.shape[0] != weight.shape[0]:
         raise LoRAStateError(
             f"{type(module).__name__}.{name} has the weights of {weight.shape[0]} experts here and adapters of "
@@ -177,8 +184,9 @@ def _check(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
             f"{tuple(top_k_index.shape)}, top_k_weights {tuple(top_k_weights.shape)}. They must be (T, H), (T, k) and "
             "(T, k)."
         )
-    if x.dtype not in COMPUTE_DTYPES:  # a cast to W's dtype and back would change what it holds
-        raise InvalidTypeError(
-            f"hidden_states of {x.dtype} was given: it must be floating (torch.float16, torch.bfloat16, torch.float32, "
-            "torch.float64). Convert it first."
-        )
+    for name, given in (("hidden_states", x), ("top_k_weights", top_k_weights)):
+        if given.dtype not in COMPUTE_DTYPES:  # a cast to W's dtype and back would change what it holds
+            raise InvalidTypeError(
+                f"{name} of {given.dtype} was given: it must be floating (torch.float16, torch.bfloat16, "
+                "torch.float32, torch.float64). Convert it first."
+            )

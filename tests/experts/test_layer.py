@@ -407,6 +407,21 @@ def test_tokens_of_no_floating_dtype_are_refused(dtype: torch.dtype, autocast: b
         layer(torch.ones(40, 16).to(dtype), index, weights)
 
 
+def test_routing_weights_of_no_floating_dtype_are_refused() -> None:
+    layer = adapted("mixtral")
+    x, index, weights, _ = inputs(layer, torch.float32)
+    with pytest.raises(InvalidTypeError, match="top_k_weights of torch.int64 was given"):
+        layer(x, index, weights.long())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_tokens_of_another_width_are_refused(kind: str) -> None:
+    layer = adapted(kind)
+    x, index, weights, _ = inputs(layer, torch.float32)
+    with pytest.raises(InvalidArgumentError, match=rf"numbers: its weights take {x.shape[1]}\. Pass hidden_states"):
+        layer(x[:, :-2], index, weights)
+
+
 def test_shapes_that_do_not_fit() -> None:
     layer = adapted("mixtral")
     x, index, weights, _ = inputs(layer, torch.float32)
