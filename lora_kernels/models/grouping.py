@@ -110,7 +110,8 @@ def share_inputs(
 
     The layers stay where they are, with their names, adapters and hooks, and you call them as before. The first call
     computes all of them; the other outputs wait for their calls with the same tensor. A layer runs alone if it is
-    called with another tensor, or if it is merged, switched off or changed in between.
+    called with another tensor, or if it is merged, switched off or changed in between. A change through ``.data`` is
+    not seen: nothing counts it.
 
     ``replace_linear`` and ``fuse_peft`` call this function. Without ``names`` it finds q, k, v and gate, up in modules
     whose ``forward`` takes one activation, as in transformers' self-attention and gated MLPs. Cross-attention takes

@@ -410,7 +410,7 @@ def test_tokens_of_no_floating_dtype_are_refused(dtype: torch.dtype, autocast: b
 def test_routing_weights_of_no_floating_dtype_are_refused() -> None:
     layer = adapted("mixtral")
     x, index, weights, _ = inputs(layer, torch.float32)
-    with pytest.raises(InvalidTypeError, match="top_k_weights of torch.int64 was given"):
+    with pytest.raises(InvalidTypeError, match=r"top_k_weights of torch\.int64 was given"):
         layer(x, index, weights.long())
 
 
