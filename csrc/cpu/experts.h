@@ -133,11 +133,13 @@ class Rows {
 
 // Writes `source`, contiguous, into `target` from its element `at` on.
 inline void put(const Tensor& source, const Tensor& target, int64_t at) {
+    if (source.numel() == 0) return;  // there may be no memory to name
     const size_t size = size_of(dtype_of(source, "a result"));
     char* to = static_cast<char*>(target.mutable_data_ptr()) + static_cast<size_t>(at) * size;
     std::memcpy(to, source.const_data_ptr(), static_cast<size_t>(source.numel()) * size);
 }
 inline void clear(const Tensor& target, int64_t from, int64_t count) {
+    if (count == 0) return;
     const size_t size = size_of(dtype_of(target, "a result"));
     char* to = static_cast<char*>(target.mutable_data_ptr()) + static_cast<size_t>(from) * size;
     std::memset(to, 0, static_cast<size_t>(count) * size);
