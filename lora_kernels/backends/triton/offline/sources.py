@@ -5,41 +5,56 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import lru_cache
-from importlib import import_module
 from typing import Any
 
 from .compile_jobs import Job
 
 __all__ = ["kernel_of", "key_of", "source_of"]
 
-_MODULES = (
-    *(
-        "backward",
-        "codes",
-        "combine",
-        "experts",
-        "few_codes",
-        "few_four_bits",
-        "few_tokens",
-        "forward",
-        "gain",
-        "gated",
-    ),
-    *("gain", "gated", "input_grad", "packed", "persistent"),
-)
-_HOPPER = (
-    *("outer", "product", "product_h", "shrink", "small"),
-    *("group_dx", "group_outer", "group_product", "group_shrink", "group_small"),
-)
-
 
 @lru_cache(maxsize=256)
 def kernel_of(name: str) -> Any:
     """The kernel of that name."""
-    names = [f"hopper.{module}" for module in _HOPPER] if name.startswith("hopper_") else _MODULES
-    package = __package__.rpartition(".")[0]
-    modules = (import_module(f"{package}.kernels.{module}") for module in names)
+    modules = _hopper_modules() if name.startswith("hopper_") else _modules()
     return next(getattr(module, name) for module in modules if name in module.__all__)
+
+
+def _modules() -> tuple[Any, ...]:
+    from ..kernels import (
+        backward,
+        codes,
+        combine,
+        experts,
+        few_codes,
+        few_four_bits,
+        few_tokens,
+        forward,
+        gain,
+        gated,
+        input_grad,
+        packed,
+        persistent,
+    )
+
+    modules = (backward, codes, combine, experts, few_codes, few_four_bits, few_tokens, forward, gain, gated)
+    return *modules, input_grad, packed, persistent
+
+
+def _hopper_modules() -> tuple[Any, ...]:
+    from ..kernels.hopper import (
+        group_dx,
+        group_outer,
+        group_product,
+        group_shrink,
+        group_small,
+        outer,
+        product,
+        product_h,
+        shrink,
+        small,
+    )
+
+    return outer, product, product_h, shrink, small, group_dx, group_outer, group_product, group_shrink, group_small
 
 
 def source_of(job: Job) -> Any:
