@@ -53,7 +53,7 @@ _SHOWN = (
     "GROUP_M",
 )
 _GEMMS = ("forward_kernel", "persistent_kernel", "dx_kernel", "dx_persistent_kernel")
-_AGAIN = 16
+_AGAIN = 16  # of the known kernels one in so many is compiled all the same
 _GIVEN_UP = (32, 12)  # bytes of stack a thread, loads and stores in the code: at most
 _BY_TMA = ("persistent_kernel", "dx_persistent_kernel")
 _NO_PRODUCT = (
@@ -168,7 +168,9 @@ def faults(records: list[Record], known: dict[str, Record]) -> list[str]:
     for r in records:
         where = f"{r.kernel} for sm_{r.arch} ({r.case})"
         if other := _other_than(r, known.get(r.key, r)):
-            sentences.append(f"{where} is not what the known record says: {other}. Write the records anew.")
+            sentences.append(
+                f"{where} is not what the known record says: {other}. Remove the file of records, and write it anew."
+            )
         if (r.stack or r.local or r.spills) and not _given_up(r):
             spilled = f"{r.stack} bytes of stack, {r.local} of local memory, {r.spills} loads and stores"
             sentences.append(f"{where} spills: {spilled}.")

@@ -9,11 +9,11 @@ from typing import Any
 
 from .compile_jobs import Job
 
-__all__ = ["kernel_of", "key_of", "source_of"]
+__all__ = ["key_of", "source_of"]
 
 
 @lru_cache(maxsize=256)
-def kernel_of(name: str) -> Any:
+def _kernel_of(name: str) -> Any:
     """The kernel of that name."""
     modules = _hopper_modules() if name.startswith("hopper_") else _modules()
     return next(getattr(module, name) for module in modules if name in module.__all__)
@@ -61,7 +61,7 @@ def source_of(job: Job) -> Any:
     """What ``triton.compile`` takes."""
     from triton.compiler import ASTSource
 
-    kernel = kernel_of(job.kernel)
+    kernel = _kernel_of(job.kernel)
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in job.aligned}
     made: Any = ASTSource
     if kernel.is_gluon():
