@@ -70,11 +70,15 @@ class Arithmetic:
     def summed(self, value: Tensor, square: Tensor, terms: Tensor, n: int, products: bool) -> Noisy:
         """A sum of n terms whose squares add up to ``terms``; ``square`` is what their own errors come to."""
         if products:
-            operands = 2.0 * (TF32_EPS / 2.0) ** 2 if self.tf32 else 0.0
-            square = square + (self._unit**2 + operands) / 3.0 * terms
+            square = square + self.of_products(terms)
         if self.dtype == self._sums:
             return Noisy(value, square, self, terms, n)
         return self.stored(value, square + self.of_sum(value, terms, n))
+
+    def of_products(self, terms: Tensor) -> Tensor:
+        """The expected square of the error of making products whose squares add up to ``terms``."""
+        operands = 2.0 * (TF32_EPS / 2.0) ** 2 if self.tf32 else 0.0
+        return (self._unit**2 + operands) / 3.0 * terms
 
     def of_sum(self, value: Tensor, terms: Tensor, n: int) -> Tensor:
         """The expected square of the error of adding n terms up to ``value``."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import FusedLoRALinear, LoRAConfig, merge_lora, replace_linear, restore_linear, save_adapter
 from lora_kernels.accuracy import expected_errors, run_reference
+from lora_kernels.drawn import drawn_errors
 from lora_kernels.errors import InvalidTypeError, LoRAStateError
 from made_models import acting, disturb
 from numerics import check, check_all, same_bits
@@ -80,6 +82,7 @@ def part(tensor: Tensor, plan: str) -> Tensor:
 
 def run(layer: nn.Module, x: Tensor, dy: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
     """y, dx and the gradient of each Parameter that trains; ``call`` is what runs the layer, if not itself."""
+    layer.zero_grad()
     x = x.detach().requires_grad_()  # with its strides
     y = layer(x) if call is None else call(x)
     y.backward(dy)
@@ -92,17 +95,19 @@ def check_outputs_and_gradients_under_both_plans(device: str, folder: Path) -> N
     for plan, kind in every_case():
         layer = make(device, **LAYERS[kind])
         x, dy = batch(device, layer.weight.dtype)
-        exact = run(_rounded(layer).double(), x.double(), dy.double())
+        in_float64 = partial(run, _rounded(layer).double(), x.double(), dy.double())
+        exact = in_float64()
+        errors = drawn_errors(x.dtype, in_float64, exact)
         yardstick = run(copy.deepcopy(layer), x, dy)
         split = parallelize_module(copy.deepcopy(layer), mesh, PLANS[plan]())
         found = run(split, part(x, plan), part(dy, plan))
         apart = plan.endswith("apart")
-        exact |= {name: part(exact[name], plan) for name in ("y", "dx") if apart}
-        yardstick |= {name: part(yardstick[name], plan) for name in ("y", "dx") if apart}
+        for results in (exact, errors, yardstick):
+            results |= {name: part(results[name], plan) for name in ("y", "dx") if apart}
         assert found.keys() == exact.keys()
         assert all(type(p) is DTensor for p in split.parameters())
         for name, value in found.items():
-            check(f"{plan}, {kind}: {name}", whole(value), exact[name], yardstick[name], x.dtype)
+            check(f"{plan}, {kind}: {name}", whole(value), exact[name], yardstick[name], x.dtype, False, errors[name])
 
 
 def _rounded(layer: FusedLoRALinear) -> FusedLoRALinear:
@@ -175,7 +180,10 @@ def check_dropout_on_two_dimensions_has_a_mask_for_each_part_of_x(device: str, f
             run_reference(dtype, *tensors, layer.scaling, mask, p) for dtype in (torch.float64, torch.float32)
         )
         actual = {"y": y.full_tensor().detach(), "dx": dx, "da": split.lora_A.grad, "db": split.lora_B.grad}
-        check_all({name: whole(value) for name, value in actual.items()}, exact, yardstick, torch.float32)
+        errors = expected_errors(torch.float32, *tensors, layer.scaling, mask, p)
+        check_all(
+            {name: whole(value) for name, value in actual.items()}, exact, yardstick, torch.float32, False, errors
+        )
 
 
 def check_activation_checkpointing_drops_the_same_again(device: str, folder: Path) -> None:
@@ -207,7 +215,7 @@ def check_merging_a_layer_under_both_plans(device: str, folder: Path) -> None:
             layer.merge()
             exact.merge()
             check("merged", whole(split.weight), exact.weight, layer.weight, x.dtype)
-            check("y", split(x), exact(x.double()), layer(x), x.dtype)
+            check("y", split(x), partial(exact, x.double()), layer(x), x.dtype)
             assert same_bits(base(split, x), results[0][1])
             assert split.weight.placements == split.base_weight.placements
             after = {name: whole(tensor) for name, tensor in split.state_dict().items()}
@@ -275,7 +283,8 @@ def check_layers_that_are_sharded_by_hand(device: str, folder: Path) -> None:
     layer = make(device)
     layer.weight.requires_grad_()
     x, dy = batch(device, torch.float32)
-    exact, yardstick = run(copy.deepcopy(layer).double(), x.double(), dy.double()), run(copy.deepcopy(layer), x, dy)
+    exact = partial(run, copy.deepcopy(layer).double(), x.double(), dy.double())
+    yardstick = run(copy.deepcopy(layer), x, dy)
     split = distribute_module(copy.deepcopy(layer), mesh)
     found = run(split, *(distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in (x, dy)))
     check_all({name: whole(value) for name, value in found.items()}, exact, yardstick, torch.float32)

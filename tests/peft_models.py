@@ -236,7 +236,7 @@ def assert_parity(
     exact = copy.deepcopy(stock if autocast else yardstick).to(compute).double()
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         actual, by_peft = (results(m, x, seed, **arguments) for m in (model, yardstick))
-    check_all(actual, results(exact, x.to(compute).double(), seed, **arguments), by_peft, compute)
+    check_all(actual, lambda: results(exact, x.to(compute).double(), seed, **arguments), by_peft, compute)
     assert set(actual) == set(by_peft)
     assert [(n, g.dtype) for n, g in actual.items()] == [(n, g.dtype) for n, g in results_dtypes(stock, actual)]
     assert not calls(model).own

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cases import Case, Inputs, make, measures
 from lora_kernels.accuracy import expected_errors, judge, run_reference, sum_error
+from lora_kernels.drawn import drawn_errors
 from lora_kernels.rounding import Arithmetic, rounding_square
-from numerics import drawn_errors, three_ways
+from made_models import acting
+from numerics import three_ways
 
 SUMS = 3000  # of which a mean of squares is taken: it is 3 % off
 
@@ -150,3 +153,25 @@ def test_errors_that_are_drawn_are_those_that_are_derived(dtype: torch.dtype) ->
     for name, error in derived.items():
         ratio = drawn[name].norm() / error.norm()
         assert 0.9 < ratio < 1.1, (name, float(ratio))
+
+
+def test_a_run_that_is_not_the_same_each_time_is_an_error_and_no_expectation() -> None:
+    total = torch.zeros(3, dtype=torch.float64)
+    adding = lambda: {"y": total.add_(1.0)}  # noqa: E731
+    with pytest.raises(ValueError, match="y differs from run to run"):
+        drawn_errors(torch.float32, adding, adding())
+
+
+def test_errors_are_drawn_through_our_own_operators_too() -> None:
+    """A layer's are those of its formula, whichever backend runs it."""
+    torch.manual_seed(5)
+    layer, x = acting(24, 16).double(), torch.randn(40, 24, dtype=torch.float64)
+
+    def by_formula() -> dict[str, Tensor]:
+        low = F.linear(F.linear(x, layer.lora_A), layer.lora_B)
+        return {"y": F.linear(x, layer.weight, layer.bias) + layer.scaling * low}
+
+    by_the_layer = lambda: {"y": layer(x)}  # noqa: E731
+    with torch.no_grad():
+        ours, theirs = (drawn_errors(torch.float32, run, run())["y"].norm() for run in (by_the_layer, by_formula))
+    assert 0.5 < ours / theirs < 2.0

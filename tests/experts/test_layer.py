@@ -17,12 +17,13 @@ import mixtures
 from lora_kernels import dispatch, explain, use_backend
 from lora_kernels.accuracy import judge
 from lora_kernels.config import AdapterOptions
+from lora_kernels.drawn import drawn_errors
 from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
 from lora_kernels.experts import autograd, routing, run
 from lora_kernels.experts.layer import FusedLoRAExperts, around_experts
 from lora_kernels.models.disabling import adapters_disabled
 from lora_kernels.reference import adapter_dtype
-from numerics import drawn_errors, same_bits
+from numerics import same_bits
 
 pytest.importorskip("transformers")
 

@@ -17,12 +17,13 @@ from lora_kernels import ops, use_backend
 from lora_kernels.accuracy import judge
 from lora_kernels.activations import GATES
 from lora_kernels.dispatch import select
+from lora_kernels.drawn import drawn_errors
 from lora_kernels.errors import UnsupportedTransformError
 from lora_kernels.experts import mlp_autograd
 from lora_kernels.experts.mlp_autograd import Stack, run_mlp
 from lora_kernels.experts.problem import Adapter
 from lora_kernels.experts.routing import Routing
-from numerics import drawn_errors, same_bits
+from numerics import same_bits
 from random_examples import examples
 
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64

@@ -9,6 +9,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -63,7 +64,8 @@ def results(model: nn.Module, x: Tensor, seed: int = 2) -> dict[str, Tensor]:
 def assert_right(y: Tensor, layer: FusedLoRALinear, x: Tensor) -> None:
     """y passes the policy as the layer's output, a layer of its own being the yardstick."""
     single = copy.deepcopy(layer)
-    check("y", y.detach(), copy.deepcopy(layer).double()(x.detach().double()).detach(), single(x).detach(), x.dtype)
+    exact = partial(copy.deepcopy(layer).double(), x.detach().double())
+    check("y", y.detach(), exact, single(x).detach(), x.dtype)
 
 
 # Values
@@ -78,7 +80,7 @@ def assert_right(y: Tensor, layer: FusedLoRALinear, x: Tensor) -> None:
 def test_a_group_is_as_exact_as_its_layers(arguments: dict[str, Any], dtype: torch.dtype) -> None:
     together = group(**arguments, dtype=dtype)
     single, x = apart(together), draw(dtype)
-    exact = results(copy.deepcopy(single).double(), draw(dtype).detach().double().requires_grad_())
+    exact = partial(results, copy.deepcopy(single).double(), draw(dtype).detach().double().requires_grad_())
     with passes() as counted:
         actual = results(together, x)
     assert counted == [3]
@@ -106,7 +108,7 @@ def test_with_dropout_the_gradients_are_those_of_alone() -> None:
     single, x = apart(together), draw()
     exact = copy.deepcopy(single).double()
     with lora_kernels.use_backend("eager"):  # its mask is the same in every dtype
-        given = results(exact, x.detach().double().requires_grad_())
+        given = partial(results, exact, x.detach().double().requires_grad_())
         check_all(results(together, x), given, results(single, x), torch.float32)
 
 

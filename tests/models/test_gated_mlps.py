@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ def test_transformers_mlps_are_found_and_given_back(kind: str) -> None:
     single = copy.deepcopy(model)
     unshare_inputs(single)
     assert type(of(single)) is plain
-    exact = results(copy.deepcopy(of(single)).double())
+    exact = partial(results, copy.deepcopy(of(single)).double())
     check_all(results(of(model)), exact, results(of(single)), torch.float32)
     restore_linear(model)
     assert type(of(model)) is plain
@@ -77,7 +78,7 @@ def test_pefts_are_found_and_given_back(kind: str, options: dict[str, Any]) -> N
     single = copy.deepcopy(model)
     unshare_inputs(single)
     with lora_kernels.use_backend("eager"):  # its mask is the same in every dtype
-        exact = results(copy.deepcopy(of(single)).double())
+        exact = partial(results, copy.deepcopy(of(single)).double())
         check_all(results(of(model)), exact, results(of(single)), torch.float32)
     assert lora_kernels.peft.calls(of(model)).fused == len(of(model)._roles) - 1
     lora_kernels.unfuse_peft(model)
@@ -94,7 +95,8 @@ def test_several_adapters_of_peft_run_in_one_pass() -> None:
     single = copy.deepcopy(model)
     unshare_inputs(single)
     assert of(model).why_plain() is None
-    check_all(results(of(model)), results(copy.deepcopy(of(single)).double()), results(of(single)), torch.float32)
+    exact = partial(results, copy.deepcopy(of(single)).double())
+    check_all(results(of(model)), exact, results(of(single)), torch.float32)
     with model.disable_adapter():
         assert "no adapter acts" in of(model).why_plain()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_peft_reads_what_has_trained(case: str, tmp_path: Path) -> None:
     mark_only_lora_as_trainable(model, **marked)
     save_adapter(trained(model), tmp_path)
     theirs = peft.PeftModel.from_pretrained(plain(), str(tmp_path)).eval()
-    exact = copy.deepcopy(model).double()(TOKENS)
+    exact = partial(copy.deepcopy(model).double(), TOKENS)
     check(case, theirs(TOKENS), exact, model(TOKENS), torch.float32)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ def test_each_option_is_that_of_the_same_layer_over_the_values(kind: str, option
     layer = adapted(kind, 64, 96, torch.float32, **options)
     other = twin(layer, values(layer), torch.float32)
     x, dy = torch.randn(40, 64), torch.randn(40, 96)
-    check_beside(results_of(layer, x, dy), results_of(other, x, dy), results_of(other.double(), x, dy))
+    check_beside(results_of(layer, x, dy), results_of(other, x, dy), partial(results_of, other.double(), x, dy))
 
 
 def test_x_of_another_dtype_is_multiplied_in_the_layers_own() -> None:
@@ -196,7 +197,7 @@ def test_a_group_gives_what_its_layers_give(kind: str, tokens: int) -> None:
         layer = model.get_submodule(name)
         setattr(plain, name, twin(layer, values(layer), torch.float32))
     x, dy = torch.randn(tokens, 64), torch.randn(tokens, 224)
-    check_beside(results_of(model, x, dy), results_of(plain, x, dy), results_of(plain.double(), x, dy))
+    check_beside(results_of(model, x, dy), results_of(plain, x, dy), partial(results_of, plain.double(), x, dy))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -212,7 +213,7 @@ def test_a_layer_reads_the_codes_of_few_tokens(
     found = results_of(layer, x, dy)
     assert calls[-2:] == ["coded_product", "coded_input_grad"]
     assert ("coded_values" in calls) == ("use_dora" in options)  # norms
-    check_beside(found, results_of(other, x, dy), results_of(other.double(), x, dy))
+    check_beside(found, results_of(other, x, dy), partial(results_of, other.double(), x, dy))
     with torch.no_grad():
         assert torch.equal(layer.eval()(x), layer(x))
     calls.clear()
@@ -286,7 +287,7 @@ def test_a_large_weight_is_made_in_parts(
     calls.clear()
     found = results_of(layer, x, dy)
     assert calls.count("coded_values") == ("use_dora" in options) + 4 + (1 if "lora_dropout" in options else 3)
-    check_beside(found, results_of(other, x, dy), results_of(other.double(), x, dy))
+    check_beside(found, results_of(other, x, dy), partial(results_of, other.double(), x, dy))
     with layer.enable_lora(False):
         ix = x.clone().requires_grad_()
         y = layer(ix)
