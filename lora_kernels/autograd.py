@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .batched import is_batched, one_by_one
 from .errors import UnsupportedTransformError
 from .ops import operators
 from .tensors import as_dtype, flatten, unflatten
@@ -75,8 +76,11 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> _GradInputs:
         (dy,) = grad_outputs
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, dy)
+        if not torch.compiler.is_compiling():
+            if is_batched(grad_outputs):
+                return one_by_one(LoRALinearFunction.backward, ctx, grad_outputs)  # type: ignore[return-value]
+            if torch.is_grad_enabled():
+                return _differentiable_backward(ctx, dy)
         need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
         x, weight, lora_a, lora_b, bias, h, state = ctx.saved_tensors
         x_shape, weight_dtype, scaling, p, backend_name = ctx.settings

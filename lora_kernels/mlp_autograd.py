@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import reference
 from .activations import GATES, activate
+from .batched import is_batched, one_by_one
 from .branches_autograd import (
     PER_BRANCH,
     Member,
@@ -165,8 +166,11 @@ class GatedMLPFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (dy,) = grad_outputs
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, dy)
+        if not torch.compiler.is_compiling():
+            if is_batched(grad_outputs):
+                return one_by_one(GatedMLPFunction.backward, ctx, grad_outputs)
+            if torch.is_grad_enabled():
+                return _differentiable_backward(ctx, dy)
         x_shape, count, backend_name, ps, scalings, activations, gate = ctx.settings
         ops, heads = operators(backend_name), len(scalings) - 1
         kept = _unpack(ctx.saved_tensors, heads)

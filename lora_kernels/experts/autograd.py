@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batched import is_batched, one_by_one
 from ..dispatch import backend
 from ..errors import InvalidTypeError, UnsupportedTransformError
 from ..gate import chosen
@@ -159,6 +160,8 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.compiler.is_compiling() and is_batched(grad_outputs):
+            return one_by_one(_Project.backward, ctx, grad_outputs)
         refuse_second_derivatives()
         (dy,) = grad_outputs
         dy = dy.contiguous()

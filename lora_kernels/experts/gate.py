@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..activations import GATES, gate_of
+from ..batched import is_batched, one_by_one
 from ..errors import UnsupportedTransformError
 from ..gate import chosen
 from ..ops import operators
@@ -57,7 +58,9 @@ class _Gated(torch.autograd.Function):
         return operators(name).gated(*joined.chunk(2, dim=1), number)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        if not torch.compiler.is_compiling() and is_batched(grad_outputs):
+            return one_by_one(_Gated.backward, ctx, grad_outputs)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise UnsupportedTransformError(
                 "a double backward (create_graph=True) was asked for through the gate of stacked experts, which has "

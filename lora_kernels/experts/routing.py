@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..batched import is_batched, one_by_one
 from ..errors import InvalidArgumentError, InvalidTypeError, UnsupportedTransformError
 from ..gate import chosen
 from ..ops import operators
@@ -94,6 +95,8 @@ class _CombineInOnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.compiler.is_compiling() and is_batched(grad_outputs):
+            return one_by_one(_CombineInOnePass.backward, ctx, grad_outputs)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise UnsupportedTransformError(
                 "a double backward (create_graph=True) was asked for through the sum over a token's experts, which has "

@@ -1,0 +1,130 @@
+"""A batch of gradients of y in one call: each as by itself, over every weight and by every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mixtures
+from cases import BACKENDS
+from lora_kernels import FusedLoRALinear, FusedLoRAMLP, share_inputs, use_backend
+from lora_kernels.config import AdapterOptions
+from lora_kernels.experts.layer import around_experts
+from made_models import acting
+
+every_backend = pytest.mark.parametrize(("backend", "device"), [pair for pair in BACKENDS if pair[1] == "cpu"])
+
+
+def _over_quantised(kind: str, **options: Any) -> Any:
+    from quantised import quantised
+
+    return FusedLoRALinear.from_linear(quantised(kind, 64, 48), r=3, init_lora_weights=False, **options)
+
+
+def _switched_off() -> Any:
+    layer = _over_quantised("nf4")
+    layer.enable_lora(False)
+    return layer.eval().requires_grad_(False)
+
+
+class _Group(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = acting(64, 48, lora_dropout=0.3), acting(64, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q_proj(x) * self.k_proj(x)
+
+
+def _group() -> Any:
+    model = _Group()
+    assert share_inputs(model).groups
+    return model
+
+
+def _mlp() -> Any:
+    return FusedLoRAMLP(acting(64, 24, lora_dropout=0.3), acting(64, 24, lora_dropout=0.3), acting(24, 48))
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "plain": lambda: acting(64, 48),
+    "dropout": lambda: acting(64, 48, lora_dropout=0.3),
+    "DoRA": lambda: acting(64, 48, use_dora=True),
+    "DoRA and dropout": lambda: acting(64, 48, use_dora=True, lora_dropout=0.3),
+    "activation": lambda: acting(64, 48, activation="gelu"),
+    "NF4": lambda: _over_quantised("nf4", lora_dropout=0.3),
+    "NF4 and DoRA": lambda: _over_quantised("nf4", use_dora=True),
+    "int8": lambda: _over_quantised("int8"),
+    "switched off": _switched_off,
+    "group": _group,
+    "gated MLP": _mlp,
+}
+
+
+def by_is_grads_batched(y: Tensor, due: list[Tensor], dys: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(y, due, dys, is_grads_batched=True, retain_graph=True)
+
+
+def by_vmap(y: Tensor, due: list[Tensor], dys: Tensor) -> tuple[Tensor, ...]:
+    one = torch.vmap(lambda dy: torch.autograd.grad(y, due, dy, retain_graph=True), in_dims=1)
+    return one(dys.transpose(0, 1).contiguous())
+
+
+WAYS = [by_is_grads_batched, by_vmap]
+
+
+def check(y: Tensor, due: list[Tensor], way: Callable[..., tuple[Tensor, ...]]) -> None:
+    dys = torch.randn(3, *y.shape)
+    together = way(y, due, dys)
+    apart = [torch.autograd.grad(y, due, dy, retain_graph=True) for dy in dys]
+    for found, *alone in zip(together, *apart, strict=True):
+        torch.testing.assert_close(found, torch.stack(alone))
+
+
+@every_backend
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("tokens", [3, 20])
+@pytest.mark.parametrize("kind", MODELS)
+def test_each_is_as_by_itself(kind: str, tokens: int, way: Any, backend: str, device: str) -> None:
+    model, x = MODELS[kind](), torch.randn(tokens, 64, requires_grad=True)
+    with use_backend(backend):
+        check(model(x), [x, *(p for p in model.parameters() if p.requires_grad)], way)
+
+
+@every_backend
+@pytest.mark.parametrize("way", WAYS)
+def test_of_stacked_experts(way: Any, backend: str, device: str) -> None:
+    pytest.importorskip("transformers")
+    module = mixtures.experts("mixtral")
+    layer = around_experts(module, dict.fromkeys(("gate_up_proj", "down_proj"), AdapterOptions(3, 6.0)))
+    mixtures.move(p for p in layer.parameters() if p.requires_grad)
+    x, weights = torch.randn(7, 16, requires_grad=True), torch.rand(7, 2, requires_grad=True)
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(7)])
+    with use_backend(backend):
+        y = layer(x, index, weights)
+        check(y, [x, weights, *(p for p in layer.parameters() if p.requires_grad)], way)
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("kind", ["dropout", "NF4", "group", "gated MLP"])
+def test_second_derivatives_of_a_batch(kind: str, backend: str) -> None:
+    model, x = MODELS[kind](), torch.randn(3, 64, requires_grad=True)
+    dys = torch.randn(2, 3, 48, requires_grad=True)
+
+    def second(batched: bool) -> tuple[Tensor, ...]:
+        torch.manual_seed(4)
+        y, due = model(x), [x, *(p for p in model.parameters() if p.requires_grad)]
+        if batched:
+            first = torch.autograd.grad(y, due, dys, is_grads_batched=True, create_graph=True)
+        else:
+            alone = [torch.autograd.grad(y, due, dy, create_graph=True) for dy in dys]
+            first = tuple(torch.stack(of) for of in zip(*alone, strict=True))
+        return torch.autograd.grad(sum(g.square().sum() for g in first), [dys, *due])
+
+    with use_backend(backend):
+        for found, alone in zip(second(True), second(False), strict=True):
+            torch.testing.assert_close(found, alone)
