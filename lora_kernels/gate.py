@@ -442,6 +442,7 @@ def check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tenso
         device, dtype = x.device, x.dtype
         if (
             not x.is_nested
+            and x.layout is torch.strided
             and _shapes_fit(x, weight, lora_a, lora_b, bias)
             and device == weight.device == lora_a.device == lora_b.device
             and (weight.dtype is dtype or (autocast and weight.dtype.is_floating_point))
@@ -478,6 +479,11 @@ def _refusal(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Te
         return InvalidTypeError(
             "a nested tensor was given: LoRA's products need plain tensors. Pad it first, with "
             "torch.nested.to_padded_tensor(x, 0.0)."
+        )
+    if x.layout is not torch.strided:
+        return InvalidTypeError(
+            f"an x of layout {x.layout} was given: LoRA's products need plain tensors. Convert it first, with "
+            "x.to_dense()."
         )
     if not _shapes_fit(x, weight, lora_a, lora_b, bias):
         return InvalidArgumentError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PLAIN_TENSORS", "as_dtype", "flatten", "is_plain", "unflatten"]
+__all__ = ["PLAIN_TENSORS", "as_dtype", "flatten", "is_plain", "resolved", "unflatten"]
 
 # The types whose values are their own memory: no subclass that computes or exchanges them.
 PLAIN_TENSORS = (nn.Parameter, Tensor)
@@ -16,8 +18,14 @@ def is_plain(tensor: object) -> bool:
     return type(tensor) in PLAIN_TENSORS
 
 
+def resolved(tensor: Any) -> Any:
+    """``tensor`` with the values in its memory: the imaginary part of a conjugate has them there negated."""
+    return tensor.resolve_neg() if isinstance(tensor, Tensor) else tensor
+
+
 def flatten(tensor: Tensor) -> Tensor:
-    """(..., F) as (M, F)."""
+    """(..., F) as (M, F), its memory as ``resolved`` has it."""
+    tensor = tensor.resolve_neg()
     if tensor.dim() == 2:
         return tensor
     features = tensor.shape[-1]

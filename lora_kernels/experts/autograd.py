@@ -24,6 +24,7 @@ from ..dispatch import backend
 from ..errors import InvalidTypeError, UnsupportedTransformError
 from ..gate import chosen
 from ..ops import operators
+from ..tensors import resolved
 from ..weights.stacked import PackedExperts
 from . import grouped
 from .problem import Adapter, Drop
@@ -57,6 +58,7 @@ def project(
         UnsupportedTransformError: within ``torch.func`` or ``vmap``, or a double backward.
     """
     check(weight)
+    x = resolved(x)
     if way is None:
         way = _way_for(x, weight, adapter)
     drawn = "eager" if way == _GROUPED else way

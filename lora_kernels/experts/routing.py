@@ -16,6 +16,7 @@ from ..batched import is_batched, one_by_one
 from ..errors import InvalidArgumentError, InvalidTypeError, UnsupportedTransformError
 from ..gate import chosen
 from ..ops import operators
+from ..tensors import resolved
 
 __all__ = ["Routing", "combine", "spread_grad", "sum_of_slots"]
 
@@ -107,7 +108,7 @@ class _CombineInOnePass(torch.autograd.Function):
         need_rows, need_weights = ctx.needs_input_grad[:2]
         own: Any = operators(name)
         due = dtype if need_rows else None
-        d_rows, d_weights = own.combine_grad(grad_outputs[0], rows, weights, places, offsets, due)
+        d_rows, d_weights = own.combine_grad(resolved(grad_outputs[0]), rows, weights, places, offsets, due)
         return d_rows if need_rows else None, d_weights if need_weights else None, None, None, None, None
 
 

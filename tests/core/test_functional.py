@@ -231,6 +231,51 @@ def test_a_nested_tensor_is_told() -> None:
         lora_linear(**(t | {"x": nested}))
 
 
+def test_a_sparse_input_is_told() -> None:
+    with pytest.raises(InvalidTypeError, match=r"x.to_dense\(\)"):
+        lora_linear(**(_tensors() | {"x": torch.eye(5, 6).to_sparse()}))
+
+
+def _negated(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, whose memory holds them with the other sign."""
+    made = torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+    assert made.is_neg()
+    return made
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+@pytest.mark.parametrize("name", ["x", "weight", "lora_a", "lora_b", "bias"])
+def test_the_imaginary_part_of_a_conjugate_keeps_its_sign(
+    name: str, activation: str, backend: str, device: str
+) -> None:
+    t = {own: tensor.to(device) for own, tensor in _tensors().items()}
+
+    def run(changed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        leaves = {own: tensor.detach().requires_grad_() for own, tensor in (t | changed).items()}
+        y = lora_linear(**leaves, activation=activation, backend=backend)
+        return [y, *torch.autograd.grad(y.square().sum(), tuple(leaves.values()))]
+
+    for found, plain in zip(run({name: _negated(t[name])}), run({}), strict=True):
+        torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+def test_a_gradient_through_a_conjugate_keeps_its_sign(activation: str, backend: str, device: str) -> None:
+    t = {own: tensor.to(device).requires_grad_() for own, tensor in _tensors().items()}
+    y = lora_linear(**t, activation=activation, backend=backend)
+    factor = torch.randn(5, 4, dtype=torch.complex64, device=device)
+    signs: list[bool] = []
+    y.register_hook(lambda dy: signs.append(dy.is_neg()))
+    loss = (torch.complex(torch.zeros_like(y), y).conj() * factor).real.sum()  # imag(factor) · y
+    found = torch.autograd.grad(loss, tuple(t.values()), retain_graph=True)
+    assert signs == [True]
+    plain = torch.autograd.grad(y, tuple(t.values()), factor.imag.contiguous())
+    for own, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(own, other)
+
+
 def test_meta_tensors_give_the_shape() -> None:
     t = {name: tensor.to("meta") for name, tensor in _tensors().items()}
     assert lora_linear(**t).shape == (5, 4)
