@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .batched import is_batched, one_by_one
 from .errors import UnsupportedTransformError
 from .ops import operators
+from .surrounded import is_surrounded, run_outside
 from .tensors import as_dtype, flatten, unflatten
 
 __all__ = ["LoRALinearFunction", "apply_function", "forward_only"]
@@ -77,8 +77,8 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> _GradInputs:
         (dy,) = grad_outputs
         if not torch.compiler.is_compiling():
-            if is_batched(grad_outputs):
-                return one_by_one(LoRALinearFunction.backward, ctx, grad_outputs)  # type: ignore[return-value]
+            if is_surrounded(grad_outputs):
+                return run_outside(LoRALinearFunction.backward, ctx, grad_outputs)  # type: ignore[return-value]
             if torch.is_grad_enabled():
                 return _differentiable_backward(ctx, dy)
         need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from . import reference
 from .activations import activate, activate_backward
-from .batched import is_batched, one_by_one
 from .errors import UnsupportedTransformError
 from .ops import is_watched, operators
+from .surrounded import is_surrounded, run_outside
 from .tensors import as_dtype, flatten, unflatten
 from .weights import by_codes
 from .weights.packed import Layout, values_of
@@ -233,8 +233,8 @@ class BranchesFunction(torch.autograd.Function):
     def backward(ctx: Any, *dys: Any) -> Any:
         if not torch.compiler.is_compiling():
             ctx.has_run = True  # what was saved may be gone: an output that waits for its layer is worth nothing now
-            if is_batched(dys):
-                return one_by_one(BranchesFunction.backward, ctx, dys)
+            if is_surrounded(dys):
+                return run_outside(BranchesFunction.backward, ctx, dys)
             if torch.is_grad_enabled():
                 return _differentiable_backward(ctx, dys)
         x_shape, weight_dtypes, total, backend_name, p, scalings, activations, grouped, layouts = ctx.settings

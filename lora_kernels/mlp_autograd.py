@@ -24,7 +24,6 @@ from torch import Tensor
 
 from . import reference
 from .activations import GATES, activate
-from .batched import is_batched, one_by_one
 from .branches_autograd import (
     PER_BRANCH,
     Member,
@@ -41,6 +40,7 @@ from .branches_autograd import (
 from .branches_autograd import forward_only as branches_forward
 from .errors import UnsupportedTransformError
 from .ops import operators
+from .surrounded import is_surrounded, run_outside
 from .tensors import as_dtype, flatten, unflatten
 
 __all__ = ["GatedMLPFunction", "apply_mlp_function", "forward_only"]
@@ -167,8 +167,8 @@ class GatedMLPFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (dy,) = grad_outputs
         if not torch.compiler.is_compiling():
-            if is_batched(grad_outputs):
-                return one_by_one(GatedMLPFunction.backward, ctx, grad_outputs)
+            if is_surrounded(grad_outputs):
+                return run_outside(GatedMLPFunction.backward, ctx, grad_outputs)
             if torch.is_grad_enabled():
                 return _differentiable_backward(ctx, dy)
         x_shape, count, backend_name, ps, scalings, activations, gate = ctx.settings

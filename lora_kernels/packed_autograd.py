@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batched import is_batched, one_by_one
 from .branches_autograd import Member, Saved, alias, reference_output
 from .errors import UnsupportedTransformError
 from .ops import is_watched, operators
+from .surrounded import is_surrounded, run_outside
 from .tensors import as_dtype, flatten, unflatten
 from .weights import by_codes
 from .weights.packed import Layout, values_of
@@ -84,8 +84,8 @@ class PackedLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
-        if is_batched(grad_outputs):
-            return one_by_one(PackedLinearFunction.backward, ctx, grad_outputs)
+        if is_surrounded(grad_outputs):
+            return run_outside(PackedLinearFunction.backward, ctx, grad_outputs)
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, dy)
         need_x, need_a, need_b, need_bias = ctx.needs_input_grad[:4]

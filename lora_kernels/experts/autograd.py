@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batched import is_batched, one_by_one
 from ..dispatch import backend
 from ..errors import InvalidTypeError, UnsupportedTransformError
 from ..gate import chosen
 from ..ops import operators
+from ..surrounded import is_surrounded, run_outside
 from ..tensors import resolved
 from ..weights.stacked import PackedExperts
 from . import grouped
@@ -162,8 +162,8 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.compiler.is_compiling() and is_batched(grad_outputs):
-            return one_by_one(_Project.backward, ctx, grad_outputs)
+        if not torch.compiler.is_compiling() and is_surrounded(grad_outputs):
+            return run_outside(_Project.backward, ctx, grad_outputs)
         refuse_second_derivatives()
         (dy,) = grad_outputs
         dy = dy.contiguous()

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..activations import GATES, gate_of
-from ..batched import is_batched, one_by_one
 from ..errors import UnsupportedTransformError
 from ..gate import chosen
 from ..ops import operators
+from ..surrounded import is_surrounded, run_outside
 
 __all__ = ["apply_gate", "number_of"]
 
@@ -59,8 +59,8 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        if not torch.compiler.is_compiling() and is_batched(grad_outputs):
-            return one_by_one(_Gated.backward, ctx, grad_outputs)
+        if not torch.compiler.is_compiling() and is_surrounded(grad_outputs):
+            return run_outside(_Gated.backward, ctx, grad_outputs)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise UnsupportedTransformError(
                 "a double backward (create_graph=True) was asked for through the gate of stacked experts, which has "

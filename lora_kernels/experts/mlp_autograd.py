@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..batched import is_batched, one_by_one
 from ..ops import operators
+from ..surrounded import is_surrounded, run_outside
 from ..tensors import as_dtype
 from .autograd import draw_state, refuse_second_derivatives
 from .problem import Adapter
@@ -93,8 +93,8 @@ class _MLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.compiler.is_compiling() and is_batched(grad_outputs):
-            return one_by_one(_MLP.backward, ctx, grad_outputs)
+        if not torch.compiler.is_compiling() and is_surrounded(grad_outputs):
+            return run_outside(_MLP.backward, ctx, grad_outputs)
         refuse_second_derivatives()
         x, joined, *rest, up_state, down_state = ctx.saved_tensors
         numbers, number, name = ctx.settings

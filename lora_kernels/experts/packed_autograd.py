@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batched import is_batched, one_by_one
 from ..dispatch import backend
 from ..errors import UnsupportedTransformError
 from ..ops import operators
+from ..surrounded import is_surrounded, run_outside
 from ..weights.stacked import PackedExperts
 from .problem import Adapter
 from .routing import Routing, sum_of_slots
@@ -74,8 +74,8 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        if is_batched(grad_outputs):
-            return one_by_one(_Project.backward, ctx, grad_outputs)
+        if is_surrounded(grad_outputs):
+            return run_outside(_Project.backward, ctx, grad_outputs)
         if torch.is_grad_enabled():
             raise UnsupportedTransformError(
                 "a double backward (create_graph=True) was asked for through LoRA on quantized experts, which has "

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batched import is_batched, one_by_one
 from ..errors import InvalidArgumentError, InvalidTypeError, UnsupportedTransformError
 from ..gate import chosen
 from ..ops import operators
+from ..surrounded import is_surrounded, run_outside
 from ..tensors import resolved
 
 __all__ = ["Routing", "combine", "spread_grad", "sum_of_slots"]
@@ -96,8 +96,8 @@ class _CombineInOnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.compiler.is_compiling() and is_batched(grad_outputs):
-            return one_by_one(_CombineInOnePass.backward, ctx, grad_outputs)
+        if not torch.compiler.is_compiling() and is_surrounded(grad_outputs):
+            return run_outside(_CombineInOnePass.backward, ctx, grad_outputs)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise UnsupportedTransformError(
                 "a double backward (create_graph=True) was asked for through the sum over a token's experts, which has "

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, autograd
 
-from ..batched import is_batched, one_by_one
 from ..ops import operators
+from ..surrounded import is_surrounded, run_outside
 from ..tensors import as_dtype, flatten, unflatten
 from .packed import Layout, Packed, values_of
 
@@ -50,8 +50,8 @@ class _Linear(autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (dy,) = grad_outputs
-        if not torch.compiler.is_compiling() and is_batched(grad_outputs):
-            return one_by_one(_Linear.backward, ctx, grad_outputs)
+        if not torch.compiler.is_compiling() and is_surrounded(grad_outputs):
+            return run_outside(_Linear.backward, ctx, grad_outputs)
         x_shape, backend_name, layout, bias_dtype = ctx.settings
         flat, dx, dbias = flatten(dy), None, None
         if ctx.needs_input_grad[0]:

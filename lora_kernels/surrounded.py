@@ -1,6 +1,7 @@
-"""A backward pass that is given a batch of gradients: ``is_grads_batched``, or ``torch.vmap`` around ``autograd.grad``.
+"""A backward pass outside of what is active where it is called: a vmap that batches its gradients, or autocast.
 
-The kernels have no batching rules. So the pass runs once for each gradient of the batch, outside of the transform.
+The kernels have no batching rules. So under ``is_grads_batched``, or ``torch.vmap`` around ``autograd.grad``, the pass
+runs once for each gradient of the batch. Autocast would cast some of what the pass multiplies: forward has done that.
 """
 
 from __future__ import annotations
@@ -12,16 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["is_batched", "one_by_one"]
+__all__ = ["is_surrounded", "run_outside"]
 
 _functorch: Any = torch._C._functorch
 _LEVEL = 1  # of the older vmap, which is_grads_batched uses and which nothing public nests
 _MODE = "VmapMode"  # the older one's dispatch key, under which eager may not draw dropout's mask
 
 
-def is_batched(gradients: Sequence[Any]) -> bool:
-    """Whether one of them stands for several."""
+def is_surrounded(gradients: Sequence[Any]) -> bool:
+    """Whether one of them stands for several, or autocast acts on its device."""
+    return _is_batched(gradients) or (torch._C._is_any_autocast_enabled() and any(map(_is_cast, gradients)))
+
+
+def _is_batched(gradients: Sequence[Any]) -> bool:
     return any(g is not None and (_is_of_older(g) or _functorch.is_batchedtensor(g)) for g in gradients)
+
+
+def _is_cast(gradient: Any) -> bool:
+    # torch knows no autocast of meta
+    return gradient is not None and not gradient.is_meta and torch.is_autocast_enabled(gradient.device.type)
 
 
 def _is_of_older(gradient: Tensor) -> bool:
@@ -39,8 +49,18 @@ class _Context:
         return getattr(self._ctx, name)
 
 
-def one_by_one(backward: Callable[..., Any], ctx: Any, gradients: Sequence[Any]) -> tuple[Any, ...]:
-    """What ``backward(ctx, *gradients)`` gives of gradients that :func:`is_batched`, for all of the batch."""
+def run_outside(backward: Callable[..., Any], ctx: Any, gradients: Sequence[Any]) -> tuple[Any, ...]:
+    """``backward(ctx, *gradients)``, where :func:`is_surrounded` is true of the gradients."""
+    if _is_batched(gradients):
+        return _one_by_one(backward, ctx, gradients)
+    device = next(g.device.type for g in gradients if g is not None)
+    with torch.autocast(device, enabled=False):
+        found: tuple[Any, ...] = backward(ctx, *gradients)
+    return found
+
+
+def _one_by_one(backward: Callable[..., Any], ctx: Any, gradients: Sequence[Any]) -> tuple[Any, ...]:
+    """With a batch of each gradient that is due."""
     torch_: Any = torch
     given = [g for g in gradients if g is not None]
     older = any(_is_of_older(g) for g in given)

@@ -1,4 +1,5 @@
-"""A batch of gradients of y in one call: each as by itself, over every weight and by every backend."""
+"""Backward of a batch of gradients in one call, and under autocast: each as by itself, over every weight, by every
+backend."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from lora_kernels import FusedLoRALinear, FusedLoRAMLP, share_inputs, use_backen
 from lora_kernels.config import AdapterOptions
 from lora_kernels.experts.layer import around_experts
 from made_models import acting
+from numerics import same_bits
 
 every_backend = pytest.mark.parametrize(("backend", "device"), [pair for pair in BACKENDS if pair[1] == "cpu"])
 
@@ -95,18 +97,51 @@ def test_each_is_as_by_itself(kind: str, tokens: int, way: Any, backend: str, de
         check(model(x), [x, *(p for p in model.parameters() if p.requires_grad)], way)
 
 
+def _experts() -> tuple[Any, tuple[Tensor, Tensor, Tensor]]:
+    """A mixture's, and what it is given: tokens, which experts' they are, and by which weights."""
+    pytest.importorskip("transformers")
+    layer = around_experts(
+        mixtures.experts("mixtral"), dict.fromkeys(("gate_up_proj", "down_proj"), AdapterOptions(3, 6.0))
+    )
+    mixtures.move(p for p in layer.parameters() if p.requires_grad)
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(7)])
+    return layer, (torch.randn(7, 16, requires_grad=True), index, torch.rand(7, 2, requires_grad=True))
+
+
 @every_backend
 @pytest.mark.parametrize("way", WAYS)
 def test_of_stacked_experts(way: Any, backend: str, device: str) -> None:
-    pytest.importorskip("transformers")
-    module = mixtures.experts("mixtral")
-    layer = around_experts(module, dict.fromkeys(("gate_up_proj", "down_proj"), AdapterOptions(3, 6.0)))
-    mixtures.move(p for p in layer.parameters() if p.requires_grad)
-    x, weights = torch.randn(7, 16, requires_grad=True), torch.rand(7, 2, requires_grad=True)
-    index = torch.stack([torch.randperm(4)[:2] for _ in range(7)])
+    layer, given = _experts()
     with use_backend(backend):
-        y = layer(x, index, weights)
-        check(y, [x, weights, *(p for p in layer.parameters() if p.requires_grad)], way)
+        check(layer(*given), [given[0], given[2], *(p for p in layer.parameters() if p.requires_grad)], way)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "DoRA and dropout"])  # that is PyTorch's in part
+def test_autocast_around_backward_alone_changes_no_bit(
+    kind: str, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    model, x = MODELS[kind](), torch.randn(20, 64, requires_grad=True)
+    with use_backend(backend):
+        y = model(x)
+        due, dy = [x, *(p for p in model.parameters() if p.requires_grad)], torch.randn_like(y)
+        plain = torch.autograd.grad(y, due, dy, retain_graph=True)
+        with torch.autocast(device, dtype):
+            found = torch.autograd.grad(y, due, dy)
+    assert all(same_bits(one, other) for one, other in zip(found, plain, strict=True))
+
+
+@every_backend
+def test_autocast_around_backward_of_experts(backend: str, device: str) -> None:
+    layer, given = _experts()
+    with use_backend(backend):
+        y = layer(*given)
+        due = [given[0], given[2], *(p for p in layer.parameters() if p.requires_grad)]
+        plain = torch.autograd.grad(y, due, torch.ones_like(y), retain_graph=True)
+        with torch.autocast(device, torch.bfloat16):
+            found = torch.autograd.grad(y, due, torch.ones_like(y))
+    assert all(same_bits(one, other) for one, other in zip(found, plain, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["native", "eager"])
