@@ -208,8 +208,8 @@ class SharedInput:
 
 
 def shared_inputs(holder: nn.Module) -> tuple[SharedInput, ...]:
-    """The common passes among ``holder``'s children."""
-    return tuple(shared for shared in vars(holder).get(_AT_HOLDER, ()) if len(shared.members) > 1)
+    """The common passes among ``holder``'s children. In a copy ``()`` stands for one whose members were gone."""
+    return tuple(shared for shared in vars(holder).get(_AT_HOLDER, ()) if shared and len(shared.members) > 1)
 
 
 def attach(holder: nn.Module, members: Sequence[nn.Module], guessed: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import architectures
 from common_passes import passes
-from lora_kernels import fuse_peft, share_inputs, unfuse_peft
+from lora_kernels import fuse_peft, share_inputs, unfuse_peft, unshare_inputs
 from lora_kernels.shared_input import shared_inputs
 from numerics import check, check_all
 
@@ -110,3 +111,14 @@ def test_unloading_leaves_no_group() -> None:
     plain = model.merge_and_unload()
     assert not any(shared_inputs(holder) for holder in plain.modules())
     assert b"lora_kernels" not in pickle.dumps(plain)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_an_unloaded_model_can_be_fused_again(copied: Callable[[Any], Any]) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(architectures.llama(), config)
+    fuse_peft(model)
+    plain = copied(model.unload())
+    assert unshare_inputs(plain) == 0
+    report = fuse_peft(peft.get_peft_model(copied(model.unload()), config))
+    assert len(report.groups) == 2
