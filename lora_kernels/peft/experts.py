@@ -111,7 +111,10 @@ def why_own(
         return "a module within it has hooks"
     if len({wrapper._is_off() for wrapper in chain}) > 1:
         return "adapters are disabled in a part of its wrappers"
-    reason = why_call(x, (), {}) or why_not_experts(chain[-1].base_layer)
+    base = chain[-1].base_layer
+    reason = why_call(x, (), {}) or why_not_experts(base)
+    if reason is None and any(getattr(base, name).requires_grad for name in targets(base)):
+        return "a weight of its experts trains"
     for wrapper in acting:
         reason = reason or next(filter(None, (_why_adapter(wrapper, name) for name in wrapper._acting())), None)
     return reason

@@ -132,6 +132,19 @@ def test_what_cannot_be_fused_is_pefts_own_and_counted() -> None:
     assert judge("logits", found, expected, expected, torch.float64, depth=8).passed
 
 
+@pytest.mark.parametrize("trained", ["gate_up_proj", "down_proj"])
+def test_a_weight_of_the_experts_that_trains_is_pefts_own(trained: str) -> None:
+    model = made("gpt_oss", TARGETS[:1])
+    for name, parameter in model.named_parameters():
+        if name.endswith((trained, "_bias")):
+            parameter.requires_grad_()
+    expected = results(model)
+    fuse_peft(model)
+    check(model, expected)
+    assert any(name.endswith(trained) for name in expected)
+    assert set(calls(model).own) == {"a weight of its experts trains"}
+
+
 def test_a_linear_layers_weight_stays_pefts() -> None:
     model = made("mixtral", ["q_proj.weight", *TARGETS])
     report = fuse_peft(model)
