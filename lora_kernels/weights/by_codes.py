@@ -21,6 +21,7 @@ __all__ = ["codes_of", "forward", "number_of", "reading"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STORED = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
+_WIDE = (16, 32, 64, 128)  # e2m1 numbers of a factor
 _readers: dict[str, Callable[[Layout], Codes | None]] = {}
 
 
@@ -43,7 +44,9 @@ def reading(form: str, values: Callable[..., Tensor], codes: Callable[[Layout], 
 def codes_of(layout: Layout) -> Codes | None:
     """By what numbers kernels read such a weight; None where they do not."""
     codes = _readers[layout.form](layout) if layout.form in _readers else None
-    return None if codes is None or (codes.number in FOUR_BITS and codes.wide % UNIT) else codes
+    if codes is None or (codes.number in FOUR_BITS and codes.wide % UNIT):
+        return None
+    return None if codes.number == "e2m1" and (codes.wide not in _WIDE or layout.columns % codes.wide) else codes
 
 
 def number_of(layout: Layout) -> str:
@@ -57,6 +60,10 @@ def _given(parts: Sequence[Tensor], codes: Codes) -> list[Tensor] | None:
     data, scales = parts[0], parts[1]
     if not all(type(part) is Tensor and part.device == data.device and part.is_contiguous() for part in parts):
         return None
+    if codes.number == "e2m1":
+        if any(part.element_size() != 1 for part in parts[:2]) or any(p.dtype is not torch.float32 for p in parts[2:]):
+            return None
+        return [*(part.view(torch.uint8) for part in parts[:2]), *parts[2:]]
     if codes.number in FOUR_BITS:
         of_absmax = torch.uint8 if codes.nested else torch.float32
         if scales.dtype is not of_absmax or not all(part.dtype is torch.float32 for part in parts[2:]):

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..codes import Codes
 from ..errors import LoRAStateError
 from ..ops import CodedParts, register_form
 from . import four_bits
+from .by_codes import reading
 from .packed import Layout
 
 __all__ = ["codes", "is_experts", "names", "read", "values"]
@@ -88,4 +90,8 @@ def values(parts: list[Tensor], spec: str, rows: int, columns: int, dtype: torch
     return torch.ldexp(found, scales.int().sub_(_BIAS).unsqueeze(-1)).view(rows, columns).to(dtype)
 
 
-register_form("mxfp4", values, codes)
+def _stored(layout: Layout) -> Codes:
+    return Codes("e2m1", 1, _BLOCK, scales="e8m0")
+
+
+register_form("mxfp4", reading("mxfp4", values, _stored), codes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,20 +44,13 @@ class _TensorForm:
         rebuild: Rebuild,
         again: Again,
         codes: CodesOf | None = None,
-        number: str = "",
+        stored: Callable[[Layout], Codes | None] = lambda layout: None,
         values_of: ValuesOf | None = None,
     ) -> None:
         self.kind, self.tensors, self.settings, self.rebuild, self.again = kind, tensors, settings, rebuild, again
         self.values_of = values_of
-        self.name, self.codes, self.number = f"torchao-{kind}", codes, number
-        register_form(self.name, reading(self.name, self.values, self._stored), codes)
-
-    def _stored(self, layout: Layout) -> Codes | None:
-        block = layout.spec.split("/")[0]
-        if not self.number or "," not in block:
-            return None
-        high, wide = _block(block)
-        return Codes(self.number, high, wide, zeros=layout.tensors > 2)
+        self.name, self.codes = f"torchao-{kind}", codes
+        register_form(self.name, reading(self.name, self.values, stored), codes)
 
     def knows(self, module: nn.Module) -> bool:
         return type(module).forward is nn.Linear.forward
@@ -147,6 +141,14 @@ def _block(word: str) -> list[int]:
     return [int(size) for size in word.split(",")]
 
 
+def _stored_bytes(number: str, layout: Layout) -> Codes | None:
+    block = layout.spec.split("/")[0]
+    if "," not in block:
+        return None
+    high, wide = _block(block)
+    return Codes(number, high, wide, zeros=layout.tensors > 2)
+
+
 def _int8(kind: Any, parts: list[Tensor], words: list[str], dtype: torch.dtype) -> Any:
     return kind(parts[0], parts[1], _block(words[0]), dtype, zero_point=parts[2] if len(parts) > 2 else None)
 
@@ -222,6 +224,11 @@ def _nvfp4_values(weight: Any) -> Tensor:
     return numbers.mul_(scales.unsqueeze(-1)).view(weight.shape).to(weight.dtype)
 
 
+def _nvfp4_stored(layout: Layout) -> Codes | None:
+    block, swizzled = layout.spec.split("/")
+    return Codes("e2m1", 1, int(block), scales="e4m3") if swizzled == "False" else None
+
+
 def _nvfp4_again(kind: Any, weight: Any, values: Tensor) -> Any:
     whole = weight.per_tensor_scale
     if whole is not None:
@@ -244,6 +251,15 @@ def _mx_codes(parts: list[Tensor], spec: str, rows: int, columns: int) -> CodedP
     return eight_bits.codes(parts[0], parts[1], 1, int(block)) if element == "float8_e4m3fn" else None
 
 
+def _mx_stored(layout: Layout) -> Codes | None:
+    element, block, swizzled = layout.spec.split("/")
+    if swizzled == "True":
+        return None
+    if element == "float4_e2m1fn_x2":
+        return Codes("e2m1", 1, int(block), scales="e8m0")
+    return Codes("e4m3", 1, int(block)) if element == "float8_e4m3fn" else None
+
+
 def _mx_again(kind: Any, weight: Any, values: Tensor) -> Any:
     """By the choice of scales that is torchao's default: the tensor does not say which one it was made with."""
     ways = {name: getattr(weight, name) for name in ("kernel_preference", "is_swizzled_scales")}
@@ -254,7 +270,13 @@ FORMS = {
     form.kind: form
     for form in (
         _TensorForm(
-            "Int8Tensor", ("qdata", "scale", "zero_point"), ("block_size",), _int8, _int8_again, _int8_codes, "int8"
+            "Int8Tensor",
+            ("qdata", "scale", "zero_point"),
+            ("block_size",),
+            _int8,
+            _int8_again,
+            _int8_codes,
+            partial(_stored_bytes, "int8"),
         ),
         _TensorForm(
             "IntxUnpackedToInt8Tensor",
@@ -263,15 +285,24 @@ FORMS = {
             _intx,
             _intx_again,
             _int8_codes,
-            "int8",
+            partial(_stored_bytes, "int8"),
         ),
-        _TensorForm("Float8Tensor", ("qdata", "scale"), ("block_size",), _float8, _float8_again, _float8_codes, "e4m3"),
+        _TensorForm(
+            "Float8Tensor",
+            ("qdata", "scale"),
+            ("block_size",),
+            _float8,
+            _float8_again,
+            _float8_codes,
+            partial(_stored_bytes, "e4m3"),
+        ),
         _TensorForm(
             "NVFP4Tensor",
             ("qdata", "scale", "per_tensor_scale"),
             ("block_size", "is_swizzled_scales"),
             _nvfp4,
             _nvfp4_again,
+            stored=_nvfp4_stored,
             values_of=_nvfp4_values,
         ),
         _TensorForm(
@@ -281,6 +312,7 @@ FORMS = {
             _mx,
             _mx_again,
             _mx_codes,
+            _mx_stored,
         ),
     )
 }

@@ -20,6 +20,7 @@ from lora_kernels import (
     load_adapter,
     mark_only_lora_as_trainable,
     merge_lora,
+    ops,
     replace_linear,
     restore_linear,
     save_adapter,
@@ -245,6 +246,24 @@ def test_mxfp4_experts_compute_what_gpt_oss_does() -> None:
     found, wanted = results(layer, *wide_inputs()), results(twin, *wide_inputs())
     check_all(found, partial(made_whole, twin, *wide_inputs(), torch.float64, merged=False), wanted, torch.float32)
     assert type(layer.to_plain()) is type(module)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing is interpreted")
+def test_kernels_in_triton_make_mxfp4s_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, with the very bits; each expert's in one launch."""
+    from lora_kernels.backends.triton import code_operators
+
+    made, layer = [], adapted(mxfp4_experts()[0])
+    before = results(layer, *wide_inputs())
+
+    def noted(*arguments: Any) -> Tensor:
+        made.append(arguments[1].number)
+        return code_operators.values(*arguments)
+
+    monkeypatch.setattr(ops, "_code_kernels", {"cpu": ops.CodeKernels(noted, code_operators.few_tokens)})
+    after = results(layer, *wide_inputs())
+    assert set(made) == {"e2m1"}
+    assert all(same_bits(before[name], after[name]) for name in before)
 
 
 def wide_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -172,6 +172,8 @@ def _quantized_weight(problem: Problem) -> str:
     if quantized(problem.device_type) == "own":
         from .choose.blocks import FEW_TOKENS
 
+        if problem.codes == "e2m1":
+            return " Triton's kernels make the values of its weight."
         return (
             f" Triton's kernels read its weight as {problem.codes}. Up to {FEW_TOKENS} tokens are multiplied with that "
             "itself; all else with its values, which they make."

@@ -31,6 +31,7 @@ from .kernels.codes import eight_bit_values_kernel, four_bit_values_kernel
 from .kernels.few_codes import few_codes_kernel
 from .kernels.few_four_bits import few_four_bits_kernel, sum_four_bits_kernel
 from .kernels.few_tokens import sum_parts_kernel
+from .kernels.mx import e2m1_values_kernel
 from .run.call import Call, cdiv, rows_in_one_piece, told
 from .run.launcher import PassRun
 from .run.prepared import Cache, Launch, alignment, first_that_runs, matrix, precision_of
@@ -66,7 +67,9 @@ def values(parts: list[Tensor], codes: Codes, rows: int, columns: int, dtype: to
     run = _runs.get(key)
     if run is None:
         _check(parts, codes, rows, columns)
-        step = _four_bit_step if codes.number in FOUR_BITS else _eight_bit_step
+        step = (
+            _e2m1_step if codes.number == "e2m1" else _four_bit_step if codes.number in FOUR_BITS else _eight_bit_step
+        )
         run = _runs.keep(key, PassRun(step(*of, parts[0].device), parts[0].device))
     w: Tensor = run(*parts)
     return w
@@ -88,6 +91,21 @@ def _four_bit_step(codes: Codes, rows: int, columns: int, dtype: torch.dtype, de
     def step(stream: int | None, *parts: Tensor) -> Tensor:
         w = torch.empty((rows, columns), dtype=dtype, device=device)
         launch(stream, *parts, *absent, w)
+        return w
+
+    return step
+
+
+def _e2m1_step(codes: Codes, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Step:
+    """``step(stream, codes, scales)``, with a factor of all W that one too -> W."""
+    block, num_warps = four_bit_block(blocks.machine_of(device), dtype.itemsize)
+    count = rows * columns // 2
+    static = (count, codes.scales, codes.wide, block)
+    launch = Launch(e2m1_values_kernel, (cdiv(count, block), 1, 1), static, num_warps=num_warps)
+
+    def step(stream: int | None, data: Tensor, scales: Tensor, whole: Tensor | None = None) -> Tensor:
+        w = torch.empty((rows, columns), dtype=dtype, device=device)
+        launch(stream, data, scales, whole, w)
         return w
 
     return step
@@ -139,15 +157,15 @@ def few_tokens(
     """y (M, N), h (M, R) fp32 and l (M, N), where it is asked for, in one pass over the codes; W is never written.
 
     y = g * l + bias with l = x Wᵀ + s h Bᵀ; with ``lora_a`` also h = (x * D) Aᵀ, else h is given. Without ``lora_b``
-    there is no adapter. None where no kernel takes such a call: more than 16 tokens, nothing, 4-bit rows that are no
-    whole units, h to be formed at a rank above 64 or beside a gain, or no adapter beside others than 4-bit codes in
-    16-bit compute.
+    there is no adapter. None where no kernel takes such a call: more than 16 tokens, nothing, e2m1 codes, 4-bit rows
+    that are no whole units, h to be formed at a rank above 64 or beside a gain, or no adapter beside others than 4-bit
+    codes in 16-bit compute.
 
     Raises:
         InvalidArgumentError: a part has fewer numbers than the weight needs.
     """
     (m, k), four_bits = x.shape, codes.number in FOUR_BITS
-    if not 0 < m <= FEW_TOKENS or k == 0 or (four_bits and k % UNIT):
+    if codes.number == "e2m1" or not 0 < m <= FEW_TOKENS or k == 0 or (four_bits and k % UNIT):
         return None
     n, r = (parts[0].numel() * (1 + four_bits) // k, 0) if lora_b is None else lora_b.shape
     if n == 0 or (r == 0 and lora_b is not None):
@@ -343,7 +361,9 @@ def _sum_launch(c: Call, parts: int, pdl: bool) -> Callable[..., None]:
 def _check(parts: list[Tensor], codes: Codes, rows: int, columns: int) -> None:
     """Raises for parts that a kernel would read past their end."""
     total = rows * columns
-    if codes.number in FOUR_BITS:
+    if codes.number == "e2m1":
+        needed = {"codes": total // 2, "scales": total // codes.wide} | ({"its factor": 1} if len(parts) > 2 else {})
+    elif codes.number in FOUR_BITS:
         count = cdiv(total, codes.wide)
         needed = {"codes": cdiv(total, 2), "absmax": count}
     else:
@@ -354,7 +374,7 @@ def _check(parts: list[Tensor], codes: Codes, rows: int, columns: int) -> None:
         needed |= {"the absmax of absmax": cdiv(count, codes.nested), "the table of absmax": _TABLE, "its offset": 1}
     for (name, least), part in zip(needed.items(), parts, strict=True):
         if part.numel() < least:
-            bits = 4 if codes.number in FOUR_BITS else 8
+            bits = 4 if codes.number in ("e2m1", *FOUR_BITS) else 8
             raise InvalidArgumentError(
                 f"a {bits}-bit weight of {total} numbers has {part.numel()} elements as {name}, and must have {least} "
                 "or more. Give the parts of one weight, whole."

@@ -25,6 +25,11 @@ BYTES = (
     Codes("int8", 1, 32, zeros=True),
     Codes("int8", 1, 10, zeros=True),
 )
+E2M1 = (
+    Codes("e2m1", 1, 32, scales="e8m0"),
+    Codes("e2m1", 1, 128, scales="e8m0"),
+    Codes("e2m1", 1, 16, scales="e4m3"),
+)
 FEW = {
     "4 bits": (Codes("nf4", 1, 64, 4), Codes("nf4", 1, 4096), Codes("fp4", 1, 32)),
     "8 bits": (
@@ -40,6 +45,11 @@ N, K = 37, 288  # no whole strip, no whole step, and two shares of K
 
 def parts_of(codes: Codes, n: int, k: int, device: str) -> list[Tensor]:
     """Random numbers, every byte among them, and factors that differ from block to block."""
+    if codes.number == "e2m1":
+        of_scales = (100, 150) if codes.scales == "e8m0" else (0, 127)
+        data, scales = torch.randint(0, 256, (n, k // 2)), torch.randint(*of_scales, (n, k // codes.wide))
+        whole = [torch.tensor(0.37)] if codes.scales == "e4m3" and n % 2 else []
+        return [part.to(device) for part in (data.to(torch.uint8), scales.to(torch.uint8), *whole)]
     if codes.number in FOUR_BITS:
         count = -(-n * k // codes.wide)
         data = torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8)
@@ -61,6 +71,11 @@ def parts_of(codes: Codes, n: int, k: int, device: str) -> list[Tensor]:
 def by_formula(parts: list[Tensor], codes: Codes, n: int, k: int, dtype: torch.dtype) -> Tensor:
     """W by PyTorch: each number less its zero, times its factor in fp32, rounded once."""
     data, factor = parts[0], parts[1]
+    if codes.number == "e2m1":
+        numbers = four_bits.e2m1(data).view(n, k)
+        stored = torch.float8_e8m0fnu if codes.scales == "e8m0" else torch.float8_e4m3fn
+        factor = factor.view(stored).float() * (parts[2] if len(parts) > 2 else 1.0)
+        return (numbers * factor.repeat_interleave(codes.wide, 1)).to(dtype)
     if codes.number in FOUR_BITS:
         if codes.nested:
             factor = parts[3][factor.long()] * parts[2].repeat_interleave(codes.nested)[: factor.numel()] + parts[4]
@@ -95,6 +110,29 @@ def check_every_byte_of_e4m3(device: str) -> None:
     expected = data.view(torch.float8_e4m3fn).float()
     assert torch.equal(found.isnan(), expected.isnan())
     assert same_bits(found.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("codes", E2M1, ids=str)
+def test_the_values_of_e2m1_codes_have_the_formulas_bits(codes: Codes, triton_device: str) -> None:
+    """Of one block and of many programs; with a factor of all W and without."""
+    torch.manual_seed(5)
+    for (n, k), dtype in itertools.product(((1, codes.wide), (7, 384), (30, 256)), DTYPES):
+        parts = parts_of(codes, n, k, triton_device)
+        found = code_operators.values(parts, codes, n, k, dtype)
+        assert same_bits(found, by_formula(parts, codes, n, k, dtype)), (codes, n, k, dtype)
+
+
+@pytest.mark.parametrize("scales", ["e8m0", "e4m3"])
+def test_every_code_with_every_scale(scales: str, triton_device: str) -> None:
+    """Subnormal and infinite results too; a scale that is no number makes none."""
+    codes = Codes("e2m1", 1, 32, scales=scales)
+    data = torch.arange(16, dtype=torch.uint8, device=triton_device).repeat(256, 1) * 17
+    parts = [data, torch.arange(256, dtype=torch.uint8, device=triton_device).view(256, 1)]
+    for dtype in DTYPES:
+        found, wanted = code_operators.values(parts, codes, 256, 32, dtype), by_formula(parts, codes, 256, 32, dtype)
+        assert torch.equal(found.isnan(), wanted.isnan())
+        first = 2 if dtype is torch.bfloat16 and triton_device == "cpu" else 0  # the interpreter has no subnormal bf16
+        assert same_bits(found[first:].nan_to_num(7.0), wanted[first:].nan_to_num(7.0))
 
 
 def few(codes: Codes, parts: list[Tensor], m: int, r: int, dtype: torch.dtype, with_a: bool, p: float) -> None:
@@ -257,6 +295,7 @@ def test_what_the_kernel_does_not_take_is_left_to_the_values() -> None:
         return code_operators.few_tokens(torch.ones(m, k), parts, codes, *rest, 1.0, 0.0, None, False)
 
     nf4, fp8 = Codes("nf4", 1, 64), Codes("e4m3", 128, 128)
+    assert asked(E2M1[0]) is None
     assert asked(nf4) is not None
     assert asked(fp8, k=51) is not None
     for none in (asked(nf4, m=17), asked(nf4, m=0), asked(nf4, k=48), asked(nf4, r=65), asked(nf4, gain=torch.ones(4))):
@@ -264,7 +303,7 @@ def test_what_the_kernel_does_not_take_is_left_to_the_values() -> None:
     assert asked(nf4, r=0) is None  # without an adapter in fp32
 
 
-@pytest.mark.parametrize("codes", [Codes("nf4", 1, 64, 4), Codes("int8", 1, 10, zeros=True)], ids=str)
+@pytest.mark.parametrize("codes", [Codes("nf4", 1, 64, 4), Codes("int8", 1, 10, zeros=True), E2M1[2]], ids=str)
 def test_parts_that_are_too_short_are_refused(codes: Codes) -> None:
     for i in range(5 if codes.nested else 3):
         parts = parts_of(codes, N, K, "cpu")

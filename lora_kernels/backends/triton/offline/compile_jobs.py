@@ -251,6 +251,9 @@ def _parts_of(codes: Codes, n: int, k: int) -> list[Tensor]:
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    if codes.number == "e2m1":
+        whole = [meta()] if codes.scales == "e4m3" else []
+        return [meta(n, k // 2, dtype=torch.uint8), meta(n, k // codes.wide, dtype=torch.uint8), *whole]
     if codes.number not in FOUR_BITS:
         data = meta(n, k, dtype=torch.int8 if codes.number == "int8" else torch.uint8)
         return [data, meta(n // (codes.high or n) * (k // (codes.wide or k)))]
@@ -261,11 +264,12 @@ def _parts_of(codes: Codes, n: int, k: int) -> list[Tensor]:
 
 
 def _call_values(n: int, k: int, dtype: torch.dtype) -> None:
-    """The values of NF4 and FP4 in blocks of 64, with plain and with nested statistics; of block-scaled FP8, once."""
+    """The values of NF4 and FP4 in blocks of 64, with plain and with nested statistics; in bf16 those of the others."""
     from ..code_operators import values
 
     four_bits = tuple(Codes(of, 1, 64, nested) for of in FOUR_BITS for nested in (0, 256))
-    for codes in (*four_bits, *(_CODES[2:3] if dtype is _BF16 else ())):
+    others = (*_CODES[2:], Codes("e2m1", 1, 32, scales="e8m0"), Codes("e2m1", 1, 16, scales="e4m3"))
+    for codes in (*four_bits, *(others if dtype is _BF16 else ())):
         values(_parts_of(codes, n, k), codes, n, k, dtype)
 
 
