@@ -66,6 +66,7 @@ _NO_PRODUCT = (
     "gated_grad_kernel",
     "combine_kernel",
     "combine_grad_kernel",
+    "e2m1_values_kernel",
     "eight_bit_values_kernel",
     "four_bit_values_kernel",
     "hopper_pack_kernel",

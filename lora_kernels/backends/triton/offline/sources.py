@@ -32,12 +32,13 @@ def _modules() -> tuple[Any, ...]:
         gain,
         gated,
         input_grad,
+        mx,
         packed,
         persistent,
     )
 
     modules = (backward, codes, combine, experts, few_codes, few_four_bits, few_tokens, forward, gain, gated)
-    return *modules, input_grad, packed, persistent
+    return *modules, input_grad, mx, packed, persistent
 
 
 def _hopper_modules() -> tuple[Any, ...]:
