@@ -244,25 +244,28 @@ def _negated(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
-@pytest.mark.parametrize("activation", ["identity", "relu"])
-@pytest.mark.parametrize("name", ["x", "weight", "lora_a", "lora_b", "bias"])
-def test_the_imaginary_part_of_a_conjugate_keeps_its_sign(
-    name: str, activation: str, backend: str, device: str
-) -> None:
+def test_the_imaginary_part_of_a_conjugate_keeps_its_sign(backend: str, device: str) -> None:
     t = {own: tensor.to(device) for own, tensor in _tensors().items()}
 
-    def run(changed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    def run(changed: dict[str, torch.Tensor], activation: str) -> list[torch.Tensor]:
         leaves = {own: tensor.detach().requires_grad_() for own, tensor in (t | changed).items()}
         y = lora_linear(**leaves, activation=activation, backend=backend)
         return [y, *torch.autograd.grad(y.square().sum(), tuple(leaves.values()))]
 
-    for found, plain in zip(run({name: _negated(t[name])}), run({}), strict=True):
-        torch.testing.assert_close(found, plain)
+    for activation in ("identity", "relu"):
+        expected = run({}, activation)
+        for name in t:
+            for found, plain in zip(run({name: _negated(t[name])}, activation), expected, strict=True):
+                torch.testing.assert_close(found, plain)
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
-@pytest.mark.parametrize("activation", ["identity", "relu"])
-def test_a_gradient_through_a_conjugate_keeps_its_sign(activation: str, backend: str, device: str) -> None:
+def test_a_gradient_through_a_conjugate_keeps_its_sign(backend: str, device: str) -> None:
+    for activation in ("identity", "relu"):
+        _check_a_conjugate(activation, backend, device)
+
+
+def _check_a_conjugate(activation: str, backend: str, device: str) -> None:
     t = {own: tensor.to(device).requires_grad_() for own, tensor in _tensors().items()}
     y = lora_linear(**t, activation=activation, backend=backend)
     factor = torch.randn(5, 4, dtype=torch.complex64, device=device)

@@ -112,20 +112,22 @@ def check_every_byte_of_e4m3(device: str) -> None:
     assert same_bits(found.nan_to_num(), expected.nan_to_num())
 
 
-@pytest.mark.parametrize("codes", E2M1, ids=str)
-def test_the_values_of_e2m1_codes_have_the_formulas_bits(codes: Codes, triton_device: str) -> None:
+def test_the_values_of_e2m1_codes_have_the_formulas_bits(triton_device: str) -> None:
     """Of one block and of many programs; with a factor of all W and without."""
     torch.manual_seed(5)
-    for (n, k), dtype in itertools.product(((1, codes.wide), (7, 384), (30, 256)), DTYPES):
+    for codes, (n, k), dtype in itertools.product(E2M1, ((1, 128), (7, 384), (30, 256)), DTYPES):
         parts = parts_of(codes, n, k, triton_device)
         found = code_operators.values(parts, codes, n, k, dtype)
         assert same_bits(found, by_formula(parts, codes, n, k, dtype)), (codes, n, k, dtype)
 
 
-@pytest.mark.parametrize("scales", ["e8m0", "e4m3"])
-def test_every_code_with_every_scale(scales: str, triton_device: str) -> None:
+def test_every_code_with_every_scale(triton_device: str) -> None:
     """Subnormal and infinite results too; a scale that is no number makes none."""
-    codes = Codes("e2m1", 1, 32, scales=scales)
+    for scales in ("e8m0", "e4m3"):
+        check_every_code(Codes("e2m1", 1, 32, scales=scales), triton_device)
+
+
+def check_every_code(codes: Codes, triton_device: str) -> None:
     data = torch.arange(16, dtype=torch.uint8, device=triton_device).repeat(256, 1) * 17
     parts = [data, torch.arange(256, dtype=torch.uint8, device=triton_device).view(256, 1)]
     for dtype in DTYPES:

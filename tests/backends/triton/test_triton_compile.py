@@ -80,6 +80,7 @@ def test_every_kernel_is_in_the_report(arch: int, compiled: dict[str, Any]) -> N
         *("combine", "combine_grad"),
         "four_bit_values",
         "eight_bit_values",
+        "e2m1_values",
         "few_codes",
         *("few_four_bits", "sum_four_bits"),
         *("experts_shrink", "experts_product", "experts_outer"),
