@@ -55,6 +55,7 @@ __all__ = [
 # Up to this many tokens on a CPU the host's time decides, of which the plain layer's way takes least: one read of x for
 # all branches saves less than it costs there.
 _FEW_TOKENS = 16
+_STRIDED = torch.strided
 
 
 def run_plain(
@@ -442,7 +443,7 @@ def check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tenso
         device, dtype = x.device, x.dtype
         if (
             not x.is_nested
-            and x.layout is torch.strided
+            and x.layout is _STRIDED
             and _shapes_fit(x, weight, lora_a, lora_b, bias)
             and device == weight.device == lora_a.device == lora_b.device
             and (weight.dtype is dtype or (autocast and weight.dtype.is_floating_point))
