@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from typing import Any, TypeVar
@@ -21,14 +21,19 @@ __all__ = [
     "AdapterOptions",
     "LoRAConfig",
     "as_tuple",
+    "check_modules_to_save",
+    "layer_expression",
+    "pattern_expression",
     "pattern_value",
     "plain_number",
     "scaling_of",
+    "whole_expression",
 ]
 
 Config = TypeVar("Config")
 
 BIAS_CHOICES = ("none", "all", "lora_only")
+HIGHEST_RANK = 2**31 - 1  # kernels and BLAS count in 32 bits
 ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -57,17 +62,18 @@ class AdapterOptions:
     def check_numbers(self) -> None:
         """Raises for a rank, alpha, dropout, initialisation or dtype that cannot be."""
         r, lora_alpha, lora_dropout, adapter_dtype = self.r, self.lora_alpha, self.lora_dropout, self.adapter_dtype
-        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= HIGHEST_RANK:
             raise InvalidArgumentError(
-                f"r={r!r} was given: the rank must be an integer of at least 1, such as 8 or 16."
+                f"r={_shown(r)} was given: the rank must be an integer of at least 1, such as 8 or 16."
             )
-        if not _is_number(lora_alpha) or not lora_alpha >= 0 or math.isinf(lora_alpha):
+        if not _is_number(lora_alpha) or not 0 <= lora_alpha <= sys.float_info.max:
             raise InvalidArgumentError(
-                f"lora_alpha={lora_alpha!r} was given: it must be a finite number that is not negative, often r or 2 r."
+                f"lora_alpha={_shown(lora_alpha)} was given: it must be a finite number that is not negative, often "
+                "r or 2 r."
             )
         if not _is_number(lora_dropout) or not 0 <= lora_dropout < 1:
             raise InvalidArgumentError(
-                f"lora_dropout={lora_dropout!r} was given: it must lie in [0, 1). Use 0.0 to switch dropout off."
+                f"lora_dropout={_shown(lora_dropout)} was given: it must lie in [0, 1). Use 0.0 to switch dropout off."
             )
         check_initialisation(self.init_lora_weights, r, lora_alpha)
         if adapter_dtype is not None and adapter_dtype not in ADAPTER_DTYPES:
@@ -80,8 +86,10 @@ class AdapterOptions:
         """Raises for options that do not go together: those that PEFT does not have together either, and activations
         beside what reads the product B A."""
         init = self.init_lora_weights
-        if not isinstance(self.lora_bias, bool):
-            raise InvalidArgumentError(f"lora_bias={self.lora_bias!r} was given: it must be True or False.")
+        for name in ("use_rslora", "use_dora", "lora_bias"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise InvalidArgumentError(f"{name}={value!r} was given: it must be True or False.")
         if self.lora_bias and self.use_dora:
             raise InvalidArgumentError("lora_bias=True was given with use_dora=True, which has no such bias. Give one.")
         if self.lora_bias and not isinstance(init, bool):
@@ -218,11 +226,7 @@ class LoRAConfig:
         options.check_kinds()
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             _check_names(name, getattr(self, name))
-        if isinstance(self.modules_to_save, str):
-            raise InvalidTypeError(
-                f"modules_to_save={self.modules_to_save!r} was given: it must be a list of names of modules."
-            )
-        _check_names("modules_to_save", self.modules_to_save)
+        check_modules_to_save(self.modules_to_save)
         if isinstance(self.target_parameters, str):
             raise InvalidTypeError(
                 f"target_parameters={self.target_parameters!r} was given: it must be a list of names of Parameters, "
@@ -230,15 +234,9 @@ class LoRAConfig:
             )
         _check_names("target_parameters", self.target_parameters)
         self._check_layers()
-        patterns = [*self.rank_pattern, *self.alpha_pattern, *(self.modules_to_save or ())]
-        patterns += [s for s in (self.target_modules, self.exclude_modules) if isinstance(s, str)]
-        for expression in [*patterns, *as_tuple(self.layers_pattern)]:
-            try:
-                re.compile(expression)
-            except re.error as error:
-                raise InvalidArgumentError(
-                    f"{expression!r} is not a regular expression ({error}); mend it, or give a list of module names."
-                ) from error
+        _check_expressions(s for s in (self.target_modules, self.exclude_modules) if isinstance(s, str))
+        _check_expressions([*self.rank_pattern, *self.alpha_pattern], pattern_expression)
+        _check_expressions(as_tuple(self.layers_pattern), layer_expression)
 
     @classmethod
     def from_peft(cls, config: Any, adapter_dtype: torch.dtype | None = None) -> LoRAConfig:
@@ -347,6 +345,32 @@ def _check_names(argument: str, names: Any) -> None:
         )
 
 
+def check_modules_to_save(names: Any) -> None:
+    """Raises unless ``names`` is None, or a list, tuple or set of expressions over the ends of modules' names."""
+    if isinstance(names, str):
+        raise InvalidTypeError(f"modules_to_save={names!r} was given: it must be a list of names of modules.")
+    _check_names("modules_to_save", names)
+    _check_expressions(names or (), whole_expression)
+
+
+def _check_expressions(expressions: Iterable[str], within: Callable[[str], str] = str) -> None:
+    """Raises unless each is a regular expression, also ``within`` the longer one that it becomes a part of."""
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise InvalidArgumentError(
+                f"{expression!r} is not a regular expression ({error}); mend it, or give a list of module names."
+            ) from error
+        try:
+            re.compile(within(expression))
+        except (re.error, RecursionError, OverflowError) as error:
+            raise InvalidArgumentError(
+                f"{expression!r} is a regular expression that cannot be a part of a longer one ({error}): "
+                "it is put behind one for the start of the name. Write flags as in (?i:name)."
+            ) from error
+
+
 def _check_pattern(argument: str, pattern: Any) -> None:
     """Raises unless ``pattern`` is a dictionary whose keys are strings."""
     if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
@@ -354,6 +378,12 @@ def _check_pattern(argument: str, pattern: Any) -> None:
             f"{argument}={pattern!r} was given: it must be a dictionary from regular expressions over the ends of "
             f'names to numbers, such as {{"q_proj": 4}}, or {{}}.'
         )
+
+
+def _shown(number: Any) -> str:
+    """``number`` as it was given; Python writes out no integer of thousands of digits."""
+    too_long = isinstance(number, int) and number.bit_length() > 256
+    return f"an integer of {number.bit_length()} bits" if too_long else repr(number)
 
 
 def _is_number(value: Any) -> bool:
@@ -367,4 +397,19 @@ def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
 
 def pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:
     """The value of the first key that matches the end of the dotted ``name`` as an expression, else ``default``."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in pattern.items() if re.match(pattern_expression(key), name)), default)
+
+
+def pattern_expression(key: str) -> str:
+    """What a key of ``rank_pattern`` or ``alpha_pattern`` means of a whole name, as in PEFT."""
+    return rf"(.*\.)?({key})$"
+
+
+def whole_expression(entry: str) -> str:
+    """What an entry of ``modules_to_save`` means of a whole name: it ends so, or is within what does."""
+    return rf"(^|.*\.){entry}($|\..*)"
+
+
+def layer_expression(pattern: str) -> str:
+    """What an entry of ``layers_pattern`` means of a whole name; ``index`` is the layer's number."""
+    return rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\."

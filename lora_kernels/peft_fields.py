@@ -118,6 +118,7 @@ def held(fields: Mapping[str, Any], where: str, what_becomes: str, stacklevel: i
             stacklevel=stacklevel + 1,
         )
     given = {name: fields.get(name, default) for name, default in HELD.items()}
+    given |= {name: False for name, value in given.items() if value is None and HELD[name] is False}
     given["lora_dropout"] = fields.get(DROPOUT) or given["lora_dropout"]
     return given | {name: given[name] or {} for name in ("rank_pattern", "alpha_pattern")}
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..config import LoRAConfig, as_tuple
+from ..config import LoRAConfig, as_tuple, layer_expression, whole_expression
 from ..errors import InvalidArgumentError
 from ..experts import held
 from ..layer import LoRALayer
@@ -101,9 +101,7 @@ def _in_layers(config: LoRAConfig, name: str) -> bool:
     if not wanted:
         return True
     patterns = as_tuple(config.layers_pattern or None)
-    expressions = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns] or [
-        r".*?\.[^.]*\.(?P<index>\d+)\."
-    ]
+    expressions = [layer_expression(pattern) for pattern in patterns] or [r".*?\.[^.]*\.(?P<index>\d+)\."]
     found = next((match for match in (re.match(expression, name) for expression in expressions) if match), None)
     return found is not None and int(found["index"]) in wanted
 
@@ -111,7 +109,7 @@ def _in_layers(config: LoRAConfig, name: str) -> bool:
 def saved_whole(config: LoRAConfig, name: str) -> str | None:
     """The entry of ``modules_to_save`` that ``name`` is, or is within; None if there is none."""
     entries = as_tuple(config.modules_to_save)
-    return next((entry for entry in entries if re.match(rf"(^|.*\.){entry}($|\..*)", name)), None)
+    return next((entry for entry in entries if re.match(whole_expression(entry), name)), None)
 
 
 def trained_whole(names: Collection[str], model: nn.Module) -> list[tuple[str, nn.Module]]:
