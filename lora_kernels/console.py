@@ -29,6 +29,7 @@ __all__ = [
     "optional",
     "progress_bars",
     "progress_lines",
+    "write_file",
 ]
 
 Progress = Callable[[str, int, int], None]
@@ -126,6 +127,33 @@ def check_writable(option: str, path: Path) -> None:
         raise InvalidArgumentError(
             f"{option} {path} cannot be written: name a file in a folder that exists and that you may write to."
         )
+
+
+def write_file(path: Path, text: str) -> None:
+    """Puts ``text`` into a file as a whole: where that fails, what was there stays.
+
+    A device or a pipe, such as ``/dev/stdout``, is written to; it is never replaced.
+
+    Raises:
+        InvalidArgumentError: it cannot be written, as where the disk is full.
+    """
+    place = path.resolve()  # a link stays a link
+    beside = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+    try:
+        if path.exists() and not path.is_file():
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+            return
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(place)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise InvalidArgumentError(
+            f"{path} cannot be written: {error}. Make room, or name a file in another folder."
+        ) from error
 
 
 def check_plot(option: str, path: Path) -> None:

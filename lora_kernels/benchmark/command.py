@@ -12,7 +12,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..console import Progress, check_plot, check_writable, names, progress_bars, progress_lines, stdout_console
+from ..console import (
+    Progress,
+    check_plot,
+    check_writable,
+    names,
+    progress_bars,
+    progress_lines,
+    stdout_console,
+    write_file,
+)
 from ..errors import InvalidArgumentError
 from . import rebuilt
 from .presets import PRESETS, preset
@@ -152,7 +161,7 @@ def _block(args: argparse.Namespace) -> int:
     with _progress() as progress:
         document = run_block(sizes, device, date, args.budget or 40.0, args.seed, progress)
     if args.json is not None:
-        args.json.write_text(json_text(document) + "\n", encoding="utf-8")
+        write_file(args.json, json_text(document) + "\n")
     for line in told(document):
         print(line)
     return 1 if any(cell["failed"] for cell in document["cells"]) else 0
@@ -168,9 +177,7 @@ def _llama(args: argparse.Namespace) -> int:
 
     def keep(document: dict[str, Any]) -> None:
         if args.json is not None:
-            partial = args.json.with_name(f"{args.json.name}.tmp")
-            partial.write_text(json_text(document) + "\n", encoding="utf-8")
-            partial.replace(args.json)
+            write_file(args.json, json_text(document) + "\n")
 
     budget = BUDGET if args.budget is None else args.budget
     with _progress() as progress:
@@ -251,7 +258,7 @@ def _profile(args: argparse.Namespace, chosen: Preset, providers: Sequence[Provi
     from .profile import profile_preset
 
     found = profile_preset(chosen, providers, device, args.seed, date)
-    args.profile.write_text(found.to_json(), encoding="utf-8")
+    write_file(args.profile, found.to_json())
     print(found)
     return 0
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from ..console import write_file
 from ..errors import InvalidArgumentError
+from ..json_text import parsed
 from ..processor import processor_name
 from .device import gpu_state, source_id
 from .presets import PRESETS
@@ -107,11 +109,9 @@ class Result:
     def save(self, path: str | Path) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         document = _rounded(asdict(self))
         text = _lines(document) if self.predicted else json.dumps(document, indent=1, ensure_ascii=False)
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_file(path, text + "\n")
 
 
 def load(path: str | Path) -> Result:
@@ -121,7 +121,7 @@ def load(path: str | Path) -> Result:
         InvalidArgumentError: not such a file, or of another schema.
     """
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = parsed(Path(path).read_text(encoding="utf-8"))
         if raw["schema"] != SCHEMA:
             raise InvalidArgumentError(
                 f"{path} has schema {raw['schema']}, and this version reads {SCHEMA}: run the benchmark again."
@@ -136,7 +136,9 @@ def load(path: str | Path) -> Result:
             for c in raw["cells"]
         ]
         return Result(**{**raw, "cells": cells})
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        if isinstance(error, InvalidArgumentError):
+            raise
         raise InvalidArgumentError(
             f"{path} is no benchmark result ({error!r}): give a file that bench --json wrote."
         ) from error

@@ -17,6 +17,7 @@ from ..console import (
     progress_bars,
     progress_lines,
     stdout_console,
+    write_file,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def run_command(args: argparse.Namespace) -> int:
         for part in _tables(report):
             console.print(part)
         if args.json is not None:
-            args.json.write_text(json_text(report.to_dict()) + "\n")
+            write_file(args.json, json_text(report.to_dict()) + "\n")
             console.print(f"Everything as JSON: {args.json.resolve()}", soft_wrap=True)
     if by_default and not drawable:
         console.print('No loss curves, as matplotlib is missing: pip install "lora-kernels[plot]".', markup=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -13,6 +12,7 @@ from ..backends.triton.choose.blocks import next_power_of_2
 from ..backends.triton.choose.hopper_group_blocks import MEMBERS
 from ..backends.triton.choose.plans import DIRECTIONS, DTYPES, Cell
 from ..errors import InvalidArgumentError
+from ..json_text import parsed
 
 __all__ = ["PRESETS", "Preset", "cells_of", "directions", "numbers", "preset", "shapes", "shapes_of_model"]
 
@@ -185,7 +185,7 @@ def shapes_of_model(path: Path) -> list[tuple[int, ...]]:
         InvalidArgumentError: the file cannot be read, or lacks the sizes that such a config has.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parsed(path.read_text(encoding="utf-8"))
         config = config.get("text_config", config)
         hidden, inner, heads = (_size(config, n) for n in ("hidden_size", "intermediate_size", "num_attention_heads"))
         key_heads = config.get("num_key_value_heads") or heads

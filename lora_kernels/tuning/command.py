@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..console import Progress, check_writable, json_text, progress_bars, progress_lines, stdout_console
+from ..console import Progress, check_writable, json_text, progress_bars, progress_lines, stdout_console, write_file
 from ..errors import BackendUnavailableError, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _dry_run(args: argparse.Namespace, cells: list[Cell]) -> int:
         machine, name = machine_of(device), str(device)
     if args.json:
         document = {"machine": name, "cells": dry_run_json(cells, machine, args.candidates)}
-        args.json.write_text(json_text(document) + "\n", encoding="utf-8")
+        write_file(args.json, json_text(document) + "\n")
     _print(dry_run_table(cells, machine, name, args.candidates))
     return 0
 
@@ -185,9 +185,7 @@ def _tune(args: argparse.Namespace, cells: list[Cell]) -> int:
     def keep(outcomes: list[Outcome]) -> None:
         if args.json:
             text = json_text({**head, "cells": outcomes_json(outcomes, bench.machine)})
-            partial = args.json.with_name(f"{args.json.name}.part")
-            partial.write_text(text + "\n", encoding="utf-8")
-            partial.replace(args.json)
+            write_file(args.json, text + "\n")
 
     with _progress() as progress:
         outcomes = run(cells, bench, options, progress, keep)

@@ -12,7 +12,7 @@ from typing import Any
 from ..backends.native import choice
 from ..backends.native.choice_table import CHOICES, ProductCell, table_path
 from ..benchmark.report import SHORT, Table
-from ..console import json_text
+from ..console import json_text, write_file
 from ..errors import InvalidArgumentError
 from .cells import directions, numbers, shapes, shapes_of_model
 from .cpu import COMPOSITION, Outcome, cells_of, preset, run
@@ -64,7 +64,7 @@ def dry_run(args: argparse.Namespace, found: Sequence[ProductCell]) -> Table:
     rows = [[*_place(cell), choice.chosen(cell), choice.model(machine.features, cell)] for cell in found]
     if args.json:
         document = {"machine": asdict(machine), "cells": [asdict(cell) for cell in found]}
-        args.json.write_text(json_text(document) + "\n", encoding="utf-8")
+        write_file(args.json, json_text(document) + "\n")
     notes = [f"{len(found)} cells would be measured for {table_path()}. Nothing was run."]
     caption = f"a dry run on {machine.processor} ({machine.features}), {machine.threads} threads"
     return Table(caption, [*_PLACE, "now", "the model"], rows, frozenset(), frozenset(), notes)
@@ -84,9 +84,7 @@ def tune(args: argparse.Namespace, found: Sequence[ProductCell], progress: Any) 
     def keep(outcomes: list[Outcome]) -> None:
         if args.json:
             document = {**head, "cells": [_outcome_json(outcome) for outcome in outcomes]}
-            partial = args.json.with_name(f"{args.json.name}.part")
-            partial.write_text(json_text(document) + "\n", encoding="utf-8")
-            partial.replace(args.json)
+            write_file(args.json, json_text(document) + "\n")
 
     budget = float("inf") if args.budget is None else args.budget
     return run(found, path, budget, args.again, progress, keep)

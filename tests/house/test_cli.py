@@ -16,6 +16,7 @@ from lora_kernels import cli, console
 from lora_kernels.backends.native import command
 from lora_kernels.backends.native.toolchain import BuildError
 from lora_kernels.cli import main
+from lora_kernels.errors import InvalidArgumentError
 from stand_in import StandIn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,6 +179,54 @@ def test_the_module_runs_from_a_checkout() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["versions"]["lora_kernels"] == lora_kernels.__version__
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b"\xff\xfe\x00", b"[" * 100_000, b'{"schema": {}, "cells": 3}'])
+@pytest.mark.parametrize("option", ["--show", "--from-config"])
+def test_a_file_that_is_none_is_one_sentence(
+    option: str, text: bytes, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "file.json"
+    file.write_bytes(text)
+    command = ["bench"] if option == "--show" else ["tune", "--dry-run", "--machine", "h200"]
+    assert main([*command, option, str(file)]) == 2
+    assert str(file) in sentence(capsys.readouterr().err)
+
+
+def test_a_written_file_is_whole_and_a_device_or_link_stays_one(tmp_path: Path) -> None:
+    pipe, kept, link = tmp_path / "pipe", tmp_path / "kept.json", tmp_path / "link.json"
+    kept.write_text("former")
+    link.symlink_to(kept)
+    console.write_file(link, "latter")
+    assert link.is_symlink()
+    assert kept.read_text() == "latter"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        console.write_file(pipe, "through")
+        assert os.read(reader, 99) == b"through"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    assert {file.name for file in tmp_path.iterdir()} == {"pipe", "kept.json", "link.json"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="only Linux has a device that is always full")
+def test_a_full_disk_is_a_sentence_and_what_was_there_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidArgumentError, match="No space left"):
+        console.write_file(Path("/dev/full"), "text")
+    assert Path("/dev/full").is_char_device()
+    file = tmp_path / "file.json"
+    file.write_text("former")
+
+    def full(self: Path, *args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(InvalidArgumentError, match="No space left"):
+        console.write_file(file, "latter")
+    assert file.read_text() == "former"
+    assert [found.name for found in tmp_path.iterdir()] == ["file.json"]
 
 
 def test_json_is_strict_where_numbers_are_not_finite() -> None:

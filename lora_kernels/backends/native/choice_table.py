@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InvalidArgumentError, LoRAKernelsError
+from ...json_text import parsed
 from . import cache
 
 __all__ = [
@@ -146,7 +147,7 @@ def read(path: Path) -> list[Row]:
         ChoiceTableError: it cannot be read, or is no such table.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parsed(path.read_text(encoding="utf-8"))
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise InvalidArgumentError(f"its format is not {FORMAT}.")
         if not isinstance(document.get("rows"), list):

@@ -7,7 +7,6 @@ written there. Nothing here compiles but ``load`` and ``compile_into_cache``.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import threading
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import torch
 
 from ...env import BUILD_VARIABLE, unknown_choice
 from ...errors import BackendUnavailableError
+from ...json_text import parsed
 from . import cache
 from .build import (
     INFO_NAME,
@@ -239,7 +239,7 @@ def _candidates(kind: str, plan: Recipe | None) -> Iterator[tuple[Path, str]]:
 
 def _read_info(folder: Path) -> dict[str, Any]:
     try:
-        info = json.loads((folder / INFO_NAME).read_text(encoding="utf-8"))
+        info = parsed((folder / INFO_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _Unsound(f"its {INFO_NAME} cannot be read ({error})") from error
     if not isinstance(info, dict):

@@ -27,6 +27,7 @@ from typing import Any
 
 from .... import __version__, env
 from ....errors import InvalidArgumentError, LoRAKernelsError
+from ....json_text import parsed
 from .kernel_files import digests
 from .launching import WAYS_TO_LAUNCH
 from .plans import DIRECTIONS, DTYPES, Cell, Plan, is_of, plan_from_json, plan_to_json
@@ -233,7 +234,7 @@ def read(path: Path) -> Table:
         TableError: it cannot be read, or is no table of this format. The sentence names the file and the remedy.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parsed(path.read_text(encoding="utf-8"))
         if document["format"] == 1:
             raise TableError(
                 f"{path} has format 1, whose rows name one digest of all kernels, and not of those that each plan "
