@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError, MissingExtraError
+from ..json_text import parsed
 
 __all__ = ["CONFIG", "WEIGHTS", "PathLike", "read_config", "read_pair", "write_pair"]
 
@@ -35,6 +36,7 @@ _PICKLED = "adapter_model.bin"
 _DIGEST = "adapter_config_sha256"  # in the weights' metadata, beside PEFT's "format"
 _LORA = "LORA"  # the type of an adapter in PEFT's configuration
 _SAVING, _FORMER = ".saving", ".former"  # how the names end that files have while they are being replaced
+_NOT_HELD = (KeyError, NotImplementedError, RuntimeError, ValueError)  # what safetensors raises of an odd tensor
 _PATIENCE = 120.0  # seconds to wait for another process that saves into, or reads, the folder
 _PAUSE = 0.02  # seconds between two looks
 
@@ -72,9 +74,12 @@ def read_pair(folder: PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _path(folder: PathLike) -> Path:
     try:
-        return Path(folder)
+        path = Path(folder)
     except TypeError as error:
         raise InvalidTypeError(f"{folder!r} was given as a folder: it must be a string or a pathlib.Path.") from error
+    if "\0" in str(path):
+        raise InvalidArgumentError(f"{str(path)!r} was given as a folder: no name of a file has a null character.")
+    return path
 
 
 def _folder(folder: PathLike) -> Path:
@@ -113,7 +118,7 @@ def read_config(path: Path, digest: str | None = None) -> dict[str, Any]:
             f"{path} has no {CONFIG}, so it holds no adapter that PEFT or save_adapter wrote.{hint}"
         )
     try:
-        fields = json.loads(text)
+        fields = parsed(text)
     except ValueError as error:
         raise InvalidArgumentError(f"{path / CONFIG} is not JSON ({error}): save or copy it again.") from error
     if not isinstance(fields, dict):
@@ -127,6 +132,7 @@ def write_pair(folder: PathLike, fields: Mapping[str, Any], tensors: Mapping[str
     """Writes both files; where it raises, what was in the folder is as it was.
 
     Raises:
+        InvalidArgumentError: ``folder`` has a null character.
         InvalidTypeError: ``folder`` is no path.
         LoRAStateError: a file cannot be written; the folder holds an adapter of another kind; or others have been
             reading or saving there all the time.
@@ -141,10 +147,12 @@ def write_pair(folder: PathLike, fields: Mapping[str, Any], tensors: Mapping[str
         with _locked(path, exclusive=True):
             _check_former(path)
             _write(path, text, tensors)
-    except (OSError, safetensors.SafetensorError) as error:
+    except BaseException as error:
         if created:
             with suppress(OSError):
                 path.rmdir()
+        if not isinstance(error, (OSError, safetensors.SafetensorError)):
+            raise
         raise LoRAStateError(
             f"the adapter cannot be written to {path}: {error}. What was there is as it was; make room or give another "
             "folder."
@@ -153,9 +161,7 @@ def write_pair(folder: PathLike, fields: Mapping[str, Any], tensors: Mapping[str
 
 def _write(path: Path, text: bytes, tensors: Mapping[str, Tensor]) -> None:
     # Not save_file: it writes to a file of a name of its own beside the given one, which stays where it is killed.
-    serialised = import_module("safetensors.torch").save(
-        dict(tensors), metadata={"format": "pt", _DIGEST: _digest(text)}
-    )
+    serialised = _serialised(tensors, {"format": "pt", _DIGEST: _digest(text)})
     token = secrets.token_hex(4)
     order = (WEIGHTS, CONFIG)
     saving, former = ({name: path / f".{name}.{token}{end}" for name in order} for end in (_SAVING, _FORMER))
@@ -184,10 +190,27 @@ def _write(path: Path, text: bytes, tensors: Mapping[str, Tensor]) -> None:
                 file.unlink(missing_ok=True)
 
 
+def _serialised(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    save = import_module("safetensors.torch").save
+    try:
+        found: bytes = save(dict(tensors), metadata=metadata)
+    except _NOT_HELD as error:
+        for name, tensor in tensors.items():
+            try:
+                save({name: tensor})
+            except _NOT_HELD:
+                raise LoRAStateError(
+                    f"{name} is a tensor of {tensor.dtype} and {tensor.layout}, which a safetensors file cannot hold. "
+                    "Convert it, or leave its module out of modules_to_save. Nothing was written."
+                ) from error
+        raise
+    return found
+
+
 def _check_former(path: Path) -> None:
     """Raises where the folder holds an adapter of another kind, such as a prompt: it would be lost."""
     try:
-        former = json.loads((path / CONFIG).read_bytes()) if (path / CONFIG).is_file() else {}
+        former = parsed((path / CONFIG).read_bytes()) if (path / CONFIG).is_file() else {}
     except ValueError:
         return  # what is no JSON is no adapter
     kind = former.get("peft_type", _LORA) if isinstance(former, dict) else _LORA

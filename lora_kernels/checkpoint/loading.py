@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..config import ADAPTER_DTYPES, pattern_value, scaling_of
-from ..errors import InvalidTypeError
+from ..errors import InvalidTypeError, LoRAStateError
 from ..experts.layer import FusedLoRAExperts
 from ..layer import LoRALayer
 from ..models.adapter import remember
@@ -55,8 +55,8 @@ def load_adapter(model: nn.Module, folder: files.PathLike, adapter_dtype: torch.
         InvalidArgumentError: a file is missing, truncated or of another kind; the adapter is no LoRA, or of a kind that
             is not computed here; or its tensors or names do not match the model.
         InvalidTypeError: a layer cannot be replaced, or a dtype is not floating.
-        LoRAStateError: a layer is merged, on the meta device, or has an adapter that the file does not have; or FSDP1,
-            ZeRO-3 or accelerate's offloading would not keep what is loaded.
+        LoRAStateError: a layer is merged, on the meta device, or has an adapter that the file does not have; FSDP1,
+            ZeRO-3 or accelerate's offloading would not keep what is loaded; or a tensor of the model cannot be written.
         MissingExtraError: safetensors is not installed.
         In all cases the model is as it was.
 
@@ -92,6 +92,7 @@ def _carry_out(
     plan: Plan, inner: nn.Module, targets: list[Match], adapter_dtype: torch.dtype | None
 ) -> tuple[dict[str, nn.Module], dict[str, FusedLoRAExperts]]:
     """Makes all that is new, which may fail; then changes the model. Returns the loaded layers, linear and experts."""
+    _check_writable(inner, [slot for slot, _ in _values(inner, plan)])
     with training_kept_on_failure(inner):
         of_experts = experts.carry_out(plan.config, plan.experts, plan.expert_modules, adapter_dtype)
         made = build(targets, plan.config, draw=False)
@@ -149,6 +150,25 @@ def _values(model: nn.Module, plan: Plan) -> list[tuple[torch.Tensor, torch.Tens
         for own, tensor in plan.adapters[name].items()
     ]
     return existing + plan.others
+
+
+def _check_writable(model: nn.Module, slots: list[torch.Tensor]) -> None:
+    """Raises where PyTorch would refuse to write, when others are written already."""
+    for slot in slots:
+        if slot.is_inference() and not torch.is_inference_mode_enabled():
+            why = "was made under torch.inference_mode, and is written only there. Make the model under torch.no_grad"
+        elif _is_expanded(slot):
+            why = "was expanded: several of its elements are one number in memory. Give the model its clone"
+        else:
+            continue
+        held = (*model.named_parameters(), *model.named_buffers())
+        name = next((name for name, tensor in held if tensor is slot), "a tensor of the model")
+        raise LoRAStateError(f"the adapter cannot be loaded: {name} {why}, then load the adapter.")
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    sizes = zip(tensor.stride(), tensor.shape, strict=True) if tensor.layout == torch.strided else ()
+    return any(step == 0 and size > 1 for step, size in sizes)
 
 
 def _parameter(owner: nn.Module, name: str, tensor: torch.Tensor) -> nn.Parameter:

@@ -101,4 +101,4 @@ def whole(name: str, tensor: Tensor) -> Tensor:
         raise LoRAStateError(
             f"{name} is empty: something else holds its values. Save within its context that gathers the parameters."
         )
-    return tensor.contiguous()
+    return tensor.contiguous() if tensor.layout == torch.strided else tensor

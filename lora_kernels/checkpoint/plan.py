@@ -291,6 +291,11 @@ def _plan_rest(
         slot = _slot(modules, name)
         if slot is None and _IN_WRAPPERS.search(name):
             continue  # PEFT's second copy of a module that is saved whole
+        if slot is not None and isinstance(slot[0], LoRALayer) and slot[1] in slot[0].adapter:
+            raise InvalidArgumentError(
+                f"{where} holds {name!r}, which is lora_kernels' name of a part of an adapter, beside parts under "
+                "PEFT's names: which of them counts is not known. Take it out of the file, or save the adapter again."
+            )
         if slot is None:
             raise InvalidArgumentError(
                 f"{where} holds {name!r}, and {type(model).__name__} has no such parameter. The adapter is of another "
@@ -322,8 +327,18 @@ def _check_value(name: str, value: Tensor, tensor: Tensor, where: str) -> None:
             f"{where} has {name} {tuple(tensor.shape)}, and the model's is {tuple(value.shape)}. The adapter is of "
             "another model, or the model's head or vocabulary has to be resized first."
         )
-    if value.is_floating_point() != tensor.is_floating_point():
+    kinds = [(t.is_floating_point(), t.is_complex()) for t in (value, tensor)]
+    if kinds[0] != kinds[1]:
         raise InvalidTypeError(f"{where} has {name} in {tensor.dtype}, and the model's is in {value.dtype}.")
+    if kinds[0] == (False, False) and not torch.equal(tensor.to(value.dtype).to(tensor.dtype), tensor):
+        raise InvalidTypeError(
+            f"{where} has {name} in {tensor.dtype}, with numbers that the model's {value.dtype} cannot hold."
+        )
+
+
+def _same(slot: Tensor, one: Tensor, other: Tensor) -> bool:
+    """Whether ``slot`` would have the same values of both, in whatever dtypes the file has them."""
+    return torch.equal(one.to(slot.dtype), other.to(slot.dtype))
 
 
 def _plan_tied(
@@ -342,7 +357,7 @@ def _plan_tied(
             continue
         done.add((module, own))
         values = [saved.get(owner) for owner in owners.get(value, [])]
-        alike = all(other is not None and torch.equal(other, tensor) for other in values)
+        alike = all(other is tensor or (other is not None and _same(value, other, tensor)) for other in values)
         if module in inside and not alike:
             storage.check_free("load_adapter", [(name, module)])
             plan.untied.append((module, own, tensor))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .. import peft_fields, storage
-from ..config import LoRAConfig, as_tuple
-from ..errors import InvalidArgumentError, LoRAKernelsWarning, LoRAStateError
+from ..config import LoRAConfig, as_tuple, check_modules_to_save
+from ..errors import InvalidTypeError, LoRAKernelsWarning, LoRAStateError
 from ..experts.layer import FusedLoRAExperts
 from ..fsdp import settle_for
 from ..layer import LoRALayer
@@ -83,7 +84,8 @@ def save_adapter(
             that the adapter was loaded with. With a task, PEFT's heads for it are saved whole (``"classifier"``, ...).
 
     Raises:
-        InvalidArgumentError: ``bias`` has another value.
+        InvalidArgumentError: ``bias`` has another value, or ``modules_to_save`` an entry that is no regular expression.
+        InvalidTypeError: ``modules_to_save`` is no list of strings, ``task_type`` no string, or ``folder`` no path.
         LoRAStateError: the model holds no LoRA layer or is one itself; a parameter is on the meta device; a
             scaling is not finite; an activation stands between A and B, which PEFT does not have (``lora_state_dict``
             holds such an adapter); a module that is saved whole holds a LoRA layer, or shares a weight with one that is
@@ -155,8 +157,9 @@ def _settings(
     """The arguments, or what the model remembers of them."""
     if bias is not None:
         check_bias(bias)
-    if isinstance(modules_to_save, str):
-        raise InvalidArgumentError(f"modules_to_save={modules_to_save!r} was given: it must be a list of names.")
+    check_modules_to_save(modules_to_save)
+    if task_type is not None and not isinstance(task_type, str):
+        raise InvalidTypeError(f"task_type={task_type!r} was given: it must be a string such as 'CAUSAL_LM', or None.")
     if modules_to_save is None:
         modules_to_save = list(as_tuple(adapter.config.modules_to_save))
     task_type = task_type or adapter.kept.get("task_type")
@@ -218,6 +221,9 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            apart[name] = tensor  # safetensors will refuse it
+            continue
         storage = tensor.untyped_storage().data_ptr()
         apart[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)

@@ -391,7 +391,8 @@ def training_kept_on_failure(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
+            if parameter.requires_grad != requires_grad:  # an inference tensor takes no call at all
+                parameter.requires_grad_(requires_grad)
         raise
 
 

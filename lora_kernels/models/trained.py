@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import called, sharded, storage
 from ..assigning import has_moved
 from ..config import BIAS_CHOICES, LoRAConfig, as_tuple
-from ..errors import InvalidArgumentError, LoRAKernelsWarning
+from ..errors import InvalidArgumentError, LoRAKernelsWarning, LoRAStateError
 from ..layer import LoRALayer
 from .layers import adapter_parameters
 from .matching import listed, trained_whole
@@ -68,7 +68,9 @@ def train_whole(model: nn.Module, config: LoRAConfig) -> None:
 
 
 def _train(parameter: nn.Parameter) -> None:
-    parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+    trains = parameter.is_floating_point() or parameter.is_complex()
+    if parameter.requires_grad != trains:  # an inference tensor takes no call at all
+        parameter.requires_grad_(trains)
 
 
 def whole_tensors(model: nn.Module, names: Collection[str], function: str) -> dict[str, Tensor]:
@@ -78,6 +80,11 @@ def whole_tensors(model: nn.Module, names: Collection[str], function: str) -> di
         parts = {f"{name}.{inner}".rstrip("."): part for inner, part in module.named_modules()}
         storage.check_here(function, ((path, part, list(part._parameters)) for path, part in parts.items()))
         for key, tensor in module.state_dict().items():
+            if not isinstance(tensor, Tensor):
+                raise LoRAStateError(
+                    f"{joined(name, key)} is no tensor but a {type(tensor).__name__} (get_extra_state), which no file "
+                    f"of adapters holds. Leave its module out of modules_to_save; {function} then leaves it out."
+                )
             path, _, own = joined(name, key).rpartition(".")
             holder = parts.get(path)
             found[joined(name, key)] = tensor if holder is None else storage.value(holder, own, tensor)

@@ -16,7 +16,13 @@ from torch.nn.utils import prune
 import lora_kernels
 from lora_kernels import LoRAConfig, load_adapter, replace_linear, save_adapter
 from lora_kernels.checkpoint.files import CONFIG, WEIGHTS, read_pair
-from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsWarning, LoRAStateError
+from lora_kernels.errors import (
+    InvalidArgumentError,
+    InvalidTypeError,
+    LoRAKernelsError,
+    LoRAKernelsWarning,
+    LoRAStateError,
+)
 from lora_kernels.models.model import lora_layers
 from made_models import Net, Snapshot, disturb, refused, tied
 from numerics import same_bits
@@ -68,6 +74,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], list[str]]] = {
     "header cut": (cut(40), InvalidArgumentError, ["cannot be read", "truncated"]),
     "tensors cut": (cut(-5), InvalidArgumentError, ["cannot be read", "truncated"]),
     "no JSON": (lambda p: (p / CONFIG).write_text("{"), InvalidArgumentError, ["is not JSON"]),
+    "JSON too deep": (lambda p: (p / CONFIG).write_text("[" * 100_000), InvalidArgumentError, ["is not JSON", "deep"]),
+    "no text": (lambda p: (p / CONFIG).write_bytes(b"\xff\xfe\x00"), InvalidArgumentError, ["is not JSON"]),
+    "flags": (set_field("alpha_pattern", {"(?i)up": 4}), InvalidArgumentError, ["'(?i)up'", "(?i:name)"]),
+    "alpha without end": (set_field("lora_alpha", 10**400), InvalidArgumentError, ["lora_alpha", "finite"]),
+    "DoRA as a word": (set_field("use_dora", "false"), InvalidArgumentError, ["use_dora='false'", "True or False"]),
     "a list": (lambda p: (p / CONFIG).write_text("[]"), InvalidArgumentError, ["list", "object"]),
     "IA3": (set_field("peft_type", "IA3"), InvalidArgumentError, ["'IA3'", "scales activations", "not LoRA"]),
     "prefix": (set_field("peft_type", "PREFIX_TUNING"), InvalidArgumentError, ["prefix tuning", "not LoRA"]),
@@ -129,6 +140,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], list[str]]] = {
         InvalidArgumentError,
         [f"{FIRST}.lora_A.weight", "'blocks.0.up.lora_A.weight'", "both mean"],
     ),
+    "a name of ours": (
+        set_tensors(lambda t: t.update({f"{PREFIX}blocks.0.up.lora_A": torch.ones(2, 8)})),
+        InvalidArgumentError,
+        ["'blocks.0.up.lora_A'", "part of an adapter"],
+    ),
     "no LoRA": (
         set_tensors(lambda t: (t.clear(), t.update({f"{PREFIX}head.weight": torch.ones(10, 8)}))),
         InvalidArgumentError,
@@ -148,6 +164,88 @@ def test_what_cannot_be_loaded_is_a_sentence_and_nothing_changes(name: str, repl
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+class Counting(Net):
+    """It has buffers of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(2, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("value", [torch.tensor([1, 300]), torch.tensor([-1, 0]), torch.tensor([2j, 1])])
+def test_numbers_that_a_buffer_cannot_hold_are_refused(value: Tensor, tmp_path: Path) -> None:
+    save_adapter(adapted(Counting()), tmp_path)
+    set_tensors(lambda t: t.update({f"{PREFIX}count": value}))(tmp_path)
+    refused(Counting(), lambda m: load_adapter(m, tmp_path), InvalidTypeError, str(value.dtype), "torch.uint8")
+
+
+def test_values_in_fp8_are_taken_into_an_fp32_model(tmp_path: Path) -> None:
+    save_adapter(adapted(), tmp_path, modules_to_save=["head"])
+    set_tensors(lambda t: t.update({f"{PREFIX}head.weight": torch.full((10, 8), 1.5).to(torch.float8_e4m3fn)}))(
+        tmp_path
+    )
+    load_adapter(model := Net(), tmp_path)
+    assert torch.equal(model.head.weight, torch.full((10, 8), 1.5))
+
+
+def expanded(model: nn.Module) -> nn.Module:
+    """With a Parameter that comes late, and whose elements are one number."""
+    model.head.weight = nn.Parameter(torch.ones(1, 8).expand(10, 8))
+    return model
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_model_that_cannot_be_written_is_left_as_it_was(replaced: bool, tmp_path: Path) -> None:
+    save_adapter(adapted(), tmp_path, modules_to_save=["head"])
+    load = lambda model: load_adapter(model, tmp_path)  # noqa: E731
+    refused(expanded(adapted() if replaced else Net()), load, LoRAStateError, "head.weight was expanded", "clone")
+    with torch.inference_mode():
+        model = adapted() if replaced else Net()
+    refused(model, load, LoRAStateError, "torch.inference_mode", "torch.no_grad")
+
+
+def with_buffer(value: Any) -> nn.Module:
+    model = adapted()
+    model.head.register_buffer("extra", value)
+    return model
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"steps": 1}
+
+
+@pytest.mark.parametrize("name", ["sparse", "complex128", "complex32", "mkldnn"])
+def test_tensors_that_no_safetensors_file_holds_are_a_sentence(name: str, tmp_path: Path) -> None:
+    kinds = {"sparse": lambda t: t.to_sparse(), "mkldnn": lambda t: t.to_mkldnn()}
+    value = kinds.get(name, lambda t: t.to(getattr(torch, name)))(torch.ones(2, 2))
+    save = lambda model: save_adapter(model, tmp_path / "new", modules_to_save=["head"])  # noqa: E731
+    with pytest.raises(LoRAStateError, match=r"head\.extra is a tensor of .*, which a safetensors file cannot hold"):
+        save(with_buffer(value))
+    assert not (tmp_path / "new").exists()
+
+
+def test_extra_state_that_is_no_tensor_is_a_sentence(tmp_path: Path) -> None:
+    model = adapted()
+    model.head = Extra(8, 10)
+    refused(
+        model,
+        lambda m: save_adapter(m, tmp_path, modules_to_save=["head"]),
+        LoRAStateError,
+        "head._extra_state",
+        "dict",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [({"modules_to_save": ["("]}, "'('"), ({"modules_to_save": [1]}, "=[1]"), ({"task_type": 1}, "task_type=1")],
+)
+def test_arguments_that_saving_cannot_take_are_a_sentence(arguments: dict[str, Any], word: str, tmp_path: Path) -> None:
+    refused(adapted(), lambda m: save_adapter(m, tmp_path / "new", **arguments), LoRAKernelsError, word)
+    assert not (tmp_path / "new").exists()
+
+
 def test_no_folder_and_a_folder_of_adapters_are_sentences(tmp_path: Path) -> None:
     save_adapter(adapted(), tmp_path / "mine")
     refused(Net(), lambda model: load_adapter(model, tmp_path), InvalidArgumentError, "its folders 'mine'")
@@ -156,6 +254,7 @@ def test_no_folder_and_a_folder_of_adapters_are_sentences(tmp_path: Path) -> Non
     )
     refused(Net(), lambda model: load_adapter(model, None), InvalidTypeError, "None", "pathlib.Path")
     refused(adapted(), lambda model: save_adapter(model, 3), InvalidTypeError, "3", "pathlib.Path")
+    refused(adapted(), lambda model: save_adapter(model, "a\0b"), InvalidArgumentError, "null character")
 
 
 def test_models_that_an_adapter_cannot_be_put_onto(tmp_path: Path) -> None:
