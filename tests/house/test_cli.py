@@ -229,6 +229,15 @@ def test_a_full_disk_is_a_sentence_and_what_was_there_stays(tmp_path: Path, monk
     assert [found.name for found in tmp_path.iterdir()] == ["file.json"]
 
 
+def test_output_in_ascii_is_shown_with_question_marks() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_kernels", "bench", "--predict", "h200", "--preset", "smoke"],
+        capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+        timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_json_is_strict_where_numbers_are_not_finite() -> None:
     found = json.loads(console.json_text({"a": [float("nan"), 1.5], "b": (float("inf"),)}), parse_constant=pytest.fail)
     assert found == {"a": ["nan", 1.5], "b": ["inf"]}
