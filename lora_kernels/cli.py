@@ -7,6 +7,7 @@ command that was given is imported, so ``lora-kernels info`` works where PyTorch
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from .errors import LoRAKernelsError
 
 __all__ = ["main"]
 
-ERROR, INTERRUPTED = 2, 130
+ERROR, INTERRUPTED, CLOSED = 2, 130, 141
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 if all is well; 1 if a check failed (``verify``, ``demo``, ``info --require``); 2 for a bad argument, with one
-        sentence on stderr; 130 if interrupted.
+        sentence on stderr; 130 if interrupted; 141 if nobody reads the output any more.
 
     Example:
         >>> from lora_kernels.cli import main
@@ -61,7 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         lora-kernels 0.1.0
         0
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return CLOSED
+    return status
+
+
+def _run(arguments: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # an arrow that the terminal's encoding lacks ends no run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -29,6 +30,7 @@ __all__ = [
     "optional",
     "progress_bars",
     "progress_lines",
+    "seed_of",
     "write_file",
 ]
 
@@ -170,6 +172,14 @@ def check_plot(option: str, path: Path) -> None:
             f"{option} {path}: matplotlib writes no {path.suffix} files. Let its name end with .png, .svg, .pdf or "
             f"another of {', '.join(formats)}."
         )
+
+
+def seed_of(word: str) -> int:
+    """The type of ``--seed``: what PyTorch's generators take."""
+    number = int(word)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{word} was given: a seed is an integer from 0 to 2^63 - 1.")
+    return number
 
 
 def names(given: Sequence[str] | None) -> list[str] | None:

@@ -66,7 +66,7 @@ def gpu_quantized() -> str | None:
 def cache_folder() -> Path | None:
     """``LORA_KERNELS_CACHE``, by default ``lora_kernels`` in the user's cache; None where there is no home folder."""
     if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named).expanduser().absolute()
+        return Path(os.path.expanduser(named)).absolute()  # a user that there is not stays as it is written
     if shared := os.environ.get("XDG_CACHE_HOME"):
         return Path(shared).absolute() / "lora_kernels"
     try:

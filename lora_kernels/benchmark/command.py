@@ -19,6 +19,7 @@ from ..console import (
     names,
     progress_bars,
     progress_lines,
+    seed_of,
     stdout_console,
     write_file,
 )
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="for the whole run (default: the preset's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the preset's, or cuda where there is a GPU")
-    parser.add_argument("--seed", type=int, default=0, help="of the random data (default: 0)")
+    parser.add_argument("--seed", type=seed_of, default=0, help="of the random data (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there, cell by cell")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot of the ratio over M there")
     parser.add_argument(

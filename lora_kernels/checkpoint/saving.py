@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import peft_fields, storage
 from ..config import LoRAConfig, as_tuple, check_modules_to_save
-from ..errors import InvalidTypeError, LoRAKernelsWarning, LoRAStateError
+from ..errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsWarning, LoRAStateError
 from ..experts.layer import FusedLoRAExperts
 from ..fsdp import settle_for
 from ..layer import LoRALayer
@@ -84,7 +84,7 @@ def save_adapter(
             that the adapter was loaded with. With a task, PEFT's heads for it are saved whole (``"classifier"``, ...).
 
     Raises:
-        InvalidArgumentError: ``bias`` has another value, or ``modules_to_save`` an entry that is no regular expression.
+        InvalidArgumentError: ``bias`` has another value, or ``modules_to_save`` an entry that means no module.
         InvalidTypeError: ``modules_to_save`` is no list of strings, ``task_type`` no string, or ``folder`` no path.
         LoRAStateError: the model holds no LoRA layer or is one itself; a parameter is on the meta device; a
             scaling is not finite; an activation stands between A and B, which PEFT does not have (``lora_state_dict``
@@ -136,6 +136,12 @@ def collect(
     layers, experts = dict(lora_layers(inner)), dict(expert_layers(inner))
     adapter = remembered_within(inner) or Adapter(LoRAConfig())
     bias, entire, task_type = _settings(adapter, bias, modules_to_save, task_type)
+    for entry in modules_to_save or ():
+        if not trained_whole([entry], inner):
+            raise InvalidArgumentError(
+                f"{function} was given modules_to_save={modules_to_save}, and no module's name ends in {entry!r}. "
+                "Name modules of the model, or leave it out."
+            )
     check_adapters_here(function, list(layers.items()))
     check_experts_here(function, list(experts.items()))
     forms = {name: plain_form(name, layer, function) for name, layer in layers.items()}

@@ -192,6 +192,8 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         raise InvalidArgumentError(f"device {name!r} was given and cannot be used ({error}). Use cpu.") from error
+    if device.type == "meta":
+        raise InvalidArgumentError("device 'meta' was given, which computes nothing. Use cpu.")
     return device
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,7 +133,7 @@ def share_inputs(
         A report of the groups and gated MLPs that were made. Earlier ones stay.
 
     Raises:
-        InvalidTypeError: ``model`` is no module.
+        InvalidTypeError: ``model`` is no module, or a group in ``names`` no list of names.
         InvalidArgumentError: ``names`` match nothing, or layers of different in_features.
 
     Example:
@@ -155,6 +155,11 @@ def share_inputs(
 def _share_named(model: nn.Module, names: Sequence[Sequence[str]]) -> ShareReport:
     found, holders = [], list(plain_modules(model, shared=False))
     for siblings in names:
+        if isinstance(siblings, str) or not isinstance(siblings, Iterable):
+            raise InvalidTypeError(
+                f"{siblings!r} was given to share_inputs as a group: each must be a list of names, such as "
+                "['q_proj', 'k_proj', 'v_proj']."
+            )
         of_these = [group for prefix, holder in holders if (group := _group(prefix, holder, siblings))]
         if not of_these:
             raise InvalidArgumentError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ..console import json_text, names, optional, progress_bars, progress_lines, stdout_console
+from ..console import json_text, names, optional, progress_bars, progress_lines, seed_of, stdout_console
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "torchao-int8, torchao-int4, torchao-float8, nvfp4, mxfp4, mxfp8 (torchao), fp8 (transformers)",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N; by default the GPU where there is one")
-    parser.add_argument("--seed", type=int, default=0, help="of the tensors and of dropout (0)")
+    parser.add_argument("--seed", type=seed_of, default=0, help="of the tensors and of dropout (0)")
     parser.add_argument("--json", action="store_true", help="print JSON, and progress as lines on stderr")
 
 

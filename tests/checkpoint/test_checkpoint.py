@@ -239,7 +239,12 @@ def test_extra_state_that_is_no_tensor_is_a_sentence(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
-    [({"modules_to_save": ["("]}, "'('"), ({"modules_to_save": [1]}, "=[1]"), ({"task_type": 1}, "task_type=1")],
+    [
+        ({"modules_to_save": ["("]}, "'('"),
+        ({"modules_to_save": ["head", "haed"]}, "'haed'"),
+        ({"modules_to_save": [1]}, "=[1]"),
+        ({"task_type": 1}, "task_type=1"),
+    ],
 )
 def test_arguments_that_saving_cannot_take_are_a_sentence(arguments: dict[str, Any], word: str, tmp_path: Path) -> None:
     refused(adapted(), lambda m: save_adapter(m, tmp_path / "new", **arguments), LoRAKernelsError, word)

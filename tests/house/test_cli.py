@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import lora_kernels
-from lora_kernels import cli, console
+from lora_kernels import cli, console, env
 from lora_kernels.backends.native import command
 from lora_kernels.backends.native.toolchain import BuildError
 from lora_kernels.cli import main
@@ -291,3 +291,32 @@ def test_build_takes_cuda_by_itself_where_torch_is_a_cuda_build(
     assert capsys.readouterr().err == "build: cuda is left out: no nvcc was found.\n"
     monkeypatch.setattr("torch.version.cuda", None)
     assert command._default_kinds() == ("cpu",)
+
+
+def test_a_seed_that_no_generator_takes_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("verify", "bench"):
+        for seed in ("99999999999999999999999", "-1"):
+            assert main([name, "--seed", seed]) == 2
+            assert "a seed is an integer from 0 to 2^63 - 1" in capsys.readouterr().err
+
+
+def test_nobody_reads_to_the_end() -> None:
+    """As in ``lora-kernels info | head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "lora_kernels", "info", "--json"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_the_cache_of_a_user_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_KERNELS_CACHE", "~nobody_of_this_name/x")
+    folder = env.cache_folder()
+    assert folder is not None
+    assert folder.is_absolute()
+
+
+def test_the_demo_runs_on_no_device_that_computes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--device", "meta"]) == 2
+    assert "'meta' was given, which computes nothing" in capsys.readouterr().err

@@ -71,6 +71,12 @@ def assert_right(y: Tensor, layer: FusedLoRALinear, x: Tensor) -> None:
 # Values
 
 
+@pytest.mark.parametrize("names", [[1], ["q"], [None]], ids=str)
+def test_a_group_that_is_no_list_of_names_is_told(names: Any) -> None:
+    with pytest.raises(lora_kernels.LoRAKernelsError, match="given to share_inputs as a group: each must be a list"):
+        lora_kernels.share_inputs(apart(group()), names)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "arguments",
