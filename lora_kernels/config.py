@@ -64,7 +64,7 @@ class AdapterOptions:
         r, lora_alpha, lora_dropout, adapter_dtype = self.r, self.lora_alpha, self.lora_dropout, self.adapter_dtype
         if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= HIGHEST_RANK:
             raise InvalidArgumentError(
-                f"r={_shown(r)} was given: the rank must be an integer of at least 1, such as 8 or 16."
+                f"r={_shown(r)} was given: the rank must be an integer of at least 1 and below 2^31, such as 8 or 16."
             )
         if not _is_number(lora_alpha) or not 0 <= lora_alpha <= sys.float_info.max:
             raise InvalidArgumentError(

@@ -67,10 +67,8 @@ def values(parts: list[Tensor], codes: Codes, rows: int, columns: int, dtype: to
     run = _runs.get(key)
     if run is None:
         _check(parts, codes, rows, columns)
-        step = (
-            _e2m1_step if codes.number == "e2m1" else _four_bit_step if codes.number in FOUR_BITS else _eight_bit_step
-        )
-        run = _runs.keep(key, PassRun(step(*of, parts[0].device), parts[0].device))
+        step = _STEPS.get(codes.number, _eight_bit_step)(*of, parts[0].device)
+        run = _runs.keep(key, PassRun(step, parts[0].device))
     w: Tensor = run(*parts)
     return w
 
@@ -109,6 +107,9 @@ def _e2m1_step(codes: Codes, rows: int, columns: int, dtype: torch.dtype, device
         return w
 
     return step
+
+
+_STEPS = {"e2m1": _e2m1_step, **dict.fromkeys(FOUR_BITS, _four_bit_step)}
 
 
 def _in_two_roundings(codes: Codes) -> dict[str, bool]:

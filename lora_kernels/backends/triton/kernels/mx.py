@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .codes import _byte_numbers
 from .common import rounded
 
 __all__ = ["e2m1_values_kernel"]
@@ -20,14 +21,6 @@ def _e8m0(exponent):
     """2^(exponent - 127) in fp32; NaN of 255."""
     bits = tl.where(exponent == 0, 0x00400000, exponent << 23)  # 2^-127 is subnormal
     return tl.where(exponent == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _e4m3(bits):
-    """The fp32 number of e4m3's bits, by way of fp16, whose exponent is 8 larger."""
-    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-    number = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return tl.where((bits & 0x7F) == 0x7F, float("nan"), number)
 
 
 @triton.jit
@@ -64,7 +57,7 @@ def e2m1_values_kernel(
     if SCALES == "e8m0":
         factor = _e8m0(scale)
     else:
-        factor = _e4m3(scale)
+        factor = _byte_numbers(scale, "e4m3")
         if whole_ptr is not None:
             factor *= tl.load(whole_ptr)
     spread = tl.reshape(tl.broadcast_to(factor[:, None], (BLOCK // BYTES, BYTES)), (BLOCK,))
