@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .activations import check_activation
 from .errors import InvalidArgumentError
+from .tensors import are_negated, resolved
 from .weights.packed import Packed
 
 __all__ = ["Branch", "PackedBranch"]
@@ -45,6 +46,13 @@ class Branch:
     def is_plain(self) -> bool:
         """Whether it is what ``lora_linear`` computes."""
         return self.gain is None and self.activation == "identity"
+
+    def resolved(self) -> Branch:
+        """The same, its tensors' memory as ``tensors.resolved`` has it."""
+        if not are_negated(*self.tensors):
+            return self
+        named = ("weight", "lora_a", "lora_b", "bias", "gain")
+        return replace(self, **{name: resolved(getattr(self, name)) for name in named})
 
     def check(self, x: Tensor) -> None:
         """Raises for a gain or an activation that cannot be; the other tensors are checked with x, in ``gate``."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .gate import device_type_of, prepare
 from .ops import operators
+from .tensors import resolved
 
 __all__ = ["adapted_rows", "gain", "merged", "row_norms"]
 
@@ -34,7 +35,7 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) ->
     device_type = device_type_of(weight)
     with torch.autocast("cpu" if device_type == "meta" else device_type, enabled=False):
         weight, name = prepare(weight, None)
-        return operators(name).row_norms(weight, lora_a, lora_b, float(scaling))
+        return operators(name).row_norms(resolved(weight), resolved(lora_a), resolved(lora_b), float(scaling))
 
 
 def merged(

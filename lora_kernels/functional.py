@@ -6,7 +6,6 @@ from torch import Tensor
 
 from .branches import Branch
 from .gate import check_dropout_p, run_branches, run_plain
-from .tensors import resolved
 
 __all__ = ["lora_linear"]
 
@@ -67,7 +66,6 @@ def lora_linear(
                 [4.5000, 4.5000, 4.5000, 4.5000]])
     """
     check_dropout_p(dropout_p)
-    weight, lora_a, lora_b, bias = resolved(weight), resolved(lora_a), resolved(lora_b), resolved(bias)
     p = dropout_p if training else 0.0
     if activation != "identity":
         return run_branches(x, [Branch(weight, lora_a, lora_b, bias, scaling, None, activation)], p, backend)[0]

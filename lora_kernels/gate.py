@@ -29,7 +29,7 @@ from .ops import operators
 from .packed_autograd import apply_packed_function
 from .packed_autograd import forward_only as packed_forward_only
 from .reference import drop
-from .tensors import as_dtype, flatten
+from .tensors import are_negated, as_dtype, flatten, resolved
 from .weights import product
 from .weights.packed import Packed
 
@@ -96,6 +96,10 @@ def _run_plain(
     share: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     check(x, weight, lora_a, lora_b, bias, autocast)
+    if not torch.compiler.is_compiling() and (
+        weight.is_neg() or lora_a.is_neg() or lora_b.is_neg() or (bias is not None and bias.is_neg())
+    ):
+        weight, lora_a, lora_b, bias = resolved(weight), resolved(lora_a), resolved(lora_b), resolved(bias)
     if type(scaling) is not float:  # a layer's may have been set to anything
         scaling = number(scaling)
     if p != 0.0 and type(p) is not float:
@@ -147,6 +151,8 @@ def _run_packed_in(
     x = as_dtype(given_x, dtype)
     stands: Any = weight if weight.dtype is dtype else Packed(weight.layout, weight.parts, dtype)
     check(x, stands, lora_a, lora_b, bias, False)
+    if are_negated(lora_a, lora_b, bias):
+        lora_a, lora_b, bias = resolved(lora_a), resolved(lora_b), resolved(bias)
     if p != 0.0 and type(p) is not float:
         p = plain_number(p)
     if forward_ad._current_level >= 0:
@@ -227,6 +233,7 @@ def _run_branches(
     for branch in branches:
         check(x, branch.weight, branch.lora_a, branch.lora_b, branch.bias, autocast)
         branch.check(x)
+    branches = [branch.resolved() for branch in branches]
     if p != 0.0 and type(p) is not float:
         p = plain_number(p)
     if forward_ad._current_level >= 0:

@@ -71,6 +71,7 @@ def _run(
         read = inner if branch is down else x
         check(read, branch.weight, branch.lora_a, branch.lora_b, branch.bias, autocast)
         branch.check(read)
+    branches = tuple([branch.resolved() for branch in branches])
     tensors = [tensor for branch in branches for tensor in branch.tensors]
     if forward_ad._current_level >= 0:
         refuse_tangents(x, *tensors)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PLAIN_TENSORS", "as_dtype", "flatten", "is_plain", "resolved", "unflatten"]
+__all__ = ["PLAIN_TENSORS", "are_negated", "as_dtype", "flatten", "is_plain", "resolved", "unflatten"]
 
 # The types whose values are their own memory: no subclass that computes or exchanges them.
 PLAIN_TENSORS = (nn.Parameter, Tensor)
@@ -24,6 +24,13 @@ def resolved(tensor: Any) -> Any:
     Not asked for first by ``is_neg``, which would be quicker: no graph of a compiler takes that.
     """
     return tensor.resolve_neg() if isinstance(tensor, Tensor) else tensor
+
+
+def are_negated(*tensors: Tensor | None) -> bool:
+    """Whether ``resolved`` would change one; never while compiling, where torch's dispatcher resolves them."""
+    if torch.compiler.is_compiling():
+        return False
+    return True in [tensor.is_neg() for tensor in tensors if tensor is not None]
 
 
 def flatten(tensor: Tensor) -> Tensor:

@@ -58,7 +58,9 @@ def project(
         UnsupportedTransformError: within ``torch.func`` or ``vmap``, or a double backward.
     """
     check(weight)
-    x = resolved(x)
+    x, weight = resolved(x), resolved(weight)
+    if adapter is not None:
+        adapter = Adapter(resolved(adapter.a), resolved(adapter.b), adapter.scaling)
     if way is None:
         way = _way_for(x, weight, adapter)
     drawn = "eager" if way == _GROUPED else way
@@ -166,7 +168,7 @@ class _Project(torch.autograd.Function):
             return run_outside(_Project.backward, ctx, grad_outputs)
         refuse_second_derivatives()
         (dy,) = grad_outputs
-        dy = dy.contiguous()
+        dy = resolved(dy).contiguous()
         x, weight, a, b, h, state, offsets, present, tokens, places = ctx.saved_tensors
         scaling, p, k, way, columns = ctx.settings
         if way == _GROUPED:

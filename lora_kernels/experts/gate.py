@@ -16,6 +16,7 @@ from ..errors import UnsupportedTransformError
 from ..gate import chosen
 from ..ops import operators
 from ..surrounded import is_surrounded, run_outside
+from ..tensors import resolved
 
 __all__ = ["apply_gate", "number_of"]
 
@@ -69,5 +70,5 @@ class _Gated(torch.autograd.Function):
         (joined,) = ctx.saved_tensors
         number, name = ctx.settings
         gate, up = joined.chunk(2, dim=1)
-        d_joined, _ = operators(name).gated_grad(grad_outputs[0].contiguous(), gate, up, number, True)
+        d_joined, _ = operators(name).gated_grad(resolved(grad_outputs[0]).contiguous(), gate, up, number, True)
         return d_joined, None, None

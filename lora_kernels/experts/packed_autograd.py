@@ -15,6 +15,7 @@ from ..dispatch import backend
 from ..errors import UnsupportedTransformError
 from ..ops import operators
 from ..surrounded import is_surrounded, run_outside
+from ..tensors import resolved
 from ..weights.stacked import PackedExperts
 from .problem import Adapter
 from .routing import Routing, sum_of_slots
@@ -81,7 +82,7 @@ class _Project(torch.autograd.Function):
                 "a double backward (create_graph=True) was asked for through LoRA on quantized experts, which has "
                 "first derivatives alone. Differentiate once."
             )
-        dy = grad_outputs[0].contiguous()
+        dy = resolved(grad_outputs[0]).contiguous()
         x, a, b, tokens, places, h, *states = ctx.saved_tensors
         weight, (parts, scaling, p, k, way, m) = ctx.weight(), ctx.settings
         need_x, need_a, need_b = ctx.needs_input_grad[:3]

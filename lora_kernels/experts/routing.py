@@ -71,7 +71,7 @@ def spread_grad(d_rows: Tensor, places: Tensor, offsets: Tensor, k: int, name: s
 
 def combine(rows: Tensor, weights: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
     """(T, F) in ``dtype``: the rows (M, F) of each token's experts, times its ``weights`` (T, k), added up."""
-    name = chosen(rows)
+    rows, weights, name = resolved(rows), resolved(weights), chosen(rows)
     if operators(name).combine is not None and {rows.dtype, weights.dtype, dtype}.issubset(_COMPUTED_IN_FP32):
         in_one_pass: Tensor = _CombineInOnePass.apply(rows, weights, routing.places, routing.offsets, dtype, name)
         return in_one_pass

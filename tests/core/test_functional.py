@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parametrize
 
 from cases import BACKENDS, Case, make, measures
-from lora_kernels import FusedLoRALinear, LoRAKernelsError, lora_linear
+from lora_kernels import FusedLoRAGroup, FusedLoRALinear, FusedLoRAMLP, LoRAKernelsError, lora_linear, use_backend
 from lora_kernels.accuracy import sum_error
 from lora_kernels.errors import InvalidArgumentError, InvalidTypeError
 from numerics import check, same_bits
@@ -257,6 +258,58 @@ def test_the_imaginary_part_of_a_conjugate_keeps_its_sign(backend: str, device: 
         for name in t:
             for found, plain in zip(run({name: _negated(t[name])}, activation), expected, strict=True):
                 torch.testing.assert_close(found, plain)
+
+
+class _Negated(torch.nn.Module):
+    """A parametrization that changes no value."""
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        return _negated(tensor)
+
+
+def _layers(kind: str) -> list[FusedLoRALinear]:
+    options: dict[str, Any] = {"use_dora": kind == "dora", "activation": "gelu" if kind == "activation" else "identity"}
+    layers = [FusedLoRALinear(*sizes, r=3, **options) for sizes in ((6, 4), (6, 4), (4, 6))]
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B)
+    return layers
+
+
+@pytest.mark.parametrize("tokens", [2, 20])
+@pytest.mark.parametrize("kind", ["layer", "dora", "activation", "group", "mlp", "packed"])
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_a_negated_parameter_of_a_layer_keeps_its_sign(backend: str, device: str, kind: str, tokens: int) -> None:
+    """Given by a parametrization, or as the Parameter itself."""
+    layers = _layers(kind)
+    if kind == "packed":
+        quantised = pytest.importorskip("quantised")
+        layers[0] = quantised.adapted("nf4", 6, 4, torch.float32)
+    whole: Any = {"group": lambda: FusedLoRAGroup(layers[:2]), "mlp": lambda: FusedLoRAMLP(*layers)}
+    model = whole.get(kind, lambda: layers[0])().to(device)
+    x = torch.randn(tokens, 6, device=device, requires_grad=True)
+
+    def run() -> list[torch.Tensor]:
+        with use_backend(backend):
+            y = model(x)
+        y = torch.cat(y, 1) if isinstance(y, tuple) else y
+        trained = [p for _, p in sorted(model.named_parameters(), key=lambda own: _short(own[0])) if p.requires_grad]
+        return [y, *torch.autograd.grad(y.square().sum(), (x, *trained))]
+
+    expected = run()
+    for name in ["bias", "lora_A", "lora_B", *(["weight"] if kind != "packed" else [])]:
+        parametrize.register_parametrization(layers[0], name, _Negated())
+        for found, plain in zip(run(), expected, strict=True):
+            torch.testing.assert_close(found, plain)
+        parametrize.remove_parametrizations(layers[0], name, leave_parametrized=False)
+        former = getattr(layers[0], name)
+        setattr(layers[0], name, torch.nn.Parameter(_negated(former.detach()), former.requires_grad))
+        for found, plain in zip(run(), expected, strict=True):
+            torch.testing.assert_close(found, plain)
+        setattr(layers[0], name, former)
+
+
+def _short(name: str) -> str:
+    return name.replace("parametrizations.", "").replace(".original", "")
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)

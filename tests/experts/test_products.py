@@ -15,7 +15,7 @@ from lora_kernels.dispatch import backend, select, use_backend
 from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, UnsupportedTransformError
 from lora_kernels.experts.autograd import project
 from lora_kernels.experts.problem import Adapter
-from lora_kernels.experts.routing import Routing
+from lora_kernels.experts.routing import Routing, combine
 from lora_kernels.ops import operators
 from lora_kernels.reference import adapter_dtype
 from numerics import check_all, same_bits, three_ways
@@ -289,3 +289,32 @@ def test_the_backend_that_was_named_runs(name: str) -> None:
         got = run(None, **problem)
     expected = run(name, **problem)
     assert all(same_bits(got[each], expected[each]) for each in got)
+
+
+@pytest.mark.parametrize("way", [way for way in EVERY_WAY if str(way.values[0]).endswith("fp32")])
+@pytest.mark.parametrize("name", ["x", "weight", "a", "b", "dy"])
+def test_negated_memory_keeps_its_sign(way: str, name: str) -> None:
+    """Of the imaginary part of a conjugate."""
+    problem = made(*ROUTINGS["each"], torch.float32)
+    given = problem[name]
+    negated = torch.complex(torch.zeros_like(given), -given).conj().imag
+    assert negated.is_neg()
+    leaves = {own: problem[own].clone().requires_grad_() for own in ("x", "a", "b")}
+    own = {**problem, **leaves}
+    if name != "dy":
+        own[name] = torch.complex(torch.zeros_like(given), -own[name]).conj().imag
+    y = project(own["x"], own["weight"], Adapter(own["a"], own["b"], 1.5), problem["routing"], way=WAYS[way][0])
+    dy = negated if name == "dy" else problem["dy"]
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy)
+    compare(dict(zip(("y", "dx", "da", "db"), (y.detach(), *gradients), strict=True)), problem)
+
+
+@INTERPRETED
+def test_negated_weights_of_experts_keep_their_sign() -> None:
+    routing = Routing(ROUTINGS["each"][0], 4, skips=False)
+    rows, weights = torch.randn(10, 24), torch.rand(5, 2)
+    negated = [torch.complex(torch.zeros_like(own), -own).conj().imag for own in (rows, weights)]
+    for name in ("eager", "triton"):
+        with use_backend(name):
+            expected = combine(rows, weights, routing, torch.float32)
+            torch.testing.assert_close(combine(*negated, routing, torch.float32), expected)
