@@ -319,7 +319,9 @@ def register(
         qualified = f"{backend}_{name}"
         fake = _entering_formulas(known[name], packets)
         _library.define(f"{qualified}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        if (implementation := implementations.get(name) or in_python.get(name)) is not None:
+        if (implementation := implementations.get(name)) is None and name in in_python:
+            implementation = _with_tensors(in_python[name])
+        if implementation is not None:
             _library.impl(qualified, _without_graph(implementation), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=_library)
         packets[name] = getattr(getattr(torch.ops, NAMESPACE), qualified)
@@ -462,7 +464,25 @@ def register_form(
 def _dequantize(
     parts: list[Tensor], form: str, spec: str, rows: int, columns: int, dtype: torch.dtype, after: Tensor | None
 ) -> Tensor:
-    return _forms[form](parts, spec, rows, columns, dtype)
+    return _forms[form](_as_tensors(parts), spec, rows, columns, dtype)
+
+
+def _with_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function(x, parts, ...)`` of a packed weight, for the dispatcher."""
+
+    @functools.wraps(function)
+    def called(x: Tensor, parts: list[Tensor], *rest: Any) -> Any:
+        return function(x, _as_tensors(parts), *rest)
+
+    return called
+
+
+def _as_tensors(parts: list[Tensor]) -> list[Tensor]:
+    """A compiled graph gives a package's own Parameters, whose methods are other ones than a tensor's."""
+    if not any(isinstance(part, torch.nn.Parameter) for part in parts):
+        return parts
+    with torch._C.DisableTorchFunctionSubclass():
+        return [part.detach() for part in parts]
 
 
 def _dequantize_fake(

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
-from lora_kernels import FusedLoRALinear, LoRAConfig, replace_linear
+from lora_kernels import FusedLoRALinear, LoRAConfig, dispatch, replace_linear
 from lora_kernels.errors import InvalidArgumentError, InvalidTypeError, LoRAStateError, UnsupportedTransformError
 from lora_kernels.models.model import lora_layers
 from lora_kernels.weights import known
@@ -507,6 +507,33 @@ def test_a_wrong_x_is_told_in_a_sentence() -> None:
         layer(torch.randn(8, 63))
     with layer.enable_lora(False), pytest.raises(InvalidArgumentError, match="quantised weight"):
         layer(torch.randn(8, 63))
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("kind", BITSANDBYTES)
+def test_operators_take_a_package_s_own_parameter(kind: str, tokens: int) -> None:
+    """A compiled graph hands it over as it is, and its methods are other ones than a tensor's."""
+    layer = adapted(kind, 64, 96, torch.float32)
+    packed = known.read(layer, layer.weight)
+    parts = [layer.weight, *packed.parts[1:]]
+    assert type(parts[0]) is not Tensor
+    of, none = (*packed.layout[:2], 96, 64), (None, None)
+    own = torch.ops.lora_kernels
+    expected = packed.dequantize()
+    assert same_bits(own.dequantize.default(parts, *of, torch.float32, None), expected)
+    dispatch.backend("native").register("cpu")
+    x, dy = torch.randn(tokens, 64), torch.randn(tokens, 96)
+    y, _ = own.native_packed_product.default(x, parts, *of, *none, *none, 1.0, False)
+    torch.testing.assert_close(y, x @ expected.t())
+    torch.testing.assert_close(own.native_packed_input_grad.default(dy, parts, *of, *none, 0.0, None), dy @ expected)
+
+
+def test_inductor_compiles_int8() -> None:
+    layer = adapted("int8", 64, 96, torch.float32)
+    x, dy = torch.randn(3, 64), torch.randn(3, 96)
+    found = results_of(torch.compile(layer, backend="inductor", fullgraph=True), x, dy)
+    for name, value in results_of(layer, x, dy).items():
+        torch.testing.assert_close(found[name] if name in found else found[f"_orig_mod.{name}"], value)
 
 
 @pytest.mark.parametrize("kinds", [("nf4-nested", "int8"), *zip(OTHERS, reversed(OTHERS), strict=True)], ids=str)
