@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import reference
 from .errors import UnsupportedTransformError
@@ -76,7 +77,7 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> _GradInputs:
         (dy,) = grad_outputs
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             if is_surrounded(grad_outputs):
                 return run_outside(LoRALinearFunction.backward, ctx, grad_outputs)  # type: ignore[return-value]
             if torch.is_grad_enabled():

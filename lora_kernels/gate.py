@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from .autograd import LoRALinearFunction, apply_function, forward_only
 from .branches import Branch, PackedBranch
@@ -25,11 +26,11 @@ from .branches_autograd import forward_only as branches_forward_only
 from .config import plain_number
 from .dispatch import COMPUTE_DTYPES, backend, select
 from .errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, UnsupportedTransformError
-from .ops import operators
+from .ops import direct_operators, is_watched, operators
 from .packed_autograd import apply_packed_function
 from .packed_autograd import forward_only as packed_forward_only
 from .reference import drop
-from .tensors import are_negated, as_dtype, flatten, resolved
+from .tensors import are_negated, as_dtype, flatten, resolved, unflatten
 from .weights import product
 from .weights.packed import Packed
 
@@ -57,6 +58,11 @@ __all__ = [
 _FEW_TOKENS = 16
 _STRIDED = torch.strided
 
+# Asked on each call: to look them up takes as long as to call them.
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_is_transforming = torch._C._are_functorch_transforms_active
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+
 
 def run_plain(
     x: Tensor,
@@ -74,6 +80,8 @@ def run_plain(
     It allocates nothing of its own. ``share`` is given dropout's state and returns the one to take: several processes
     may have to agree on it.
     """
+    if p == 0.0 and type(scaling) is float and not _anything_acts():
+        return _run_alone(x, weight, lora_a, lora_b, bias, scaling, backend_name)
     # One question that most programs answer with no, before those that take longer to answer.
     if torch._C._is_any_autocast_enabled() and is_autocast_enabled(device_type := device_type_of(x)):
         x = autocast_input(x, device_type)
@@ -81,6 +89,64 @@ def run_plain(
             # The cast of W is made again in backward rather than saved; so its dtype may differ from x's here.
             return _run_plain(x, weight, lora_a, lora_b, bias, scaling, p, backend_name, True, share)
     return _run_plain(x, weight, lora_a, lora_b, bias, scaling, p, backend_name, False, share)
+
+
+def _anything_acts() -> bool:
+    """Whether a compiler, a tracer, a dispatch mode, autocast, ``torch.func`` or forward-mode derivatives do."""
+    return is_watched() or _is_any_autocast_enabled() or _is_transforming() or forward_ad._current_level >= 0
+
+
+def _run_alone(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    backend_name: str | None,
+) -> Tensor:
+    """The same without dropout, where nothing acts, in the least host time.
+
+    What an operator refuses itself is not looked for before it; afterwards, the sentence is composed of what was given.
+    """
+    try:
+        own = _unwrap_if_dead(x)
+        name = select(device_type_of(own), own.dtype, backend_name)
+        ops = direct_operators(name)
+        if not (
+            ops.refuses_on_cpu
+            and own.is_cpu
+            and weight.is_cpu
+            and lora_a.is_cpu
+            and lora_b.is_cpu
+            and (bias is None or bias.is_cpu)
+            and weight.dtype is own.dtype  # a cast would hide that it is not
+        ):
+            check(own, weight, lora_a, lora_b, bias, False)
+            weight, lora_a, lora_b, bias = _resolved(weight, lora_a, lora_b, bias)
+        if torch.is_grad_enabled() and (
+            own.requires_grad
+            or lora_a.requires_grad
+            or lora_b.requires_grad
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+        ):
+            out: Tensor = apply_function(own, weight, lora_a, lora_b, bias, scaling, 0.0, None, name)
+            return out
+        y, _, _ = ops.forward(flatten(own), weight, lora_a, lora_b, bias, scaling, 0.0, None)
+        return unflatten(y, own.shape)
+    except Exception:
+        check(x, weight, lora_a, lora_b, bias, False)
+        raise
+
+
+def _resolved(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Each as :func:`resolved`, with one question where none is negated."""
+    if weight.is_neg() or lora_a.is_neg() or lora_b.is_neg() or (bias is not None and bias.is_neg()):
+        return resolved(weight), resolved(lora_a), resolved(lora_b), resolved(bias)
+    return weight, lora_a, lora_b, bias
 
 
 def _run_plain(
@@ -117,7 +183,7 @@ def _run_plain(
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        record = LoRALinearFunction.apply if torch.compiler.is_compiling() else apply_function
+        record = LoRALinearFunction.apply if is_compiling() else apply_function
         out: Tensor = record(x, weight, lora_a, lora_b, bias, scaling, p, state, name)
         return out
     return forward_only(x, weight, lora_a, lora_b, bias, scaling, p, state, name)
@@ -222,7 +288,7 @@ def run_frozen(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
 
 def _is_transformed() -> bool:
     """Whether ``torch.func``, ``vmap`` or forward-mode derivatives may act: they know PyTorch's operators alone."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
@@ -240,7 +306,7 @@ def _run_branches(
         refuse_tangents(x, *(tensor for branch in branches for tensor in branch.tensors))
     x, name = prepare(x, backend_name)
     states = [draw_state(x, p, name) if b.state is None else b.state for b in branches] if p != 0.0 else []
-    if not torch.compiler.is_compiling() and _are_apart(x, branches):
+    if not is_compiling() and _are_apart(x, branches):
         return [_run_apart(x, b, p, states[i] if states else None, name) for i, b in enumerate(branches)]
     tensors = [tensor for branch in branches for tensor in branch.tensors]
     scalings = tuple(float(number(branch.scaling)) for branch in branches)
@@ -248,7 +314,7 @@ def _run_branches(
     layouts, parts = _packed_parts(branches)
     grouped = _group_fault(x, branches, len(states) > 0, name) is None  # p may be symbolic
     if torch.is_grad_enabled() and _any_requires_grad(x, *tensors):
-        record = BranchesFunction.apply if torch.compiler.is_compiling() else apply_branches_function
+        record = BranchesFunction.apply if is_compiling() else apply_branches_function
         return list(record(x, name, p, scalings, activations, grouped, layouts, *tensors, *states, *parts))
     linears = (False,) * len(branches)
     of = scalings, activations, grouped, linears, layouts
@@ -326,7 +392,7 @@ def run_branch(x: Tensor, branch: Branch, p: float, share: Callable[[Tensor], Te
     b = branch
     if b.is_plain:
         return run_plain(x, b.weight, b.lora_a, b.lora_b, b.bias, b.scaling, p, None, share)
-    if type(b) is PackedBranch and b.is_bare and not torch.compiler.is_compiling():
+    if type(b) is PackedBranch and b.is_bare and not is_compiling():
         return run_packed(x, b.weight, b.lora_a, b.lora_b, b.bias, b.scaling, p)
     if b.gain is None or p == 0.0:
         return run_branches(x, [b], p)[0]
@@ -352,7 +418,7 @@ def prepare(x: Tensor, backend_name: str | None) -> tuple[Tensor, str]:
     Raises:
         UnsupportedTransformError: x is within ``torch.func`` or ``vmap``.
     """
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     if not compiling:
         if torch._C._are_functorch_transforms_active():
             raise UnsupportedTransformError(
@@ -366,7 +432,7 @@ def prepare(x: Tensor, backend_name: str | None) -> tuple[Tensor, str]:
 
 def chosen(x: Tensor, backend_name: str | None = None) -> str:
     """The backend that runs problems of x's device and dtype, as :func:`.dispatch.select` has it."""
-    choose = _select_constant if torch.compiler.is_compiling() else select
+    choose = _select_constant if is_compiling() else select
     return choose(device_type_of(x), x.dtype, backend_name)
 
 
@@ -450,7 +516,9 @@ def check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tenso
         device, dtype = x.device, x.dtype
         if (
             not x.is_nested
-            and x.layout is _STRIDED
+            and x.layout is lora_a.layout is lora_b.layout is _STRIDED
+            and _is_strided(weight)
+            and (bias is None or bias.layout is _STRIDED)
             and _shapes_fit(x, weight, lora_a, lora_b, bias)
             and device == weight.device == lora_a.device == lora_b.device
             and (weight.dtype is dtype or (autocast and weight.dtype.is_floating_point))
@@ -463,6 +531,10 @@ def check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tenso
     except AttributeError:  # something that is no tensor
         pass
     raise _refusal(x, weight, lora_a, lora_b, bias)
+
+
+def _is_strided(tensor: Any) -> bool:
+    return tensor.layout is _STRIDED or type(tensor) is Packed
 
 
 def _shapes_fit(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> bool:
@@ -488,11 +560,12 @@ def _refusal(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Te
             "a nested tensor was given: LoRA's products need plain tensors. Pad it first, with "
             "torch.nested.to_padded_tensor(x, 0.0)."
         )
-    if x.layout is not torch.strided:
-        return InvalidTypeError(
-            f"an x of layout {x.layout} was given: LoRA's products need plain tensors. Convert it first, with "
-            "x.to_dense()."
-        )
+    for name, tensor in given.items():
+        if not _is_strided(tensor):
+            return InvalidTypeError(
+                f"{name} of layout {tensor.layout} was given: LoRA's products need plain tensors. Convert it first, "
+                f"with {name}.to_dense()."
+            )
     if not _shapes_fit(x, weight, lora_a, lora_b, bias):
         return InvalidArgumentError(
             f"shapes that do not fit were given: {', '.join([f'{name} {tuple(t.shape)}' for name, t in given.items()])}"

@@ -148,6 +148,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .fakes import fakes
 from .flops import enter_formulas, inform_counters
@@ -252,6 +253,10 @@ _traced: dict[str, Operators] = {}  # those, for a compiler: with its symbolic n
 _direct: dict[str, Operators] = {}  # the same functions by the way that takes the least host time
 _packets: dict[str, dict[str, Any]] = {}  # all overloads of each operator
 
+# Asked on each call: to look them up takes as long as to call them.
+_count_dispatch_modes = torch._C._len_torch_dispatch_stack
+_get_tracing_state = torch._C._get_tracing_state
+
 
 def _no_group(*arguments: Any) -> Any:
     raise AssertionError("kept.group_fault says before that this backend has no group operators")
@@ -278,6 +283,7 @@ class Operators:
     gated: Callable[..., Tensor]
     gated_grad: Callable[..., tuple[Tensor, Tensor]]
     kept: Kept
+    refuses_on_cpu: bool = False
     group_forward: Callable[..., tuple[list[Tensor], list[Tensor], list[Tensor]]] = _no_group
     group_backward: Callable[..., tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]] = _no_group
     experts_forward: Callable[..., tuple[Tensor, Tensor]] = _no_experts
@@ -296,12 +302,14 @@ def register(
     kept: Kept,
     library: Collection[str] = (),
     packed: Mapping[str, Callable[..., Any]] | None = None,
+    refuses_on_cpu: bool = False,
 ) -> None:
     """Define, implement and fake the operators of ``backend``; calling it again does nothing.
 
     An operator that ``implementations`` leaves out is one that a C++ library has registered, or will. One that it has
     for such a backend serves the devices that the library has no kernel for. ``kept`` tells what forward leaves for
-    backward, ``library`` which operators the library has beyond those of a layer, ``packed`` those of packed weights.
+    backward, ``library`` which operators the library has beyond those of a layer, ``packed`` those of packed weights,
+    ``refuses_on_cpu`` that ``forward`` refuses what does not fit, of tensors that are all on the CPU.
     """
     if backend in _registered:
         return
@@ -329,9 +337,9 @@ def register(
         if (by_tensors := tensor_schema(schema)) is not None:
             traced[name] = _with_tensor_overload(qualified, by_tensors, fake, packets[name])
         direct[name] = in_python.get(name) or (overloads[name]._op if compiled else implementations[name])
-    _registered[backend] = Operators(**overloads, kept=kept)
-    _traced[backend] = Operators(**traced, kept=kept)
-    _direct[backend] = Operators(**direct, kept=kept)
+    _registered[backend] = Operators(**overloads, kept=kept, refuses_on_cpu=refuses_on_cpu)
+    _traced[backend] = Operators(**traced, kept=kept, refuses_on_cpu=refuses_on_cpu)
+    _direct[backend] = Operators(**direct, kept=kept, refuses_on_cpu=refuses_on_cpu)
     enter_formulas(packets)
 
 
@@ -375,13 +383,21 @@ def operators(backend: str) -> Operators:
     Where somebody watches (a compiler, an exporter, a tracer, fake tensors, any dispatch mode), calls go through the
     dispatcher and are seen as one operator; elsewhere straight to the implementation, which takes less host time.
     """
-    if torch.compiler.is_compiling():
+    if not is_watched():
+        return _direct[backend]
+    if is_compiling():
         return _traced[backend]
-    if torch._C._len_torch_dispatch_stack() > 0:
-        inform_counters(_packets[backend])
-        return _registered[backend]
-    if torch._C._get_tracing_state() is not None:
-        return _registered[backend]
+    inform_counters(_packets[backend])
+    return _registered[backend]
+
+
+def is_watched() -> bool:
+    """Whether a compiler, a tracer or a dispatch mode sees the operators that are called."""
+    return is_compiling() or _count_dispatch_modes() > 0 or _get_tracing_state() is not None
+
+
+def direct_operators(backend: str) -> Operators:
+    """:func:`operators` where nobody watches."""
     return _direct[backend]
 
 
@@ -567,12 +583,3 @@ def product_by_codes(
 def code_kernels(device_type: str) -> CodeKernels | None:
     """The kernels of the ``triton`` backend, where they were asked for and it runs."""
     return _code_kernels.get(device_type)
-
-
-def is_watched() -> bool:
-    """Whether a compiler, a tracer or a dispatch mode sees the operators that are called."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )

@@ -16,27 +16,25 @@ from torch import Tensor
 __all__ = ["is_surrounded", "run_outside"]
 
 _functorch: Any = torch._C._functorch
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_is_of_older: Callable[[Tensor], bool] = _functorch.is_legacy_batchedtensor
+_is_of_newer: Callable[[Tensor], bool] = _functorch.is_batchedtensor
 _LEVEL = 1  # of the older vmap, which is_grads_batched uses and which nothing public nests
 _MODE = "VmapMode"  # the older one's dispatch key, under which eager may not draw dropout's mask
 
 
 def is_surrounded(gradients: Sequence[Any]) -> bool:
     """Whether one of them stands for several, or autocast acts on its device."""
-    return _is_batched(gradients) or (torch._C._is_any_autocast_enabled() and any(map(_is_cast, gradients)))
+    return _is_batched(gradients) or (_is_any_autocast_enabled() and any(map(_is_cast, gradients)))
 
 
 def _is_batched(gradients: Sequence[Any]) -> bool:
-    return any(g is not None and (_is_of_older(g) or _functorch.is_batchedtensor(g)) for g in gradients)
+    return any(g is not None and (_is_of_older(g) or _is_of_newer(g)) for g in gradients)
 
 
 def _is_cast(gradient: Any) -> bool:
     # torch knows no autocast of meta
     return gradient is not None and not gradient.is_meta and torch.is_autocast_enabled(gradient.device.type)
-
-
-def _is_of_older(gradient: Tensor) -> bool:
-    older: bool = _functorch.is_legacy_batchedtensor(gradient)
-    return older
 
 
 class _Context:

@@ -133,8 +133,9 @@ std::tuple<Tensor, Tensor> gated_grad(const Tensor& da, const Tensor& gate, cons
 }
 
 void expect_one_rank(const Tensor& lora_a, const Tensor& lora_b) {
-    STD_TORCH_CHECK(rows_of(lora_a, "lora_a") == columns_of(lora_b, "lora_b"),
-                    "lora_a (R, K) and lora_b (N, R) must be matrices of one rank R.");
+    const int64_t r = rows_of(lora_a, "lora_a");
+    STD_TORCH_CHECK(r >= 1 && r == columns_of(lora_b, "lora_b"),
+                    "lora_a (R, K) and lora_b (N, R) must be matrices of one rank R >= 1.");
 }
 
 // What stands for the packed mask, which is drawn again instead; one for all, for making it takes a call's time.

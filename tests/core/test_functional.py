@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
 from cases import BACKENDS, Case, make, measures
-from lora_kernels import FusedLoRAGroup, FusedLoRALinear, FusedLoRAMLP, LoRAKernelsError, lora_linear, use_backend
+from lora_kernels import FusedLoRAGroup, FusedLoRALinear, FusedLoRAMLP, LoRAKernelsError, gate, lora_linear, use_backend
 from lora_kernels.accuracy import sum_error
 from lora_kernels.errors import InvalidArgumentError, InvalidTypeError
 from numerics import check, same_bits
@@ -235,6 +236,46 @@ def test_a_nested_tensor_is_told() -> None:
 def test_a_sparse_input_is_told() -> None:
     with pytest.raises(InvalidTypeError, match=r"x.to_dense\(\)"):
         lora_linear(**(_tensors() | {"x": torch.eye(5, 6).to_sparse()}))
+
+
+def _changed(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """``tensor`` in other shapes, dtypes and layouts, and on another device."""
+    sizes = tensor.shape
+    shapes = [(), *((*sizes[:i], other, *sizes[i + 1 :]) for i in range(len(sizes)) for other in (0, 1, 3, 9))]
+    shapes += [sizes[1:], (*sizes, 1), (1, *sizes), sizes[::-1]]
+    dtypes = torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn
+    return [
+        *(torch.randn(shape) for shape in shapes),
+        *(tensor.to(dtype) for dtype in dtypes),
+        tensor.to("meta"),
+        tensor.to_sparse(),
+    ]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("name", ["x", "weight", "lora_a", "lora_b", "bias"])
+def test_what_an_operator_refuses_itself_is_told_as_what_is_looked_for_before_it(
+    name: str, backend: str, grad: bool
+) -> None:
+    own = _tensors()
+    for wrong in _changed(own[name]):
+        tensors = own | {name: wrong}
+        with torch.set_grad_enabled(grad):
+            if grad:
+                tensors["lora_a"] = tensors["lora_a"].clone()
+                if tensors["lora_a"].is_floating_point():
+                    tensors["lora_a"].requires_grad_()
+            try:
+                gate.check(*tensors.values(), autocast=False)
+            except LoRAKernelsError as refusal:
+                with pytest.raises(type(refusal), match=f"^{re.escape(str(refusal))}$"):
+                    lora_linear(**tensors, backend=backend)
+            else:
+                y = lora_linear(**tensors, backend=backend)
+                assert y.shape == (*tensors["x"].shape[:-1], 4)
+                assert y.dtype is tensors["x"].dtype
+                assert y.requires_grad is grad
 
 
 def _negated(tensor: torch.Tensor) -> torch.Tensor:

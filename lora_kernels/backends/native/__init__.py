@@ -77,7 +77,8 @@ class NativeBackend:
 
     def register(self, device_type: str) -> None:
         library = (*EXPERTS_OPERATOR_NAMES, *EXPERTS_MLP_OPERATOR_NAMES)
-        register(self.name, Composition(_keep, _KEPT.hidden_dtype).operators, _KEPT, library, coded.OPERATORS)
+        own = Composition(_keep, _KEPT.hidden_dtype).operators
+        register(self.name, own, _KEPT, library, coded.OPERATORS, refuses_on_cpu=True)
         if device_type != "meta":
             load.load(device_type)
         if device_type == "cpu":
