@@ -39,13 +39,12 @@ int lora_few_forward(int instance, const Params* p, char* workspace, int shared_
     return with_tokens<2, 8, 2, 2, COPIES>(q, shared_bytes, downwards);
 }
 
-int lora_few_grads(const GradParams* first, const LastParams* last, bool downwards) {
-    const int grid = first->slices + (first->dx_parts ? first->K / GRAD_COLUMNS * first->splits : 0);
-    const bool ended =
-        first->M > 8
-            ? run_grid(grid, GRAD_THREADS, FirstGrads<2>::SHARED, 1, downwards, [&] { first_grads<2>(*first); })
-            : run_grid(grid, GRAD_THREADS, FirstGrads<1>::SHARED, 1, downwards, [&] { first_grads<1>(*first); });
-    if (!ended) return 0;
-    return run_grid(last->K / LAST_COLUMNS, GRAD_THREADS, LAST_SHARED, 1, downwards, [&] { last_grads(*last); });
+int lora_few_first_grads(const GradParams* p, int grid, int shared_bytes, bool downwards) {
+    return p->M > 8 ? run_grid(grid, GRAD_THREADS, shared_bytes, 1, downwards, [&] { first_grads<2>(*p); })
+                    : run_grid(grid, GRAD_THREADS, shared_bytes, 1, downwards, [&] { first_grads<1>(*p); });
+}
+
+int lora_few_last_grads(const LastParams* p, int grid, int shared_bytes, bool downwards) {
+    return run_grid(grid, GRAD_THREADS, shared_bytes, 1, downwards, [&] { last_grads(*p); });
 }
 }

@@ -18,7 +18,17 @@ from ...kept import no_words
 from . import code_operators, combine_operators, expert_operators, gated_operators, part_operators
 from .choose import ranking
 from .choose.launching import Launching
-from .choose.plans import GLUON_PLANS, BackwardPlan, DxHopper, DxInside, ForwardPlan, Hopper, HopperInside, Ring
+from .choose.plans import (
+    GLUON_PLANS,
+    BackwardPlan,
+    DxHopper,
+    DxInside,
+    ForwardPlan,
+    Hopper,
+    HopperInside,
+    Ring,
+    RingGrads,
+)
 from .kernels.packed import mask_kernel
 from .run import hopper_group_passes
 from .run.backward import BackwardRun, ready_backward
@@ -31,6 +41,7 @@ from .run.hopper_forward import ready_hopper
 from .run.launcher import PassRun, launched
 from .run.prepared import Cache, Launch
 from .run.ring import ready_ring, ring_call_fault
+from .run.ring_grads import grads_call_fault, ready_ring_grads
 from .run.steps import Step, draw_step, seeded
 
 __all__ = ["backward", "forget", "forward", "mask", "run_backward", "run_plan"]
@@ -83,6 +94,8 @@ def _plans(call: Call, direction: str, descriptors: bool, launching: Launching) 
 def _fault(plan: Any, call: Call) -> str | None:
     if isinstance(plan, Ring):
         return ring_call_fault(plan, call)
+    if isinstance(plan, RingGrads):
+        return grads_call_fault(call)
     return plan_fault(plan, call) if isinstance(plan, GLUON_PLANS) else None
 
 
@@ -232,18 +245,20 @@ def _not_due(c: Call) -> tuple[Tensor, ...]:
 
 
 def _whole_backward(
-    plan: BackwardPlan | DxHopper | DxInside, c: Call, due: tuple[bool, bool, bool], state: Tensor | None
+    plan: BackwardPlan | RingGrads | DxHopper | DxInside, c: Call, due: tuple[bool, bool, bool], state: Tensor | None
 ) -> BackwardRun:
     """The run of ``plan`` with the state in the place of the words; ``due``: dx, da, db."""
     if isinstance(plan, (DxHopper, DxInside)):
         run = ready_hopper_backward(plan, c, *due)
+    elif isinstance(plan, RingGrads):
+        run = ready_ring_grads(plan, c, *due)
     else:
         run = ready_backward(plan, c, *due)
     return seeded(run, state if due[0] or due[1] else None, c.m, c.k, c.p)
 
 
 def run_backward(
-    plan: BackwardPlan | DxHopper | DxInside,
+    plan: BackwardPlan | RingGrads | DxHopper | DxInside,
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import subprocess
+from collections.abc import Iterator
 from ctypes import Structure, byref, c_bool, c_float, c_int, c_void_p
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +25,9 @@ from lora_kernels.backends.triton.choose import candidates
 from lora_kernels.backends.triton.choose.blocks import Machine
 from lora_kernels.backends.triton.choose.hidden_operand import hidden_operand
 from lora_kernels.backends.triton.choose.launching import GRAPH, PREPARED
-from lora_kernels.backends.triton.choose.plans import Cell, Ring
-from lora_kernels.backends.triton.choose.ring import CONFIGS, WORKSPACE_BYTES, ring_fault
-from lora_kernels.backends.triton.run import cuda_kernels, ring
+from lora_kernels.backends.triton.choose.plans import Cell, Ring, RingGrads, plan_from_json, plan_to_json
+from lora_kernels.backends.triton.choose.ring import CONFIGS, GRAD_HEADERS, WORKSPACE_BYTES, grad_defines, ring_fault
+from lora_kernels.backends.triton.run import cuda_kernels, ring, ring_grads
 from lora_kernels.backends.triton.run.call import Call
 from lora_kernels.backends.triton.run.cuda_kernels import CudaLaunch, cubin
 from lora_kernels.backends.triton.run.pass_words import Constant
@@ -35,6 +36,7 @@ from lora_kernels.benchmark.roofline import MACHINES
 from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.kept import row_words
 from lora_kernels.packed_mask import packed_keep_words, unpack
+from lora_kernels.tuning.search import shortlist
 from numerics import check, check_all, same_bits
 
 ROOT = Path(__file__).parents[3]
@@ -363,48 +365,126 @@ def resources(code: bytes, folder: Path) -> dict[str, int]:
 
 
 GRADS = [
-    (case_of(1, 64, 48, 16), 1, 1, True),
-    (case_of(8, 192, 100, 5, p=0.25, adapter_dtype=BF16), 3, 2, True),
-    (case_of(16, 128, 333, 64, p=0.1), 2, 3, False),
-    (case_of(13, 64, 1040, 33), 4, 2, True),
-    (case_of(3, 128, 7, 1, p=0.5), 1, 2, False),
+    (case_of(1, 512, 48, 16), RingGrads(1, 1), True),
+    (case_of(8, 576, 100, 5, p=0.25, adapter_dtype=BF16), RingGrads(3, 2, True), True),
+    (case_of(16, 640, 333, 64, p=0.1), RingGrads(2, 3), False),
+    (case_of(13, 512, 1040, 33, bias=False), RingGrads(4, 2, True), True),
+    (case_of(3, 768, 7, 1, p=0.5), RingGrads(1, 1), False),
 ]
+ALL = "dx", "da", "db"
 
 
-def grads(library: ctypes.CDLL, case: Case, slices: int, splits: int, kept: bool, downwards: bool) -> dict[str, Tensor]:
-    """Every gradient by the two kernels; h is what forward's policy gives, as fp32 or as its operand."""
+class GradsOnHost(OnHost):
+    """Takes both launches of backward."""
+
+    def __call__(self, launch: CudaLaunch, stream: int | None, *arguments: Any) -> None:
+        given = (*arguments, *launch.static)
+        assert len(launch.signature) == len(given)
+        assert [kind == "*" for kind in launch.signature] == [v is None or isinstance(v, Tensor) for v in given]
+        assert dict(launch.source.defines)["LORA_THREADS"] == launch.threads
+        if launch.name == "few_tokens_first_grads":
+            *tensors, s, m, n, k, r, ld_dy, rank, b32, bias32, slices, splits = given
+            sizes = m, n, k, r, ld_dy, rank, b32, bias32, slices, splits
+            run, params = self.library.lora_few_first_grads, GradParams(*map(pointer, tensors), *sizes, s)
+        else:
+            *tensors, s, keep, m, k, r, ldx, words, a32, slices, splits, early = given
+            assert launch.dependent == bool(early)
+            sizes = m, k, r, ldx, words, a32, slices, splits, early
+            run, params = self.library.lora_few_last_grads, LastParams(*map(pointer, tensors), *sizes, s, keep)
+        assert run(byref(params), launch.grid, launch.shared_bytes, c_bool(self.downwards)) == 1, launch.name
+
+
+@pytest.fixture
+def grads_on_host(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> GradsOnHost:
+    host = GradsOnHost(library)
+    monkeypatch.setattr(CudaLaunch, "__call__", lambda launch, stream, *arguments: host(launch, stream, *arguments))
+    return host
+
+
+def grads(case: Case, plan: RingGrads, kept: bool, due: tuple[str, ...] = ALL) -> dict[str, Tensor]:
+    """What is due by the run of ``plan``, poisoned before; h is what forward's policy gives, as fp32 or its operand."""
     i, _, mask = inputs(case)
     x, w, a, b, dy = (t.detach().contiguous() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.dy))
     keep, operand = 1.0 / (1.0 - case.p), hidden_operand(case.dtype, case.r) if kept else None
     h = keep * (x if mask is None else x * mask).float() @ a.to(BF16).float().t()
     h = h if operand is None else operand.pack(case.scaling * h)
     words = packed_keep_words(SEED, case.m, case.k, case.p) if case.p else None
-
-    def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
-        return torch.full(shape, float("nan"), dtype=dtype)
-
-    parts, dh = empty(splits, case.m, case.k), empty(slices, case.m, case.r)
-    found = {"dx": empty(case.m, case.k, dtype=BF16), "da": empty(*a.shape, dtype=a.dtype)}
-    found |= {"db": empty(*b.shape, dtype=b.dtype), "dbias": empty(case.n, dtype=BF16)}
-    rank, fp32 = 0 if operand is None else operand.rank, int(b.dtype is FP32)
-    first = GradParams(*map(pointer, (dy, w, b, h, parts, dh, found["db"], found["dbias"])))
-    first.M, first.N, first.K, first.R, first.ld_dy = case.m, case.n, case.k, case.r, case.n
-    first.rank, first.b32, first.slices, first.splits, first.s = rank, fp32, slices, splits, case.scaling
-    last = LastParams(*map(pointer, (parts, dh, a, x, words, found["dx"], found["da"])))
-    last.M, last.K, last.R, last.ldx, last.row_words = case.m, case.k, case.r, case.k, row_words(case.k)
-    last.a32, last.slices, last.splits, last.s, last.keep = fp32, slices, splits, case.scaling, keep
-    assert library.lora_few_grads(byref(first), byref(last), c_bool(downwards)) == 1
-    return found
+    x_due, w_due, h_due = (tensor if name in due else None for name, tensor in (("da", x), ("dx", w), ("db", h)))
+    call = Call.backward(dy, x_due, w_due, a, b, None if i.bias is None else i.bias.detach(), h_due, case.p, words)
+    call = replace(call, machine=SMALL, operand=operand, by_descriptor=w_due is not None)  # dy's rows begin anywhere
+    assert ring_grads.grads_call_fault(call) is None
+    run = ring_grads.ready_ring_grads(plan, call, *(name in due for name in ALL))
+    found = run(7, dy, x_due, w_due, a, b, h_due, case.scaling, words)
+    return {name: t for name, t in zip((*ALL, "dbias"), found, strict=True) if t is not None}
 
 
-@pytest.mark.parametrize(("case", "slices", "splits", "kept"), GRADS, ids=str)
+@pytest.mark.parametrize(("case", "plan", "kept"), GRADS, ids=str)
 @pytest.mark.parametrize("downwards", [False, True])
 def test_the_gradients_are_the_reference(
-    case: Case, slices: int, splits: int, kept: bool, downwards: bool, library: ctypes.CDLL
+    case: Case, plan: RingGrads, kept: bool, downwards: bool, grads_on_host: GradsOnHost, filled_with_nan: None
 ) -> None:
+    grads_on_host.downwards = downwards
     i, _, mask = inputs(case)
     exact, yardstick, errors = measures(case, i, mask)
-    check_all(grads(library, case, slices, splits, kept, downwards), exact, yardstick, case.dtype, expected=errors)
+    found = grads(case, plan, kept)
+    assert set(found) == {*ALL} | ({"dbias"} if i.bias is not None else set())
+    check_all(found, exact, yardstick, case.dtype, expected=errors)
+
+
+@pytest.mark.parametrize("due", [(), ("dx",), ("da",), ("db",), ("dx", "db"), ("da", "db")], ids=str)
+def test_what_is_due_alone_has_the_same_bits(
+    due: tuple[str, ...], grads_on_host: GradsOnHost, filled_with_nan: None
+) -> None:
+    case, plan, kept = GRADS[1]
+    whole, part = grads(case, plan, kept), grads(case, plan, kept, due)
+    assert set(part) == {*due, "dbias"}
+    assert all(same_bits(tensor, whole[name]) for name, tensor in part.items())
+
+
+@pytest.fixture
+def filled_with_nan() -> Iterator[None]:
+    """Memory that nobody has written."""
+    torch.use_deterministic_algorithms(True)  # ``fill_uninitialized_memory`` is on by default
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"m": 17}, "up to 16 tokens"),
+        ({"r": 65}, "rank 64"),
+        ({"b_dtype": torch.float16}, "gradients of bfloat16 and float32 alone"),
+        ({"bias_dtype": torch.float64}, "gradients of bfloat16 and float32 alone"),
+        ({"stride_w": (1, 48)}, "dy or W is not stored"),
+        ({"by_descriptor": False}, "dy or W is not stored"),
+        ({"stride_a": (1, 16)}, "A or x is not stored"),
+        ({"stride_x": (512, 2)}, "A or x is not stored"),
+        ({"stride_b": (1, 48)}, "B is not in one piece"),
+    ],
+)
+def test_calls_whose_gradients_it_does_not_take(change: dict[str, Any], sentence: str) -> None:
+    i = make(GRADS[0][0])
+    call = Call.backward(i.dy, i.x, i.weight, i.lora_a, i.lora_b, i.bias, None, 0.0, None)
+    call = replace(call, machine=SMALL)
+    assert ring_grads.grads_call_fault(call) is None
+    with pytest.raises(InvalidArgumentError, match=sentence):
+        ring_grads.ready_ring_grads(RingGrads(), replace(call, **change), True, True, True)
+
+
+def test_no_prediction_has_the_gradients_chosen_and_the_tuner_measures_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "why_not", lambda: None)
+    candidates.candidates.cache_clear()
+    candidates.predicted.cache_clear()
+    cell = Cell("backward", 4, 4096, 4096, 16, "bfloat16", False)
+    plans = candidates.candidates(H100, cell)
+    ways = [plan for plan in plans if isinstance(plan, RingGrads)]
+    assert ways
+    assert list(plans[-len(ways) :]) == ways
+    assert {plan.pdl for plan in ways} == {False, True}
+    assert {plan.pdl for plan in shortlist(H100, cell) if isinstance(plan, RingGrads)} == {False, True}
+    assert candidates.in_order(H100, cell, ways[0])[0] == ways[0]
+    assert plan_from_json(plan_to_json(ways[-1])) == ways[-1]
 
 
 def test_the_launcher_can_say_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,11 +528,8 @@ def test_the_launcher_can_say_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nvrtc_compiles_the_gradients(tokens: int, capability: int, tmp_path: Path) -> None:
     if nvrtc.why_not() is not None:
         pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
-    shared = max(8 * 8 * tokens * 65, 64 * 65 + 16 * 129) * 4
-    defines = {"LORA_TOKENS": tokens, "LORA_THREADS": 256, "LORA_SHARED_BYTES": shared}
-    defines["LORA_LAST_SHARED_BYTES"] = (16 * 64 + 64 * 32 + 16 * 33) * 4
-    headers = ("few_tokens_device.cuh", "few_tokens_grads.cuh")
-    usage = resources(nvrtc.compiled("few_tokens_grads_entry.cuh", headers, capability, defines), tmp_path)
+    code = nvrtc.compiled("few_tokens_grads_entry.cuh", GRAD_HEADERS, capability, grad_defines(8 * tokens))
+    usage = resources(code, tmp_path)
     assert usage["STACK"] == usage["LOCAL"] == 0
 
 

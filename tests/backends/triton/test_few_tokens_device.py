@@ -1,8 +1,9 @@
-"""The kernel for few tokens in CUDA C++, on a GPU: each plan that the choice has, its replays, and two streams."""
+"""The kernels for few tokens in CUDA C++, on a GPU: each plan that the choice has, its replays, and two streams."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,8 +18,9 @@ from lora_kernels import lora_linear
 from lora_kernels.backends.triton import operators
 from lora_kernels.backends.triton.choose import candidates, ranking
 from lora_kernels.backends.triton.choose.blocks import machine_of
-from lora_kernels.backends.triton.choose.plans import Cell, Ring
+from lora_kernels.backends.triton.choose.plans import Cell, Ring, RingGrads
 from lora_kernels.backends.triton.choose.ring import CONFIGS, ring_fault
+from lora_kernels.errors import InvalidArgumentError
 from numerics import check_all, same_bits
 from test_cuda_graphs import captured
 
@@ -151,3 +153,32 @@ def test_two_streams_and_a_graph_at_once(by: Any) -> None:
         torch.cuda.synchronize()
         wrong = [name for one in found for name in one if not same_bits(one[name], expected[name])]
         assert wrong == [], str(plan)
+
+
+def gradients(plan: RingGrads, case: Case, i: Any, state: Tensor | None) -> dict[str, Tensor]:
+    x, w, a, b, dy = (t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.dy))
+    bias = None if i.bias is None else i.bias.detach()
+    _, h, _ = operators.forward(x, w, a, b, bias, case.scaling, case.p, state)
+    found = operators.run_backward(plan, dy, x, w, a, b, bias, h, case.scaling, case.p, state)
+    return {name: t for name, t in zip(("dx", "da", "db", "dbias"), found, strict=True) if t is not None}
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 5, 9, 10, 11, 13, 14)], ids=str)
+def test_every_gradient_against_float64_and_twice_the_same_bits(case: Case) -> None:
+    machine, cell = machine_of(torch.device("cuda")), replace(cell_of(case), direction="backward")
+    if fault := ring_fault(machine, cell):
+        pytest.skip(f"the kernel does not run on this GPU: {fault}")
+    plans = [plan for plan in candidates.candidates(machine, cell) if isinstance(plan, RingGrads)]
+    i = make(case, "cuda")
+    state = torch.tensor([3, 5], device="cuda") if case.p else None
+    if case.n % 8:
+        with pytest.raises(InvalidArgumentError, match="16-byte boundaries"):
+            gradients(plans[0], case, i, state)
+        return
+    mask = None if state is None else operators.mask(state, case.m, case.k, case.p)
+    exact, yardstick, errors = measures(case, i, mask)
+    for plan in plans:
+        found = gradients(plan, case, i, state)
+        check_all(found, exact, yardstick, case.dtype, expected=errors)
+        again = gradients(plan, case, i, state)
+        assert all(same_bits(found[name], again[name]) for name in found)

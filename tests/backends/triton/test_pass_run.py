@@ -28,7 +28,7 @@ from lora_kernels.backends.native import load
 from lora_kernels.backends.triton import operators
 from lora_kernels.backends.triton.choose.blocks import Machine
 from lora_kernels.backends.triton.choose.hidden_operand import hidden_operand
-from lora_kernels.backends.triton.choose.plans import Ring
+from lora_kernels.backends.triton.choose.plans import Ring, RingGrads
 from lora_kernels.backends.triton.choose.ring import CONFIGS
 from lora_kernels.backends.triton.run import cuda_kernels, launcher, pass_words, prepared, recording, ring, streams
 from lora_kernels.backends.triton.run.call import Call
@@ -640,3 +640,29 @@ def test_parts_of_one_tensor_are_told_apart(driver: DriverStandIn) -> None:
     described, _ = recorded(_launch(FakeKernel("*fp32", "*fp32", "*fp32")), whole[:, :16], whole[:, 16:])
     places = described.steps[0].arguments[:2]
     assert places == (pass_words.Place("tensor", 0), pass_words.Place("tensor", 1))
+
+
+def test_the_gradients_of_few_tokens_are_one_pass(driver: DriverStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python launches the first call alone; the next are two launches of one call, the second a dependent one."""
+    machine = Machine(capability=90, sm_count=6, shared_memory=232448)
+    case = Case(m=2, k=1024, n=48, r=16, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    i, by_python, functions = make(case), list[str](), {"few_tokens_first_grads": 0x7F2, "few_tokens_last_grads": 0x7F3}
+    x, w, a, b, bias, dy = (t.detach() for t in (i.x, i.weight, i.lora_a, i.lora_b, i.bias, i.dy))
+    driver.parameters(0x7F2, [8] * 8 + [4] * 11 + [8] * 2)
+    driver.parameters(0x7F3, [8] * 7 + [4] * 11 + [8] * 2)
+    monkeypatch.setattr(cuda_kernels, "_loaded", lambda source, name, *_: functions[name])
+    monkeypatch.setattr(cuda_kernels.CudaLaunch, "_launch", lambda launch, *_: by_python.append(launch.name))
+    monkeypatch.setattr(launcher, "index_of", lambda device: 0)
+    monkeypatch.setattr(launcher, "current_stream", lambda index: STREAM)
+    operand = hidden_operand(torch.bfloat16, 16)
+    h = operand.pack(torch.randn(2, 16))
+    call = replace(Call.backward(dy, x, w, a, b, bias, h, 0.0, None), machine=machine, operand=operand)
+    whole = operators._whole_backward(RingGrads(2, 1, True), call, (True, True, True), None)
+    run = PassRun(whole, call.device, operators._not_due(call))
+    arguments = (dy, x, w, a, b, h, 0.5, None)
+    first, second = run(*arguments), run(*arguments)
+    assert run.fault is None
+    assert by_python == list(functions)
+    assert len(driver.take("cuLaunchKernelEx")) == 2
+    assert [(t.shape, t.dtype) for t in second] == [(t.shape, t.dtype) for t in first]
+    assert [tuple(t.shape) for t in second] == [(2, 1024), (16, 1024), (48, 16), (48,)]

@@ -13,6 +13,7 @@ from lora_kernels.backends.triton.choose import candidates, ranking, tuned, ways
 from lora_kernels.backends.triton.choose.blocks import INTERPRETER, ExpandConfig, Machine, ShrinkConfig
 from lora_kernels.backends.triton.choose.plans import (
     GLUON_PLANS,
+    UNMEASURED,
     BaseFirst,
     Cell,
     FewTokens,
@@ -59,8 +60,9 @@ def test_backward_candidates(machine: Machine) -> None:
     """The same of backward; a second stream comes first only by Gluon, where it was measured to help."""
     for cell in (replace(cell, direction="backward") for cell in CELLS):
         found = candidates.candidates(machine, cell)
-        assert {plan.kind for plan in found} - {"dx_hopper", "dx_inside"} == {"dx_fused", "dx_lora_first"}
+        assert {plan.kind for plan in found} - {"dx_hopper", "dx_inside", "ring_grads"} == {"dx_fused", "dx_lora_first"}
         assert len(set(found)) == len(found)
+        found = tuple(plan for plan in found if not isinstance(plan, UNMEASURED))  # they come last
         assert not found[0].beside or (isinstance(found[0], GLUON_PLANS) and cell.tokens >= 2048)
         assert any(plan.beside for plan in found) != machine.interpreter
         seconds = [candidates.order(machine, cell, plan) for plan in found]

@@ -224,17 +224,20 @@ def test_a_changed_kernel_file_passes_over_the_rows_that_use_it_and_no_others(tm
         for kind in KINDS
         if used[kind] and "hopper" not in kind and "inside" not in kind
     )
-    assert [kind for kind in KINDS if not used[kind]] == ["ring"]  # CUDA C++: see the next test
+    assert [kind for kind in KINDS if not used[kind]] == ["ring", "ring_grads"]  # CUDA C++: see the next test
     assert folder / "hopper" / "packed_draw.py" in used["hopper"]
     assert folder / "hopper" / "product.py" not in used["lora_first"]
     heads = [ast.parse(path.read_text()).body for path in folder.rglob("__init__.py")]
     assert all(isinstance(line, ast.Expr) for head in heads for line in head), "an __init__.py has code"
 
 
-def test_a_changed_cuda_file_passes_over_the_rows_that_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, source = kernel_files.digest_of("ring"), nvrtc.source
-    monkeypatch.setattr(nvrtc, "source", lambda name: source(name) + "// another")
-    assert kernel_files.digest_of("ring") != before
+@pytest.mark.parametrize(("kind", "file"), [("ring", "few_tokens.cuh"), ("ring_grads", "few_tokens_grads.cuh")])
+def test_a_changed_cuda_file_passes_over_the_rows_that_use_it(
+    kind: str, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, source = {name: kernel_files.digest_of(name) for name in ("ring", "ring_grads")}, nvrtc.source
+    monkeypatch.setattr(nvrtc, "source", lambda name: source(name) + ("// another" if name == file else ""))
+    assert [name for name in before if kernel_files.digest_of(name) != before[name]] == [kind]
     assert kernel_files.digest_of("fused") == kernel_files.digests()["fused"]
 
 

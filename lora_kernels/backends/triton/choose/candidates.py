@@ -32,6 +32,7 @@ from .hopper_group_cost import hopper_group_seconds
 from .launching import GRAPH, PREPARED, Launching
 from .plans import (
     GLUON_PLANS,
+    UNMEASURED,
     VARIANTS,
     BackwardPlan,
     BaseFirst,
@@ -44,9 +45,10 @@ from .plans import (
     LoraFirst,
     Plan,
     Ring,
+    RingGrads,
     is_of,
 )
-from .ring import ring_fault, ring_fits, ring_ways
+from .ring import grads_fit, grads_ways, ring_fault, ring_fits, ring_ways
 from .table import Row, Timed
 from .ways import SPLITS, shrink_ways, small_ways, ways_to_dh_db, worth_dividing
 
@@ -159,14 +161,16 @@ def in_order(
 
 
 def _by_descriptor(plan: Plan) -> bool:
-    return isinstance(plan, (Ring, *GLUON_PLANS, *GROUP_KERNELS)) or getattr(plan, "variant", "pointer") != "pointer"
+    reads = (Ring, RingGrads, *GLUON_PLANS, *GROUP_KERNELS)
+    return isinstance(plan, reads) or getattr(plan, "variant", "pointer") != "pointer"
 
 
 @lru_cache(maxsize=1024)
 def candidates(machine: Machine, cell: Cell, launching: Launching = PREPARED) -> tuple[Any, ...]:
     """Every plan that fits the machine, best predicted first; the compositions are always among them.
 
-    The interpreter's come in a fixed order, the fused ones first: there, they are what is to be seen.
+    What was measured nowhere comes last: no prediction has it chosen. The interpreter's come in a fixed order, the
+    fused ones first: there, they are what is to be seen.
     """
     found = list(predicted(machine, cell))
     if not machine.interpreter:
@@ -174,7 +178,7 @@ def candidates(machine: Machine, cell: Cell, launching: Launching = PREPARED) ->
             plan: launching.cost(seconds, host_seconds(machine, cell, plan, launching), _beside(plan))
             for plan, seconds in found
         }
-        found.sort(key=lambda pair: (costs[pair[0]], pair[1]))
+        found.sort(key=lambda pair: (isinstance(pair[0], UNMEASURED), costs[pair[0]], pair[1]))
     return tuple(plan for plan, _ in found)
 
 
@@ -205,6 +209,8 @@ def fits(machine: Machine, cell: Cell, plan: Plan) -> bool:
         return gluon_fits(machine, cell, plan)
     if isinstance(plan, Ring):
         return ring_fits(machine, cell, plan)
+    if isinstance(plan, RingGrads):
+        return grads_fit(machine, cell, plan)
     if isinstance(plan, FewTokens):
         covers = cell.tokens <= plan.config.block_m and cell.r <= plan.config.block_r
         return covers and fits_shared_memory(machine, plan.config, cell.itemsize)
@@ -276,7 +282,7 @@ def _shrinks(machine: Machine, cell: Cell) -> list[ShrinkConfig]:
     return ways[:_SHRINKS]
 
 
-def _backward(machine: Machine, cell: Cell) -> Iterator[BackwardPlan]:
+def _backward(machine: Machine, cell: Cell) -> Iterator[BackwardPlan | RingGrads]:
     """Every backward plan; the interpreter's are four in which each way to each result is met, the fused ones first."""
     sizes = (cell.k, cell.r, cell.itemsize, cell.tf32)
     small = small_ways(machine, cell)
@@ -290,6 +296,9 @@ def _backward(machine: Machine, cell: Cell) -> Iterator[BackwardPlan]:
         yield from (DxFused(*joint, gemm), DxFused(*apart, gemm, "persistent"))
         yield from (DxLoraFirst(*apart, expand), DxLoraFirst(*joint, expand))
         return
+    if ring_fault(machine, cell) is None:
+        for way in grads_ways(machine, cell):
+            yield from (RingGrads(*way, pdl) for pdl in ((False,) if machine.capability < 90 else (False, True)))
     for dh_db, da in small:
         for variant, configs in gemms.items():
             yield from (DxFused(dh_db, da, gemm, variant) for gemm in configs)

@@ -37,9 +37,10 @@ from .plans import (
     GluonPlan,
     LoraFirst,
     Ring,
+    RingGrads,
     Skinny,
 )
-from .ring import ring_seconds
+from .ring import grads_seconds, ring_seconds
 
 __all__ = [
     "BackwardModel",
@@ -70,10 +71,12 @@ def forward_seconds(machine: Machine, cell: Cell, plan: ForwardPlan | GluonPlan)
     return drawn + base + seconds - (model.hidden(base, seconds) if plan.beside else 0.0) + add
 
 
-def backward_seconds(machine: Machine, cell: Cell, plan: BackwardPlan | GluonPlan) -> float:
+def backward_seconds(machine: Machine, cell: Cell, plan: BackwardPlan | RingGrads | GluonPlan) -> float:
     """What ``plan`` should take for ``cell`` with dx, da and db due, in seconds."""
     if isinstance(plan, GLUON_PLANS):
         return hopper_seconds(machine, cell, plan)
+    if isinstance(plan, RingGrads):
+        return grads_seconds(machine, cell, plan)
     model = BackwardModel(machine, cell)
     first, rest, dx = model.first(plan.hidden), model.rest(plan), model.dx(plan)
     return first + rest + dx + (hardware.ASSUMED.fork if plan.beside else 0.0)

@@ -21,6 +21,7 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 _SMALL = ("backward", "forward")  # da, dh with db and the sums; dh is a shrink
 _MODULES: dict[str, tuple[str, ...]] = {
     "ring": (),
+    "ring_grads": (),
     "few_tokens": ("few_tokens",),
     "fused": ("forward", "persistent"),
     "lora_first": ("forward",),
@@ -34,7 +35,10 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "hopper_group": ("hopper/group_small", "hopper/group_shrink", "hopper/group_product"),
     "dx_hopper_group": ("hopper/group_small", "hopper/group_outer", "hopper/group_dx"),
 }
-_CUDA = {"ring": ("few_tokens_forward_entry.cuh", *ring.HEADERS)}  # files of csrc/cuda
+_CUDA = {  # files of csrc/cuda
+    "ring": ("few_tokens_forward_entry.cuh", *ring.HEADERS),
+    "ring_grads": ("few_tokens_grads_entry.cuh", *ring.GRAD_HEADERS),
+}
 _MODULES["apart"] = tuple(sorted({module for modules in _MODULES.values() for module in modules}))  # whatever runs
 assert set(_MODULES) == set(KINDS)
 

@@ -25,6 +25,7 @@ DxFused     one product whose accumulator begins with D * (dh A)                
 DxLoraFirst D * (dh A), then the library's product accumulates onto it (beta = 1)                   5 to 7
 DxHopper    dh and db in one read of dy, then one product in Gluon that takes D * (dh A)            6
 DxInside    the same, dh formed in the product and db in a read of dy of its own; no dropout        5
+RingGrads   in CUDA C++, for up to 16 tokens of bfloat16: W is read once, and dh, db beside it      2
 =========== ======================================================================================= =================
 
 Every plan has a ``kind`` (its name in tables), its ``launches``, and ``is_composition``: whether the large product is
@@ -59,6 +60,7 @@ __all__ = [
     "DTYPES",
     "GLUON_PLANS",
     "KINDS",
+    "UNMEASURED",
     "VARIANTS",
     "BackwardPlan",
     "BaseFirst",
@@ -77,6 +79,7 @@ __all__ = [
     "LoraFirst",
     "Plan",
     "Ring",
+    "RingGrads",
     "Skinny",
     "is_of",
     "plan_from_json",
@@ -397,15 +400,32 @@ class DxInside:
         return f"dx_inside {self.dx.name} db {self.db.name} da {self.da.name}{_beside(self.beside)}"
 
 
+@dataclass(frozen=True, slots=True)
+class RingGrads:
+    """In CUDA C++: ``slices`` blocks share the sum of dh, ``splits`` each strip of dx's. ``pdl``: the second launch
+    loads A and x while the first ends."""
+
+    kind: ClassVar[str] = "ring_grads"
+    is_composition: ClassVar[bool] = False
+    launches: ClassVar[int] = 2
+    slices: int = 1
+    splits: int = 1
+    pdl: bool = False
+
+    def __str__(self) -> str:
+        return f"ring_grads slices={self.slices} splits={self.splits}{_pdl(self.pdl)}"
+
+
 ForwardPlan: TypeAlias = Ring | FewTokens | Fused | LoraFirst | BaseFirst
 BackwardPlan: TypeAlias = DxFused | DxLoraFirst
 GluonPlan: TypeAlias = Hopper | HopperInside | DxHopper | DxInside
-Plan: TypeAlias = ForwardPlan | BackwardPlan | GluonPlan | GroupPlan
+Plan: TypeAlias = ForwardPlan | BackwardPlan | RingGrads | GluonPlan | GroupPlan
 GLUON_PLANS = (Hopper, HopperInside, DxHopper, DxInside)
+UNMEASURED = (RingGrads,)  # on no GPU yet: taken where a tuned table has it ahead, and else last
 
 _BY_DIRECTION: dict[str, tuple[type[Any], ...]] = {
     "forward": (Ring, FewTokens, Fused, LoraFirst, BaseFirst, Hopper, HopperInside, HopperGroup, Apart),
-    "backward": (DxFused, DxLoraFirst, DxHopper, DxInside, DxHopperGroup, Apart),
+    "backward": (DxFused, DxLoraFirst, DxHopper, DxInside, RingGrads, DxHopperGroup, Apart),
 }
 KINDS: dict[str, type[Any]] = {kind.kind: kind for kinds in _BY_DIRECTION.values() for kind in kinds}
 _CONFIGS: tuple[type[Any], ...] = (

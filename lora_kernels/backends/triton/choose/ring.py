@@ -1,7 +1,7 @@
-"""The kernel for few tokens in CUDA C++ (``csrc/cuda/few_tokens.cuh``): configurations, what they take, what they cost.
+"""The kernels for few tokens in CUDA C++ (``csrc/cuda/few_tokens*.cuh``): configurations, what they take and cost.
 
-Three were measured on an H100 (few_tokens.log) and are the quick ones: ``rg1x16d3`` and ``rg1x8d2`` stream W through
-rings in registers, ``cp2x8d2`` through shared memory.
+Of forward three were measured on an H100 (few_tokens.log) and are the quick ones: ``rg1x16d3`` and ``rg1x8d2`` stream
+W through rings in registers, ``cp2x8d2`` through shared memory. Backward has been on no GPU.
 """
 
 from __future__ import annotations
@@ -12,20 +12,30 @@ from typing import TYPE_CHECKING
 
 from .... import nvrtc, traffic
 from .blocks import FEW_TOKENS, Machine
-from .hardware import memory_seconds
+from .hardware import launch_seconds, memory_seconds
 
 if TYPE_CHECKING:
-    from .plans import Cell, Ring
+    from .plans import Cell, Ring, RingGrads
 
 __all__ = [
     "CHUNK",
     "CONFIGS",
+    "GRAD_COLUMNS",
+    "GRAD_HEADERS",
+    "GRAD_THREADS",
     "HEADERS",
+    "LAST_COLUMNS",
     "LEAST_CHUNKS",
     "MAX_PRODUCERS",
     "RANK",
     "WORKSPACE_BYTES",
     "RingConfig",
+    "grad_defines",
+    "grad_shared_memory",
+    "grads_bytes",
+    "grads_fit",
+    "grads_seconds",
+    "grads_ways",
     "ring_fault",
     "ring_fits",
     "ring_seconds",
@@ -33,11 +43,14 @@ __all__ = [
 ]
 
 HEADERS = ("few_tokens_device.cuh", "few_tokens.cuh")
+GRAD_HEADERS = ("few_tokens_device.cuh", "few_tokens_grads.cuh")
 # Columns of K that a warp loads at once, and how many of them the smallest block needs; the largest rank; the most
 # blocks that form h.
 CHUNK, LEAST_CHUNKS, RANK, MAX_PRODUCERS = 64, 8, 64, 32
 WORKSPACE_BYTES = 1024 + MAX_PRODUCERS * FEW_TOKENS * RANK * 4
 _HELPERS = 4
+# Of backward: threads of a block and its warps, the columns of a strip of dx and of a block of the second launch.
+GRAD_THREADS, _GRAD_WARPS, GRAD_COLUMNS, LAST_COLUMNS, _GRAD_ROWS = 256, 8, 64, 32, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,3 +173,53 @@ def ring_seconds(machine: Machine, cell: Cell, plan: Ring) -> float:
     moved = traffic.large(cell.tokens, cell.k, cell.n, cell.itemsize)
     cluster = _CLUSTER[plan.config.name][cell.tokens > 8] if plan.splits > 1 else 0.0
     return memory_seconds(machine, moved / share, programs) + start + cluster
+
+
+def grad_shared_memory(tokens: int) -> tuple[int, int]:
+    """Bytes of a block of each launch: as few_tokens_grads.cuh counts them."""
+    wide = _GRAD_WARPS * 8 * _token_tiles(tokens) * (GRAD_COLUMNS + 1)
+    narrow = _GRAD_ROWS * (RANK + 1) + FEW_TOKENS * (_GRAD_ROWS + 1 + RANK)
+    last = FEW_TOKENS * RANK + RANK * LAST_COLUMNS + FEW_TOKENS * (LAST_COLUMNS + 1)
+    return 4 * max(wide, narrow), 4 * last
+
+
+def grad_defines(tokens: int) -> dict[str, int]:
+    """What few_tokens_grads_entry.cuh is compiled with."""
+    first, last = grad_shared_memory(tokens)
+    return {
+        "LORA_TOKENS": _token_tiles(tokens),
+        "LORA_THREADS": GRAD_THREADS,
+        "LORA_SHARED_BYTES": first,
+        "LORA_LAST_SHARED_BYTES": last,
+    }
+
+
+def grads_fit(machine: Machine, cell: Cell, plan: RingGrads) -> bool:
+    """Whether ``plan`` runs ``cell`` on ``machine``; dependent launch aside."""
+    if ring_fault(machine, cell) is not None:
+        return False
+    return 1 <= plan.slices <= cell.n and 1 <= plan.splits <= max(1, cell.n // _GRAD_ROWS)
+
+
+def grads_ways(machine: Machine, cell: Cell) -> Iterator[tuple[int, int]]:
+    """(slices, splits): so many blocks as the machine holds at once, two or four a multiprocessor."""
+    strips, most = cell.k // GRAD_COLUMNS, max(1, cell.n // _GRAD_ROWS)
+    found: dict[tuple[int, int], None] = {}
+    for blocks in (2, 4):
+        splits = min(most, max(1, blocks * machine.sm_count // strips))
+        slices = min(most, max(1, machine.sm_count * blocks // 8))
+        found[slices, splits] = None
+    yield from found
+
+
+def grads_seconds(machine: Machine, cell: Cell, plan: RingGrads) -> float:
+    """What both launches should take, in seconds, by the bytes alone: no GPU has measured them."""
+    return sum(memory_seconds(machine, moved) + launch_seconds() for moved in grads_bytes(cell, plan))
+
+
+def grads_bytes(cell: Cell, plan: RingGrads) -> tuple[float, float]:
+    """Bytes of each launch, with fp32 adapters."""
+    m, k, n, r = cell.tokens, cell.k, cell.n, cell.r
+    parts = 4.0 * (plan.splits * m * k + plan.slices * m * r)
+    first = cell.itemsize * (n * k + m * n) + 4.0 * (2 * n * r + m * r) + parts
+    return first, parts + cell.itemsize * 2 * m * k + 4.0 * 2 * r * k

@@ -33,6 +33,7 @@ from .hopper_group_cost import HopperGroupModel
 from .launching import GRAPH, PREPARED, PYTHON, Launching
 from .plans import (
     GLUON_PLANS,
+    UNMEASURED,
     VARIANTS,
     BackwardPlan,
     BaseFirst,
@@ -48,8 +49,9 @@ from .plans import (
     LoraFirst,
     Plan,
     Ring,
+    RingGrads,
 )
-from .ring import ring_fault
+from .ring import grads_bytes, ring_fault
 from .table import Row
 from .tuned import Loaded
 
@@ -65,7 +67,7 @@ WAYS = {
         "lora_first",
         "base_first",
     ),
-    "backward": (*_GLUON["backward"], *(f"dx_fused {v}" for v in VARIANTS), "dx_lora_first"),
+    "backward": ("ring_grads", *_GLUON["backward"], *(f"dx_fused {v}" for v in VARIANTS), "dx_lora_first"),
 }
 _OF_GROUPS = {"forward": ("hopper_group", "apart"), "backward": ("dx_hopper_group", "apart")}
 _MICRO = 1e6
@@ -244,7 +246,13 @@ def _forward_launches(cell: Cell, plan: ForwardPlan) -> list[tuple[str, float]]:
     return [base, hidden, ("bias + s h Bᵀ onto it", model.expand_bytes(parts, 2))]
 
 
-def _backward_launches(cell: Cell, plan: BackwardPlan) -> list[tuple[str, float]]:
+def _backward_launches(cell: Cell, plan: BackwardPlan | RingGrads) -> list[tuple[str, float]]:
+    if isinstance(plan, RingGrads):
+        first, last = grads_bytes(cell, plan)
+        return [
+            ("one pass over W: dy W and dh in parts, and dB", first),
+            ("dx and dA of the sums of parts", last),
+        ]
     model, way = BackwardModel(_NO_MACHINE, cell), plan.hidden
     turned, of_x, of_dy = model.turned, SkinnyModel(_NO_MACHINE, cell.of_x), model.of_dy
     if way.joint:
@@ -378,6 +386,8 @@ def _others(
             found.append(Other(way, obstacle(machine, cell, way, descriptors, transposed)))
         elif machine.interpreter:
             found.append(Other(way, "it comes later in that order."))
+        elif isinstance(best[way], UNMEASURED) and not (row is not None and kind in row.kinds):
+            found.append(Other(way, "no GPU has measured it yet: it runs where `lora-kernels tune` finds it ahead."))
         elif row is not None and kind != row.plan.kind and kind in row.kinds:
             found.append(_by_kind(kind, row))  # of all its variants
         else:
@@ -409,11 +419,11 @@ def obstacle(machine: Machine, cell: Cell, way: str, descriptors: bool = True, t
     if way in _OF_GROUPS[cell.direction]:
         fault = static_fault(machine, getattr(torch, cell.dtype), cell.k, cell.sizes, cell.dropout)
         return f"The group kernels do not run: {fault or tokens_fault(cell) or 'TMA cannot read x, dy or W'}."
-    if way == "ring":
+    if way in ("ring", "ring_grads"):
         if fault := ring_fault(machine, cell):
             return fault
         if transposed or not descriptors:
-            return "it loads pieces of 16 bytes along K: x or W is not stored so."
+            return "it loads pieces of 16 bytes along rows: x, dy or W is not stored so."
     elif way == "few_tokens":
         if cell.tokens > FEW_TOKENS:
             return f"it serves up to {FEW_TOKENS} tokens."

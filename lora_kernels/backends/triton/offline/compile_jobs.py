@@ -21,7 +21,7 @@ from ....kept import row_words
 from ..choose.blocks import FEW_TOKENS, Machine
 from ..choose.candidates import candidates
 from ..choose.hidden_operand import operand_on
-from ..choose.plans import GLUON_PLANS, BackwardPlan, BaseFirst, Cell, FewTokens, ForwardPlan, Fused, Ring
+from ..choose.plans import GLUON_PLANS, BackwardPlan, BaseFirst, Cell, FewTokens, ForwardPlan, Fused, Ring, RingGrads
 
 __all__ = ["ARCHITECTURES", "CASES", "QUICK", "Case", "Job", "backward_plans_of", "jobs_of", "plans_of", "recording"]
 
@@ -119,7 +119,7 @@ def backward_plans_of(machine: Machine, cell: Cell) -> list[BackwardPlan]:
     """The best predicted backward plan of each kind and variant, and of each way to dh and db, and to da."""
     found: dict[tuple[object, ...], BackwardPlan] = {}
     for plan in candidates(machine, cell):
-        if isinstance(plan, GLUON_PLANS):
+        if isinstance(plan, (RingGrads, *GLUON_PLANS)):
             continue
         found.setdefault((plan.kind, getattr(plan, "variant", "")), plan)
         found.setdefault((plan.hidden.joint,), plan)
