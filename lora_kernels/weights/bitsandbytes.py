@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from ..codes import Codes
 from ..errors import InvalidTypeError, LoRAStateError
-from ..ops import CodedParts, register_form
+from ..ops import CodedParts
 from . import eight_bits, four_bits
-from .by_codes import reading
+from .by_codes import enter
 from .packed import Layout, Packed
 
 __all__ = ["EIGHT_BITS", "FOUR_BITS"]
@@ -318,5 +318,5 @@ def _eight_bits_stored(layout: Layout) -> Codes:
 
 
 FOUR_BITS, EIGHT_BITS = _FourBits(), _EightBits()
-register_form(FOUR_BITS.name, reading(FOUR_BITS.name, _four_bit_values, _four_bits_stored), _four_bit_codes)
-register_form(EIGHT_BITS.name, reading(EIGHT_BITS.name, _eight_bit_values, _eight_bits_stored), _eight_bit_codes)
+enter(FOUR_BITS.name, _four_bit_values, _four_bits_stored, _four_bit_codes)
+enter(EIGHT_BITS.name, _eight_bit_values, _eight_bits_stored, _eight_bit_codes)

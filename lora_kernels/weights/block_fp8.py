@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ..codes import Codes
 from ..errors import LoRAStateError
-from ..ops import CodedParts, register_form
+from ..ops import CodedParts
 from . import eight_bits
-from .by_codes import reading
+from .by_codes import enter
 from .packed import Layout, Packed
 
 __all__ = ["BLOCK_FP8", "BlockScaled"]
@@ -161,4 +161,4 @@ def _stored(layout: Layout) -> Codes:
 
 
 BLOCK_FP8 = _BlockFp8()
-register_form(BLOCK_FP8.name, reading(BLOCK_FP8.name, _values, _stored), _codes)
+enter(BLOCK_FP8.name, _values, _stored, _codes)

@@ -1,6 +1,6 @@
 """Weights that kernels read as they are stored: which forms, by what numbers, and the kernels in Triton that do it.
 
-A form names its numbers where it is registered (``reading``). The kernels are there on GPUs where ``triton`` runs,
+A form names its numbers where it is registered (``enter``). The kernels are there on GPUs where ``triton`` runs,
 unless ``LORA_KERNELS_GPU_QUANTIZED=package``. Elsewhere, and for what they do not take, its package makes the values.
 """
 
@@ -11,13 +11,13 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..codes import FOUR_BITS, UNIT, Codes
-from ..ops import code_kernels, register_product
+from ..ops import CodedParts, code_kernels, register_form, register_product
 from .packed import Layout
 
-__all__ = ["codes_of", "forward", "number_of", "reading"]
+__all__ = ["codes_of", "enter", "forward", "number_of"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STORED = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
@@ -25,19 +25,41 @@ _WIDE = (16, 32, 64, 128)  # e2m1 numbers of a factor
 _readers: dict[str, Callable[[Layout], Codes | None]] = {}
 
 
-def reading(form: str, values: Callable[..., Tensor], codes: Callable[[Layout], Codes | None]) -> Callable[..., Tensor]:
-    """``values`` of ``form`` for ``ops.register_form``, which asks the kernels first; ``codes``: what they read."""
-    _readers[form] = codes
-    register_product(form, partial(_product, form))
+def enter(
+    form: str,
+    values: Callable[..., Tensor],
+    stored: Callable[[Layout], Codes | None],
+    codes: Callable[..., CodedParts | None] | None = None,
+) -> None:
+    """Has ``ops`` ask for weights of ``form``: the kernels first, of what is ``stored``, then ``values``.
+
+    ``values`` and ``codes`` are as ``ops.register_form`` wants them. All see plain tensors: a compiled program gives
+    the operators a package's own Parameter.
+    """
+    _readers[form] = stored
 
     def values_or_kernels(parts: list[Tensor], spec: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        if dtype in _DTYPES and (kernels := code_kernels(parts[0].device.type)) is not None:
-            read = codes_of(Layout(form, spec, rows, columns, len(parts)))
-            if read is not None and (given := _given(parts, read)) is not None:
+        bare = _bare(parts)
+        if dtype in _DTYPES and (kernels := code_kernels(bare[0].device.type)) is not None:
+            read = codes_of(Layout(form, spec, rows, columns, len(bare)))
+            if read is not None and (given := _given(bare, read)) is not None:
                 return kernels.values(given, read, rows, columns, dtype)
-        return values(parts, spec, rows, columns, dtype)
+        return values(bare, spec, rows, columns, dtype)
 
-    return values_or_kernels
+    def codes_of_bare(parts: list[Tensor], *rest: Any) -> CodedParts | None:
+        assert codes is not None
+        return codes(_bare(parts), *rest)
+
+    register_form(form, values_or_kernels, None if codes is None else codes_of_bare)
+    register_product(form, partial(_product, form))
+
+
+def _bare(parts: Sequence[Tensor]) -> list[Tensor]:
+    """The parts, each Parameter among them as the tensor that it holds."""
+    if all(type(part) is Tensor for part in parts):
+        return list(parts)
+    with torch._C.DisableTorchFunctionSubclass():  # a package's Parameter answers in Python
+        return [part.detach() if isinstance(part, nn.Parameter) else part for part in parts]
 
 
 @lru_cache(maxsize=256)
@@ -92,7 +114,7 @@ def _product(
     with_linear: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
     """As ``ops.register_product`` wants it."""
-    if (found := _ready(x, Layout(form, spec, rows, columns, len(parts)), parts)) is None:
+    if (found := _ready(x, Layout(form, spec, rows, columns, len(parts)), _bare(parts))) is None:
         return None
     few_tokens, given, codes = found
     with_linear = with_linear and gain is not None

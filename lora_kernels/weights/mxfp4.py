@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..codes import Codes
 from ..errors import LoRAStateError
-from ..ops import CodedParts, register_form
+from ..ops import CodedParts
 from . import four_bits
-from .by_codes import reading
+from .by_codes import enter
 from .packed import Layout
 
 __all__ = ["codes", "is_experts", "names", "read", "values"]
@@ -94,4 +94,4 @@ def _stored(layout: Layout) -> Codes:
     return Codes("e2m1", 1, _BLOCK, scales="e8m0")
 
 
-register_form("mxfp4", reading("mxfp4", values, _stored), codes)
+enter("mxfp4", values, _stored, codes)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..codes import Codes
 from ..errors import LoRAStateError
-from ..ops import CodedParts, register_form
+from ..ops import CodedParts
 from . import eight_bits, four_bits
-from .by_codes import reading
+from .by_codes import enter
 from .packed import Layout, Packed
 
 __all__ = ["FORMS"]
@@ -50,7 +50,7 @@ class _TensorForm:
         self.kind, self.tensors, self.settings, self.rebuild, self.again = kind, tensors, settings, rebuild, again
         self.values_of = values_of
         self.name, self.codes = f"torchao-{kind}", codes
-        register_form(self.name, reading(self.name, self.values, stored), codes)
+        enter(self.name, self.values, stored, codes)
 
     def knows(self, module: nn.Module) -> bool:
         return type(module).forward is nn.Linear.forward
