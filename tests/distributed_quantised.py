@@ -125,10 +125,11 @@ def check_quantised_weights_are_not_merged_under_fsdp2(device: str, folder: Path
 def check_mixed_precision_of_quantised_weights_is_refused(device: str, folder: Path) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    model = _model("nf4 in fp32")
-    _sharded(model, list(model), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    with pytest.raises(LoRAStateError, match="bnb_4bit_quant_storage"):
-        model(torch.randn(8, 64))
+    for stored, cast in (("nf4 in fp32", torch.bfloat16), ("nf4 in bf16", torch.float16)):
+        model = _model(stored)
+        _sharded(model, list(model), mp_policy=MixedPrecisionPolicy(param_dtype=cast))
+        with pytest.raises(LoRAStateError, match="bnb_4bit_quant_storage"):
+            model(torch.randn(8, 64))
 
 
 def check_torchaos_tensors_are_whole_under_fsdp2(device: str, folder: Path) -> None:

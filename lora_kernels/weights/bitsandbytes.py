@@ -54,11 +54,12 @@ class _FourBits:
         state = _state_of(module, weight)
         if state is None:
             raise LoRAStateError(f"the 4-bit weight of a layer cannot be read: {self._lost(weight)}")
-        return _four_bit_parameter(weight.data, state)
+        return _four_bit_parameter(weight.data, state, module.quant_storage)  # converted since, it may be in another
 
     def why_not(self, module: nn.Module) -> str | None:
         weight: Any = module._parameters["weight"]
         state = _state_of(module, weight)
+        _check_storage(module, weight, weight.dtype, state)
         kind = type(module).__name__
         if weight.is_meta or state is None:
             return (
@@ -87,11 +88,11 @@ class _FourBits:
         if state is None or trains:
             raise LoRAStateError(f"the 4-bit weight of a layer cannot be read: {self._lost(weight)}")
         rows, columns = state.shape
+        _check_storage(module, weight, data.dtype, state)
         if not rows * columns <= 2 * data.nbytes < rows * columns + 32:
             raise LoRAStateError(
-                f"a 4-bit weight of {rows} x {columns} numbers has {data.nbytes} bytes: it was converted to "
-                f"{data.dtype}, or is a part. Under FSDP2, give MixedPrecisionPolicy and bnb_4bit_quant_storage the "
-                "same dtype."
+                f"a 4-bit weight of {rows} x {columns} numbers has {data.nbytes} bytes in {data.dtype}: it is a part. "
+                "Gather the whole weight."
             )
         layout = _CPU if getattr(state, "packing_format_for_cpu", False) else ""
         parts: tuple[Tensor, ...] = (data, state.absmax)
@@ -112,6 +113,7 @@ class _FourBits:
     def prepare(self, module: Any) -> None:
         weight = module._parameters["weight"]
         state = _state_of(module, weight)
+        module.quant_storage = weight.quant_storage  # FSDP2 keeps the module's alone
         if not getattr(state, "packing_format_for_cpu", False):
             return
         rows, columns = state.shape
@@ -144,20 +146,27 @@ class _FourBits:
                 f"the state dict's {prefix}weight is a 4-bit weight {tuple(state.shape)}, and the layer's is "
                 f"({module.out_features}, {module.in_features}). Load the state dict of the same model."
             )
+        if (stored := state_dict[f"{prefix}weight"].dtype) is not weight.dtype:
+            raise InvalidTypeError(
+                f"the state dict's {prefix}weight is stored in {stored}, and the layer's in {weight.dtype}: the copy "
+                "converted its codes as numbers. Make the model with the same bnb_4bit_quant_storage, or load with "
+                "assign=True."
+            )
+        weight.quant_storage = module.quant_storage = weight.dtype
         weight.quant_state = module.quant_state = state
         weight.blocksize, weight.compress_statistics = state.blocksize, state.nested
         weight.quant_type = state.quant_type
         return set(own)
 
 
-def _four_bit_parameter(data: Tensor, state: Any) -> nn.Parameter:
+def _four_bit_parameter(data: Tensor, state: Any, storage: torch.dtype | None = None) -> nn.Parameter:
     made: nn.Parameter = _package().nn.Params4bit(
         data,
         quant_state=state,
         blocksize=state.blocksize,
         compress_statistics=state.nested,
         quant_type=state.quant_type,
-        quant_storage=data.dtype,
+        quant_storage=data.dtype if storage is None else storage,
         bnb_quantized=True,
     )
     return made
@@ -167,6 +176,19 @@ def _state_of(module: Any, weight: Any) -> Any:
     """The quantisation state: the weight's, or, where a conversion of the Parameter lost it, the module's."""
     state = getattr(weight, "quant_state", None)
     return state if state is not None else getattr(module, "quant_state", None)
+
+
+def _check_storage(module: Any, weight: Any, dtype: torch.dtype, state: Any) -> None:
+    """Raises ``LoRAStateError`` where the codes, bytes that lie in a floating dtype, were converted to another one."""
+    own = getattr(weight, "quant_storage", None)  # conversions leave it as it was
+    stored = own if own is not None else getattr(module, "quant_storage", None)
+    if state is None or dtype in (stored, torch.uint8):  # bytes are never converted
+        return
+    raise LoRAStateError(
+        f"a 4-bit weight that is stored in {stored} was converted to {dtype}, and its values are lost: the bytes are "
+        "codes. Load the model again, with bnb_4bit_quant_storage=torch.uint8 if it is to be converted. Under FSDP2, "
+        "give MixedPrecisionPolicy and bnb_4bit_quant_storage the same dtype."
+    )
 
 
 def _usual_codes(data: Tensor, rows: int, columns: int) -> Tensor:

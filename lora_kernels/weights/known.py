@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import LoRAStateError
 from . import bitsandbytes, block_fp8, torchao
 from .packed import Form, Packed
 
@@ -77,7 +78,10 @@ def is_packed(weight: Any) -> bool:
 def is_readable(module: nn.Module, weight: Tensor) -> bool:
     """Whether ``weight`` of ``module`` is packed and has all that it is read by."""
     form = form_of(weight)
-    return form is not None and form.stands_in(module) and form.why_not(module) is None
+    try:
+        return form is not None and form.stands_in(module) and form.why_not(module) is None
+    except LoRAStateError:
+        return False
 
 
 def read(module: nn.Module, weight: Tensor) -> Packed:

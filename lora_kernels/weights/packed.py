@@ -102,7 +102,11 @@ class Form(Protocol):
         """The weight of such a module as the package's own class, of a plain Parameter with its data."""
 
     def why_not(self, module: nn.Module) -> str | None:
-        """Why such a module cannot have an adapter now, in a sentence; None where it can."""
+        """Why such a module cannot have an adapter now, in a sentence; None where it can.
+
+        Raises:
+            LoRAStateError: the weight's values are lost, and the package's own layer would not tell.
+        """
 
     def read(self, module: Any, weight: Tensor) -> Packed:
         """``weight``, of ``module``, as it is now; nothing is copied."""
