@@ -92,12 +92,16 @@ def summary(result: Result, cells: Sequence[Cell]) -> list[str]:
 
 
 def memory_summary(result: Result, cells: Sequence[Cell]) -> list[str]:
-    """Likewise of bytes, which have no noise and so no slack: what is kept for backward, and the peak of a step."""
+    """Likewise of bytes, which have no noise and so no slack: what is kept for backward, and the peak of a step.
+
+    Nothing is said where the automatic choice has no rival.
+    """
     told = []
     for field, what in (("rest", "keeps less"), ("peak", "has a lower peak")):
         found = [pair for cell in cells if (pair := _bytes(result, cell, field)) is not None]
         behind = sum(theirs < ours for ours, theirs in found)
-        told.append(f"A rival {what} than the automatic choice in {behind} of {len(found)} cells.")
+        if found:
+            told.append(f"A rival {what} than the automatic choice in {behind} of {len(found)} cells.")
     return told
 
 

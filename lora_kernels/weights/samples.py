@@ -121,7 +121,12 @@ def multiple(kind: str) -> int:
 
 
 def quantised(kind: str, weight: Tensor, bias: Tensor | None = None) -> Any:
-    """The package's own layer in the form ``kind``, frozen, around the values ``weight`` (N, K)."""
+    """The package's own layer in the form ``kind``, frozen, around the values ``weight`` (N, K).
+
+    Raises:
+        MissingExtraError: the package is not installed; the sentence says what to install.
+    """
+    check_kinds((kind,))
     n, k = weight.shape
     linear: Any = nn.Linear(k, n, bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=False)

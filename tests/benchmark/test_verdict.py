@@ -95,6 +95,15 @@ def test_of_memory_the_peak_is_judged_too() -> None:
     assert set(memory_summary(result, result.cells)) <= set(report.table(result, "memory").notes)
 
 
+def test_without_a_rival_nothing_is_said_of_memory() -> None:
+    cell = results.Cell(replace(STEP, direction="memory"), {})
+    for name in ("linear", "auto"):
+        cell.providers[name] = results.Entry("measured", numbers={"rest": 0.0, "peak": 1024.0})
+    result = result_of(cell)
+    assert memory_summary(result, result.cells) == []
+    assert not any("0 of 0" in note for note in report.table(result, "memory").notes)
+
+
 def test_the_readme_shows_no_predicted_number_and_the_commit() -> None:
     readme = (tables.ROOT / "README.md").read_text(encoding="utf-8")
     assert [

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from lora_kernels import branches_autograd, verify
+from lora_kernels.benchmark.presets import PRESETS
+from lora_kernels.benchmark.setups import make_setups
 from lora_kernels.cli import main
 from lora_kernels.errors import BackendUnavailableError, InvalidArgumentError, MissingExtraError
 from lora_kernels.weights import samples
@@ -50,6 +52,13 @@ def test_a_package_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(samples.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'lora-kernels\[quant\]'"):
         verify.run(weights=["nf4"])
+
+
+def test_bench_names_what_to_install_for_its_quantised_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = PRESETS["qlora"].workloads[0]
+    monkeypatch.setattr(samples.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"needs bitsandbytes.*pip install 'lora-kernels\[quant\]'"):
+        make_setups(cell, "cpu")
 
 
 def test_tritons_interpreter_is_left_out_and_told() -> None:
