@@ -149,7 +149,7 @@ class LoRALayer(nn.Module):
         Who has them in parts (:mod:`.sharded`) makes a branch of its own part.
         """
         weight: Any = self.weight
-        weight = known.read(self, weight) if known.is_packed(weight) else self.matrix(weight)
+        weight = known.read(self, weight) if known.is_packed(weight, self) else self.matrix(weight)
         return self._branch_of(weight, self.lora_A, self.lora_B, self.total_bias)
 
     def _branch_of(self, weight: Any, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> Branch:
@@ -169,7 +169,7 @@ class LoRALayer(nn.Module):
             called.note(self, self._base is None and not off)
         if self._base is not None or off:
             kept, added = merging.acting(self, not off)
-            if known.is_packed(kept):
+            if known.is_packed(kept, self):
                 return run_frozen(input, known.read(self, kept), added)
             if not self.is_transposed:
                 return F.linear(input, kept, added)
@@ -196,7 +196,7 @@ class LoRALayer(nn.Module):
         if type(weight) not in PLAIN_TENSORS:
             if sharded.is_sharded(weight):
                 return sharded.forward(self, input, p)
-            if known.is_packed(weight):
+            if known.is_packed(weight, self):
                 if self.use_dora or self.activation != "identity" or is_compiling():
                     return run_branch(input, self.branch(), p)
                 bias = self.total_bias if lora_bias is not None else bias
@@ -223,7 +223,7 @@ class LoRALayer(nn.Module):
     def _base_values(self) -> Tensor:
         """The base weight's values (N, K): of a packed one, made now."""
         weight = self.base_weight
-        return known.read(self, weight).dequantize() if known.is_packed(weight) else self.matrix(weight)
+        return known.read(self, weight).dequantize() if known.is_packed(weight, self) else self.matrix(weight)
 
     @torch.no_grad()
     def reset_magnitude(self) -> None:

@@ -218,6 +218,8 @@ class FusedLoRAConv1D(LoRALayer):
 
 def _not_linear(given: Any) -> str:
     """What is said of something that is no linear layer at all."""
+    if isinstance(given, nn.Module) and hasattr(given, "in_features"):  # a quantised one, of a package's own class
+        return why_not_replaceable(given) or f"{not_linear(given)}."
     given_as = f"an object of type {type(given).__name__} was given to from_linear, which takes an nn.Linear"
     return f"{given_as}: {not_linear(given)}." if isinstance(given, nn.Module) else f"{given_as}."
 

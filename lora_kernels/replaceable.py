@@ -89,8 +89,8 @@ def why_not_replaceable(module: nn.Module) -> str | None:
         return f"{kind} computes its weight by a hook (weight_norm, spectral_norm, pruning): remove that first."
     if not weight.dtype.is_floating_point or weight.dtype not in COMPUTE_DTYPES or _is_quantized(weight):
         return (
-            f"{kind} has a quantized weight ({type(weight.data).__name__}, {weight.dtype}): only fp16, bf16, fp32 and "
-            "fp64 weights are supported. Dequantize it first."
+            f"{kind} has a quantized weight ({type(weight.data).__name__}, {weight.dtype}), a form that is not known "
+            f"here. {_instead_of(weight)}"
         )
     if type(weight.data).__name__ == "DTensor" or getattr(module, "_is_fsdp_managed_module", False):
         return f"{kind} has a sharded weight (DTensor): replace it first, then call parallelize_module or fully_shard."
@@ -183,6 +183,16 @@ def _hook_of_its_own(module: nn.Module) -> str | None:
             if getattr(function, "__self__", None) is module or getattr(hook, "with_module", False):
                 return table.strip("_")
     return None
+
+
+def _instead_of(weight: Tensor) -> str:
+    """What to do about a quantised weight of a form that is not known."""
+    if type(weight.data).__module__.startswith("torchao"):  # not every one of its tensors can be dequantised
+        return (
+            "Quantize the 16-bit model with Int8WeightOnlyConfig, IntxWeightOnlyConfig, which has 4 bits too, or "
+            "Float8WeightOnlyConfig."
+        )
+    return "Load the model in 16 bits, or quantize it with bitsandbytes or torchao."
 
 
 def _is_quantized(weight: Tensor) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import LoRAStateError
 from . import bitsandbytes, block_fp8, torchao
@@ -70,9 +71,17 @@ def packed(module: nn.Module) -> Packed | None:
     return None if form is None or weight is None else form.read(module, weight)
 
 
-def is_packed(weight: Any) -> bool:
-    """Whether ``weight`` has values that are not its own memory, in a form that is known."""
-    return form_of(weight) is not None
+def is_packed(weight: Any, module: nn.Module | None = None) -> bool:
+    """Whether ``weight``, of ``module``, has values that are not its own memory, in a form that is known."""
+    return form_of(weight) is not None or (module is not None and _form_in_export(module, weight) is not None)
+
+
+def _form_in_export(module: nn.Module, weight: Any) -> Form | None:
+    """The form of a weight that ``torch.export`` has put a tensor without a class of its own in the place of."""
+    if type(weight) is not FakeTensor:
+        return None
+    named = ((own, LAYERS.get(own.__name__)) for own in type(module).__mro__)
+    return next((form for own, form in named if form and own.__module__.split(".")[0] == form.package), None)
 
 
 def is_readable(module: nn.Module, weight: Tensor) -> bool:
@@ -86,7 +95,7 @@ def is_readable(module: nn.Module, weight: Tensor) -> bool:
 
 def read(module: nn.Module, weight: Tensor) -> Packed:
     """The packed ``weight`` of ``module``."""
-    form = form_of(weight)
+    form = form_of(weight) or _form_in_export(module, weight)
     assert form is not None
     return form.read(module, weight)
 

@@ -566,3 +566,61 @@ def test_a_compiler_makes_the_values_again_in_backward(kinds: tuple[str, str]) -
     operators = own.dequantize.default, own.native_packed_product.default, own.native_packed_input_grad.default
     counts = [sum(kept[name].count(op) for op in operators) for name in ("forward", "backward", "outputs")]
     assert counts == [2, 2, 0]
+
+
+def _hqq(base: type) -> Any:
+    """HQQ's layer as its package has it, a module with ``in_features`` and no weight, or one of ``nn.Linear``."""
+
+    class HQQLinear(base):
+        def __init__(self) -> None:
+            super().__init__(*(() if base is nn.Module else (64, 96)))
+            self.in_features, self.out_features = 64, 96
+            self.register_buffer("W_q", torch.zeros(96, 32, dtype=torch.uint8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.new_zeros(*x.shape[:-1], 96)
+
+    HQQLinear.__module__ = "hqq.core.quantize"
+    return HQQLinear()
+
+
+@pytest.mark.parametrize("base", [nn.Module, nn.Linear])
+def test_a_layer_of_another_package_is_told_alike_alone_and_in_a_model(base: type) -> None:
+    sentences = []
+    for call in (
+        lambda: FusedLoRALinear.from_linear(_hqq(base), r=2),
+        lambda: replace_linear(nn.Sequential(_hqq(base)), LoRAConfig(r=2, target_modules=["0"])),
+    ):
+        with pytest.raises(InvalidTypeError) as caught:
+            call()
+        sentences.append(str(caught.value))
+    assert sentences[0].startswith("HQQLinear is hqq's quantized layer")
+    assert "fuse_peft leaves it to PEFT" in sentences[0]
+    assert sentences[1].endswith(sentences[0])
+
+
+def test_torchaos_int4_for_gpus_is_refused_with_advice_that_works() -> None:
+    module = pytest.importorskip("torchao.quantization.quantize_.workflows.int4.int4_tensor")
+    weight = module.Int4Tensor(
+        torch.zeros(96, 32, dtype=torch.int8), torch.ones(2, 96), torch.zeros(2, 96), [1, 32], torch.Size([96, 64])
+    )
+    layer = nn.Linear(64, 96, dtype=torch.bfloat16)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(InvalidTypeError, match="IntxWeightOnlyConfig") as caught:
+        FusedLoRALinear.from_linear(layer, r=2)
+    assert "Dequantize it" not in str(caught.value)  # it has no such function
+    FusedLoRALinear.from_linear(quantised("ao-int4", 64, 96, torch.bfloat16), r=2)  # what is advised
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"off": True}], ids=str)
+@pytest.mark.parametrize("kind", ["nf4-nested", "int8", *(kind for kind in ("ao-int8", "fp8") if kind in KINDS)])
+def test_an_exported_program_computes_the_same(kind: str, options: dict[str, Any]) -> None:
+    layer = adapted(kind, 64, 96, torch.float32, **({} if "off" in options else options)).eval()
+    rows = {"input": {0: torch.export.Dim("m", min=2)}}
+    with layer.enable_lora("off" not in options):
+        program = torch.export.export(layer, (torch.randn(4, 64),), dynamic_shapes=rows)
+        file, x = io.BytesIO(), torch.randn(23, 64)
+        torch.export.save(program, file)
+        file.seek(0)
+        for each in (program, torch.export.load(file)):
+            assert torch.equal(each.module()(x), layer(x))

@@ -136,3 +136,40 @@ def test_replace_linear_takes_every_form_by_its_name() -> None:
     lora_kernels.replace_linear(model, LoRAConfig(r=2, target_modules=[str(i) for i in range(len(KINDS))]))
     assert len(list(lora_layers(model))) == len(KINDS)
     assert model(torch.randn(3, 64)).shape == (3, 8)
+
+
+class HQQLinear(nn.Module):
+    """As HQQ's: a module with ``in_features`` and no weight that has a form here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 64, 96
+        self.register_buffer("W_q", torch.randint(-8, 8, (96, 64), dtype=torch.int8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.get_buffer("W_q").to(x.dtype).t()
+
+
+class HqqLoraLinear(nn.Module, peft.tuners.lora.LoraLayer):  # type: ignore[misc]
+    """As PEFT's for HQQ, which is there where hqq is installed."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        peft.tuners.lora.LoraLayer.__init__(self, base_layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.get_base_layer()(x)
+
+
+def test_a_layer_of_pefts_for_another_package_is_left_to_peft_and_told_of() -> None:
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96)), peft.LoraConfig(r=4, target_modules=["0"])
+    )
+    model.base_model.model[1] = kept = HqqLoraLinear(HQQLinear())
+    report = lora_kernels.fuse_peft(model)
+    (skipped,) = report.skipped
+    assert (skipped.name, type(model.base_model.model[1])) == ("base_model.model.1", HqqLoraLinear)
+    assert "HqqLoraLinear; only lora.Linear itself is fused" in skipped.reason
+    assert skipped.reason in report.details()
+    x = torch.randn(3, 64)
+    assert torch.equal(model(x), kept(model.base_model.model[0](x)))
