@@ -113,7 +113,7 @@ class _FourBits:
     def prepare(self, module: Any) -> None:
         weight = module._parameters["weight"]
         state = _state_of(module, weight)
-        module.quant_storage = weight.quant_storage  # FSDP2 keeps the module's alone
+        module.quant_storage = getattr(weight, "quant_storage", module.quant_storage)  # FSDP2 keeps the module's alone
         if not getattr(state, "packing_format_for_cpu", False):
             return
         rows, columns = state.shape

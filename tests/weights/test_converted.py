@@ -95,3 +95,17 @@ def test_a_model_whose_codes_were_converted_is_left_as_it_was() -> None:
     with pytest.raises(LoRAStateError, match="values are lost"):
         replace_linear(model, LoRAConfig(r=2, target_modules=["0", "1"]))
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("converted", [True, False])
+def test_a_weight_that_lost_its_class_is_told_by_its_module(converted: bool) -> None:
+    layer = quantised("nf4", 64, 96, torch.float32, quant_storage=torch.bfloat16)
+    expected, data = values(layer), layer.weight.data.to(torch.float16 if converted else torch.bfloat16)
+    layer._parameters["weight"] = nn.Parameter(data, requires_grad=False)
+    if converted:
+        with pytest.raises(LoRAStateError, match="values are lost"):
+            _ours(layer)
+        return
+    ours = _ours(layer)
+    ours(torch.randn(8, 64))
+    assert torch.equal(values(ours), expected)
