@@ -182,7 +182,7 @@ def _check_storage(module: Any, weight: Any, dtype: torch.dtype, state: Any) -> 
     """Raises ``LoRAStateError`` where the codes, bytes that lie in a floating dtype, were converted to another one."""
     own = getattr(weight, "quant_storage", None)  # conversions leave it as it was
     stored = own if own is not None else getattr(module, "quant_storage", None)
-    if state is None or dtype in (stored, torch.uint8):  # bytes are never converted
+    if state is None or stored is None or dtype in (stored, torch.uint8):  # bytes are never converted
         return
     raise LoRAStateError(
         f"a 4-bit weight that is stored in {stored} was converted to {dtype}, and its values are lost: the bytes are "

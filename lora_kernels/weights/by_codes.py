@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..codes import FOUR_BITS, UNIT, Codes
 from ..ops import CodedParts, code_kernels, register_form, register_product
@@ -33,33 +33,19 @@ def enter(
 ) -> None:
     """Has ``ops`` ask for weights of ``form``: the kernels first, of what is ``stored``, then ``values``.
 
-    ``values`` and ``codes`` are as ``ops.register_form`` wants them. All see plain tensors: a compiled program gives
-    the operators a package's own Parameter.
+    ``values`` and ``codes`` are as ``ops.register_form`` wants them.
     """
     _readers[form] = stored
 
     def values_or_kernels(parts: list[Tensor], spec: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        bare = _bare(parts)
-        if dtype in _DTYPES and (kernels := code_kernels(bare[0].device.type)) is not None:
-            read = codes_of(Layout(form, spec, rows, columns, len(bare)))
-            if read is not None and (given := _given(bare, read)) is not None:
+        if dtype in _DTYPES and (kernels := code_kernels(parts[0].device.type)) is not None:
+            read = codes_of(Layout(form, spec, rows, columns, len(parts)))
+            if read is not None and (given := _given(parts, read)) is not None:
                 return kernels.values(given, read, rows, columns, dtype)
-        return values(bare, spec, rows, columns, dtype)
+        return values(parts, spec, rows, columns, dtype)
 
-    def codes_of_bare(parts: list[Tensor], *rest: Any) -> CodedParts | None:
-        assert codes is not None
-        return codes(_bare(parts), *rest)
-
-    register_form(form, values_or_kernels, None if codes is None else codes_of_bare)
+    register_form(form, values_or_kernels, codes)
     register_product(form, partial(_product, form))
-
-
-def _bare(parts: Sequence[Tensor]) -> list[Tensor]:
-    """The parts, each Parameter among them as the tensor that it holds."""
-    if all(type(part) is Tensor for part in parts):
-        return list(parts)
-    with torch._C.DisableTorchFunctionSubclass():  # a package's Parameter answers in Python
-        return [part.detach() if isinstance(part, nn.Parameter) else part for part in parts]
 
 
 @lru_cache(maxsize=256)
@@ -114,7 +100,7 @@ def _product(
     with_linear: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
     """As ``ops.register_product`` wants it."""
-    if (found := _ready(x, Layout(form, spec, rows, columns, len(parts)), _bare(parts))) is None:
+    if (found := _ready(x, Layout(form, spec, rows, columns, len(parts)), parts)) is None:
         return None
     few_tokens, given, codes = found
     with_linear = with_linear and gain is not None

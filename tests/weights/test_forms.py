@@ -528,14 +528,6 @@ def test_operators_take_a_package_s_own_parameter(kind: str, tokens: int) -> Non
     torch.testing.assert_close(own.native_packed_input_grad.default(dy, parts, *of, *none, 0.0, None), dy @ expected)
 
 
-def test_inductor_compiles_int8() -> None:
-    layer = adapted("int8", 64, 96, torch.float32)
-    x, dy = torch.randn(3, 64), torch.randn(3, 96)
-    found = results_of(torch.compile(layer, backend="inductor", fullgraph=True), x, dy)
-    for name, value in results_of(layer, x, dy).items():
-        torch.testing.assert_close(found[name] if name in found else found[f"_orig_mod.{name}"], value)
-
-
 @pytest.mark.parametrize("kinds", [("nf4-nested", "int8"), *zip(OTHERS, reversed(OTHERS), strict=True)], ids=str)
 def test_a_compiler_makes_the_values_again_in_backward(kinds: tuple[str, str]) -> None:
     from torch._dynamo.backends.common import aot_autograd
