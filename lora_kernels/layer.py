@@ -23,7 +23,7 @@ from .dispatch import Problem
 from .errors import InvalidArgumentError, LoRAStateError
 from .explaining.report import IN_PARTS, of_packed
 from .gate import run_branch, run_frozen, run_packed, run_plain
-from .shared_input import NO_OTHERS, SharedInput
+from .shared_input import NO_OTHERS, SharedInput, mark
 from .tensors import PLAIN_TENSORS
 from .weights import known
 from .weights.by_codes import number_of
@@ -374,9 +374,12 @@ class LoRALayer(nn.Module):
             called.note(self, True)
 
     def sharing_state(self) -> tuple[Any, ...]:
-        own = (tensor for tensor in self._parameters.values() if tensor is not None)
-        tensors = ((id(tensor), tensor._version) for tensor in own)
-        return (self.training, self._is_on(), self.merged, self.scaling, self.lora_dropout, *tensors)
+        held = (
+            self.parameters() if self._modules else self._parameters.values()
+        )  # of a parametrization's, what it reads
+        tensors = (mark(tensor) for tensor in held if tensor is not None)
+        of_call = (self.training, self._is_on(), self.merged, self.scaling, self.lora_dropout, self.activation)
+        return (*of_call, *tensors)
 
     @property
     def problem(self) -> Problem:

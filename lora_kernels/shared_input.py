@@ -28,7 +28,7 @@ from .foreseen import Foreseen, foresee
 from .gate import device_type_of, group_fault, is_autocast_enabled, run_branches
 from .tensors import is_plain
 
-__all__ = ["NO_OTHERS", "Member", "SharedInput", "attach", "detach", "is_shared", "shared_inputs"]
+__all__ = ["NO_OTHERS", "Member", "SharedInput", "attach", "detach", "is_shared", "mark", "shared_inputs"]
 
 Others: TypeAlias = tuple[tuple[int, int], ...]  # N and rank of the further members
 NO_OTHERS: Others = ()
@@ -244,7 +244,12 @@ def _modes(x: Tensor) -> tuple[Any, ...]:
     device_type = device_type_of(x)
     autocast = is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
     stream = torch._C._cuda_getCurrentRawStream(x.device.index) if device_type == "cuda" else None
-    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, requested(), stream)
+    return (x.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, requested(), stream)
+
+
+def mark(tensor: Tensor) -> tuple[int, int, bool]:
+    """What tells whether ``tensor`` was exchanged or written to since, or has begun or ceased to train."""
+    return id(tensor), tensor._version, tensor.requires_grad
 
 
 def _intercepted(member: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from ..branches import Branch, PackedBranch
 from ..dispatch import Problem
 from ..explaining.report import IN_PARTS, of_packed
 from ..gate import run_branch
-from ..shared_input import NO_OTHERS, SharedInput
+from ..shared_input import NO_OTHERS, SharedInput, mark
 from ..tensors import PLAIN_TENSORS
 from ..weights import known
 from ..weights.by_codes import number_of
@@ -108,7 +108,7 @@ class FusedForward(_Behind):  # type: ignore[misc]
         scalings = tuple(self.scaling[adapter] for adapter in adapters)
         held = [s for s in scalings if isinstance(s, Tensor)] + list(self.parameters())
         numbers = tuple(s for s in scalings if not isinstance(s, Tensor))
-        return (self.training, *adapters, *dropouts, *numbers, *((id(tensor), tensor._version) for tensor in held))
+        return (self.training, *adapters, *dropouts, *numbers, *map(mark, held))
 
     def _acting_adapters(self, rows: Sequence[str] | None) -> list[str]:
         """The adapters that this call adds to the base: none where they are disabled or merged."""

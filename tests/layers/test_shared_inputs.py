@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import architectures
@@ -164,7 +165,12 @@ def with_another_weight(x: Tensor, model: FusedLoRAGroup) -> Tensor:
     return x
 
 
-CHANGES = [written_to, new_values, scaled, merged, switched_off, evaluating, with_another_weight]
+def with_an_activation(x: Tensor, model: FusedLoRAGroup) -> Tensor:
+    model.v.activation = "relu"
+    return x
+
+
+CHANGES = [written_to, new_values, scaled, merged, switched_off, evaluating, with_another_weight, with_an_activation]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -176,6 +182,36 @@ def test_what_waits_is_not_taken_after_a_change(change: Callable[[Tensor, FusedL
     x = change(x, together)
     y = together.v(x)
     assert same_bits(y, apart(together).v(x))
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B", "weight", "bias", "x"])
+def test_what_begins_to_train_between_the_calls_has_its_gradient(name: str) -> None:
+    together, x = group(), draw().detach()
+    begins: Tensor = x if name == "x" else getattr(together.v, name).requires_grad_(False)
+    together.q(x)
+    begins.requires_grad_()
+    together.v(x).sum().backward()
+    given, begins.grad = begins.grad, None
+    single = apart(together)
+    single.v(x).sum().backward()
+    alone = x.grad if name == "x" else getattr(single.v, name).grad
+    assert given is not None
+    assert alone is not None
+    assert same_bits(given, alone)
+
+
+class Doubled(nn.Module):
+    def forward(self, tensor: Tensor) -> Tensor:
+        return tensor * 2.0
+
+
+def test_what_waits_is_not_taken_after_a_change_of_a_parametrization() -> None:
+    together, x = group(), draw()
+    parametrize.register_parametrization(together.v, "lora_A", Doubled())
+    with torch.no_grad():
+        together.q(x)
+        together.v.parametrizations.lora_A.original.mul_(3.0)
+        assert same_bits(together.v(x), apart(together).v(x))
 
 
 def test_under_autocast_or_another_backend_or_without_gradients_what_waits_is_not_taken() -> None:

@@ -88,6 +88,17 @@ def test_pefts_switches_between_the_calls() -> None:
         check("y", second(x).detach(), exact, alone(x).detach(), torch.float32)
 
 
+def test_an_adapter_that_begins_to_train_between_the_calls_has_its_gradient() -> None:
+    model = joined(Option("one", ({"r": 4},), base=Beside).make().train())
+    first, second = lora_layers(model)
+    x, (begins,) = torch.randn(5, 24), second.lora_B.parameters()
+    begins.requires_grad_(False)
+    first(x)
+    begins.requires_grad_()
+    second(x).sum().backward()
+    assert begins.grad is not None
+
+
 def test_a_fused_llama_reports_its_groups_and_copies_and_unfusing_keep_them_apart() -> None:
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj", "gate_proj"])
     model = peft.get_peft_model(architectures.llama(), config)
