@@ -8,7 +8,7 @@ nothing that its merged values come from can be exchanged. All else is an error,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from .errors import InvalidArgumentError, LoRAKernelsWarning, LoRAStateError
 if TYPE_CHECKING:
     from .layer import LoRALayer
 
-__all__ = ["HOOK", "WATCHED", "allowed", "assign", "check_removable", "has_moved", "watch"]
+__all__ = ["HOOK", "WATCHED", "allowed", "assign", "check_removable", "check_restorable", "has_moved", "watch"]
 
 _SIZES = ("out_features", "nf")
 _PARAMETERS = ("weight", "bias", "lora_A", "lora_B", "lora_bias", "lora_magnitude_vector")
@@ -92,6 +92,23 @@ def check_removable(layer: LoRALayer, name: str) -> None:
         return
     if name in _MERGED_FROM and (name != "bias" or "bias" in base._parameters):
         raise _while_merged(f"{name} was to be parametrized, pruned, distributed or removed")
+
+
+def check_restorable(function: str, layers: Iterable[tuple[str, LoRALayer]]) -> None:
+    """Raises where a plain layer could not hold what ``layers`` have, named: a weight or bias that is no Parameter.
+
+    Pruning computes what it prunes in a hook, which the plain layer would keep: of an adapter too.
+    """
+    for place, layer in layers:
+        own = layer._parameters
+        computed = [name for name in ("weight", "bias") if name not in own]
+        if computed := computed + [name for name in _PARAMETERS[2:] if f"{name}_orig" in own]:
+            raise LoRAStateError(
+                f"{function} was called on a layer{f' ({place!r})' if place else ''} whose {' and '.join(computed)} is "
+                "parametrized, pruned or no Parameter, which a plain layer cannot hold. Call "
+                "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove first; a plain "
+                "tensor becomes a Parameter by layer.weight = nn.Parameter(layer.weight)."
+            )
 
 
 def _while_merged(what: str) -> LoRAStateError:

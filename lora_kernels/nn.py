@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import storage
+from .assigning import check_restorable
 from .config import AdapterOptions
 from .dispatch import COMPUTE_DTYPES
 from .errors import InvalidTypeError, LoRAStateError
@@ -165,9 +166,11 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         A layer that was made around a subclass of ``nn.Linear`` gives one of that class, with its attributes.
 
         Raises:
-            LoRAStateError: FSDP1, ZeRO-3 or accelerate's offloading holds the layer's values.
+            LoRAStateError: FSDP1, ZeRO-3 or accelerate's offloading holds the layer's values; or the weight or bias is
+                parametrized or pruned.
         """
         storage.check_free("to_linear", [("", self)])
+        check_restorable("to_linear", [("", self)])
         linear = _blank(self._plain_class)
         linear.in_features, linear.out_features = self.in_features, self.out_features
         linear.register_parameter("weight", self.plain_weight)
@@ -196,6 +199,7 @@ class FusedLoRAConv1D(LoRALayer):
     _plain_class: type[Any]  # of what the layer stands for
 
     def to_plain(self) -> nn.Module:
+        check_restorable("to_plain", [("", self)])
         kind: type[Any] = self._plain_class
         conv: Any = _blank(kind)
         conv.nf, conv.nx, conv.weight, conv.bias = self.nf, self.nx, self.plain_weight, self.bias

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import called, fsdp, merging, storage
-from ..assigning import has_moved
+from ..assigning import check_restorable, has_moved
 from ..config import LoRAConfig, as_tuple
 from ..errors import InvalidTypeError, LoRAKernelsError, LoRAKernelsWarning, LoRAStateError
 from ..experts.layer import FusedLoRAExperts
@@ -274,7 +274,8 @@ def restore_linear(model: nn.Module) -> RestoreReport:
 
     Raises:
         LoRAStateError: the model holds no ``FusedLoRALinear``, or is one itself; torch.compile was called on a layer by
-            itself; or FSDP, ZeRO-3 or accelerate's offloading holds the values of a layer.
+            itself; FSDP, ZeRO-3 or accelerate's offloading holds the values of a layer; or a layer is parametrized or
+            pruned where a plain one could not hold it.
 
     Example:
         >>> from lora_kernels import FusedLoRALinear
@@ -307,6 +308,7 @@ def restore_linear(model: nn.Module) -> RestoreReport:
             "compiled function would go on calling the LoRA layer. Put the layer itself back into the model first."
         )
     storage.check_free("restore_linear", every)
+    check_restorable("restore_linear", layers)
     moved = [name for name, layer in layers if not layer.merged and has_moved(layer)]
     if dropped := moved + [name for name, layer in experts if not layer.merged and layer.has_moved]:
         packed = any(known.is_packed(layer.weight) for _, layer in layers)

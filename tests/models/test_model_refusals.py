@@ -251,3 +251,57 @@ def test_what_is_left_alone_does_not_stop_the_rest() -> None:
     report = replace_linear(model, LoRAConfig(r=2, target_modules="all-linear"))
     assert [layer.name for layer in report] == ["0", "2"]
     assert [(layer.name, "Own" in layer.reason) for layer in report.skipped] == [("1", True)]
+
+
+def doubled(layer: nn.Module, name: str) -> None:
+    class Doubled(nn.Module):
+        def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+            return 2 * tensor
+
+    torch.nn.utils.parametrize.register_parametrization(layer, name, Doubled())
+
+
+def pruned_part(layer: nn.Module, name: str) -> None:
+    torch.nn.utils.prune.random_unstructured(layer, name, amount=1)
+
+
+def left_plain(layer: nn.Module, name: str) -> None:
+    """As ``remove_parametrizations`` leaves a frozen weight that came of several tensors."""
+    values = getattr(layer, name).detach()
+    delattr(layer, name)
+    setattr(layer, name, values)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (doubled, "weight"),
+        (doubled, "bias"),
+        (pruned_part, "weight"),
+        (pruned_part, "bias"),
+        (pruned_part, "lora_B"),
+        (left_plain, "weight"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_what_a_plain_layer_cannot_hold_is_not_restored(kind: str, change: Any, name: str) -> None:
+    if kind == "conv1d":
+        model = nn.ModuleDict({"up": pytest.importorskip("transformers.pytorch_utils").Conv1D(6, 8)})
+    else:
+        model = nn.ModuleDict({"up": nn.Linear(8, 6)})
+    replace_linear(model, UP)
+    change(model["up"], name)
+    refused(
+        model, restore_linear, LoRAStateError, f"restore_linear was called on a layer ('up') whose {name} is", "Call"
+    )
+    refused(model["up"], lambda layer: layer.to_plain(), LoRAStateError, f"whose {name} is")
+
+
+def test_a_parametrized_adapter_is_dropped_as_any_other() -> None:
+    model = nn.ModuleDict({"up": nn.Linear(8, 6)})
+    replace_linear(model, UP)
+    doubled(model["up"], "lora_A")
+    with pytest.warns(lora_kernels.errors.LoRAKernelsWarning, match="drops the adapters"):
+        restore_linear(model)
+    assert type(model["up"]) is nn.Linear
+    assert model["up"](torch.ones(8)).shape == (6,)
