@@ -191,7 +191,7 @@ def shapes_of_model(path: Path) -> list[tuple[int, ...]]:
         key_heads = config.get("num_key_value_heads") or heads
         head = config.get("head_dim") or hidden // heads
         queries, keys = int(heads * head), int(key_heads * head)
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, OverflowError) as error:
         raise InvalidArgumentError(
             f"--from-config {path} cannot be used ({type(error).__name__}: {error}): name the config.json of a "
             "transformers decoder, or give --shapes."

@@ -88,7 +88,10 @@ def test_a_model_s_shapes_come_from_its_config(config: Any, expected: Any, tmp_p
     assert cells.shapes_of_model(path) == expected
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"hidden_size": "4096"}', '{"hidden_size": 0}'])
+NOT_FINITE = '{"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": Infinity}'
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"hidden_size": "4096"}', '{"hidden_size": 0}', NOT_FINITE])
 def test_a_file_that_is_no_config_is_a_sentence(content: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(content)

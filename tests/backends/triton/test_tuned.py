@@ -78,6 +78,7 @@ NO_TABLES = {
     "another format": '{"format": 99, "device": {}, "rows": []}',
     "no device": '{"format": 1, "rows": []}',
     "no rows": '{"format": 1, "device": {"name": "NVIDIA H200", "capability": 90, "multiprocessors": 132}, "rows": 3}',
+    "a size that is not finite": '{"format": 2, "device": {"name": "x", "capability": Infinity, "multiprocessors": 1}}',
     "not text": "\udcff\udcfe",
 }
 
@@ -112,6 +113,7 @@ BROKEN_ROWS = {
     "a field too few": broken(lambda r: r.pop("us")),
     "a field too many": broken(lambda r: r.update(price=3)),
     "a plan of a later version": broken(lambda r: r["plan"].update(kind="teleport")),
+    "a plan whose kind is a list": broken(lambda r: r["plan"].update(kind=["fused"])),
     "a plan with an odd tile": broken(lambda r: r["plan"]["config"].update(block_n=48)),
     "tokens that are no bucket": broken(lambda r: r["cell"].update(tokens=3)),
     "no tokens": broken(lambda r: r["cell"].update(tokens=0)),

@@ -499,7 +499,7 @@ def plan_from_json(document: Mapping[str, Any]) -> Plan:
         InvalidArgumentError: ``document`` is no such object: an unknown kind, a field too many or too few, or a value
             that no configuration has.
     """
-    if not isinstance(document, Mapping) or document.get("kind") not in KINDS:
+    if not isinstance(document, Mapping) or document.get("kind") not in tuple(KINDS):  # which asks no hash
         raise InvalidArgumentError(f"a plan is an object whose 'kind' is one of {', '.join(KINDS)}; got {document!r}.")
     plan: Plan = _parsed(KINDS[document["kind"]], {name: document[name] for name in document if name != "kind"})
     return plan

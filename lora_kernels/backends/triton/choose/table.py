@@ -248,7 +248,7 @@ def read(path: Path) -> Table:
         name, capability, multiprocessors = (document["device"][f.name] for f in fields(DeviceName))
         device = DeviceName(str(name), int(capability), int(multiprocessors))
         listed = list(document["rows"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         if isinstance(error, TableError):
             raise
         raise TableError(
