@@ -122,7 +122,7 @@ def table(result: dict[str, Any]) -> Table:
         ours = row["ours"] * 1e3
         parts = row["values"] + row["over_values"]
         rival = f"one call takes above {LONG:.0f} s" if row["peft"] is None else f"{1 / row['peft']:.2f}"
-        times = [f"{ours * ratio:#.3g}" for ratio in (1.0, row["values"], row["over_values"])]
+        times = [f"{ours * ratio:.3g}" for ratio in (1.0, row["values"], row["over_values"])]
         rows.append([row["dtype"], str(row["tokens"]), *times, f"{1 / parts:.2f}", rival])
     return Table(caption, header, rows, frozenset(), frozenset(), [])
 
