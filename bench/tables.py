@@ -18,7 +18,8 @@ beside LoRA and PEFT beside this package, of the presets ``ratios`` and ``gpu-ra
 ``bench --preset gpu-llama`` did, ``model:few-tokens`` each plan's time for 1 to 16 tokens, and ``model:moe``,
 ``model:moe-avx2``, ``model:moe-kept``, ``model:moe-qwen3`` and ``model:moe-mixtral`` what ``bench/moe.py`` measured of
 stacked experts, ``model:codes-avx2`` what ``bench/codes.py`` did of each quantised form,
-``model:qlora-step-avx2`` what ``bench/qlora_step.py`` did of steps over NF4.
+``model:qlora-step-avx2`` what ``bench/qlora_step.py`` did of steps over NF4, ``model:qlora-curve`` what
+``examples/qlora_llama.py`` wrote.
 ``brief:`` is the short table of README.md:
 ``brief:DEVICE/PRESET/DIRECTION[/...][+DIRECTION[/...] ...]`` joins cells of several passes.
 A table of measurements shows no predicted number; only ``beside:`` and ``predicted:`` do, and they have no place in
@@ -39,7 +40,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import codes, convergence_report, dram_bytes, few_tokens, long_context, model_memory, moe, qlora_step  # noqa: E402  (the path)
+from bench import (  # noqa: E402  (the path)
+    codes,
+    convergence_report,
+    dram_bytes,
+    few_tokens,
+    long_context,
+    model_memory,
+    moe,
+    qlora_curve,
+    qlora_step,
+)
 from bench.brief import brief, headline  # noqa: E402
 from lora_kernels.benchmark import block, llama_report  # noqa: E402
 from lora_kernels.benchmark.grid import grid  # noqa: E402
@@ -68,6 +79,7 @@ _MODELS = {  # the result's file, what makes the table of it, what stands above
     "moe-qwen3": ("nvidia-h200/moe.json", moe.table, ""),
     "moe-mixtral": ("nvidia-h200/moe-mixtral.json", moe.table, ""),
     "codes-avx2": ("amd-epyc-avx2/codes.json", codes.table, ""),
+    "qlora-curve": ("amd-epyc-avx2/qlora-llama.json", qlora_curve.table, ""),
     "qlora-step-avx2": ("amd-epyc-avx2/qlora-step.json", qlora_step.table, ""),
     "traffic": ("step-traffic.json", dram_bytes.table, ""),
 }
@@ -86,6 +98,7 @@ _OTHERS = (
     "moe-cpu.json",
     "moe-mixtral.json",
     "moe.json",
+    "qlora-llama.json",
     "qlora-own.json",
     "qlora-package.json",
     "qlora-step-own.json",

@@ -4,11 +4,14 @@ No download, about a minute on a CPU. It prints the losses of both ways and the 
 The model has random weights and learns characters of a text that ships with Python (its licence).
 
     python examples/qlora_llama.py --steps 30
+
+``--json FILE`` writes what it found, all losses too.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sysconfig
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +26,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trai
 
 import lora_kernels
 from lora_kernels.benchmark.memory import peak_of, storages_kept
+from lora_kernels.benchmark.results import environment
 
 BLOCK = 64
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -125,10 +129,12 @@ def main() -> None:
     """Train both ways from the same adapters on the same batches, and compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps (default: 30)")
+    parser.add_argument("--json", type=Path, help="where to write losses and memory")
     args = parser.parse_args()
     text = training_text()
     data = Characters(text)
     losses: dict[str, list[float]] = {}
+    memory: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         set_seed(0)
         save_base(scratch, len(set(text)))
@@ -138,6 +144,7 @@ def main() -> None:
                 print(lora_kernels.fuse_peft(model))
             losses[way] = train(model, data, args.steps, scratch)
             kept, peak = memory_of_step(model, data)
+            memory[way] = {"kept": kept, "peak": peak}
             print(f"{way}: {kept:.1f} MiB kept for backward, a step holds at most {peak:.1f} MiB beyond the model")
             if way == "fused":
                 print(f"calls: {lora_kernels.peft.calls(model)}")
@@ -145,6 +152,8 @@ def main() -> None:
         print(f"step {step + 1}: loss {losses['PEFT'][step]:.4f} by PEFT's layers, {losses['fused'][step]:.4f} fused")
     apart = max(abs(one - other) for one, other in zip(losses["PEFT"], losses["fused"], strict=True))
     print(f"the losses differ by at most {apart:.1e}")
+    if args.json is not None:
+        args.json.write_text(json.dumps({"losses": losses, "memory": memory, "environment": environment("cpu")}))
     assert losses["fused"][-1] < losses["fused"][0], "the adapters have learnt nothing"
 
 

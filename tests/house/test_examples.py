@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import qlora_curve
 from numerics import alike_as_printed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,10 +55,11 @@ def test_finetune_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "loaded 14 layers onto the plain model: the same logits" in out
 
 
-def test_qlora_llama(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_qlora_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("peft", "transformers", "accelerate", "bitsandbytes"):
         pytest.importorskip(package, reason=f"QLoRA with the Trainer needs {package}")
-    out = run_here("qlora_llama.py", "--steps", "3", monkeypatch=monkeypatch, capsys=capsys)
+    file = tmp_path / "found.json"
+    out = run_here("qlora_llama.py", "--steps", "3", "--json", str(file), monkeypatch=monkeypatch, capsys=capsys)
     assert "fused 14 layers:" in out
     kept, peak = zip(*re.findall(r"([\d.]+) MiB kept for backward, a step holds at most ([\d.]+)", out), strict=True)
     assert float(kept[1]) <= float(kept[0])
@@ -65,6 +68,9 @@ def test_qlora_llama(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert len(losses) == 3
     assert all(abs(float(one) - float(other)) < 1e-3 * float(one) for one, other in losses)
     assert float(losses[-1][1]) < float(losses[0][1])
+    made = qlora_curve.table(json.loads(file.read_text()))
+    assert [len(row) for row in made.rows] == [len(made.header)] * 2
+    assert [row[1:4] for row in made.rows] == [list(column) for column in zip(*losses, strict=True)]
 
 
 def test_peft_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
