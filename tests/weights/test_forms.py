@@ -25,6 +25,7 @@ from quantised import (
     KINDS,
     OTHERS,
     adapted,
+    block_fp8,
     bnb,
     check_beside,
     check_layer,
@@ -60,6 +61,27 @@ def test_each_option_is_that_of_the_same_layer_over_the_values(kind: str, option
     other = twin(layer, values(layer), torch.float32)
     x, dy = torch.randn(40, 64), torch.randn(40, 96)
     check_beside(results_of(layer, x, dy), results_of(other, x, dy), partial(results_of, other.double(), x, dy))
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_outliers_of_x_are_multiplied_as_they_are(tokens: int) -> None:
+    """bitsandbytes' own int8 layer quantises x, and keeps columns above its threshold of 6 apart."""
+    layer = FusedLoRALinear.from_linear(quantised("int8", 64, 96, torch.float32, threshold=6.0), r=4, lora_alpha=4)
+    nn.init.normal_(layer.lora_B, std=0.5)
+    x = torch.randn(tokens, 64)
+    x[:, ::9] *= 60.0
+    check_layer(layer, x, torch.randn(tokens, 96), values(layer))
+
+
+@pytest.mark.skipif("fp8" not in KINDS, reason="this version of transformers has no FP8 layers")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fp8_in_the_blocks_of_published_models(dtype: torch.dtype) -> None:
+    base = block_fp8(nn.Linear(300, 200).to(dtype), (128, 128))
+    layer = FusedLoRALinear.from_linear(base, r=4, lora_alpha=4)
+    nn.init.normal_(layer.lora_B, std=0.5)
+    for tokens in (3, 40):
+        x, dy = torch.randn(tokens, 300, dtype=dtype), torch.randn(tokens, 200, dtype=dtype)
+        check_layer(layer, x, dy, values(layer).to(dtype))
 
 
 def test_x_of_another_dtype_is_multiplied_in_the_layers_own() -> None:
