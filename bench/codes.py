@@ -30,7 +30,7 @@ from lora_kernels.benchmark.results import environment  # noqa: E402
 from lora_kernels.benchmark.timing import Candidate, measure  # noqa: E402
 from lora_kernels.weights import known  # noqa: E402
 
-__all__ = ["NAMES", "main", "table"]
+__all__ = ["NAMES", "main", "table", "timed"]
 
 TOKENS = (1, 16)
 SIDE, SMALL, RANK, DTYPE = 2048, 64, 16, torch.bfloat16
@@ -72,7 +72,7 @@ def of_kind(kind: str, side: int, seconds: float) -> dict[str, Any]:
     expected, found = values(own).to(DTYPE).float(), packed.dequantize(DTYPE).float()
     if not (found - expected).abs().max() <= 2.0**-7 * expected.abs().max():
         raise SystemExit(f"{kind} is not timed, because its values are not the package's.")
-    made = _timed({"package": lambda: values(own).to(DTYPE), "ours": lambda: packed.dequantize(DTYPE)}, seconds)
+    made = timed({"package": lambda: values(own).to(DTYPE), "ours": lambda: packed.dequantize(DTYPE)}, seconds)
     row: dict[str, Any] = {"kind": kind, "values": {name: timing.median for name, timing in made.items()}}
     row["forward"] = {}
     for tokens in TOKENS:
@@ -91,12 +91,13 @@ def _forward(own: Any, ours: Any, x: Tensor, plain: Tensor, seconds: float) -> d
     except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:  # as packages say "not on a CPU"
         found["package"] = None
         found["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    timings = _timed(runs, seconds)
+    timings = timed(runs, seconds)
     found |= {name: timing.ratio for name, timing in timings.items()}
     return found | {"frozen": timings["frozen"].median}
 
 
-def _timed(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
+def timed(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
+    """Each of ``runs`` in turn in every round; the first is what ratios are to."""
     floor = next(iter(runs))
     return measure([Candidate(name, lambda _, run=run: run()) for name, run in runs.items()], floor, seconds)  # type: ignore[misc]
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from bench.codes import timed  # noqa: E402  (after the path)
 from lora_kernels import FusedLoRALinear  # noqa: E402  (after the path)
 from lora_kernels.benchmark.report import Table  # noqa: E402
 from lora_kernels.benchmark.results import environment  # noqa: E402
-from lora_kernels.benchmark.timing import Candidate, measure  # noqa: E402
 from lora_kernels.weights import known  # noqa: E402
 
 __all__ = ["main", "table"]
@@ -96,7 +96,7 @@ def of_size(side: int, tokens: int, dtype: torch.dtype, seconds: float) -> dict[
     }
     if not slow:
         runs["PEFT"] = lambda: _step(made["PEFT"], x, dy)
-    timings = measure([Candidate(name, lambda _, run=run: run()) for name, run in runs.items()], "ours", seconds)  # type: ignore[misc]
+    timings = timed(runs, seconds)
     return {
         "tokens": tokens,
         "dtype": str(dtype).removeprefix("torch."),

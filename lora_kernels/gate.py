@@ -83,7 +83,7 @@ def run_plain(
     if p == 0.0 and type(scaling) is float and not _anything_acts():
         return _run_alone(x, weight, lora_a, lora_b, bias, scaling, backend_name)
     # One question that most programs answer with no, before those that take longer to answer.
-    if torch._C._is_any_autocast_enabled() and is_autocast_enabled(device_type := device_type_of(x)):
+    if _is_any_autocast_enabled() and is_autocast_enabled(device_type := device_type_of(x)):
         x = autocast_input(x, device_type)
         with torch.autocast(device_type, enabled=False):
             # The cast of W is made again in backward rather than saved; so its dtype may differ from x's here.
@@ -124,19 +124,14 @@ def _run_alone(
         ):
             check(own, weight, lora_a, lora_b, bias, False)
             weight, lora_a, lora_b, bias = _resolved(weight, lora_a, lora_b, bias)
-        if torch.is_grad_enabled() and (
-            own.requires_grad
-            or lora_a.requires_grad
-            or lora_b.requires_grad
-            or weight.requires_grad
-            or (bias is not None and bias.requires_grad)
-        ):
+        if _records(own, weight, lora_a, lora_b, bias):
             out: Tensor = apply_function(own, weight, lora_a, lora_b, bias, scaling, 0.0, None, name)
             return out
         y, _, _ = ops.forward(flatten(own), weight, lora_a, lora_b, bias, scaling, 0.0, None)
         return unflatten(y, own.shape)
-    except Exception:
-        check(x, weight, lora_a, lora_b, bias, False)
+    except Exception:  # it goes on as it is, or the sentence in its place
+        if not _fit(x, weight, lora_a, lora_b, bias, False):
+            raise _refusal(x, weight, lora_a, lora_b, bias) from None
         raise
 
 
@@ -147,6 +142,17 @@ def _resolved(
     if weight.is_neg() or lora_a.is_neg() or lora_b.is_neg() or (bias is not None and bias.is_neg()):
         return resolved(weight), resolved(lora_a), resolved(lora_b), resolved(bias)
     return weight, lora_a, lora_b, bias
+
+
+def _records(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> bool:
+    """Whether a graph is recorded: :func:`_any_requires_grad`, spelt out for the plain layer's host time."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad
+        or lora_a.requires_grad
+        or lora_b.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    )
 
 
 def _run_plain(
@@ -162,10 +168,8 @@ def _run_plain(
     share: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     check(x, weight, lora_a, lora_b, bias, autocast)
-    if not torch.compiler.is_compiling() and (
-        weight.is_neg() or lora_a.is_neg() or lora_b.is_neg() or (bias is not None and bias.is_neg())
-    ):
-        weight, lora_a, lora_b, bias = resolved(weight), resolved(lora_a), resolved(lora_b), resolved(bias)
+    if not is_compiling():
+        weight, lora_a, lora_b, bias = _resolved(weight, lora_a, lora_b, bias)
     if type(scaling) is not float:  # a layer's may have been set to anything
         scaling = number(scaling)
     if p != 0.0 and type(p) is not float:
@@ -176,13 +180,7 @@ def _run_plain(
     state = draw_state(x, p, name) if p != 0.0 else None
     if share is not None and state is not None:
         state = share(state)
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or lora_a.requires_grad
-        or lora_b.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-    ):
+    if _records(x, weight, lora_a, lora_b, bias):
         record = LoRALinearFunction.apply if is_compiling() else apply_function
         out: Tensor = record(x, weight, lora_a, lora_b, bias, scaling, p, state, name)
         return out
@@ -198,7 +196,7 @@ def run_packed(
     """
     device_type = device_type_of(x)
     dtype = packed_dtype(x, weight, device_type)
-    if torch._C._is_any_autocast_enabled() and is_autocast_enabled(device_type):
+    if _is_any_autocast_enabled() and is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
             return _run_packed_in(dtype, x, weight, lora_a, lora_b, bias, scaling, p)
     return _run_packed_in(dtype, x, weight, lora_a, lora_b, bias, scaling, p)
@@ -243,7 +241,7 @@ def run_branches(x: Tensor, branches: Sequence[Branch], p: float, backend_name: 
     device_type = device_type_of(x)
     if type(branches[0]) is PackedBranch:
         return _run_packed_branches(x, branches, p, backend_name, device_type)
-    if torch._C._is_any_autocast_enabled() and is_autocast_enabled(device_type):
+    if _is_any_autocast_enabled() and is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
             return _run_branches(autocast_input(x, device_type), branches, p, backend_name, autocast=True)
     return _run_branches(x, branches, p, backend_name, autocast=False)
@@ -290,7 +288,7 @@ def _is_transformed() -> bool:
     """Whether ``torch.func``, ``vmap`` or forward-mode derivatives may act: they know PyTorch's operators alone."""
     if is_compiling():
         return False
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return forward_ad._current_level >= 0 or _is_transforming()
 
 
 def _run_branches(
@@ -420,13 +418,13 @@ def prepare(x: Tensor, backend_name: str | None) -> tuple[Tensor, str]:
     """
     compiling = is_compiling()
     if not compiling:
-        if torch._C._are_functorch_transforms_active():
+        if _is_transforming():
             raise UnsupportedTransformError(
                 "lora_linear was called under torch.func or vmap, which are not supported: its kernels have no "
                 "batching rules. Call it on the whole batch (it takes any number of leading dimensions), or use "
                 "lora_kernels.reference.forward, which is plain PyTorch."
             )
-        x = torch._C._functorch.unwrap_if_dead(x)  # one that leaked out of a transform that is over
+        x = _unwrap_if_dead(x)  # one that leaked out of a transform that is over
     return x, chosen(x, backend_name)
 
 
@@ -511,10 +509,16 @@ def number(scaling: Any) -> float:
 
 
 def check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, autocast: bool) -> None:
-    """The quick test of what may be run; the sentences are composed only where something is wrong."""
+    """Raises unless they may be run; the sentences are composed only where something is wrong."""
+    if not _fit(x, weight, lora_a, lora_b, bias, autocast):
+        raise _refusal(x, weight, lora_a, lora_b, bias)
+
+
+def _fit(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, autocast: bool) -> bool:
+    """The quick test of what may be run."""
     try:
         device, dtype = x.device, x.dtype
-        if (
+        return (
             not x.is_nested
             and x.layout is lora_a.layout is lora_b.layout is _STRIDED
             and _is_strided(weight)
@@ -526,11 +530,9 @@ def check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tenso
             and lora_a.dtype in COMPUTE_DTYPES
             and lora_b.dtype in COMPUTE_DTYPES
             and (bias is None or (bias.device == device and bias.dtype in COMPUTE_DTYPES))
-        ):
-            return
+        )
     except AttributeError:  # something that is no tensor
-        pass
-    raise _refusal(x, weight, lora_a, lora_b, bias)
+        return False
 
 
 def _is_strided(tensor: Any) -> bool:

@@ -374,9 +374,8 @@ class LoRALayer(nn.Module):
             called.note(self, True)
 
     def sharing_state(self) -> tuple[Any, ...]:
-        held = (
-            self.parameters() if self._modules else self._parameters.values()
-        )  # of a parametrization's, what it reads
+        # A parametrization is a module, and its result depends on what it reads.
+        held = self.parameters() if self._modules else self._parameters.values()
         tensors = (mark(tensor) for tensor in held if tensor is not None)
         of_call = (self.training, self._is_on(), self.merged, self.scaling, self.lora_dropout, self.activation)
         return (*of_call, *tensors)

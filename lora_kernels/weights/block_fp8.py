@@ -54,7 +54,8 @@ class _BlockFp8:
         weight, kind = module._parameters["weight"], type(module).__name__
         if weight.is_meta:
             return f"{kind} is on the meta device. Load its weights first."
-        _check_converted(module, weight)
+        if weight.dtype.itemsize > 1 and module._parameters.get("weight_scale_inv") is not None:
+            raise _converted(weight.dtype)
         if weight.dtype is not _FP8:
             return (
                 f"{kind} has a weight in {weight.dtype}: only FP8 in the form {_FP8} is known here. Load the model "
@@ -74,7 +75,8 @@ class _BlockFp8:
         return None
 
     def read(self, module: Any, weight: Any) -> Packed:
-        _check_converted(module, weight)
+        if weight.dtype is not _FP8:
+            raise _converted(weight.dtype)
         scale = getattr(weight, "scale", None)
         own = module._parameters["weight_scale_inv"] if scale is None else scale
         parts = (weight.detach(), own.detach())
@@ -118,13 +120,12 @@ def _linear() -> Any:
     return getattr(sys.modules.get("transformers.integrations.finegrained_fp8"), "FP8Linear", None)
 
 
-def _check_converted(module: Any, weight: Any) -> None:
-    """Raises ``LoRAStateError`` where the numbers were converted to a wider dtype, beside their scales."""
-    if weight.dtype.itemsize > 1 and module._parameters.get("weight_scale_inv") is not None:
-        raise LoRAStateError(
-            f"an FP8 weight was converted to {weight.dtype} without its scales, so its values are lost. Load the "
-            "model again, and convert only its other Parameters; adapter_dtype sets that of the adapters."
-        )
+def _converted(dtype: torch.dtype) -> LoRAStateError:
+    """What is told of numbers that were converted beside their scales."""
+    return LoRAStateError(
+        f"an FP8 weight was converted to {dtype} without its scales, so its values are lost. Load the model again, and "
+        "convert only its other Parameters; adapter_dtype sets that of the adapters."
+    )
 
 
 def _grid(module: Any) -> tuple[int, ...]:

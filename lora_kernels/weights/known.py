@@ -61,8 +61,12 @@ def form_of_module(module: nn.Module) -> Form | None:
 
 def is_of_package(kind: type) -> bool:
     """Whether ``kind`` is, or derives from, a package's quantised linear layer."""
+    return _form_of_class(kind) is not None
+
+
+def _form_of_class(kind: type) -> Form | None:
     named = ((own, LAYERS.get(own.__name__)) for own in kind.__mro__)
-    return any(form is not None and own.__module__.split(".")[0] == form.package for own, form in named)
+    return next((form for own, form in named if form and own.__module__.split(".")[0] == form.package), None)
 
 
 def packed(module: nn.Module) -> Packed | None:
@@ -78,10 +82,7 @@ def is_packed(weight: Any, module: nn.Module | None = None) -> bool:
 
 def _form_in_export(module: nn.Module, weight: Any) -> Form | None:
     """The form of a weight that ``torch.export`` has put a tensor without a class of its own in the place of."""
-    if type(weight) is not FakeTensor:
-        return None
-    named = ((own, LAYERS.get(own.__name__)) for own in type(module).__mro__)
-    return next((form for own, form in named if form and own.__module__.split(".")[0] == form.package), None)
+    return _form_of_class(type(module)) if type(weight) is FakeTensor else None
 
 
 def is_readable(module: nn.Module, weight: Tensor) -> bool:

@@ -204,12 +204,8 @@ def grads_fit(machine: Machine, cell: Cell, plan: RingGrads) -> bool:
 def grads_ways(machine: Machine, cell: Cell) -> Iterator[tuple[int, int]]:
     """(slices, splits): so many blocks as the machine holds at once, two or four a multiprocessor."""
     strips, most = cell.k // GRAD_COLUMNS, max(1, cell.n // _GRAD_ROWS)
-    found: dict[tuple[int, int], None] = {}
-    for blocks in (2, 4):
-        splits = min(most, max(1, blocks * machine.sm_count // strips))
-        slices = min(most, max(1, machine.sm_count * blocks // 8))
-        found[slices, splits] = None
-    yield from found
+    held = (blocks * machine.sm_count for blocks in (2, 4))
+    yield from dict.fromkeys((min(most, max(1, n // 8)), min(most, max(1, n // strips))) for n in held)
 
 
 def grads_seconds(machine: Machine, cell: Cell, plan: RingGrads) -> float:

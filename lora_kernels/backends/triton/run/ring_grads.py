@@ -6,7 +6,7 @@ left out of both, and the second launch where neither dx nor da is due.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,14 +33,14 @@ __all__ = ["grads_call_fault", "ready_ring_grads"]
 _ENTRY = "few_tokens_grads_entry.cuh"
 _FIRST = (*("*",) * 8, "fp32", *("i32",) * 10)
 _LAST = (*("*",) * 7, "fp32", "fp32", *("i32",) * 9)
-_NUMBERS = (torch.bfloat16, torch.float32)
+_GRADIENTS = {torch.bfloat16, torch.float32, None}  # dtypes that they are written in; None: not due
 
 
 def grads_call_fault(c: Call) -> str | None:
     """The end of a sentence "the plan ... does not run: ..." where it does not take the call."""
     if c.dtype is not torch.bfloat16 or not 0 < c.m <= 16 or c.r > RANK or c.k % CHUNK or c.n == 0:
         return f"it is for up to 16 tokens of bfloat16, rank {RANK}, and multiples of {CHUNK} in_features"
-    if not {c.a_dtype, c.b_dtype, c.bias_dtype} <= {*_NUMBERS, None}:
+    if not {c.a_dtype, c.b_dtype, c.bias_dtype} <= _GRADIENTS:
         return "it writes gradients of bfloat16 and float32 alone"
     read = c.stride_w != (0, 0)  # W is, where dx is due
     if c.stride_dy[1] != 1 or (read and not (c.by_descriptor and (c.n == 1 or c.stride_w == (c.k, 1)))):
@@ -94,26 +94,15 @@ def _launches(plan: RingGrads, c: Call, need_x: bool) -> tuple[CudaLaunch, CudaL
     source = Source(_ENTRY, GRAD_HEADERS, tuple(grad_defines(c.m).items()))
     of_first, of_last = grad_shared_memory(c.m)
 
-    def launch(name: str, signature: tuple[str, ...], grid: int, static: tuple[Any, ...], shared: int) -> CudaLaunch:
-        dependent = plan.pdl and name == "few_tokens_last_grads"
-        return CudaLaunch(
-            source,
-            name,
-            signature,
-            grid,
-            static,
-            capability=c.machine.capability,
-            threads=GRAD_THREADS,
-            shared_bytes=shared,
-            dependent=dependent,
-        )
-
+    made = partial(CudaLaunch, source, capability=c.machine.capability, threads=GRAD_THREADS)
     a_is_fp32, b_is_fp32, bias_is_fp32 = (int(d is torch.float32) for d in (c.a_dtype, c.b_dtype, c.bias_dtype))
     stride_dy, stride_x = (stride[0] if c.m > 1 else size for stride, size in ((c.stride_dy, c.n), (c.stride_x, c.k)))
     shares = plan.slices, plan.splits
     sizes = c.m, c.n, c.k, c.r, stride_dy, c.padded_rank, b_is_fp32, bias_is_fp32, *shares
     strips = c.k // GRAD_COLUMNS * plan.splits if need_x else 0
-    first = launch("few_tokens_first_grads", _FIRST, plan.slices + strips, sizes, of_first)
+    first = made("few_tokens_first_grads", _FIRST, plan.slices + strips, sizes, shared_bytes=of_first)
     keep = c.keep_scale if c.dropout else 1.0
     static = keep, c.m, c.k, c.r, stride_x, row_words(c.k), a_is_fp32, *shares, int(plan.pdl)
-    return first, launch("few_tokens_last_grads", _LAST, c.k // LAST_COLUMNS, static, of_last)
+    blocks = c.k // LAST_COLUMNS
+    last = made("few_tokens_last_grads", _LAST, blocks, static, shared_bytes=of_last, dependent=plan.pdl)
+    return first, last
