@@ -2,6 +2,9 @@
 
 A loss in chunks (Liger's, TRL's) multiplies the body's output by ``lm_head.weight`` and never calls ``lm_head``. So the
 adapter has no effect and no gradient. When the body's output gets its gradient, the head was called or it was not.
+
+A compiled graph tells nothing of its calls. Where the body is in one, the end of the first backward judges: an adapter
+of the body has its gradient, and the head's has it too, or the loss went past the head.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ def watch_heads(model: nn.Module) -> None:
         if not _adapter(head) or not isinstance(body, nn.Module) or body is owner:
             continue
         if not any(isinstance(hook, _Watch) for hook in body._forward_hooks.values()):
-            body.register_forward_hook(_Watch(owner))
+            watch = _Watch(owner)
+            body.register_forward_hook(watch)
+            _watch_gradients(watch, body, head)
 
 
 def _head_of(owner: nn.Module) -> Any:
@@ -58,6 +63,8 @@ class _Calls:
 class _Watch:
     """A forward hook of a body. A copy or a pickle of it knows no model, and does nothing."""
 
+    in_graph = False  # whether the body ran in a compiled graph, in training
+
     def __init__(self, owner: nn.Module | None = None) -> None:
         self.owner = (lambda: None) if owner is None else weakref.ref(owner)
 
@@ -65,18 +72,19 @@ class _Watch:
         return _Watch, ()
 
     def __call__(self, body: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not body.training or not torch.is_grad_enabled():
+        if not body.training or not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling():
+            self.in_graph = True  # as a compiled body's calls do too
             return
         first = output if isinstance(output, Tensor) else output[0]
         if torch._C._current_graph_task_id() != -1 or not isinstance(first, Tensor) or not first.requires_grad:
             return  # a checkpoint runs it again, or nothing in it trains
         for key in [key for key, hook in body._forward_hooks.items() if hook is self]:
             del body._forward_hooks[key]
-        owner = self.owner()
-        head: Any = None if owner is None else _head_of(owner)
-        if owner is None or not any(parameter.requires_grad for parameter in _adapter(head)):
+        head, name = self.trained_head()
+        if head is None:
             return
-        name = next(name for name, module in owner.named_modules() if module is head)
         calls = _Calls()
         handle = head.register_forward_hook(calls)
 
@@ -86,6 +94,38 @@ class _Watch:
                 _tell(name)
 
         first.register_hook(judge)
+
+    def trained_head(self) -> tuple[Any, str]:
+        """The output layer and its name; None where its adapter does not train, or the model is gone."""
+        owner = self.owner()
+        head: Any = None if owner is None else _head_of(owner)
+        if owner is None or not any(parameter.requires_grad for parameter in _adapter(head)):
+            return None, ""
+        return head, next(name for name, module in owner.named_modules() if module is head)
+
+
+def _watch_gradients(watch: _Watch, body: nn.Module, head: nn.Module) -> None:
+    """Has the first backward that reaches the body's adapters look at the head's, for bodies that are compiled."""
+    of_body = next((parameter for parameter in _adapter(body) if parameter.requires_grad), None)
+    of_head = [parameter for parameter in _adapter(head) if parameter.requires_grad]
+    if of_body is None or not of_head:
+        return
+    found = _Calls()
+    handles = [parameter.register_post_accumulate_grad_hook(found) for parameter in of_head]
+
+    def judge() -> None:
+        for handle in handles:
+            handle.remove()
+        trained, name = watch.trained_head()
+        if watch.in_graph and trained is not None and not found.count:
+            _tell(name)
+
+    def begin(unused: Tensor) -> None:
+        if not torch.compiler.is_compiling():
+            first.remove()
+            torch.autograd.Variable._execution_engine.queue_callback(judge)
+
+    first = of_body.register_post_accumulate_grad_hook(begin)
 
 
 def _tell(name: str) -> None:
