@@ -13,6 +13,7 @@ shows a prediction alone, from a file that ``bench --predict`` wrote, and says s
 beside LoRA and PEFT beside this package, of the presets ``ratios`` and ``gpu-ratios``; ``subject=dora`` chooses.
 ``model:convergence``, ``model:memory``, ``model:block-memory`` and ``model:long-context`` are what
 ``bench/convergence.py``, ``bench/model_memory.py`` and ``bench/long_context.py`` found of whole models,
+``model:gated-mlp-avx2`` what ``bench/gated_mlp.py`` did of a gated MLP,
 ``model:traffic`` what ``bench/dram_bytes.py`` counted or measured,
 ``model:block`` what ``bench --preset gpu-block`` did, ``model:headline`` one sentence of it, ``model:llama`` what
 ``bench --preset gpu-llama`` did, ``model:few-tokens`` each plan's time for 1 to 16 tokens, and ``model:moe``,
@@ -45,6 +46,7 @@ from bench import (  # noqa: E402  (the path)
     convergence_report,
     dram_bytes,
     few_tokens,
+    gated_mlp,
     long_context,
     model_memory,
     moe,
@@ -81,6 +83,7 @@ _MODELS = {  # the result's file, what makes the table of it, what stands above
     "codes-avx2": ("amd-epyc-avx2/codes.json", codes.table, ""),
     "qlora-curve": ("amd-epyc-avx2/qlora-llama.json", qlora_curve.table, ""),
     "qlora-step-avx2": ("amd-epyc-avx2/qlora-step.json", qlora_step.table, ""),
+    "gated-mlp-avx2": ("amd-epyc-avx2/gated-mlp.json", gated_mlp.table, ""),
     "traffic": ("step-traffic.json", dram_bytes.table, ""),
 }
 _SENTENCES = {"headline": ("nvidia-h200/llama.json", headline)}  # likewise, without a table
@@ -91,6 +94,7 @@ _OTHERS = (
     "codes.json",
     "few-codes.json",
     "few-tokens.json",
+    "gated-mlp.json",
     "hopper_step.json",
     "host.json",
     "llama-before.json",
