@@ -438,9 +438,14 @@ def some_lora_layers(model: nn.Module, function: str) -> list[tuple[str, LoRALay
         raise InvalidTypeError(f"a model of type {type(model).__name__} was given: it must be a torch.nn.Module.")
     layers = list(lora_layers(model))
     if not layers and not any(expert_layers(model)):
+        advice = "Call replace_linear(model, config) first."
+        if any(isinstance(getattr(module, "lora_A", None), nn.ModuleDict) for module in model.modules()):
+            advice = (
+                "Its LoRA layers are PEFT's, fused or not, and so are the functions for them, such as "
+                "peft.get_peft_model_state_dict(model), model.save_pretrained and model.merge_adapter."
+            )
         raise LoRAStateError(
-            f"{function} was called on {type(model).__name__}, which holds no FusedLoRALinear. Call "
-            "replace_linear(model, config) first."
+            f"{function} was called on {type(model).__name__}, which holds no FusedLoRALinear. {advice}"
         )
     return layers
 

@@ -139,6 +139,26 @@ def test_two_adapters_are_switched_in_place_without_a_compilation() -> None:
     check_all({"logits": outputs[1].flatten(0, 1)}, exact, exact, torch.float64)
 
 
+def test_adapters_of_different_alphas_are_switched_with_their_scaling() -> None:
+    """The tensors hold no alpha: each layer has it, and the second value makes it an input of the graph."""
+    first, second = replaced(), replaced(lora_alpha=32)
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(first.eval(), backend=counter, fullgraph=True)
+    values = [{name: tensor.clone() for name, tensor in lora_state_dict(each).items()} for each in (first, second)]
+    expected = [logits(each)["logits"] for each in (first, second)]
+    counts = []
+    for adapter, scaling in ((0, 2.0), (1, 8.0), (0, 2.0), (1, 8.0)):
+        first.load_state_dict(values[adapter], strict=False)
+        for _, layer in lora_kernels.models.layers.lora_layers(first):
+            layer.scaling = scaling
+        with torch.no_grad():
+            found = {"logits": compiled(input_ids=IDS, use_cache=False).logits.flatten(0, 1)}
+        check_all(found, exact := {"logits": expected[adapter]}, exact, torch.float64)
+        counts.append(counter.frame_count)
+    assert counts == [1, 2, 2, 2]
+
+
 def test_two_adapters_of_peft_are_two_graphs_however_often_they_are_switched() -> None:
     peft = pytest.importorskip("peft")
     settings = {"r": 4, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
@@ -170,6 +190,15 @@ def test_what_cannot_be_given_is_a_sentence() -> None:
             function(FusedLoRALinear(4, 4, r=2))
         with pytest.raises(LoRAStateError, match="holds no FusedLoRALinear"):
             function(nn.Linear(4, 4))
+
+
+def test_a_model_of_peft_is_told_pefts_own_functions() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    lora_kernels.fuse_peft(model)
+    for function in (adapter_config, lora_state_dict, lambda model: lora_state_dict(model, format="peft")):
+        with pytest.raises(LoRAStateError, match=r"layers are PEFT's.*get_peft_model_state_dict\(model\)"):
+            function(model)
 
 
 def test_warnings_stand_at_the_users_line() -> None:
