@@ -24,6 +24,8 @@ from numerics import check_all, same_bits, three_ways
 if sys.platform != "linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
+import triton
+
 from lora_kernels.backends.triton.choose import gluon as gate
 from lora_kernels.backends.triton.run import descriptors, hopper
 from lora_kernels.backends.triton.run.hopper_call import HopperCall, call_fault
@@ -390,9 +392,10 @@ def test_flags_that_are_not_zero_are_seen() -> None:
 
 
 def test_nothing_is_missing_here() -> None:
-    """Of Triton 3.6.0 and 3.7.1; the newest is tested where it is installed."""
-    assert gate.why_not(90) is None
-    assert gate.why_not(None) is None
+    """Of Triton 3.6 and 3.7. The Gluon of another release may differ, as 3.9.0's does, and that is told."""
+    measured = triton.__version__.startswith(("3.6.", "3.7."))
+    for told in (gate.why_not(90), gate.why_not(None)):
+        assert told is None or (not measured and "plain Triton kernels run" in told)
 
 
 def test_asking_imports_triton_only_when_asked() -> None:
@@ -416,6 +419,7 @@ def test_other_gpus_are_told(capability: int) -> None:
         ("triton.experimental.gluon.language.nvidia.hopper.mbarrier", "arrive"),
         ("triton.experimental.gluon.nvidia.hopper", "TensorDescriptor"),
         ("triton.experimental.gluon.language", "shared_memory_descriptor"),
+        ("triton.experimental.gluon.language.shared_memory_descriptor", "_reinterpret"),  # as Triton 3.9.0
     ],
 )
 def test_a_release_that_lacks_something_is_told(name: str, attribute: str, monkeypatch: pytest.MonkeyPatch) -> None:
