@@ -21,6 +21,7 @@ from ..experts.suitable import targets, why_not_experts
 from ..tensors import is_plain
 from .conditions import hooked, own_parameter, why_call
 from .report import BASE, FUSED, counter
+from .scalings import as_one
 
 __all__ = ["FusedParamWrapper", "ParamWrapper", "why_not_fusable_experts"]
 
@@ -63,11 +64,13 @@ class FusedParamWrapper(ParamWrapper):  # type: ignore[misc]
         return flag if not flag and not self._asks else not switching.is_on(self, not flag)
 
     def _adapter(self) -> Adapter:
-        """A (E, R, K), B (E, N, R) and s; of several adapters R is the sum of the ranks, and s is in B."""
-        pairs = [(*from_peft(*self._weights(name), self.num_experts), self.scaling[name]) for name in self._acting()]
-        if len(pairs) == 1 and not isinstance(pairs[0][2], Tensor):
-            return Adapter(*pairs[0])
-        return Adapter(torch.cat([a for a, _, _ in pairs], 1), torch.cat([b * s for _, b, s in pairs], 2), 1.0)
+        """A (E, R, K), B (E, N, R) and s; of several adapters R is the sum of the ranks."""
+        acting = self._acting()
+        pairs = [from_peft(*self._weights(name), self.num_experts) for name in acting]
+        bs, scaling = as_one([b for _, b in pairs], [self.scaling[name] for name in acting])
+        if len(pairs) == 1:
+            return Adapter(pairs[0][0], bs[0], scaling)
+        return Adapter(torch.cat([a for a, _ in pairs], 1), torch.cat(bs, 2), scaling)
 
     def _weights(self, name: str) -> tuple[Tensor, Tensor]:
         a, b = self._modules["lora_A"]._modules[name], self._modules["lora_B"]._modules[name]

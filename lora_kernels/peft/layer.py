@@ -24,6 +24,7 @@ from . import dora as peft_dora
 from .conditions import is_transposed, own_parameter, why_adapter, why_base, why_call, why_dtypes
 from .experts import FusedParamWrapper, ParamWrapper, why_not_fusable_experts
 from .report import BASE, FUSED, counter
+from .scalings import as_one
 
 __all__ = [
     "FUSED_CLASSES",
@@ -229,10 +230,7 @@ class FusedForward(_Behind):  # type: ignore[misc]
             name = adapters[0]
             return own_parameter(a_modules[name], "weight"), own_parameter(b_modules[name], "weight"), scaling
         bs = [own_parameter(b_modules[name], "weight") for name in adapters]
-        scalings = [self.scaling[name] for name in adapters]
-        if any(isinstance(s, Tensor) or s != scaling for s in scalings):
-            bs = [b.to(torch.promote_types(b.dtype, torch.float32)) * s for b, s in zip(bs, scalings, strict=True)]
-            scaling = 1.0
+        bs, scaling = as_one(bs, [self.scaling[name] for name in adapters])
         return torch.cat([own_parameter(a_modules[name], "weight") for name in adapters]), torch.cat(bs, 1), scaling
 
     def _p(self, adapter: str) -> float:

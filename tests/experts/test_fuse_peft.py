@@ -120,6 +120,34 @@ def test_several_active_adapters_and_ones_that_come_later() -> None:
     check(model, results(plain))
 
 
+def test_gradients_of_several_adapters_keep_fp32s_range() -> None:
+    """dyᵀ h is beyond fp16's range, and s dyᵀ h is not: each adapter's gradient is what it gives when it acts alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        of = [
+            peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=[], target_parameters=TARGETS[1:])
+            for alpha in (0.002, 0.004)
+        ]
+        model = peft.get_peft_model(mixtures.made("qwen3_moe", torch.float16), of[0], autocast_adapter_dtype=False)
+        model.add_adapter("second", of[1], autocast_adapter_dtype=False)
+    mixtures.move(p for n, p in model.named_parameters() if "lora_" in n)
+    layer = model.get_submodule(fuse_peft(model).layers[0].name).train()
+    x, index = torch.randn(20, 16, dtype=torch.float16), torch.arange(80).view(20, 4) % 8
+    found = []
+    for active in (["default", "second"], ["default"], ["second"]):
+        model.base_model.set_adapter(active)
+        model.zero_grad()
+        y = layer(x, index, torch.ones(20, 4, dtype=torch.float16))
+        y.backward(torch.full_like(y, 6e4))
+        found.append({name: layer.lora_B[name].weight.grad.clone() for name in active})
+    together, *alone = found
+    for one in alone:
+        for name, gradient in one.items():
+            assert gradient.isfinite().all()
+            assert judge(name, together[name], gradient.double(), gradient, torch.float16, depth=2).passed
+    assert not calls(model).own
+
+
 def test_what_cannot_be_fused_is_pefts_own_and_counted() -> None:
     model = made("qwen3_moe")
     expected = logits(model)
