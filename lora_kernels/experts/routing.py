@@ -21,6 +21,7 @@ from ..tensors import resolved
 __all__ = ["Routing", "combine", "spread_grad", "sum_of_slots"]
 
 _CHUNK = 2048  # rows whose products are in memory at a time
+_INDICES = (torch.int32, torch.int64)
 _COMPUTED_IN_FP32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -39,9 +40,8 @@ class Routing:
     """
 
     def __init__(self, top_k_index: Tensor, num_experts: int, skips: bool) -> None:
-        _check(top_k_index)
+        index = _indices(top_k_index)
         self.k = top_k_index.shape[1]
-        index = top_k_index.detach().reshape(-1)
         order, self.slots = torch.sort(index, stable=True)
         self.tokens = self.slots.div(self.k, rounding_mode="floor")
         positions = torch.arange(index.numel(), device=index.device)
@@ -165,18 +165,23 @@ def _sorted(weights: Tensor, slots: Tensor, present: Tensor | None) -> Tensor:
     return found if present is None else found.masked_fill(~present, 0.0)
 
 
-def _check(top_k_index: Tensor) -> None:
+def _indices(top_k_index: Tensor) -> Tensor:
+    """The experts of all slots, (M,), in a dtype that holds ``num_experts`` too, which uint8 does not of 256."""
     if top_k_index.dim() != 2 or top_k_index.shape[1] < 1:
         raise InvalidArgumentError(
             f"top_k_index of shape {tuple(top_k_index.shape)} was given: it must be (tokens, experts per token), with "
             "at least one expert per token."
         )
-    if top_k_index.is_floating_point() or top_k_index.dtype is torch.bool:
+    if top_k_index.is_floating_point() or top_k_index.is_complex() or top_k_index.dtype is torch.bool:
         raise InvalidTypeError(f"top_k_index of {top_k_index.dtype} was given: it must hold integers, such as int64.")
+    index = top_k_index.detach().reshape(-1)
+    if index.dtype not in _INDICES:
+        index = index.to(torch.int64)
     if torch.compiler.is_compiling():
-        torch._assert_async((top_k_index >= 0).all(), "top_k_index holds a negative index: experts count from 0.")
-    elif top_k_index.is_cpu and top_k_index.numel() and int(top_k_index.min()) < 0:
+        torch._assert_async((index >= 0).all(), "top_k_index holds a negative index: experts count from 0.")
+    elif index.is_cpu and index.numel() and int(index.min()) < 0:
         raise InvalidArgumentError(
-            f"top_k_index holds {int(top_k_index.min())}: experts are counted from 0. Give num_experts for a slot that "
+            f"top_k_index holds {int(index.min())}: experts are counted from 0. Give num_experts for a slot that "
             "no expert here serves."
         )
+    return index

@@ -278,6 +278,26 @@ def test_sentinels_add_nothing(kind: str) -> None:
     assert not weights.grad[index >= layer.num_experts].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32], ids=str)
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_integers_of_any_width_name_the_experts(kind: str, dtype: torch.dtype) -> None:
+    layer = adapted(kind)
+    x, index, weights, _ = inputs(layer, torch.float32)
+    assert same_bits(layer(x, index.to(dtype), weights), layer(x, index, weights))
+    for experts in (256, 300):  # more than a byte counts
+        expected, found = (routing.Routing(given, experts, True) for given in (index, index.to(dtype)))
+        for name in ("tokens", "slots", "places", "experts", "offsets", "present"):
+            assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+def test_an_index_that_is_no_integer_is_refused() -> None:
+    layer = adapted("mixtral")
+    x, index, weights, _ = inputs(layer, torch.float32)
+    for dtype in (torch.float32, torch.bool, torch.complex64):
+        with pytest.raises(InvalidTypeError, match=rf"top_k_index of {dtype} was given"):
+            layer(x, index.to(dtype), weights)
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "without gate"])
 def test_off_it_is_the_module_that_it_was(kind: str) -> None:
     layer, plain = adapted(kind), mixtures.experts(kind)
