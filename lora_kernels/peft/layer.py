@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,7 +16,8 @@ from .. import storage, switching
 from ..branches import Branch, PackedBranch
 from ..dispatch import Problem
 from ..explaining.report import IN_PARTS, of_packed
-from ..gate import run_branch
+from ..gate import device_type_of, is_autocast_enabled, run_branch
+from ..reference import adapter_dtype
 from ..shared_input import NO_OTHERS, SharedInput, mark
 from ..tensors import PLAIN_TENSORS
 from ..weights import known
@@ -203,11 +205,14 @@ class FusedForward(_Behind):  # type: ignore[misc]
         of_row = torch.tensor([number.get(name, -1) for name in rows], device=x.device)
         of_rank = torch.tensor([i for i, r in enumerate(ranks) for _ in range(r)], device=x.device)
         others = of_row.unsqueeze(1) != of_rank  # (rows, R)
-        h = F.linear(x.to(y.dtype), lora_a.to(y.dtype))  # (rows, ..., R)
-        # Set to zero, not multiplied by it: an overflow in another adapter's h would be NaN in this row.
-        h = h.masked_fill(others.view(len(rows), *[1] * (x.dim() - 2), -1), 0.0).flatten(0, -2)
-        add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
-        return add(y.flatten(0, -2), h, lora_b.to(y.dtype).t(), alpha=scaling).view_as(y)
+        wide = adapter_dtype(y.dtype)
+        device_type = device_type_of(x)
+        with torch.autocast(device_type, enabled=False) if is_autocast_enabled(device_type) else nullcontext():
+            h = F.linear(x.to(wide), lora_a.to(wide))  # (rows, ..., R)
+            # Set to zero, not multiplied by it: an overflow in another adapter's h would be NaN in this row.
+            h = h.masked_fill(others.view(len(rows), *[1] * (x.dim() - 2), -1), 0.0).flatten(0, -2)
+            add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
+            return add(y.flatten(0, -2).to(wide), h, lora_b.to(wide).t(), alpha=scaling).to(y.dtype).view_as(y)
 
     def _rows_by_group(self, x: Tensor, rows: Sequence[str], adapters: list[str]) -> Tensor:
         """One fused product for the rows of each adapter."""

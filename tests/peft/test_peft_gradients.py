@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import fuse_peft
 from numerics import check, same_bits
 
 pytest.importorskip("peft")
+import peft
+
 from lora_kernels import gate
 from lora_kernels.gate import run_plain
 from lora_kernels.peft import calls, layer
@@ -97,6 +99,41 @@ def test_rows_of_a_mixed_batch_that_are_exchanged_are_caught(way: str, monkeypat
     )
     with pytest.raises(AssertionError, match="FAILS"):
         assert_parity(SOME[-1])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_mixed_batch_over_fp16_keeps_fp32s_range(autocast: bool) -> None:
+    """h beyond 65504, and a B below 6e-5; under autocast PEFT's own overflows, so it is the yardstick without."""
+    torch.manual_seed(0)
+    stock = peft.get_peft_model(nn.Sequential(nn.Linear(64, 64, dtype=torch.float16)), _of_rank_2(), adapter_name="a0")
+    stock.add_adapter("a1", _of_rank_2())
+    for name, parameter in stock.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=50.0 if "lora_A" in name else 1e-5)
+    stock.base_model.set_adapter(["a0", "a1"])  # both train
+    x, dy = (400 * torch.randn(4, 3, 64)).half(), torch.randn(4, 3, 64).half()
+
+    def run(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        given = x.detach().to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.float16, enabled=autocast and dtype is torch.float32):
+            y = model(given, adapter_names=["a0", "a1", "__base__", "a0"])
+        y.backward(dy.to(y.dtype))
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return {"y": y.detach(), "dx": given.grad} | gradients
+
+    model = copy.deepcopy(stock).eval()
+    fuse_peft(model)
+    found = run(model.float(), torch.float32) if autocast else run(model, torch.float16)
+    exact, yardstick = run(copy.deepcopy(stock).double().eval(), torch.float64), run(stock.eval(), torch.float16)
+    assert calls(model).fused == 1
+    assert len(found) == 6
+    assert found.keys() == exact.keys()
+    for name, tensor in found.items():
+        check(name, tensor, exact[name], yardstick[name], torch.float16)
+
+
+def _of_rank_2() -> Any:
+    return peft.LoraConfig(r=2, lora_alpha=2, target_modules=["0"])
 
 
 def test_the_losses_of_a_training_are_those_of_pefts() -> None:
