@@ -24,6 +24,7 @@ __all__ = [
     "Progress",
     "check_plot",
     "check_writable",
+    "count_of",
     "json_text",
     "names",
     "one_thread",
@@ -38,6 +39,7 @@ Progress = Callable[[str, int, int], None]
 """Called with what is running, how many of its steps are done, and how many there are."""
 
 
+_LIMIT = 2**31  # a layer's sizes that an option names are below
 _EXTRAS = {"matplotlib": "plot", "peft": "bench"}
 
 
@@ -172,6 +174,15 @@ def check_plot(option: str, path: Path) -> None:
             f"{option} {path}: matplotlib writes no {path.suffix} files. Let its name end with .png, .svg, .pdf or "
             f"another of {', '.join(formats)}."
         )
+
+
+def count_of(text: str) -> int:
+    """The positive integer below 2^31 that ``text`` is; 0 where it is none."""
+    digits = text.strip()
+    if not digits.isdecimal() or len(digits) > len(str(_LIMIT)):  # Python reads no number of thousands of digits
+        return 0
+    number = int(digits)
+    return number if number < _LIMIT else 0
 
 
 def seed_of(word: str) -> int:

@@ -29,6 +29,7 @@ __all__ = ["ORDER", "Backend", "Explanation", "Problem", "backend", "explain", "
 
 ORDER = ("triton", "native", "eager")
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SIZE_LIMIT = 2**31  # of a plan that is told
 
 _environment = env.backend_from_environment()  # read once: os.environ costs microseconds a call
 _loaded: dict[str, Backend] = {}
@@ -359,9 +360,10 @@ def explain(layer_or_problem: HasProblem, tokens: int | None = None) -> Explanat
 
 def check_sizes(problem: Problem, tokens: int) -> None:
     """Raises InvalidArgumentError unless a plan can be told for ``problem`` and so many tokens."""
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 0 < tokens < _SIZE_LIMIT:
         raise InvalidArgumentError(
-            f"tokens={tokens!r} was given: it must be a whole number above 0, the product of x's batch dimensions."
+            f"tokens={tokens!r} was given: it must be a whole number above 0 and below 2^31, the product of x's batch "
+            "dimensions."
         )
     if problem.experts:
         raise InvalidArgumentError(
@@ -373,3 +375,5 @@ def check_sizes(problem: Problem, tokens: int) -> None:
             f"the problem tells no {' and no '.join(missing)}, or one below 1: a plan is for sizes above 0. Name them; "
             "of a PEFT layer, set an active adapter."
         )
+    if large := [f"{name}={value}" for name, value in sizes.items() if value is not None and value >= _SIZE_LIMIT]:
+        raise InvalidArgumentError(f"{', '.join(large)} was given: a plan is for sizes below 2^31. Name smaller ones.")

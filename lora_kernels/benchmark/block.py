@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import accuracy
 from ..config import LoRAConfig
-from ..console import Progress
+from ..console import Progress, count_of
 from ..errors import InvalidArgumentError
 from ..models.model import replace_linear
 from .memory import peak_of, storages_kept
@@ -82,14 +82,14 @@ def sizes_of(text: str | None) -> BlockSizes:
     named = {}
     for part in text.split(",") if text else ():
         name, _, value = part.partition("=")
-        numbers = value.split("/")
-        wrong = not all(number.isdecimal() and int(number) for number in numbers)
-        if name not in {f.name for f in fields(BlockSizes)} or wrong or (len(numbers) > 1 and name != "tokens"):
+        numbers = tuple(map(count_of, value.split("/")))
+        known = name in {f.name for f in fields(BlockSizes)}
+        if not known or not all(numbers) or (len(numbers) > 1 and name != "tokens"):
             raise InvalidArgumentError(
-                f"--block {part} was given: it must be positive integers for hidden, inner, heads, key_heads, and for "
-                "tokens one or several, such as hidden=64,inner=96,heads=4,key_heads=2,tokens=16/32."
+                f"--block {part} was given: it must be positive integers below 2^31 for hidden, inner, heads, "
+                "key_heads, and for tokens one or several, such as hidden=64,inner=96,heads=4,key_heads=2,tokens=16/32."
             )
-        named[name] = tuple(map(int, numbers)) if name == "tokens" else int(value)
+        named[name] = numbers if name == "tokens" else numbers[0]
     sizes = BlockSizes(**named)  # type: ignore[arg-type]
     if sizes.hidden % (2 * sizes.heads) or sizes.heads % sizes.key_heads:
         raise InvalidArgumentError(

@@ -6,7 +6,7 @@ import argparse
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ..console import json_text
+from ..console import count_of, json_text
 from ..errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -73,14 +73,15 @@ def _problem(args: argparse.Namespace, device_type: str) -> Problem:
 
     if args.dtype not in _DTYPES:
         raise InvalidArgumentError(f"--dtype {args.dtype} was given: it must be one of {', '.join(_DTYPES)}.")
-    sides = args.shape.split("x")
-    if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+    sides = [count_of(side) for side in args.shape.split("x")]
+    if len(sides) != 2 or not all(sides):
         raise InvalidArgumentError(
-            f"--shape {args.shape} was given: it must be in_features x out_features. Example: {_EXAMPLE}."
+            f"--shape {args.shape} was given: it must be in_features x out_features, both positive integers below 2^31."
+            f" Example: {_EXAMPLE}."
         )
     check_dropout_p(args.dropout)
-    dtype = getattr(torch, _DTYPES[args.dtype])
-    return Problem(device_type, dtype, int(sides[0]), int(sides[1]), args.rank, args.dropout)
+    dtype, (k, n) = getattr(torch, _DTYPES[args.dtype]), sides
+    return Problem(device_type, dtype, k, n, args.rank, args.dropout)
 
 
 def _machines() -> dict[str, Any]:

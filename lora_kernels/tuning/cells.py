@@ -11,6 +11,7 @@ from typing import Any
 from ..backends.triton.choose.blocks import next_power_of_2
 from ..backends.triton.choose.hopper_group_blocks import MEMBERS
 from ..backends.triton.choose.plans import DIRECTIONS, DTYPES, Cell
+from ..console import count_of
 from ..errors import InvalidArgumentError
 from ..json_text import parsed
 
@@ -151,9 +152,11 @@ def numbers(option: str, text: str) -> list[int]:
     Raises:
         InvalidArgumentError: it is no such list.
     """
-    found = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
-    if min(found) < 1 or max(found) > 2**31 - 1:
-        raise InvalidArgumentError(f"{option} {text} was given: it must be positive integers, such as 1,16,8192.")
+    found = [count_of(part) for part in text.split(",")]
+    if not all(found):
+        raise InvalidArgumentError(
+            f"{option} {text} was given: it must be positive integers below 2^31, such as 1,16,8192."
+        )
     return list(dict.fromkeys(found))
 
 
@@ -166,13 +169,14 @@ def shapes(text: str) -> list[tuple[int, ...]]:
     found = []
     for part in text.split(","):
         k, _, ns = part.strip().partition("x")
-        sides = [k, *ns.split("+")]
-        if len(sides) > 1 + MEMBERS[-1] or not all(side.isdecimal() and int(side) for side in sides):
+        sides = tuple(count_of(side) for side in (k, *ns.split("+")))
+        if len(sides) > 1 + MEMBERS[-1] or not all(sides):
             raise InvalidArgumentError(
                 f"--shapes {text} was given: it must be in_features x out_features, such as 4096x4096, or "
-                f"4096x4096+1024+1024 for 2 to {MEMBERS[-1]} layers that read one x, with commas between them."
+                f"4096x4096+1024+1024 for 2 to {MEMBERS[-1]} layers that read one x, with commas between them. "
+                "Sizes are below 2^31."
             )
-        found.append(tuple(map(int, sides)))
+        found.append(sides)
     return list(dict.fromkeys(found))
 
 

@@ -72,7 +72,10 @@ def test_what_is_not_installed_is_a_sentence(monkeypatch: pytest.MonkeyPatch) ->
     assert "was not run" in block.told(found)[0]
 
 
-@pytest.mark.parametrize("text", ["hidden=0", "depth=3", "hidden=a", "heads=2/4", "hidden=60,heads=4", "key_heads=5"])
+@pytest.mark.parametrize(
+    "text",
+    ["hidden=0", "depth=3", "hidden=a", f"hidden={'9' * 5000}", "heads=2/4", "hidden=60,heads=4", "key_heads=5"],
+)
 def test_bad_sizes_are_refused(text: str) -> None:
     with pytest.raises(InvalidArgumentError, match=r"--block|must be a multiple"):
         block.sizes_of(text)

@@ -80,6 +80,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ([*EXPLAIN, "--rank", "0"], "tells no r"),
         ([*EXPLAIN, "--dropout", "1"], "must lie in [0, 1)"),
         (["explain", "--shape", "4096", "--tokens", "8"], "must be in_features x out_features"),
+        (["explain", "--shape", f"8x{2**31}", "--tokens", "8"], "both positive integers below 2^31"),
+        (["explain", "--shape", f"8x{'9' * 5000}", "--tokens", "8"], "both positive integers below 2^31"),
+        (["explain", "--shape", "8x8", "--tokens", str(2**31)], "above 0 and below 2^31"),
+        ([*EXPLAIN, "--rank", str(2**31)], f"r={2**31} was given: a plan is for sizes below 2^31"),
         (["explain", "--shape", "64x64", "--tokens", "0", "--json"], "tokens=0 was given"),
     ],
 )
