@@ -25,7 +25,7 @@ from ..console import (
 )
 from ..errors import InvalidArgumentError
 from . import rebuilt
-from .presets import PRESETS, preset
+from .presets import PRESETS, WHOLE, preset
 from .workloads import DIRECTIONS, DTYPES, FIELDS, LAYERS
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 MACHINES_KNOWN = ("h100", "h200")
+# What the presets of whole models do not take.
+_OF_CELLS = ("peers", "dtype", "only", "plot", "resume", "limit", "predict", "show", "profile")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset", default="quick", metavar="NAME", help=f"what to measure (default: quick). {listed}; {block}"
     )
-    parser.add_argument(
-        "--model", default="Llama-3-8B", metavar="NAME", help="of gpu-llama and llama-small: or Qwen2.5-7B (Llama-3-8B)"
-    )
+    parser.add_argument("--model", metavar="NAME", help="of gpu-llama and llama-small: or Qwen2.5-7B (Llama-3-8B)")
     parser.add_argument(
         "--block", metavar="SIZES", help="of gpu-block: hidden=64,inner=96,heads=4,key_heads=2,tokens=16/32, or some"
     )
@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from .runner import providers_of, run_preset
 
+    _check_options(args)
     if args.preset == "gpu-block":
         return _block(args)
     if args.preset in ("gpu-llama", "llama-small"):
@@ -152,6 +153,22 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(entry.status == "failed" for entry in ours) else 0
 
 
+def _check_options(args: argparse.Namespace) -> None:
+    """Raises for what the preset would pass over, and for times that are none."""
+    own = WHOLE.get(args.preset)
+    foreign = (*(_OF_CELLS if own else ()), *(name for name in ("block", "model") if name != own))
+    unset = (None, False)
+    if given := [name for name in foreign if all(getattr(args, name) is not value for value in unset)]:
+        raise InvalidArgumentError(
+            f"--{given[0]} was given, and preset {args.preset!r} does not take it: leave it out, or choose another "
+            "preset."
+        )
+    for name in ("budget", "limit"):
+        seconds = getattr(args, name)
+        if seconds is not None and not seconds >= 0:
+            raise InvalidArgumentError(f"--{name} {seconds:g} was given: it must be seconds, 0 or more.")
+
+
 def _block(args: argparse.Namespace) -> int:
     """The decoder block: one JSON document of its own; 1 if ours computes something else."""
     from ..console import json_text
@@ -160,7 +177,7 @@ def _block(args: argparse.Namespace) -> int:
     sizes = sizes_of(args.block)
     device, date = _device_and_date(args)
     with _progress() as progress:
-        document = run_block(sizes, device, date, args.budget or 40.0, args.seed, progress)
+        document = run_block(sizes, device, date, 40.0 if args.budget is None else args.budget, args.seed, progress)
     if args.json is not None:
         write_file(args.json, json_text(document) + "\n")
     for line in told(document):
@@ -181,8 +198,9 @@ def _llama(args: argparse.Namespace) -> int:
             write_file(args.json, json_text(document) + "\n")
 
     budget = BUDGET if args.budget is None else args.budget
+    model = "Llama-3-8B" if args.model is None else args.model
     with _progress() as progress:
-        document = run_llama(args.preset, device, date, budget, args.seed, progress, keep, args.model)
+        document = run_llama(args.preset, device, date, budget, args.seed, progress, keep, model)
     keep(document)
     for line in told(document):
         print(line)

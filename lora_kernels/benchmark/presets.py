@@ -9,7 +9,11 @@ from .gpu_presets import GPU_PRESETS
 from .preset import MODEL_PEERS, QLORA_PEERS, Preset, grid
 from .workloads import LAYERS, NF4, SUBJECTS, Workload
 
-__all__ = ["PRESETS", "preset"]
+__all__ = ["PRESETS", "WHOLE", "preset"]
+
+
+# The presets of whole models, which write a document of their own, each with the option that is its alone.
+WHOLE = {"gpu-block": "block", "gpu-llama": "model", "llama-small": "model"}
 
 
 def preset(name: str) -> Preset:
@@ -19,7 +23,7 @@ def preset(name: str) -> Preset:
         InvalidArgumentError: there is none.
     """
     if name not in PRESETS:
-        raise InvalidArgumentError(f"preset {name!r} is not known: name one of {', '.join(PRESETS)}.")
+        raise InvalidArgumentError(f"preset {name!r} is not known: name one of {', '.join((*PRESETS, *WHOLE))}.")
     return PRESETS[name]
 
 

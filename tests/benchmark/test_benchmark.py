@@ -241,6 +241,27 @@ def test_a_bad_argument_is_one_sentence(arguments: list[str], capsys: pytest.Cap
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "gpu-llama", "--predict", "h200"], "--predict was given, and preset 'gpu-llama'"),
+        (["--preset", "gpu-block", "--dtype", "float32"], "--dtype was given, and preset 'gpu-block'"),
+        (["--preset", "llama-small", "--limit", "0"], "--limit was given, and preset 'llama-small'"),
+        (["--preset", "llama-small", "--resume"], "--resume was given, and preset 'llama-small'"),
+        (["--preset", "llama-small", "--block", "hidden=64"], "--block was given, and preset 'llama-small'"),
+        (["--preset", "smoke", "--model", "Qwen2.5-7B"], "--model was given, and preset 'smoke'"),
+        (["--preset", "smoke", "--budget", "-1"], "--budget -1 was given: it must be seconds, 0 or more"),
+        (["--preset", "smoke", "--limit", "nan"], "--limit nan was given: it must be seconds"),
+        (["--preset", "gpu-lama"], "gpu-block, gpu-llama, llama-small"),
+    ],
+)
+def test_what_a_preset_would_pass_over_is_refused(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_gpu_preset_without_a_gpu_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--preset", "gpu-forward"]) == 2
