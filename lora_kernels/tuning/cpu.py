@@ -167,7 +167,7 @@ def run(
         elif smaller := next((o for c, o in left_out.items() if _within(c, cell)), None):
             outcomes.append(replace(smaller, cell=cell))
         else:
-            outcomes.append((measured or measure_cell)(cell, machine, CELL_SECONDS))
+            outcomes.append(_where_it_fits(measured or measure_cell, cell, machine))
             took += time.monotonic() - begun - passed
             if outcomes[-1].row is not None:
                 merge_into(path, [outcomes[-1].row])
@@ -176,6 +176,18 @@ def run(
         keep(outcomes)
     progress("tune", len(cells), len(cells))
     return outcomes
+
+
+def _where_it_fits(
+    measured: Callable[[ProductCell, Machine, float], Outcome], cell: ProductCell, machine: Machine
+) -> Outcome:
+    try:
+        return measured(cell, machine, CELL_SECONDS)
+    except RuntimeError as error:  # of a CPU's memory PyTorch has no class of its own
+        if not any(word in str(error) for word in ("memory", "overflow")):
+            raise
+        sentence = f"{cell} does not fit into this machine's memory: the model chooses. Name smaller sizes."
+        return Outcome(cell, "left out", sentence=sentence)
 
 
 def measure_cell(cell: ProductCell, machine: Machine, seconds: float = CELL_SECONDS) -> Outcome:

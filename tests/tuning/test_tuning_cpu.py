@@ -105,6 +105,14 @@ def test_a_product_that_takes_too_long_is_left_to_the_model_and_so_are_larger_on
     assert choice_table.read(choice_table.table_path()) == []
 
 
+@pytest.mark.parametrize("size", [2**20, 2**31 - 1])
+def test_what_no_memory_holds_is_left_to_the_model(size: int) -> None:
+    cell = replace(CELL, tokens=size, k=2**31 - 1, n=size)
+    (found,) = cpu.run([cell], choice_table.table_path())
+    assert found.status == "left out"
+    assert "does not fit into this machine's memory" in str(found.sentence)
+
+
 @pytest.mark.parametrize("wrong", ["own", "library", "addmm"])
 def test_a_way_that_computes_something_else_is_told_and_nothing_is_stored(
     wrong: str, monkeypatch: pytest.MonkeyPatch
