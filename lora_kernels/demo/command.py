@@ -42,10 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, default=400, help="of each phase (400, as published)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; by default the GPU where there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON there; - is stdout, alone")
-    parser.add_argument(
+    curves = parser.add_mutually_exclusive_group()
+    curves.add_argument(
         "--plot", type=Path, metavar="FILE", help=f"write the loss curves there ({PLOT} in a new temporary folder)"
     )
-    parser.add_argument("--no-plot", action="store_true", help="write no plot")
+    curves.add_argument("--no-plot", action="store_true", help="write no plot")
 
 
 def run_command(args: argparse.Namespace) -> int:

@@ -98,7 +98,15 @@ def test_bad_input_is_one_sentence_and_status_2(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["verfy"], ["build", "gpu"], ["explain"], [*EXPLAIN, "--rank", "x"], ["info", "--jsn"], ["verify", "--seed", "x"]],
+    [
+        ["verfy"],
+        ["build", "gpu"],
+        ["explain"],
+        [*EXPLAIN, "--rank", "x"],
+        ["info", "--jsn"],
+        ["verify", "--seed", "x"],
+        ["demo", "--seeds", "0", "--no-plot", "--plot", "curves.png"],
+    ],
 )
 def test_argparse_errors_are_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
