@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,28 @@ class _Selection:
 
 def _compile(kind: str, variant: Variant, folder: Path) -> str:
     sys.path.insert(0, str(ROOT))
-    from lora_kernels.backends.native.build import compile_library, recipe
+    from lora_kernels.backends.native.build import Recipe, compile_library, recipe
 
-    return str(compile_library(recipe(kind, extra=variant.flags), folder / kind))
+    class ForHere(Recipe):
+        """Without the instruction sets that this machine would not run: they are most of the compiler's work."""
+
+        @cached_property
+        def capabilities(self) -> tuple[str, ...]:
+            known = super().capabilities
+            return known[: known.index(_capability()) + 1] if self.kind == "cpu" else known
+
+    whole = recipe(kind, extra=variant.flags)
+    return str(compile_library(ForHere(kind, whole.sources, whole.compiler, whole.torch, whole.extra), folder / kind))
+
+
+def _capability() -> str:
+    """The instruction set whose kernels run here, by the ordinary library."""
+    from lora_kernels.backends.native import load
+
+    library = load.compile_into_cache("cpu")
+    found = load.instruction_set(str(library.path))
+    assert found is not None, f"{library.path} names no instruction set"
+    return found["capability"]
 
 
 def _runtime(name: str) -> str:

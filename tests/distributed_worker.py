@@ -34,7 +34,8 @@ START = 120  # seconds for the imports
 
 # What more processes than two would not change; it runs with the first number of processes alone.
 ONCE = (
-    *("check_policies_of_fsdp", "check_live_peft_models", "check_losses_under_ddp"),
+    *("check_policies_of_fsdp", "check_live_peft_models", "check_losses_under_ddp", "check_losses_under_fsdp"),
+    *("check_losses_under_tensor_parallelism", "check_merging_whole_models"),  # of layers: with four too
     *("check_checkpoints_become_adapters", "check_what_cannot_be_is_a_sentence"),
     *("check_compiled_layers_in_parts", "check_every_backend_in_parts", "check_two_adapters_of_peft_in_parts"),
     *("check_the_former_fsdp_saves_within_its_context", "check_fsdp1_merges_in_its_context"),

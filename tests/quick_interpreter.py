@@ -1,12 +1,16 @@
 """Triton's interpreter without the work that changes nothing: the tests spend most of their time in it.
 
-Its results and its errors are the same, because only these three go:
+Its results and its errors are the same, because only these go:
 
 - The check of each integer operation for overflow computes it in int64, compares, and hands the outcome to
   ``device_assert``, which drops it unless the interpreter's options say ``debug``. Its own switch turns it off.
 - A call of a device function looks through all of ``triton.language`` for builtins to replace, which the launch it is
   in has replaced already.
+- What a launch replaces is looked for in all of ``triton.language``, again for each launch.
 - NumPy's dtype for one of Triton's is looked up in a table that is built for each look-up.
+- A block's type is checked, and its shape, size and name are made, for each operation: here once for each type.
+- A tensor's shape and size are made of constants for each tensor: here once for each shape.
+- Blocks of one shape are compared dimension by dimension to be broadcast to each other.
 """
 
 from __future__ import annotations
@@ -18,9 +22,14 @@ from functools import cache
 from typing import Any
 
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
-_NAMES = ((interpreter.interpreter_builder, "options"), (interpreter, "_patch_lang"), (interpreter, "_get_np_dtype"))
+_NAMES = (
+    *((interpreter.interpreter_builder, "options"), (interpreter, "_patch_lang"), (interpreter, "_patch_builtin")),
+    *((interpreter, "_get_np_dtype"), (tl.block_type, "__init__"), (tl.tensor, "__init__")),
+    (TritonSemantic, "broadcast_impl_value"),
+)
 STOCK = [(owner, name, getattr(owner, name)) for owner, name in _NAMES]  # what ``install`` replaces
 
 
@@ -63,6 +72,55 @@ def _patch_lang_once(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return patch_lang
 
 
+@cache
+def _builtins(package: Any) -> list[tuple[str, Any]]:
+    """Asked between launches, when nothing is replaced."""
+    return [(name, member) for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+
+def _patch_builtin(package: Any, builder: Any, scope: Any) -> None:
+    for name, member in _builtins(package):
+        interpreter._patch_attr(package, name, member, builder, scope)
+
+
+def _blocks_once(original: Callable[..., None]) -> Callable[..., None]:
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def init(self: Any, element_ty: Any, shape: Any) -> None:
+        named = element_ty.name, getattr(element_ty, "address_space", None)
+        key = (named, *(size.value if isinstance(size, tl.constexpr) else size for size in shape))
+        if key not in known:
+            original(self, element_ty, shape)
+            known[key] = dict(self.__dict__)
+        self.__dict__.update(known[key])
+
+    return init
+
+
+def _shapes_once(original: Callable[..., None]) -> Callable[..., None]:
+    known: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    def init(self: Any, handle: Any, type: Any) -> None:
+        sizes = tuple(type.shape.values) if type.is_block() else ()
+        if sizes not in known:
+            original(self, handle, type)
+            known[sizes] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = known[sizes]
+
+    return init
+
+
+def _alike_first(original: Callable[..., Any]) -> Callable[..., Any]:
+    def broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
+        one, other = lhs.type, rhs.type
+        if one.is_block() and other.is_block() and one.shape.values == other.shape.values:
+            return lhs, rhs
+        return original(self, lhs, rhs)
+
+    return broadcast
+
+
 def _dtypes_by_name(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     known: dict[str, Any] = {}
 
@@ -86,4 +144,8 @@ def install() -> None:
     assert not options.debug
     interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
     interpreter._patch_lang = _patch_lang_once(interpreter._patch_lang)
+    interpreter._patch_builtin = _patch_builtin
     interpreter._get_np_dtype = _dtypes_by_name(interpreter._get_np_dtype)
+    tl.block_type.__init__ = _blocks_once(tl.block_type.__init__)
+    tl.tensor.__init__ = _shapes_once(tl.tensor.__init__)
+    TritonSemantic.broadcast_impl_value = _alike_first(TritonSemantic.broadcast_impl_value)

@@ -63,8 +63,8 @@ def calls(g: Given) -> dict[str, list[tuple[Any, ...]]]:
         "a_grad": [(h, i.x, p, g.state)],
         "gain_grad": [(i.dy, i.dy, g.gain, i.bias), (i.dy, None, g.gain, None)],
         "row_norms": [(i.weight, i.lora_a, i.lora_b, s)],
-        "gated": [(i.dy, i.dy + 1.0, number) for number in range(len(GATES))],
-        "gated_grad": [(i.dy, i.dy + 1.0, i.dy - 1.0, number, number % 2 == 1) for number in range(len(GATES))],
+        "gated": [(i.dy, i.dy + 1.0, 1)],
+        "gated_grad": [(i.dy, i.dy + 1.0, i.dy - 1.0, 1, joined) for joined in (False, True)],
     }  # fmt: skip
 
 

@@ -62,6 +62,29 @@ def test_integers_wrap_as_in_triton_s_own(request: pytest.FixtureRequest) -> Non
     assert same_bits(quick, own)
 
 
+@triton.jit
+def broadcasting_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr):
+    rows, columns = tl.arange(0, 8)[:, None], tl.arange(0, 4)
+    x = tl.load(x_ptr + tl.arange(0, 8))[:, None] + tl.full((8, WIDTH), 1.0, tl.float32)
+    tl.store(out_ptr + rows * 4 + columns[None, :], x * columns)
+
+
+@pytest.mark.parametrize("width", [1, 4, 2, 3])
+def test_shapes_are_broadcast_and_refused_as_by_triton_s_own(width: int, request: pytest.FixtureRequest) -> None:
+    """Of 1 and 4 columns the sum goes with 4; of 2 it is refused, and 3 is no size of a block."""
+    found = []
+    for _ in range(2):
+        x, out = torch.arange(8.0), torch.zeros(8, 4)
+        try:
+            broadcasting_kernel[(1,)](x, out, width)
+            found.append(("", out.tolist()))
+        except interpreter.InterpreterError as error:
+            found.append((str(error), []))
+        request.getfixturevalue("stock")
+    assert found[0] == found[1]
+    assert bool(found[0][0]) == (width in (2, 3))
+
+
 @pytest.mark.parametrize("good", [True, False])
 def test_after_a_launch_the_language_is_as_before(good: bool) -> None:
     """That of the device functions too, and where the launch ends in an error."""
