@@ -27,6 +27,7 @@ _ROUNDED = {
     *("index_add", "index_add_", "clamp", "exp", "erf", "sigmoid", "silu", "gelu", "tanh", "_softmax"),
     *("silu_backward", "gelu_backward", "sigmoid_backward", "tanh_backward", "_softmax_backward_data"),
 }
+_primitive: set[Any] = set()  # PyTorch's operations that were found to be composed of no others
 
 
 def drawn_errors(
@@ -73,11 +74,14 @@ class _Roundings(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with self:
-            if (formulas := _formulas(function, args)) is not None:
-                return formulas(*args, **kwargs)
-            if (composed := function.decompose(*args, **kwargs)) is not NotImplemented:
-                return composed
+        if function not in _primitive:
+            with self:
+                if (formulas := _formulas(function, args)) is not None:
+                    return formulas(*args, **kwargs)
+                if (composed := function.decompose(*args, **kwargs)) is not NotImplemented:
+                    return composed
+            if function.namespace != ops.NAMESPACE:
+                _primitive.add(function)
         found = function(*args, **kwargs)
         if not isinstance(found, Tensor) or found.dtype is not torch.float64:
             return found
@@ -91,22 +95,22 @@ class _Roundings(TorchDispatchMode):
 
     def _square(self, function: Any, found: Tensor, args: Any, kwargs: Any) -> Tensor | None:
         """The expected square of the error of one operation, None where it makes none."""
-        name, by, square = function.overloadpacket.__name__, self.arithmetic, torch.zeros_like(found)
+        name, by = function.overloadpacket.__name__, self.arithmetic
+        if name in _ROUNDED:
+            return rounding_square(found, by.dtype)
         if name in _PRODUCTS:
             left, right = args[-2:]
-            square += by.of_products(terms := left.square() @ right.square())
-            square += by.of_sum(found, terms, left.shape[-1])
-        elif name in _ADDED_UP:
+            square = by.of_products(terms := left.square() @ right.square())
+            square = square + by.of_sum(found, terms, left.shape[-1])
+            return square + rounding_square(found, by.dtype) if by.dtype.itemsize < 4 else square
+        if name in _ADDED_UP:
             n = args[0].numel() // max(found.numel(), 1)
             terms = function(args[0].square(), *args[1:], **kwargs) / (n if name == "mean" else 1)
-            square += by.of_sum(found, terms, n)
-        elif name == "linalg_vector_norm":  # half the relative error of the sum of the squares
-            square += by.of_sum(found, found.square(), args[0].numel() // max(found.numel(), 1)) / 4.0
-        elif name not in _ROUNDED:
-            return None
-        if name not in _PRODUCTS or by.dtype.itemsize < 4:
-            square += rounding_square(found, by.dtype)
-        return square
+            return by.of_sum(found, terms, n) + rounding_square(found, by.dtype)
+        if name == "linalg_vector_norm":  # half the relative error of the sum of the squares
+            square = by.of_sum(found, found.square(), args[0].numel() // max(found.numel(), 1)) / 4.0
+            return square + rounding_square(found, by.dtype)
+        return None
 
 
 def _formulas(function: Any, args: Any) -> Callable[..., Any] | None:

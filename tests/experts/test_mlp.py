@@ -90,7 +90,7 @@ def written_out(
     # A and B are rounded at the product.
     up, down = ([f.detach().to(problem["x"].dtype).to(dtype) for f in problem[name]] for name in ("up", "down"))
     factors = [f.requires_grad_() for f in (*up[1:], *down[1:])]
-    y = torch.zeros_like(x, dtype=torch.promote_types(dtype, FP32))
+    y = 0.0 * x.to(torch.promote_types(dtype, FP32))
     whole = merged and drops is None and dtype is FP64
 
     def project(rows: Tensor, stack: list[Tensor], e: int, s: float, drop: Any) -> Tensor:
@@ -98,6 +98,8 @@ def written_out(
         return rows @ (weight + s * b @ a).t() if whole else rows @ weight.t() + s * ((rows * drop) @ a.t() @ b.t())
 
     for e, (start, end) in enumerate(itertools.pairwise([0, *routing.offsets.tolist()])):
+        if start == end:
+            continue
         slots = routing.slots[start:end]
         up_drop, down_drop = (1.0, 1.0) if drops is None else (drop[start:end].to(dtype) for drop in drops)
         gate, beside = project(x[slots // k], up, e, 1.5, up_drop).chunk(2, 1)
