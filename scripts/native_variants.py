@@ -14,7 +14,8 @@ own           the kernels' own products, of any size
 library       torch's own product, of any size
 ============= ==========================================================================================================
 
-Tests of another backend are left out, and where a variant changes one dtype's kernels those of the other dtypes.
+Tests of another backend and those marked ``one_library`` are left out, and where a variant changes one dtype's kernels
+those of the other dtypes.
 """
 
 from __future__ import annotations
@@ -113,13 +114,15 @@ class _Selection:
         self.dtype = dtype
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
-        left_out = [item for item in items if not self.concerns(getattr(item, "callspec", None))]
+        left_out = [item for item in items if not self.concerns(item)]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
 
-    def concerns(self, callspec: Any) -> bool:
-        """Whether the native library runs in a test of these parameters, in the dtype if they name any."""
-        given = callspec.params if callspec else {}
+    def concerns(self, item: Any) -> bool:
+        """Whether the variant runs in the test, in the dtype if its parameters name any."""
+        if item.get_closest_marker("one_library"):
+            return False
+        given = item.callspec.params if hasattr(item, "callspec") else {}
         if {"triton", "eager"} & {value for value in given.values() if isinstance(value, str)}:
             return False
         dtype = given.get("dtype") or getattr(given.get("case"), "dtype", None)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cases import BACKENDS, Case, keep_mask, make, measures, run
+from cases import BACKENDS, Case, Inputs, keep_mask, make, measures, run
 from lora_kernels import dispatch, ops
 from lora_kernels.ops import Operators
 from numerics import check_all
@@ -168,6 +169,15 @@ def _with_fault(true: Operators, output: str, fault: Callable[[Operators, Given]
     return replace(true, forward=forward) if output == "y" else replace(true, backward=backward)
 
 
+@cache
+def without_a_fault(case: Case, backend: str, device: str) -> tuple[Inputs, Any, Any, Any]:
+    """Inputs of which the backend's results pass, and what they are judged by."""
+    inputs = make(case, device)
+    exact, yardstick, errors = measures(case, inputs, keep_mask(case, inputs, backend))
+    check_all(run(case, inputs, backend), exact, yardstick, case.dtype, expected=errors)
+    return inputs, exact, yardstick, errors
+
+
 EACH = [
     pytest.param(*fault, dtype, id=f"{name}-{dtype}")
     for faults, dtypes in ((FAULTS, (torch.float32, torch.bfloat16)), (FAULTS_IN_FP32, (torch.float32,)))
@@ -187,11 +197,7 @@ def test_fault_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = replace(CASE, dtype=dtype)
-    inputs = make(case, device)
-    mask = keep_mask(case, inputs, backend)
-    exact, yardstick, errors = measures(case, inputs, mask)
-    check_all(run(case, inputs, backend), exact, yardstick, dtype, expected=errors)
-
+    inputs, exact, yardstick, errors = without_a_fault(case, backend, device)
     dispatch.select(device, dtype, backend)
     monkeypatch.setitem(ops._direct, backend, _with_fault(ops.operators(backend), output, fault))
     with pytest.raises(AssertionError, match=rf"\b{output} FAILS"):

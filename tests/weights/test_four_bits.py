@@ -251,6 +251,7 @@ def test_a_layer_whose_adapter_is_off_reads_the_codes_too(dtype: torch.dtype, ca
     check_all({"y": y.detach(), "dx": ix.grad}, exact, yardstick, dtype, expected=errors)
 
 
+@pytest.mark.one_library
 @pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
 def test_a_graph_reads_the_codes_of_few_tokens_and_the_values_of_many(on: bool, calls: list[str]) -> None:
     layer = adapted("nf4", 64, 96, torch.float32)

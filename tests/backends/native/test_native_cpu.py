@@ -215,6 +215,7 @@ def test_one_rounding(operators: Operators, m: int) -> None:
     assert (y.double() - exact).norm() < (peft.double() - exact).norm()
 
 
+@pytest.mark.one_library
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tokens", [1, 70])
 def test_it_is_pefts_layer(tokens: int, dtype: str) -> None:
@@ -294,6 +295,7 @@ y = layer(x)
 """
 
 
+@pytest.mark.one_library
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts a process's threads in /proc: Linux only")
 def test_the_number_of_threads_is_obeyed() -> None:
     code = """
@@ -307,6 +309,7 @@ print(len(os.listdir("/proc/self/task")) - before)
     )
 
 
+@pytest.mark.one_library
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_child_of_fork_computes_too() -> None:
     """With one thread, as torch's own DataLoader sets it in its workers: a pool of OpenMP does not outlive a fork."""
