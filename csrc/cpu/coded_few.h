@@ -163,7 +163,7 @@ struct CodedDriver {
     static size_t product_scratch(const CodedProductCall& f) {
         if constexpr (sizeof(T) == 4) {
             const int64_t per_task = f.weight.eight_bits
-                                         ? FewCoded<E>{{f.weight}, output_of(f, nullptr)}.scratch_per_task()
+                                         ? FewCoded<E>{{f.weight}, output_of(f, nullptr), nullptr, 0}.scratch_per_task()
                                          : four_bits(f, nullptr).scratch_per_task();
             return sizeof(T) * static_cast<size_t>(f.m * (f.weight.k() + f.r) + 16 + f.threads * per_task);
         }

@@ -218,20 +218,20 @@ struct Driver {
     }
 
     // A layer's forward in one go, where the kernels have that.
-    static bool whole_forward(const FewForwardCall& f) {
+    static bool whole_forward([[maybe_unused]] const FewForwardCall& f) {
 #if LORA_PAIRS
         if constexpr (in_pairs<E>) return FewLayer{f}.pays(threads_of(f));
 #endif
         return false;
     }
     static int64_t threads_of(const FewForwardCall& f) { return useful_threads(f.threads, f.m * f.n * f.k); }
-    static size_t few_forward_scratch(const FewForwardCall& f) {
+    static size_t few_forward_scratch([[maybe_unused]] const FewForwardCall& f) {
 #if LORA_PAIRS
         if constexpr (in_pairs<E>) return FewLayer{f}.scratch(threads_of(f));
 #endif
         return 0;
     }
-    static void few_forward(const FewForwardCall& f) {
+    static void few_forward([[maybe_unused]] const FewForwardCall& f) {
 #if LORA_PAIRS
         if constexpr (in_pairs<E>) FewLayer{f}.run(threads_of(f));
 #endif

@@ -90,4 +90,4 @@ def test_a_seeded_fault_is_caught(fault: str | None, tmp_path: Path) -> None:
         source, seeded = re.subn(pattern, wrong.replace("\\", r"\\"), file.read_text())
         assert seeded, f"{name} has no {text!r}: the fault has to be seeded elsewhere."
         file.write_text(source)
-    assert caught(compile_host(tmp_path, tmp_path, ("-O1", "-DLORA_ONLY_HALF"))) == (fault is not None)
+    assert caught(compile_host(tmp_path, tmp_path, ("-Og", "-DLORA_ONLY_HALF"))) == (fault is not None)
