@@ -11,6 +11,7 @@ OUT ?= out
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+PACKAGES := $(VENV)/.packages
 CXX_FILES := $(wildcard csrc/*.h csrc/*/* tests/native_host/*.h tests/native_host/*.cpp)
 NATIVE_TESTS := tests/backends/native/test_native_cpu.py tests/backends/native/test_native_parts.py tests/core/test_philox.py \
   tests/weights/test_four_bits.py tests/weights/test_eight_bits.py
@@ -29,7 +30,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo build test test-quick test-oldest held-down lint format compile-gate compile-records sanitize native-variants verify bench convergence \
-  tables gpu-check gpu-bench gpu-grid gpu-llama gpu-qlora set-up set-up-oldest build-oldest clean
+  tables gpu-check gpu-bench gpu-grid gpu-llama gpu-qlora packages packages-oldest set-up set-up-oldest build-oldest clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -129,11 +130,15 @@ gpu-qlora: ## likewise: quantised weights by the packages' kernels and by those 
 
 set-up: $(STAMP) ## only set up .venv
 
-set-up-oldest: | $(STAMP) ## only set up .venv-oldest; after .venv, for either writes the package's metadata into this folder
+packages: $(PACKAGES)
+
+packages-oldest:
+	$(MAKE) packages $(OLDEST)
+
+set-up-oldest: packages-oldest | $(STAMP) ## only set up .venv-oldest; after .venv, for either writes the package's metadata here
 	$(MAKE) set-up $(OLDEST)
 
-build-oldest: | $(STAMP) ## compile the native library for the CPU by the oldest PyTorch: every later one loads it
-	$(MAKE) set-up $(OLDEST)
+build-oldest: set-up-oldest ## compile the native library for the CPU by the oldest PyTorch: every later one loads it
 	$(VENV)-oldest/bin/lora-kernels build cpu
 
 clean: ## remove .venv, .venv-oldest and everything that was built
@@ -141,11 +146,16 @@ clean: ## remove .venv, .venv-oldest and everything that was built
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): $(INPUTS)
+# Two environments get their packages at once; this one into either comes after.
+$(STAMP): $(PACKAGES)
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev]"
+	@touch $@
+
+$(PACKAGES): $(INPUTS)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
 	  "the development set-up needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + \
 	  ": run make with PYTHON=python3.11")'
 	$(PYTHON) -m venv "$(VENV)"
-	$(BIN)/python -m pip install --quiet --no-compile $(TORCH) -r requirements/dev.txt --editable ".[dev]" \
+	$(BIN)/python -m pip install --quiet --no-compile $(TORCH) -r requirements/dev.txt \
 	  $$($(if $(filter file default,$(origin TORCH)),$(BIN)/python scripts/torch_build.py $(TORCH)))
 	@touch $@
