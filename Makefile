@@ -130,9 +130,9 @@ gpu-qlora: ## likewise: quantised weights by the packages' kernels and by those 
 
 set-up: $(STAMP) ## only set up .venv
 
-packages: $(PACKAGES)
+packages: $(PACKAGES) ## of that only what others make, into .venv
 
-packages-oldest:
+packages-oldest: ## likewise into .venv-oldest, while .venv is set up
 	$(MAKE) packages $(OLDEST)
 
 set-up-oldest: packages-oldest | $(STAMP) ## only set up .venv-oldest; after .venv, for either writes the package's metadata here
