@@ -286,8 +286,6 @@ def run_frozen(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
 
 def _is_transformed() -> bool:
     """Whether ``torch.func``, ``vmap`` or forward-mode derivatives may act: they know PyTorch's operators alone."""
-    if is_compiling():
-        return False
     return forward_ad._current_level >= 0 or _is_transforming()
 
 
@@ -416,14 +414,13 @@ def prepare(x: Tensor, backend_name: str | None) -> tuple[Tensor, str]:
     Raises:
         UnsupportedTransformError: x is within ``torch.func`` or ``vmap``.
     """
-    compiling = is_compiling()
-    if not compiling:
-        if _is_transforming():
-            raise UnsupportedTransformError(
-                "lora_linear was called under torch.func or vmap, which are not supported: its kernels have no "
-                "batching rules. Call it on the whole batch (it takes any number of leading dimensions), or use "
-                "lora_kernels.reference.forward, which is plain PyTorch."
-            )
+    if _is_transforming():  # a compiler answers it too, with a constant
+        raise UnsupportedTransformError(
+            "lora_linear was called under torch.func or vmap, which are not supported: its kernels have no "
+            "batching rules. Call it on the whole batch (it takes any number of leading dimensions), or use "
+            "lora_kernels.reference.forward, which is plain PyTorch."
+        )
+    if not is_compiling():
         x = _unwrap_if_dead(x)  # one that leaked out of a transform that is over
     return x, chosen(x, backend_name)
 

@@ -152,6 +152,8 @@ def _pass_of(mlp: Any, x: Tensor | None) -> _Pass | str:
         return f"{mlp._plain_class.__name__}.forward was replaced"
     if "forward" in mlp.__dict__:
         return f"its forward was replaced{_by_whom(mlp.forward)}"
+    if torch._C._are_functorch_transforms_active():  # a compiler answers it too, with a constant
+        return "torch.func or vmap is active"
     if not compiling and (reason := _why_here(x)):
         return reason
     activation = _activation_of(mlp)
@@ -183,8 +185,6 @@ def _why_here(x: Tensor | None) -> str | None:
         return "the input is no plain tensor"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace is recording"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func or vmap is active"
     return "hooks on all modules are registered" if torch_module._has_any_global_hook() else None
 
 

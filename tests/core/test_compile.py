@@ -22,6 +22,7 @@ from lora_kernels import FusedLoRALinear, lora_linear, use_backend
 from lora_kernels.accuracy import sum_error
 from lora_kernels.backends import composed
 from lora_kernels.branches import Branch
+from lora_kernels.errors import UnsupportedTransformError
 from lora_kernels.gate import run_branches
 from made_models import acting
 from numerics import check, same_bits
@@ -190,6 +191,25 @@ def test_compiled_dropout_uses_one_mask_for_forward_and_backward(checkpointing: 
     from_mask = (x.detach().double() * x.grad.double()).sum(1)
     expected = sum_error(x * x.grad, a.t()).squeeze(1)
     check("y", y.squeeze(1), from_mask, from_mask.float(), torch.float32, expected=expected)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "parameters"])
+@pytest.mark.parametrize("kind", ["plain", "dora", "group"])
+def test_compiled_transforms_are_refused_with_a_sentence(kind: str, transform: str) -> None:
+    """A graph would give zeros for gradients: what PyTorch records of a Function there does not reach the transform."""
+    module = acting(24, 16) if kind == "plain" else KINDS[kind]()
+    parameters = dict(module.named_parameters())
+
+    def of_parameters(x: Tensor) -> Any:
+        return torch.func.grad(lambda own: torch.func.functional_call(module, own, (x,)).sum())(parameters)
+
+    by = {
+        "grad": torch.func.grad(lambda x: module(x).sum()),
+        "vmap": torch.vmap(module),
+        "parameters": of_parameters,
+    }
+    with pytest.raises(UnsupportedTransformError, match=r"torch\.func or vmap"):
+        torch.compile(by[transform], backend="aot_eager")(torch.randn(3, 24))
 
 
 def exported(module: nn.Module, x: Tensor, **arguments: Any) -> Any:

@@ -417,8 +417,12 @@ def test_in_evaluation_it_is_the_plain_composition() -> None:
 
 
 def test_function_transforms_are_refused_in_a_sentence() -> None:
+    model = mlp()
     with pytest.raises(lora_kernels.LoRAKernelsError, match=r"torch\.func"):
-        torch.func.vmap(mlp())(draw())
+        torch.func.vmap(model)(draw())
+    compiled = torch.compile(torch.func.grad(lambda x: model(x).sum()), backend="aot_eager")
+    with pytest.raises(lora_kernels.LoRAKernelsError, match=r"torch\.func"):
+        compiled(draw())
 
 
 def test_an_inner_layer_is_still_a_layer() -> None:

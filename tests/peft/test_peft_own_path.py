@@ -190,3 +190,15 @@ def test_a_data_parallel_replica_finds_its_tensors() -> None:
             del part._parameters[name]
             setattr(part, name, None if parameter is None else parameter.detach())
     assert same_bits(layer(X).detach(), expected)
+
+
+def test_compiled_transforms_take_pefts_own_path_too() -> None:
+    model = fused(make())
+    (expected,) = torch.autograd.grad(model(x := X.clone().requires_grad_()).sum(), x)
+
+    def transformed(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda of: model(of).sum())(x)
+
+    found = torch.compile(transformed, backend="aot_eager")(X)
+    assert same_bits(found, transformed(X))
+    torch.testing.assert_close(found, expected)
