@@ -1,6 +1,7 @@
 """Triton's interpreter without the work that changes nothing: the tests spend most of their time in it.
 
-Its results and its errors are the same, because only these go:
+It rounds fp32 to bf16, and fp16 by way of fp32, to nearest even as GPUs do; Triton's own cuts off. Else its results and
+its errors are the same, because only these go:
 
 - The check of each integer operation for overflow computes it in int64, compares, and hands the outcome to
   ``device_assert``, which drops it unless the interpreter's options say ``debug``. Its own switch turns it off.
@@ -11,6 +12,7 @@ Its results and its errors are the same, because only these go:
 - A block's type is checked, and its shape, size and name are made, for each operation: here once for each type.
 - A tensor's shape and size are made of constants for each tensor: here once for each shape.
 - Blocks of one shape are compared dimension by dimension to be broadcast to each other.
+- bf16 is taken apart into sign, exponent and significand to be widened: its bits are fp32's first ones.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
@@ -28,7 +31,7 @@ from triton.runtime import interpreter
 _NAMES = (
     *((interpreter.interpreter_builder, "options"), (interpreter, "_patch_lang"), (interpreter, "_patch_builtin")),
     *((interpreter, "_get_np_dtype"), (tl.block_type, "__init__"), (tl.tensor, "__init__")),
-    (TritonSemantic, "broadcast_impl_value"),
+    *((TritonSemantic, "broadcast_impl_value"), (interpreter.InterpreterBuilder, "cast_impl")),
 )
 STOCK = [(owner, name, getattr(owner, name)) for owner, name in _NAMES]  # what ``install`` replaces
 
@@ -121,6 +124,22 @@ def _alike_first(original: Callable[..., Any]) -> Callable[..., Any]:
     return broadcast
 
 
+def _bf16_by_bits(original: Callable[..., Any]) -> Callable[..., Any]:
+    def cast(self: Any, source: Any, target: Any) -> Any:
+        types = source.dtype.scalar, target.scalar
+        if types == (tl.bfloat16, tl.float32):
+            found = np.asarray(source.data.astype(np.uint32) << 16).view(np.float32)
+        elif types == (tl.float32, tl.bfloat16):
+            bits = np.asarray(source.data).view(np.uint32)
+            nearest = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            found = np.where(np.isnan(source.data), (bits >> 16) | 0x40, nearest).astype(np.uint16)
+        else:
+            return original(self, source, target)
+        return interpreter.TensorHandle(found, types[1])
+
+    return cast
+
+
 def _dtypes_by_name(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     known: dict[str, Any] = {}
 
@@ -149,3 +168,4 @@ def install() -> None:
     tl.block_type.__init__ = _blocks_once(tl.block_type.__init__)
     tl.tensor.__init__ = _shapes_once(tl.tensor.__init__)
     TritonSemantic.broadcast_impl_value = _alike_first(TritonSemantic.broadcast_impl_value)
+    interpreter.InterpreterBuilder.cast_impl = _bf16_by_bits(interpreter.InterpreterBuilder.cast_impl)

@@ -63,6 +63,25 @@ def test_integers_wrap_as_in_triton_s_own(request: pytest.FixtureRequest) -> Non
 
 
 @triton.jit
+def cast_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out_ptr + at, tl.load(x_ptr + at).to(out_ptr.dtype.element_ty))
+
+
+@pytest.mark.parametrize("kind", ["float32 to bfloat16", "float16 to bfloat16", "bfloat16 to float32"])
+def test_bf16_is_rounded_as_a_gpu_does(kind: str) -> None:
+    """Zeros, subnormals, ties, what overflows, infinities and NaN too; Triton's own cuts off."""
+    source, target = (getattr(torch, name) for name in kind.split(" to "))
+    ties = torch.tensor([1.0 + 2.0**-8, 1.0 + 3 * 2.0**-8, 1e-40, 3.4e38, 6e-8, -0.0, float("inf"), float("nan")])
+    x = torch.cat([torch.randn(240) * 10.0 ** torch.randint(-6, 5, (240,)), ties, -ties]).to(source)
+    found = torch.zeros(256, dtype=target)
+    cast_kernel[(1,)](x, found, 256)
+    expected = x.to(target)
+    assert same_bits(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert torch.equal(found.isnan(), expected.isnan())
+
+
+@triton.jit
 def broadcasting_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr):
     rows, columns = tl.arange(0, 8)[:, None], tl.arange(0, 4)
     x = tl.load(x_ptr + tl.arange(0, 8))[:, None] + tl.full((8, WIDTH), 1.0, tl.float32)
