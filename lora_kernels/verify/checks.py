@@ -150,7 +150,7 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if available else "cpu"))
     except RuntimeError as error:
         raise InvalidArgumentError(f"device {name!r} was given: it must be cpu, cuda or cuda:N.") from error
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise InvalidArgumentError(f"device {name!r} was given: it must be cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= (torch.cuda.device_count() if available else 0):
         raise InvalidArgumentError(

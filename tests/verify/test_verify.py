@@ -17,7 +17,7 @@ from lora_kernels.backends.triton import interpreter_fault
 from lora_kernels.cli import main
 from lora_kernels.console import one_thread
 from lora_kernels.dispatch import select
-from lora_kernels.errors import BackendUnavailableError
+from lora_kernels.errors import BackendUnavailableError, InvalidArgumentError
 from lora_kernels.verify import checks, interpreted
 from lora_kernels.verify.cases import CASES, make
 
@@ -265,6 +265,12 @@ def test_a_dtype_that_triton_does_not_take_is_told_and_no_failure() -> None:
     (not_run,) = found.not_run
     assert (not_run.backend, not_run.dtypes) == ("triton", ("fp64",))
     assert "float64 is not supported" in not_run.reasons
+
+
+@pytest.mark.parametrize("name", ["cpu:3", "meta", "gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_a_sentence(name: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"device '{name}' was given"):
+        verify.run(device=name)
 
 
 @pytest.mark.usefixtures("no_interpreter")

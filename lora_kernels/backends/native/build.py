@@ -324,6 +324,8 @@ def compile_library(of: Recipe, folder: Path, progress: Progress | None = None) 
         run(of.link_command(list(targets.values()), library, stub))
     except OSError as error:
         raise BuildError(f"{of.compiler.name} could not be run ({error})") from error
+    if not library.is_file():
+        raise BuildError(f"{of.compiler.name} tells of no failure and wrote no library: name a C++ compiler by CXX")
     shutil.rmtree(objects)
     (folder / INFO_NAME).write_text(json.dumps(of.info(library), indent=2) + "\n")
     return library

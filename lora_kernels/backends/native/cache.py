@@ -108,7 +108,8 @@ def _remember_failure(log: Path, failed: Path, error: BuildError) -> None:
 def _failure_sentence(recipe: Recipe, log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
     errors = dict.fromkeys(line for line in lines if "error:" in line or line.startswith("ld"))
-    told = list(errors)[:_TOLD] or lines[-_TOLD:]  # what follows the first errors is often their echo
+    said = [line for line in lines if not line.startswith(f"{recipe.compiler.path} -")]  # without the commands
+    told = list(errors)[:_TOLD] or said[-_TOLD:]  # what follows the first errors is often their echo
     return (
         f"the native {recipe.kind} library could not be compiled by {recipe.compiler.name}. The log {log} says: "
         f"{' | '.join(told).rstrip('.')}. Mend the cause and run `lora-kernels build {recipe.kind}`, which tries again."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -212,6 +213,16 @@ def test_a_compiler_without_vector_extensions_is_a_sentence(
     monkeypatch.setattr(Compiler, "accepts", lambda self, flags, code="": "vector_size" not in code)
     with pytest.raises(BuildError, match="GCC's vector extensions"):
         build.compile_library(cpu, tmp_path / "out")
+
+
+def test_a_program_that_writes_no_library_is_a_sentence(
+    cpu: build.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = shutil.which("true")
+    assert program is not None
+    pretended = replace(cpu, compiler=replace(cpu.compiler, path=program))
+    with pytest.raises(BuildError, match="tells of no failure and wrote no library: name a C"):
+        build.compile_library(pretended, tmp_path / "out")
 
 
 def test_sources_that_are_not_whole_are_a_sentence(tmp_path: Path) -> None:
