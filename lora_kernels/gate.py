@@ -43,6 +43,7 @@ __all__ = [
     "draw_state",
     "group_fault",
     "is_autocast_enabled",
+    "may_have_tangents",
     "number",
     "prepare",
     "refuse_tangents",
@@ -453,9 +454,18 @@ def is_autocast_enabled(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch knows no autocast of meta
 
 
+def may_have_tangents(*tensors: Tensor | None) -> bool:
+    """Whether one has a forward-mode derivative. A compiler's tensors do not tell: there, whether a level is on."""
+    if forward_ad._current_level < 0:
+        return False
+    if is_compiling():
+        return True
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor is not None)
+
+
 def refuse_tangents(*tensors: Tensor | None) -> None:
     """Raises where one of them has a forward-mode derivative (``torch.autograd.forward_ad``): it would be lost."""
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor is not None):
+    if may_have_tangents(*tensors):
         raise UnsupportedTransformError(
             "lora_linear was given a dual tensor (torch.autograd.forward_ad, torch.func.jvp), and it has no "
             "forward-mode derivative. Differentiate backward, or use lora_kernels.reference.forward, which is plain "

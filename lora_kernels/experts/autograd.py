@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..dispatch import backend
 from ..errors import InvalidTypeError, UnsupportedTransformError
-from ..gate import chosen
+from ..gate import chosen, may_have_tangents
 from ..ops import operators
 from ..surrounded import is_surrounded, run_outside
 from ..tensors import resolved
@@ -55,9 +55,9 @@ def project(
 
     Raises:
         InvalidTypeError: ``weight`` requires a gradient.
-        UnsupportedTransformError: within ``torch.func`` or ``vmap``, or a double backward.
+        UnsupportedTransformError: within ``torch.func`` or ``vmap``, of a dual tensor, or within a double backward.
     """
-    check(weight)
+    check(weight, x, *(() if adapter is None else (adapter.a, adapter.b)))
     x, weight = resolved(x), resolved(weight)
     if adapter is not None:
         adapter = Adapter(resolved(adapter.a), resolved(adapter.b), adapter.scaling)
@@ -82,12 +82,12 @@ def project(
     return y
 
 
-def check(weight: Tensor | PackedExperts) -> None:
+def check(weight: Tensor | PackedExperts, *tensors: Tensor) -> None:
     """Raises as :func:`project` does."""
-    if torch._C._are_functorch_transforms_active():
+    if may_have_tangents(*tensors) or torch._C._are_functorch_transforms_active():
         raise UnsupportedTransformError(
-            "LoRA on stacked experts was called under torch.func or vmap, which are not supported. Call the model on "
-            "the whole batch, and differentiate backward."
+            "LoRA on stacked experts was called under torch.func, vmap or torch.autograd.forward_ad, which are not "
+            "supported. Call the model on the whole batch, and differentiate backward."
         )
     if weight.requires_grad and torch.is_grad_enabled():
         raise InvalidTypeError(

@@ -123,7 +123,7 @@ def _in_one(
         if isinstance(weight, PackedExperts):
             return None
         _check_projection(module, name, weight, adapter, hidden_states if name == up else None)
-        check(weight)
+        check(weight, hidden_states, weights, adapter.a, adapter.b)
         stacks.append(Stack(weight, adapter, dropout.get(name, 0.0)))
     first, second = stacks
     autocast = is_autocast_enabled("cpu")

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from ..activations import check_gate, gate_of
@@ -154,6 +155,8 @@ def _pass_of(mlp: Any, x: Tensor | None) -> _Pass | str:
         return f"its forward was replaced{_by_whom(mlp.forward)}"
     if torch._C._are_functorch_transforms_active():  # a compiler answers it too, with a constant
         return "torch.func or vmap is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives are active"
     if not compiling and (reason := _why_here(x)):
         return reason
     activation = _activation_of(mlp)

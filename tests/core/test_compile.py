@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from cases import BACKENDS, Case, make
@@ -210,6 +211,18 @@ def test_compiled_transforms_are_refused_with_a_sentence(kind: str, transform: s
     }
     with pytest.raises(UnsupportedTransformError, match=r"torch\.func or vmap"):
         torch.compile(by[transform], backend="aot_eager")(torch.randn(3, 24))
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora", "group"])
+def test_a_compiled_forward_mode_is_refused_with_a_sentence(kind: str) -> None:
+    """A compiler's tensors tell no tangent: under no_grad the graph gave y without one."""
+    module = acting(24, 16) if kind == "plain" else KINDS[kind]()
+    compiled = torch.compile(module, backend="aot_eager")
+    x = torch.randn(3, 24)
+    with torch.no_grad():
+        compiled(x)
+        with forward_ad.dual_level(), pytest.raises(UnsupportedTransformError, match=r"forward_ad"):
+            compiled(forward_ad.make_dual(x, x))
 
 
 def exported(module: nn.Module, x: Tensor, **arguments: Any) -> Any:

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import mixtures
 from lora_kernels.accuracy import judge
 from lora_kernels.config import AdapterOptions
+from lora_kernels.errors import UnsupportedTransformError
 from lora_kernels.experts.layer import FusedLoRAExperts, around_experts
 from numerics import same_bits
 
@@ -76,3 +78,11 @@ def test_a_negative_index_is_refused_in_a_graph_too() -> None:
     call = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with pytest.raises(RuntimeError, match="negative index"):
         call(torch.randn(2, 16), torch.tensor([[0, -1], [1, 2]]), torch.rand(2, 2))
+
+
+def test_a_compiled_forward_mode_is_refused_with_a_sentence() -> None:
+    torch.compiler.reset()
+    call = torch.compile(adapted("mixtral"), backend="aot_eager")
+    x, index = torch.randn(2, 16), torch.tensor([[0, 1], [1, 2]])
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(UnsupportedTransformError, match="forward_ad"):
+        call(forward_ad.make_dual(x, x), index, torch.rand(2, 2))

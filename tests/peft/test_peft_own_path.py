@@ -202,3 +202,8 @@ def test_compiled_transforms_take_pefts_own_path_too() -> None:
     found = torch.compile(transformed, backend="aot_eager")(X)
     assert same_bits(found, transformed(X))
     torch.testing.assert_close(found, expected)
+
+
+def test_a_compiled_forward_mode_takes_pefts_own_path_too() -> None:
+    model = fused(make())
+    assert same_bits(_by_dual(torch.compile(model, backend="aot_eager"), X), _by_dual(model, X))
