@@ -17,7 +17,7 @@ from . import reference
 from .errors import UnsupportedTransformError
 from .ops import operators
 from .surrounded import is_surrounded, run_outside
-from .tensors import as_dtype, flatten, unflatten
+from .tensors import as_dtype, flatten
 
 __all__ = ["LoRALinearFunction", "apply_function", "forward_only"]
 
@@ -37,8 +37,8 @@ def forward_only(
 ) -> Tensor:
     """y (..., N) for x (..., K): the operator without autograd around it, for when no gradient is due."""
     ops = operators(backend_name)
-    y, _, _ = ops.forward(flatten(x), as_dtype(weight, x.dtype), lora_a, lora_b, bias, scaling, p, state)
-    return unflatten(y, x.shape)
+    y, _, _ = ops.forward(x, as_dtype(weight, x.dtype), lora_a, lora_b, bias, scaling, p, state)
+    return y
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -58,7 +58,7 @@ class LoRALinearFunction(torch.autograd.Function):
         backend_name: str,
     ) -> Tensor:
         ops = operators(backend_name)
-        y, h, words = ops.forward(flatten(x), as_dtype(weight, x.dtype), lora_a, lora_b, bias, scaling, p, state)
+        y, h, words = ops.forward(x, as_dtype(weight, x.dtype), lora_a, lora_b, bias, scaling, p, state)
         if state is not None and ops.kept.packs_mask and ops.kept.prefers_words(weight.shape[0]):
             state = words
         need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
@@ -72,7 +72,7 @@ class LoRALinearFunction(torch.autograd.Function):
             state if need_x or need_a else None,
         )
         ctx.settings = x.shape, weight.dtype, scaling, p, backend_name
-        return unflatten(y, x.shape)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> _GradInputs:
@@ -84,18 +84,15 @@ class LoRALinearFunction(torch.autograd.Function):
                 return _differentiable_backward(ctx, dy)
         need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
         x, weight, lora_a, lora_b, bias, h, state = ctx.saved_tensors
-        x_shape, weight_dtype, scaling, p, backend_name = ctx.settings
-        dy = flatten(dy)  # (M, N)
-        if x is not None:
-            x = flatten(x)  # (M, K)
+        _, weight_dtype, scaling, p, backend_name = ctx.settings
         if weight is not None:
             weight = as_dtype(weight, dy.dtype)
         dx, da, db, dbias = operators(backend_name).backward(
             dy, x if need_a else None, weight, lora_a, lora_b, bias, h, scaling, p, state
         )
         return (
-            unflatten(dx, x_shape) if need_x else None,
-            (dy.t() @ x).to(weight_dtype) if need_weight else None,
+            dx if need_x else None,
+            (flatten(dy).t() @ flatten(x)).to(weight_dtype) if need_weight else None,
             da if need_a else None,
             db if need_b else None,
             dbias if need_bias else None,

@@ -23,20 +23,20 @@ from .autograd import LoRALinearFunction, apply_function, forward_only
 from .branches import Branch, PackedBranch
 from .branches_autograd import BranchesFunction, apply_branches_function
 from .branches_autograd import forward_only as branches_forward_only
+from .checks import check, fits, kind_refusal, refusal
 from .config import plain_number
 from .dispatch import COMPUTE_DTYPES, backend, select
-from .errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError, UnsupportedTransformError
+from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedTransformError
 from .ops import direct_operators, is_watched, operators
 from .packed_autograd import apply_packed_function
 from .packed_autograd import forward_only as packed_forward_only
 from .reference import drop
-from .tensors import are_negated, as_dtype, flatten, resolved, unflatten
+from .tensors import are_negated, as_dtype, flatten, resolved
 from .weights import product
 from .weights.packed import Packed
 
 __all__ = [
     "autocast_input",
-    "check",
     "check_dropout_p",
     "chosen",
     "device_type_of",
@@ -57,7 +57,6 @@ __all__ = [
 # Up to this many tokens on a CPU the host's time decides, of which the plain layer's way takes least: one read of x for
 # all branches saves less than it costs there.
 _FEW_TOKENS = 16
-_STRIDED = torch.strided
 
 # Asked on each call: to look them up takes as long as to call them.
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -115,24 +114,23 @@ def _run_alone(
         name = select(device_type_of(own), own.dtype, backend_name)
         ops = direct_operators(name)
         if not (
-            ops.refuses_on_cpu
-            and own.is_cpu
-            and weight.is_cpu
-            and lora_a.is_cpu
-            and lora_b.is_cpu
-            and (bias is None or bias.is_cpu)
-            and weight.dtype is own.dtype  # a cast would hide that it is not
+            weight.dtype is own.dtype  # a cast would hide that it is not
+            and ops.refuses
+            and (
+                ops.refuses != "on the CPU"
+                or (own.is_cpu and weight.is_cpu and lora_a.is_cpu and lora_b.is_cpu and (bias is None or bias.is_cpu))
+            )
         ):
             check(own, weight, lora_a, lora_b, bias, False)
             weight, lora_a, lora_b, bias = _resolved(weight, lora_a, lora_b, bias)
         if _records(own, weight, lora_a, lora_b, bias):
             out: Tensor = apply_function(own, weight, lora_a, lora_b, bias, scaling, 0.0, None, name)
             return out
-        y, _, _ = ops.forward(flatten(own), weight, lora_a, lora_b, bias, scaling, 0.0, None)
-        return unflatten(y, own.shape)
+        y: Tensor = ops.forward(own, weight, lora_a, lora_b, bias, scaling, 0.0, None)[0]
+        return y
     except Exception:  # it goes on as it is, or the sentence in its place
-        if not _fit(x, weight, lora_a, lora_b, bias, False):
-            raise _refusal(x, weight, lora_a, lora_b, bias) from None
+        if not fits(x, weight, lora_a, lora_b, bias, False):
+            raise refusal(x, weight, lora_a, lora_b, bias) from None
         raise
 
 
@@ -444,9 +442,10 @@ _select_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def device_type_of(x: Tensor) -> str:
     """``x.device.type``."""
     try:
-        return "cpu" if x.is_cpu else x.device.type  # the string takes PyTorch a microsecond
+        # The device and its string take PyTorch a microsecond.
+        return "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
     except AttributeError as error:
-        raise _kind_refusal({"x": x}) from error
+        raise kind_refusal({"x": x}) from error
 
 
 def is_autocast_enabled(device_type: str) -> bool:
@@ -512,89 +511,4 @@ def number(scaling: Any) -> float:
     raise InvalidTypeError(
         f"scaling={scaling!r} was given: it must be a number, such as lora_alpha / r, and gets no gradient. To learn "
         "it, give 1.0 and multiply lora_b by it."
-    )
-
-
-def check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, autocast: bool) -> None:
-    """Raises unless they may be run; the sentences are composed only where something is wrong."""
-    if not _fit(x, weight, lora_a, lora_b, bias, autocast):
-        raise _refusal(x, weight, lora_a, lora_b, bias)
-
-
-def _fit(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, autocast: bool) -> bool:
-    """The quick test of what may be run."""
-    try:
-        device, dtype = x.device, x.dtype
-        return (
-            not x.is_nested
-            and x.layout is lora_a.layout is lora_b.layout is _STRIDED
-            and _is_strided(weight)
-            and (bias is None or bias.layout is _STRIDED)
-            and _shapes_fit(x, weight, lora_a, lora_b, bias)
-            and device == weight.device == lora_a.device == lora_b.device
-            and (weight.dtype is dtype or (autocast and weight.dtype.is_floating_point))
-            and dtype in COMPUTE_DTYPES
-            and lora_a.dtype in COMPUTE_DTYPES
-            and lora_b.dtype in COMPUTE_DTYPES
-            and (bias is None or (bias.device == device and bias.dtype in COMPUTE_DTYPES))
-        )
-    except AttributeError:  # something that is no tensor
-        return False
-
-
-def _is_strided(tensor: Any) -> bool:
-    return tensor.layout is _STRIDED or type(tensor) is Packed
-
-
-def _shapes_fit(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> bool:
-    shape, a_shape, b_shape = weight.shape, lora_a.shape, lora_b.shape
-    return (
-        len(shape) == len(a_shape) == len(b_shape) == 2
-        and x.dim() >= 1
-        and x.shape[-1] == shape[1] == a_shape[1]
-        and b_shape[0] == shape[0]
-        and b_shape[1] == a_shape[0] >= 1
-        and (bias is None or bias.shape == shape[:1])
-    )
-
-
-def _refusal(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> LoRAKernelsError:
-    """What :func:`check` raises: the first of kinds, shapes, devices and dtypes that is wrong, told of all tensors."""
-    given: dict[str, Any] = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
-    given |= {} if bias is None else {"bias": bias}
-    if not all(isinstance(tensor, (Tensor, Packed)) for tensor in given.values()):
-        return _kind_refusal(given)
-    if x.is_nested:
-        return InvalidTypeError(
-            "a nested tensor was given: LoRA's products need plain tensors. Pad it first, with "
-            "torch.nested.to_padded_tensor(x, 0.0)."
-        )
-    for name, tensor in given.items():
-        if not _is_strided(tensor):
-            return InvalidTypeError(
-                f"{name} of layout {tensor.layout} was given: LoRA's products need plain tensors. Convert it first, "
-                f"with {name}.to_dense()."
-            )
-    if not _shapes_fit(x, weight, lora_a, lora_b, bias):
-        return InvalidArgumentError(
-            f"shapes that do not fit were given: {', '.join([f'{name} {tuple(t.shape)}' for name, t in given.items()])}"
-            ". They must be x (..., K), weight (N, K), lora_a (R, K), lora_b (N, R) with R >= 1, and bias (N,) or "
-            "None; make K, N and R agree in all of them."
-        )
-    if len({t.device for t in given.values()}) > 1:
-        listed = ", ".join([f"{name} on {t.device}" for name, t in given.items()])
-        return InvalidTypeError(f"tensors on different devices were given: {listed}. Move all of them to one device.")
-    return InvalidTypeError(
-        f"dtypes that cannot run together were given: {', '.join([f'{name} {t.dtype}' for name, t in given.items()])}. "
-        "All must be floating (torch.float16, torch.bfloat16, torch.float32, torch.float64), and x and weight must "
-        "share one dtype; lora_a, lora_b and bias may differ. Convert x with x.to(weight.dtype), or run under "
-        "torch.autocast."
-    )
-
-
-def _kind_refusal(given: dict[str, Any]) -> InvalidTypeError:
-    kinds = [f"{name} of type {type(t).__name__}" for name, t in given.items() if not isinstance(t, (Tensor, Packed))]
-    return InvalidTypeError(
-        f"{', '.join(kinds)} was given where a torch.Tensor is expected. A NumPy array becomes one by "
-        "torch.from_numpy; bias alone may be None."
     )

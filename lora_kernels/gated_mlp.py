@@ -10,9 +10,9 @@ from torch.autograd import forward_ad
 
 from .activations import GATES
 from .branches import Branch
+from .checks import check
 from .gate import (
     autocast_input,
-    check,
     device_type_of,
     draw_state,
     is_autocast_enabled,

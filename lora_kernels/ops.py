@@ -144,7 +144,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -154,6 +154,7 @@ from .fakes import fakes
 from .flops import enter_formulas, inform_counters
 from .graph_numbers import by_numbers, tensor_schema, with_numbers
 from .kept import Kept
+from .tensors import flatten, unflatten
 
 __all__ = [
     "COMBINE_OPERATOR_NAMES",
@@ -283,7 +284,7 @@ class Operators:
     gated: Callable[..., Tensor]
     gated_grad: Callable[..., tuple[Tensor, Tensor]]
     kept: Kept
-    refuses_on_cpu: bool = False
+    refuses: Literal["", "on the CPU", "everywhere"] = ""
     group_forward: Callable[..., tuple[list[Tensor], list[Tensor], list[Tensor]]] = _no_group
     group_backward: Callable[..., tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]] = _no_group
     experts_forward: Callable[..., tuple[Tensor, Tensor]] = _no_experts
@@ -302,14 +303,16 @@ def register(
     kept: Kept,
     library: Collection[str] = (),
     packed: Mapping[str, Callable[..., Any]] | None = None,
-    refuses_on_cpu: bool = False,
+    refuses: Literal["", "on the CPU", "everywhere"] = "",
+    any_dimensions: bool = False,
 ) -> None:
     """Define, implement and fake the operators of ``backend``; calling it again does nothing.
 
     An operator that ``implementations`` leaves out is one that a C++ library has registered, or will. One that it has
     for such a backend serves the devices that the library has no kernel for. ``kept`` tells what forward leaves for
     backward, ``library`` which operators the library has beyond those of a layer, ``packed`` those of packed weights,
-    ``refuses_on_cpu`` that ``forward`` refuses what does not fit, of tensors that are all on the CPU.
+    ``refuses``: where ``forward``, called directly, refuses itself what does not fit; "on the CPU" of tensors that are
+    all there. ``any_dimensions``: ``forward`` and ``backward``, called directly, take x and dy as they come.
     """
     if backend in _registered:
         return
@@ -337,10 +340,33 @@ def register(
         if (by_tensors := tensor_schema(schema)) is not None:
             traced[name] = _with_tensor_overload(qualified, by_tensors, fake, packets[name])
         direct[name] = in_python.get(name) or (overloads[name]._op if compiled else implementations[name])
-    _registered[backend] = Operators(**overloads, kept=kept, refuses_on_cpu=refuses_on_cpu)
-    _traced[backend] = Operators(**traced, kept=kept, refuses_on_cpu=refuses_on_cpu)
-    _direct[backend] = Operators(**direct, kept=kept, refuses_on_cpu=refuses_on_cpu)
+    for bound in (overloads, traced) if any_dimensions else (overloads, traced, direct):
+        bound["forward"] = _of_any_dimensions(bound["forward"])
+        bound["backward"] = _backward_of_any_dimensions(bound["backward"])
+    _registered[backend] = Operators(**overloads, kept=kept, refuses=refuses)
+    _traced[backend] = Operators(**traced, kept=kept, refuses=refuses)
+    _direct[backend] = Operators(**direct, kept=kept, refuses=refuses)
     enter_formulas(packets)
+
+
+def _of_any_dimensions(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` for x (..., K), with y (..., N)."""
+
+    def called(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        y, h, words = forward(flatten(x), *rest)
+        return unflatten(y, x.shape), h, words
+
+    return called
+
+
+def _backward_of_any_dimensions(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``backward`` for dy (..., N) and x (..., K), with dx (..., K)."""
+
+    def called(dy: Tensor, x: Tensor | None, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+        dx, *others = backward(flatten(dy), None if x is None else flatten(x), weight, *rest)
+        return dx if weight is None else unflatten(dx, dy.shape), *others
+
+    return called
 
 
 def _with_tensor_overload(qualified: str, schema: str, fake: Callable[..., Any], packet: Any) -> Callable[..., Any]:

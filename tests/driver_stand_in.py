@@ -53,6 +53,10 @@ class DriverStandIn:
     def stream(self, device: int, stream: int) -> None:
         self.library.stand_in_stream(device, ctypes.c_void_p(stream))
 
+    def capture(self, stream: int) -> None:
+        """A graph is captured on this stream, and on no other."""
+        self.library.stand_in_capture(ctypes.c_void_p(stream))
+
     def parameters(self, function: int, sizes: Sequence[int]) -> None:
         """How many bytes each parameter of a kernel has, so that they are written down."""
         self.library.stand_in_parameters(ctypes.c_void_p(function), (ctypes.c_int * len(sizes))(*sizes), len(sizes))

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../rows.h"
 #include "layer.h"
 
 namespace lora_kernels {
@@ -144,29 +145,40 @@ const Tensor& no_words() {
     return words;
 }
 
+// x is (..., K), and y then (..., N).
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
                                            const Tensor& lora_b, const std::optional<Tensor>& bias, double scaling,
                                            double p, const std::optional<Tensor>& state) {
     expect_one_rank(lora_a, lora_b);
-    if (auto whole = whole_forward(x, weight, lora_a, lora_b, bias, scaling, p, pointer(state)))
-        return {std::get<1>(*whole), std::get<0>(*whole), no_words()};
-    Tensor h = shrink(x, lora_a, p, state);
-    return {product_with(x, weight, lora_b, h, bias, std::nullopt, scaling, nullptr), h, no_words()};
+    const Rows rows(x);
+    const Tensor& tokens = rows.matrix;
+    if (auto whole = whole_forward(tokens, weight, lora_a, lora_b, bias, scaling, p, pointer(state)))
+        return {rows.restored(std::get<1>(*whole)), std::get<0>(*whole), no_words()};
+    Tensor h = shrink(tokens, lora_a, p, state);
+    return {rows.restored(product_with(tokens, weight, lora_b, h, bias, std::nullopt, scaling, nullptr)), h,
+            no_words()};
 }
 
+// dy is (..., N), x (..., K), and dx then too.
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const std::optional<Tensor>& x,
                                                     const std::optional<Tensor>& weight, const Tensor& lora_a,
                                                     const Tensor& lora_b, const std::optional<Tensor>& bias,
                                                     const std::optional<Tensor>& h, double scaling, double p,
                                                     const std::optional<Tensor>& state) {
     expect_one_rank(lora_a, lora_b);
-    if (x.has_value()) expect(*x, "x", {rows_of(dy, "dy"), lora_a.sizes()[1]}, dtype_of(dy, "dy"));
+    const Rows rows(dy);
+    const Tensor& outer = rows.matrix;
+    std::optional<Rows> tokens;
+    if (x.has_value()) {
+        tokens.emplace(*x);
+        expect(tokens->matrix, "x", {rows_of(outer, "dy"), lora_a.sizes()[1]}, dtype_of(dy, "dy"));
+    }
     const Tensor* seed = pointer(state);
-    auto [dh, db, dbias] = grads_of_output(dy, lora_b, h, bias, scaling, x.has_value() || weight.has_value());
+    auto [dh, db, dbias] = grads_of_output(outer, lora_b, h, bias, scaling, x.has_value() || weight.has_value());
     const Dtype own = dtype_of(lora_a, "lora_a");
-    Tensor da = x.has_value() ? a_grad_in(own, dh, *x, p, seed) : empty({0}, scalar_type_of(own));
-    Tensor dx =
-        weight.has_value() ? sum_of_input_grads(1, &dy, &*weight, &dh, &lora_a, p, seed) : empty({0}, dy.scalar_type());
+    Tensor da = tokens ? a_grad_in(own, dh, tokens->matrix, p, seed) : empty({0}, scalar_type_of(own));
+    Tensor dx = weight.has_value() ? rows.restored(sum_of_input_grads(1, &outer, &*weight, &dh, &lora_a, p, seed))
+                                   : empty({0}, dy.scalar_type());
     return {dx, da, db, dbias};
 }
 

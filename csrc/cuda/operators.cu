@@ -10,6 +10,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../rows.h"
 #include "launch.h"
 
 namespace lora_kernels {
@@ -161,6 +162,9 @@ void expand(const Call& call, const Operand& hidden, const Operand& factor, cons
 
 std::tuple<Tensor, Tensor> dh_db(const Call& call, const Tensor& dy, const Tensor& lora_b, const Tensor& h,
                                  double scaling) {
+    const Rows given(given_dy);
+    const Tensor& dy = given.matrix;
+    const std::optional<Tensor> x = given_x ? std::optional<Tensor>(Rows(*given_x).matrix) : std::nullopt;
     const int64_t rows = dy.size(0), columns = dy.size(1), ranks = lora_b.size(1);
     const Slices slices = dh_db_slices(call.dtype, rows, columns);
     const int64_t tiles = dh_db_tiles(call.dtype, columns);
@@ -188,10 +192,12 @@ Tensor column_sum(const Call& call, const Tensor& dy, const Tensor& bias) {
     return out;
 }
 
-// Its third result is the packed mask, which is drawn again instead.
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor x, const Tensor weight, const Tensor lora_a,
+// x is (..., K), and y then (..., N). Its third result is the packed mask, which is drawn again instead.
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor given_x, const Tensor weight, const Tensor lora_a,
                                            const Tensor lora_b, const std::optional<Tensor> bias, double scaling,
                                            double p, const std::optional<Tensor> state) {
+    const Rows given(given_x);
+    const Tensor& x = given.matrix;
     const int64_t rows = x.size(0), columns = weight.size(0);
     check_matrix(weight, "weight", columns, x.size(1));
     check_matrix(lora_a, "lora_a", lora_a.size(0), x.size(1));
@@ -204,15 +210,20 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor x, const Tensor weight, 
     check_launches();
     accumulate_product(y, rows_of_x, torch::stable::transpose(weight, 0, 1));
     const int64_t none[] = {0};
-    return {y, h, torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(none, 1), ScalarType::Int)};
+    return {given.restored(y), h,
+            torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(none, 1), ScalarType::Int)};
 }
 
-// Which gradients are due is told by what is given: dx by weight, da by x, db by h, dbias by bias.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor dy, const std::optional<Tensor> x,
+// dy is (..., N), x (..., K), and dx then too. Which gradients are due is told by what is given: dx by weight, da by x,
+// db by h, dbias by bias.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor given_dy, const std::optional<Tensor> given_x,
                                                     const std::optional<Tensor> weight, const Tensor lora_a,
                                                     const Tensor lora_b, const std::optional<Tensor> bias,
                                                     const std::optional<Tensor> h, double scaling, double p,
                                                     const std::optional<Tensor> state) {
+    const Rows given(given_dy);
+    const Tensor& dy = given.matrix;
+    const std::optional<Tensor> x = given_x ? std::optional<Tensor>(Rows(*given_x).matrix) : std::nullopt;
     const int64_t rows = dy.size(0), columns = dy.size(1), ranks = lora_a.size(0), width = lora_a.size(1);
     check_matrix(lora_b, "lora_b", columns, ranks);
     if (x) check_matrix(*x, "x", rows, width);
@@ -246,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor dy, const std::
     }
     check_launches();
     if (weight) accumulate_product(dx, rows_of_dy, *weight);
-    return {dx, da, db, dbias};
+    return {weight ? given.restored(dx) : dx, da, db, dbias};
 }
 
 Tensor mask(const Tensor state, int64_t rows, int64_t columns, double p) {

@@ -49,6 +49,7 @@ std::shared_ptr<const Driver> open_driver(const std::string& driver, const std::
     need(cuda, driver, "cuEventCreate", found->create_event);
     need(cuda, driver, "cuEventRecord", found->record_event);
     need(cuda, driver, "cuStreamWaitEvent", found->wait_event);
+    need(cuda, driver, "cuStreamIsCapturing", found->is_capturing);
     need(cuda, driver, "cuGetErrorName", found->error_name);
     need(cuda, driver, "cuGetErrorString", found->error_string);
     need(cuda, driver, "cuDriverGetVersion", found->version);

@@ -36,6 +36,7 @@ struct Driver {
     Result (*create_event)(Event*, unsigned int flags);
     Result (*record_event)(Event, Stream);
     Result (*wait_event)(Stream, Event, unsigned int flags);
+    Result (*is_capturing)(Stream, int* status);
     Result (*error_name)(Result, const char**);
     Result (*error_string)(Result, const char**);
     Result (*version)(int*);

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <shared_mutex>
 
-#include "run.h"
+#include "known.h"
 
 namespace lora_kernels {
 namespace launch {
@@ -15,6 +15,7 @@ struct Passes {
     std::shared_ptr<const Driver> driver;
     std::unordered_map<int64_t, std::shared_ptr<const Pass>> found;
     int64_t last = 0;
+    std::unordered_map<int64_t, std::shared_ptr<KnownPasses>> known;  // by their tables' numbers
 };
 
 // Never destroyed: a thread may launch while the process ends.
@@ -52,6 +53,48 @@ std::vector<Tensor> launch_many(int64_t handle, const std::vector<double>& numbe
     given.reserve(tensors.size());
     for (const Given& tensor : tensors) given.push_back(&tensor);
     return run(*pass, given.data(), given.size(), numbers.data(), numbers.size());
+}
+
+std::shared_ptr<KnownPasses> known_in(int64_t table) {
+    Passes& all = passes();
+    const std::shared_lock<std::shared_mutex> lock(all.mutex);
+    const auto found = all.known.find(table);
+    return found == all.known.end() ? nullptr : found->second;
+}
+
+// The usual call again, of the pass that the table knows by the tensors; no results where it knows none.
+std::vector<Tensor> launch_known(int64_t table, double number, double p, int64_t kind, const Given& a, const Given& b,
+                                 const Given& c, const Given& d, const Given& e, const Given& f, const Given& g,
+                                 const Given& h) {
+    const std::shared_ptr<KnownPasses> known = known_in(table);
+    const Given* const tensors[Key::MAX_TENSORS] = {&a, &b, &c, &d, &e, &f, &g, &h};
+    return known == nullptr ? std::vector<Tensor>() : known->run(number, p, kind, tensors);
+}
+
+// Has the table know a pass by such tensors, which are what it was prepared for; False where it cannot.
+bool enter_pass(int64_t table, int64_t handle, double p, int64_t kind, bool eager_only,
+                const std::vector<Given>& absent, const std::vector<Given>& tensors) {
+    const std::shared_ptr<const Pass> pass = pass_of(handle);
+    if (pass->tensors.size() > tensors.size() || tensors.size() > Key::MAX_TENSORS || pass->number_count > 1 ||
+        pass->results.size() + static_cast<size_t>(std::count_if(absent.begin(), absent.end(),
+                                                                 [](const Given& each) { return each.has_value(); })) !=
+            absent.size()) {
+        throw Refusal("the pass has other tensors, numbers or results than it is to be known by.");
+    }
+    Key key(p, kind);
+    for (size_t i = 0; i < Key::MAX_TENSORS; ++i) {
+        if (!key.add(i < tensors.size() ? tensors[i] : Given())) return false;
+    }
+    Passes& all = passes();
+    std::shared_ptr<KnownPasses> known;
+    {
+        const std::unique_lock<std::shared_mutex> lock(all.mutex);
+        std::shared_ptr<KnownPasses>& found = all.known[table];
+        if (found == nullptr) found = std::make_shared<KnownPasses>();
+        known = found;
+    }
+    known->enter(key, {pass, eager_only, absent});
+    return true;
 }
 
 // What `work` returns; -1, and the sentence in `message`, where it throws.
@@ -109,6 +152,13 @@ LORA_EXPORT void lora_launch_release(int64_t handle) {
     all.found.erase(handle);
 }
 
+// The table knows nothing any more; a call that runs at this moment goes on.
+LORA_EXPORT void lora_launch_forget(int64_t table) {
+    Passes& all = passes();
+    const std::unique_lock<std::shared_mutex> lock(all.mutex);
+    all.known.erase(table);
+}
+
 // How many passes there are: for tests.
 LORA_EXPORT int64_t lora_launch_count() {
     Passes& all = passes();
@@ -121,10 +171,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lora_kernels, m) {
         "launch(int handle, float number, Tensor? a=None, Tensor? b=None, Tensor? c=None, Tensor? d=None, "
         "Tensor? e=None, Tensor? f=None, Tensor? g=None, Tensor? h=None) -> Tensor[]");
     m.def("launch_many(int handle, float[] numbers, Tensor?[] tensors) -> Tensor[]");
+    m.def(
+        "launch_known(int table, float number, float p, int kind, Tensor? a=None, Tensor? b=None, Tensor? c=None, "
+        "Tensor? d=None, Tensor? e=None, Tensor? f=None, Tensor? g=None, Tensor? h=None) -> Tensor[]");
+    m.def(
+        "enter_pass(int table, int handle, float p, int kind, bool eager_only, Tensor?[] absent, Tensor?[] tensors) "
+        "-> bool");
 }
 
 // For every device: a pass checks its tensors itself, and the host's tests run it on the CPU's memory.
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
     m.impl("launch", TORCH_BOX(&launch));
     m.impl("launch_many", TORCH_BOX(&launch_many));
+    m.impl("launch_known", TORCH_BOX(&launch_known));
+    m.impl("enter_pass", TORCH_BOX(&enter_pass));
 }

@@ -265,5 +265,13 @@ std::vector<Tensor> run(const Pass& pass, const std::optional<Tensor>* const* te
     return call.results();
 }
 
+bool is_captured(const Pass& pass) {
+    const OnDevice guard(pass);
+    Stream stream = nullptr;
+    int status = 0;
+    return pass.driver->current_stream(pass.ordinal, &stream) != AOTI_TORCH_SUCCESS ||
+           pass.driver->is_capturing(stream, &status) != SUCCESS || status != 0;
+}
+
 }  // namespace launch
 }  // namespace lora_kernels

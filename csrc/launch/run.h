@@ -18,5 +18,8 @@ using torch::stable::Tensor;
 std::vector<Tensor> run(const Pass& pass, const std::optional<Tensor>* const* tensors, size_t tensor_count,
                         const double* numbers, size_t number_count);
 
+// Whether a graph is being captured on the stream that `run` would take; also where the driver does not tell.
+bool is_captured(const Pass& pass);
+
 }  // namespace launch
 }  // namespace lora_kernels

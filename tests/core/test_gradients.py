@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -104,6 +105,45 @@ def test_any_number_of_leading_dimensions(backend: str, device: str, leading: tu
     assert x.grad.shape == x.shape
     flat = lora_linear(x.detach().reshape(-1, case.k), i.weight, i.lora_a, i.lora_b, i.bias, backend=backend)
     assert same_bits(y.detach(), flat.detach().reshape(y.shape))
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of (2, 3, F)
+    "one piece": lambda t: t,
+    "rows of a wider matrix": lambda t: torch.cat((t, t), 2)[..., : t.shape[2]],
+    "every second batch": lambda t: torch.stack((t, -t), 1).flatten(0, 1)[::2],
+    "tokens before batches": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "one row for all": lambda t: t[:1, :1].expand(2, 3, -1),
+    "columns apart": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "behind an offset": lambda t: torch.cat((t[:1], t))[1:],
+    "negated in place": lambda t: torch.complex(t, -t).conj().imag,
+}
+
+
+@every_backend
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_leading_dimensions_of_any_layout(backend: str, device: str, layout: str) -> None:
+    """The rows that are read and the gradients are those of a copy in one piece."""
+    case = Case(m=6)
+    i = make(case, device)
+    parameters = (i.weight, i.lora_a, i.lora_b, i.bias)
+    x = LAYOUTS[layout](torch.randn(2, 3, case.k, device=device))
+    dy = LAYOUTS[layout](torch.randn(2, 3, case.n, device=device))
+
+    def results(x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = x.detach().requires_grad_()
+        y = lora_linear(x, *parameters, backend=backend)
+        return y.detach(), *torch.autograd.grad(y, (x, i.lora_a, i.lora_b), dy)
+
+    found, flat = results(x, dy), results(x.clone().reshape(6, -1), dy.clone().reshape(6, -1))
+    assert found[0].shape == (2, 3, case.n)
+    assert found[1].shape == (2, 3, case.k)
+    for own, copied in zip(found, flat, strict=True):
+        assert own.is_contiguous()
+        torch.testing.assert_close(own, copied.view_as(own), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():  # the way without a graph
+        y = lora_linear(x, *parameters, backend=backend)
+    torch.testing.assert_close(y, found[0], rtol=0.0, atol=0.0)
+    y += 1.0  # no view of another's memory
 
 
 @every_backend

@@ -27,6 +27,7 @@ struct Recorded {
     std::map<int, Stream> streams;
     uintptr_t events = 0x9000, pool = 0x700, functions = 0xF000;
     int version = 13020;
+    Stream captured = nullptr;
 };
 
 Recorded& all() {
@@ -78,10 +79,12 @@ EXPORT void stand_in_forget() {
     Recorded& to = all();
     const std::lock_guard<std::mutex> lock(to.mutex);
     to.lines.clear(), to.faults.clear(), to.streams.clear(), to.quiet = false, to.version = 13020;
+    to.captured = nullptr;
 }
 EXPORT void stand_in_quiet() { all().quiet = true; }
 EXPORT void stand_in_fail(const char* entry, int after, int code) { all().faults[entry] = {after, code}; }
 EXPORT void stand_in_stream(int device, void* stream) { all().streams[device] = stream; }
+EXPORT void stand_in_capture(void* stream) { all().captured = stream; }
 EXPORT void stand_in_version(int version) { all().version = version; }
 EXPORT void stand_in_parameters(void* function, const int* sizes, int count) {
     const std::lock_guard<std::mutex> lock(all().mutex);
@@ -177,6 +180,10 @@ EXPORT Result cuEventRecord(Event event, Stream stream) {
 }
 EXPORT Result cuStreamWaitEvent(Stream stream, Event event, unsigned int) {
     return note("cuStreamWaitEvent", words(number(stream), number(event)));
+}
+EXPORT Result cuStreamIsCapturing(Stream stream, int* status) {
+    *status = all().captured == stream && stream != nullptr;
+    return note("cuStreamIsCapturing", words(number(stream)));
 }
 EXPORT int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream) {
     *stream = all().streams[device];

@@ -78,7 +78,7 @@ class NativeBackend:
     def register(self, device_type: str) -> None:
         library = (*EXPERTS_OPERATOR_NAMES, *EXPERTS_MLP_OPERATOR_NAMES)
         own = Composition(_keep, _KEPT.hidden_dtype).operators
-        register(self.name, own, _KEPT, library, coded.OPERATORS, refuses_on_cpu=True)
+        register(self.name, own, _KEPT, library, coded.OPERATORS, "on the CPU", any_dimensions=True)
         if device_type != "meta":
             load.load(device_type)
         if device_type == "cpu":

@@ -8,13 +8,14 @@ and alignments alone is made ready once for each of them and kept (``prepared``)
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...checks import check
 from ...kept import no_words
+from ...tensors import flatten, resolved, unflatten
 from . import code_operators, combine_operators, expert_operators, gated_operators, part_operators
 from .choose import ranking
 from .choose.launching import Launching
@@ -33,13 +34,13 @@ from .kernels.packed import mask_kernel
 from .run import hopper_group_passes
 from .run.backward import BackwardRun, ready_backward
 from .run.call import Call, backward_key, cdiv, forward_key
-from .run.chosen import first_run
+from .run.chosen import EitherRun, enter, first_run
 from .run.forward import ready
 from .run.hopper_backward import ready_hopper_backward
 from .run.hopper_call import plan_fault
 from .run.hopper_forward import ready_hopper
-from .run.launcher import PassRun, launched
-from .run.prepared import Cache, Launch
+from .run.launcher import KnownPasses, PassRun, launched
+from .run.prepared import Cache, Launch, precision_of
 from .run.ring import ready_ring, ring_call_fault
 from .run.ring_grads import grads_call_fault, ready_ring_grads
 from .run.steps import Step, draw_step, seeded
@@ -48,14 +49,18 @@ __all__ = ["backward", "forget", "forward", "mask", "run_backward", "run_plan"]
 
 _MASK_BLOCK_M, _MASK_BLOCK_K = 32, 128
 
-_runs: Cache[Callable[..., Any]] = Cache()
-_backward_runs: Cache[Callable[..., Any]] = Cache()
+_runs: Cache[PassRun | EitherRun] = Cache()
+_backward_runs: Cache[PassRun | EitherRun] = Cache()
+_known, _known_backward = KnownPasses(), KnownPasses()
+_KINDS = {None: 0, torch.float32: 2, torch.float16: 4, torch.bfloat16: 6, torch.float64: 8}  # of dbias
 
 
 def forget() -> None:
     """Forget what was made ready and which plans were chosen: for after a device was tuned, and for tests."""
     _runs.clear()
     _backward_runs.clear()
+    _known.clear()
+    _known_backward.clear()
     part_operators.forget()
     hopper_group_passes.forget()
     gated_operators.forget()
@@ -75,13 +80,22 @@ def forward(
     p: float,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    key = forward_key(x, weight, lora_a, lora_b, bias, p, state)
+    """For x (..., K), with y (..., N)."""
+    kind = precision_of(x.dtype) == "tf32"
     scaling = float(scaling)  # an int of 1 would be compiled in
+    if found := _known(scaling, p, kind, x, weight, lora_a, lora_b, bias, state):
+        y, h, words = found
+        return y, h, words
+    check(x, weight, lora_a, lora_b, bias, False)
+    rows, weight, lora_a, lora_b, bias = flatten(x), *map(resolved, (weight, lora_a, lora_b, bias))
+    key = forward_key(rows, weight, lora_a, lora_b, bias, p, state)
     run = _runs.get(key)
     if run is None:
-        return _first_forward(key, x, weight, lora_a, lora_b, bias, scaling, p, state)
-    given: tuple[Tensor, Tensor, Tensor] = run(x, weight, lora_a, lora_b, bias, scaling, state)
-    return given
+        y, h, words = _first_forward(key, rows, weight, lora_a, lora_b, bias, scaling, p, state)
+    else:
+        y, h, words = run(rows, weight, lora_a, lora_b, bias, scaling, state)
+        enter(_known, run, p, kind, (rows, weight, lora_a, lora_b, bias, state))
+    return unflatten(y, x.shape), h, words
 
 
 def _plans(call: Call, direction: str, descriptors: bool, launching: Launching) -> list[Any]:
@@ -211,17 +225,43 @@ def backward(
     p: float,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For dy (..., N) and x (..., K), with dx (..., K)."""
+    kind = _KINDS[None if bias is None else bias.dtype] + (precision_of(dy.dtype) == "tf32")
+    scaling = float(scaling)
+    if found := _known_backward(scaling, p, kind, dy, x, weight, lora_a, lora_b, h, state):
+        dx, da, db, dbias = found
+        return dx, da, db, dbias
+    rows, x = flatten(dy), None if x is None else flatten(x)
+    weight, lora_a, lora_b = map(resolved, (weight, lora_a, lora_b))
+    dx, da, db, dbias = _backward(kind, rows, x, weight, lora_a, lora_b, bias, h, scaling, p, state)
+    return dx if weight is None else unflatten(dx, dy.shape), da, db, dbias
+
+
+def _backward(
+    kind: int,
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    h: Tensor | None,
+    scaling: float,
+    p: float,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m, n = dy.shape
     k = lora_a.shape[1]
     if m == 0 or n == 0 or k == 0:
         return _backward_of_nothing(dy, x, weight, lora_a, lora_b, bias, h, scaling)
     h = None if h is None else h.contiguous()
     key = backward_key(dy, x, weight, lora_a, lora_b, bias, h, p, state)
-    arguments = (dy, x, weight, lora_a, lora_b, h, float(scaling), state)
+    arguments = (dy, x, weight, lora_a, lora_b, h, scaling, state)
     results: tuple[Tensor, Tensor, Tensor, Tensor]
     found = _backward_runs.get(key)
     if found is not None:
         results = found(*arguments)
+        enter(_known_backward, found, p, kind, (dy, x, weight, lora_a, lora_b, h, state))
         return results
     call = Call.backward(dy, x, weight, lora_a, lora_b, bias, h, p, state)
     descriptors = call.by_tma if weight is None else call.by_descriptor

@@ -9,10 +9,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,14 +21,14 @@ pytest.importorskip("triton")
 from triton import knobs
 
 from cases import Case, make
-from driver_stand_in import DriverStandIn, compile_driver
-from lora_kernels.backends.native import load
+from driver_stand_in import DriverStandIn
+from fake_kernels import CPU, STREAM, FakeKernel, kernel_of_one, launches, one_launch
 from lora_kernels.backends.triton import operators
 from lora_kernels.backends.triton.choose.blocks import Machine
 from lora_kernels.backends.triton.choose.hidden_operand import hidden_operand
 from lora_kernels.backends.triton.choose.plans import Ring, RingGrads
 from lora_kernels.backends.triton.choose.ring import CONFIGS
-from lora_kernels.backends.triton.run import cuda_kernels, launcher, pass_words, prepared, recording, ring, streams
+from lora_kernels.backends.triton.run import cuda_kernels, launcher, pass_words, recording, ring, streams
 from lora_kernels.backends.triton.run.call import Call
 from lora_kernels.backends.triton.run.launcher import PassRun
 from lora_kernels.backends.triton.run.pass_words import FORK, FORK_HIGH, JOIN, Kernel, Own, Product, Scratch
@@ -38,86 +36,11 @@ from lora_kernels.backends.triton.run.prepared import Launch
 from lora_kernels.backends.triton.run.recording import Recorder
 from lora_kernels.errors import BackendUnavailableError
 from numerics import same_bits
-from stand_in import needs_a_compiler
 
 pytestmark = pytest.mark.xdist_group("recorded launches")
 
 FOLDER = Path(__file__).resolve().parents[2]
-CUDA, CPU_DEVICE, CPU = torch.device("cuda", 0), torch.device("cpu"), ("cpu", -1, 0)
-STREAM = 0x77
-
-
-class FakeKernel:
-    """Stands in for a Triton kernel of this signature, and counts what Python launches."""
-
-    def __init__(self, *signature: Any, scratch: int = 0, **metadata: Any) -> None:
-        self.__name__, self.launched = "fake_kernel", list[tuple[Any, ...]]()
-        fixed = {"global_scratch_size": scratch, "launch_pdl": False, "launch_cooperative_grid": False, **metadata}
-        self.compiled = SimpleNamespace(
-            function=0x700,
-            packed_metadata=(4, 1, 0),
-            metadata=SimpleNamespace(**fixed),
-            src=SimpleNamespace(signature=dict(enumerate(signature))),
-        )
-
-    def warmup(self, *arguments: Any, grid: tuple[int, ...], **options: Any) -> Any:
-        return self.compiled
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*arguments: Any, **options: Any) -> Any:
-            assert all(type(each) is not recording.Given for each in arguments)
-            self.launched.append(arguments)
-            return self.compiled
-
-        return launch
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[DriverStandIn, str]:
-    needs_a_compiler()
-    folder = tmp_path_factory.mktemp("driver")
-    compile_driver(folder)
-    (folder / "libcuda.so").symlink_to("libcuda.so.1")
-    library = load._loaded.get("launch") or load.compile_into_cache("launch")
-    torch.ops.load_library(str(library.path))
-    return DriverStandIn(folder / "libcuda.so.1"), str(library.path)
-
-
-@pytest.fixture
-def driver(parts: tuple[DriverStandIn, str], monkeypatch: pytest.MonkeyPatch) -> DriverStandIn:
-    """The launcher in use, on the CPU's memory."""
-    stand_in, path = parts
-    stand_in.forget()
-    stand_in.library.cuCtxSetCurrent(0xC000)
-    stand_in.stream(0, STREAM)
-    found = launcher._Found(launcher.Library(path, stand_in.path, stand_in.path), None)
-    monkeypatch.setattr(launcher, "_found", found)
-    monkeypatch.setattr(launcher, "_device_words", lambda index: CPU)
-    monkeypatch.setattr(launcher, "current_stream", lambda index: STREAM)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(prepared, "_current", lambda stream: nullcontext())
-    return stand_in
-
-
-def one_launch(kernel: FakeKernel) -> Callable[..., Any]:
-    """run(stream, x, scaling) -> y, and None."""
-    launch = Launch(kernel, (2, 1, 1), (8, None))
-
-    def run(stream: int | None, x: Tensor, scaling: float) -> tuple[Tensor, None]:
-        y = torch.empty(4, 8)
-        launch(stream, x, y, scaling)
-        return y, None
-
-    return run
-
-
-def kernel_of_one() -> FakeKernel:
-    return FakeKernel("*fp32", "*fp32", "fp32", "i32", "constexpr")
-
-
-def launches(driver: DriverStandIn) -> int:
-    return len(driver.take("cuLaunchKernelEx"))
+CUDA, CPU_DEVICE = torch.device("cuda", 0), torch.device("cpu")
 
 
 def recorded(run: Callable[..., Any], *arguments: Any) -> tuple[Any, Recorder]:
@@ -159,6 +82,7 @@ def test_a_warm_call_of_each_operator_is_one_pass(compared_all: dict[str, dict[s
         assert found["differences"] == [], name
         assert found["launches"][0] == found["launches"][1] > 0, name
         assert found["shapes"], name
+        assert found["known"] == int(name.split()[0].rstrip(",") in ("forward", "backward")), name
     experts = {"forward": 3, "backward": 5}
     for name, count in experts.items():
         assert operators[f"experts_{name}, 256 tokens, dropout 0.1"]["launches"] == [count, count]

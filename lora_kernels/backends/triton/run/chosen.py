@@ -12,11 +12,11 @@ from ..choose.blocks import Machine
 from ..choose.candidates import candidates, on_one_stream, predicted_seconds
 from ..choose.launching import GRAPH, PREPARED, PYTHON, Launching
 from ..choose.plans import Cell
-from .launcher import index_of, library
+from .launcher import KnownPasses, PassRun, index_of, library
 from .prepared import first_that_runs
 from .streams import make_pools
 
-__all__ = ["EitherRun", "first_run", "launching_on"]
+__all__ = ["EitherRun", "enter", "first_run", "launching_on"]
 
 _WORTH = 0.02
 
@@ -49,6 +49,15 @@ class EitherRun:
     def __call__(self, *arguments: Any) -> Any:
         run = self.captured if torch.cuda.is_current_stream_capturing() else self.eager
         return run(*arguments)
+
+
+def enter(
+    known: KnownPasses, run: PassRun | EitherRun, p: float, kind: int, tensors: Sequence[torch.Tensor | None]
+) -> None:
+    """Has ``known`` find the run's pass from now on, once there is one."""
+    eager: Any = run.eager if isinstance(run, EitherRun) else run
+    if eager.stands_in:
+        known.enter(eager, p, kind, tensors, eager is not run)
 
 
 def first_run(

@@ -8,6 +8,7 @@ launches), in Triton's interpreter, for a run that a pass cannot say, and once a
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from .prepared import current_stream
 from .recording import Recorder
 
 __all__ = [
+    "KnownPasses",
     "Library",
     "PassRun",
     "PreparedPass",
@@ -62,6 +64,8 @@ class Library:
         self._checked(self._library.lora_launch_open, driver.encode(), torch_cuda.encode())
         self.launch = _bare(torch.ops.lora_kernels.launch.default)
         self.launch_many = _bare(torch.ops.lora_kernels.launch_many.default)
+        self.launch_known = _bare(torch.ops.lora_kernels.launch_known.default)
+        self.enter_pass = _bare(torch.ops.lora_kernels.enter_pass.default)
 
     def prepare(self, described: Pass) -> int:
         """The pass's handle, until ``release``.
@@ -75,6 +79,9 @@ class Library:
 
     def release(self, handle: int) -> None:
         self._library.lora_launch_release(ctypes.c_int64(handle))
+
+    def forget(self, table: int) -> None:
+        self._library.lora_launch_forget(ctypes.c_int64(table))
 
     def _checked(self, function: Any, *arguments: Any) -> int:
         message = ctypes.create_string_buffer(_MESSAGE)
@@ -144,12 +151,12 @@ class PreparedPass:
         kept: what has to live as long as the pass, as the compiled kernels.
     """
 
-    __slots__ = ("__weakref__", "call", "kept")
+    __slots__ = ("__weakref__", "call", "handle", "kept")
 
     def __init__(self, opened: Library, described: Pass, arguments: Sequence[Any], kept: Sequence[Any] = ()) -> None:
         handle = opened.prepare(described)
         weakref.finalize(self, opened.release, handle).atexit = False
-        self.kept = kept
+        self.handle, self.kept = handle, kept
         self.call: Callable[..., list[Tensor]] = _bound(opened, handle, arguments)
 
     def __call__(self, *arguments: Any) -> list[Tensor]:
@@ -209,7 +216,7 @@ class PassRun:
         absent: what is returned in the place of each None of the tuple.
     """
 
-    __slots__ = ("_absent", "_attempts", "_index", "_lock", "_pass", "_run", "_shaped", "fault")
+    __slots__ = ("_absent", "_attempts", "_index", "_lock", "_pass", "_run", "_shaped", "fault", "stands_in")
 
     def __init__(self, run: Callable[..., Any], device: torch.device, absent: tuple[Any, ...] | None = None) -> None:
         self._run, self._index, self._absent, self._lock = run, index_of(device), absent, threading.Lock()
@@ -217,6 +224,8 @@ class PassRun:
         self._attempts = _ATTEMPTS if self._index >= 0 else 0
         self._shaped: Callable[[list[Tensor]], Any] = tuple
         self.fault: str | None = None
+        # Of each result of the pass what stands for it, or None where the pass has it; () once it is known.
+        self.stands_in: Sequence[Tensor | None] = ()
 
     def __call__(self, *arguments: Any) -> Any:
         ready = self._pass
@@ -268,8 +277,56 @@ class PassRun:
             self._attempts, self.fault = 0, str(error)
             return results
         self._shaped = _shaper(results, self._absent)
+        if self._absent is not None:
+            pairs = zip(results, self._absent, strict=True)
+            self.stands_in = [absent if found is None else None for found, absent in pairs]
         self._pass = made
         return results
+
+    def take_pass(self) -> tuple[PreparedPass, Sequence[Tensor | None]] | None:
+        """The pass, and what stands for the results that it has not; once, for who enters it among known passes."""
+        ready, stands_in = self._pass, self.stands_in
+        if ready is None or not stands_in:
+            return None
+        self.stands_in = ()
+        return ready, stands_in
+
+
+class KnownPasses:
+    """The warm calls of one operator: C++ finds their pass by what their tensors are, and Python asks nothing of them.
+
+    Called as ``known(number, p, kind, *tensors)``, at most eight tensors or None, the first two of them of any number
+    of dimensions: the operator's results, the first in the first tensor's dimensions; nothing where no pass is known
+    by such tensors, or it cannot run now. ``kind`` is a number for what a run depends on beyond them.
+    """
+
+    _numbers = itertools.count(1)
+
+    def __init__(self) -> None:
+        self._table = next(self._numbers)
+        self._opened: Library | None = None
+
+    def __call__(self, number: float, p: float, kind: int, *tensors: Tensor | None) -> Sequence[Tensor]:
+        opened = self._opened
+        if opened is None or _hooked():
+            return ()
+        try:
+            return opened.launch_known(self._table, number, p, kind, *tensors)
+        except RuntimeError:  # whoever asks goes the long way, which meets the same and tells it
+            return ()
+
+    def enter(self, run: PassRun, p: float, kind: int, tensors: Sequence[Tensor | None], eager_only: bool) -> None:
+        """Has the run's pass known by the tensors that it was just called with; ``eager_only``: not in a capture."""
+        opened, taken = _search().library, run.take_pass()
+        if opened is not None and taken is not None:
+            ready, stands_in = taken
+            opened.enter_pass(self._table, ready.handle, p, kind, eager_only, list(stands_in), list(tensors))
+            self._opened = opened
+
+    def clear(self) -> None:
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            opened.forget(self._table)
 
 
 def launched(run: Callable[..., Any], index: int, *arguments: Any) -> Any:
