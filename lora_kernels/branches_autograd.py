@@ -76,10 +76,10 @@ def forward_only(
     """
     ops, count = operators(backend_name), len(scalings)
     members, (states, parts) = members_of(tensors, count), _split(tensors, count, layouts)
-    flat = flatten(x)
     if grouped:
-        ys, zs, kept = _forward_of_group(ops, flat, members, p, scalings, states)
-        return [unflatten(y, x.shape) for y in ys], zs, [None] * count, kept
+        ys, zs, kept = _forward_of_group(ops, x, members, p, scalings, states)
+        return ys, zs, [None] * count, kept
+    flat = flatten(x)
     read = bool(layouts) and backend_name == "triton" and not is_watched()
     whole = read and _are_plain(members, activations)
     if whole and (made := by_codes.forward(flat, layouts, parts, members, p, scalings, states)) is not None:
@@ -240,18 +240,17 @@ class BranchesFunction(torch.autograd.Function):
         x_shape, weight_dtypes, total, backend_name, p, scalings, activations, grouped, layouts = ctx.settings
         count, need_x, ops = len(scalings), ctx.needs_input_grad[0], operators(backend_name)
         x, saved, states, parts = _unpack(ctx.saved_tensors, count, layouts)
-        x = None if x is None else flatten(x)
         needs = _needs(ctx, count)
         used = [i for i, dy in enumerate(dys) if dy is not None]
         if not used:
             return (None,) * len(ctx.needs_input_grad)
-        given = {i: flatten(dys[i]) for i in used}
-        of = ops, given, x, saved, states, needs, need_x, p, scalings
+        rest = saved, states, needs, need_x, p, scalings
         if grouped:
-            dx, grads = _of_group(*of, weight_dtypes)
+            dx, grads = _of_group(ops, {i: dys[i] for i in used}, x, *rest, weight_dtypes)
         else:
-            dx, grads = gradients_of(*of, activations, weight_dtypes, layouts, parts)
-        dx = None if dx is None else unflatten(dx, x_shape)
+            x, given = None if x is None else flatten(x), {i: flatten(dys[i]) for i in used}
+            dx, grads = gradients_of(ops, given, x, *rest, activations, weight_dtypes, layouts, parts)
+            dx = None if dx is None else unflatten(dx, x_shape)
         flat = [gradients.get(name) for gradients in grads for name in Needs._fields]
         return (dx, *[None] * _SETTINGS, *flat, *[None] * (total - len(flat)))
 
@@ -330,7 +329,10 @@ def _of_group(
     scalings: Sequence[float],
     weight_dtypes: Sequence[torch.dtype],
 ) -> tuple[Tensor | None, list[dict[str, Tensor]]]:
-    """As ``gradients_of``, by the group operator; of one output that was used, by that of a layer by itself."""
+    """As ``gradients_of``, by the group operator; of one output that was used, by that of a layer by itself.
+
+    Every dy is (..., N_i), x (..., K), and so is dx.
+    """
     used = list(dys)
     grads: list[dict[str, Tensor]] = [{} for _ in needs]
     need_a, need_b = any(needs[i].lora_a for i in used), any(needs[i].lora_b for i in used)
@@ -353,7 +355,7 @@ def _of_group(
         found = {"lora_a": da, "lora_b": db, "bias": dbias}
         grads[i].update({name: value for name, value in found.items() if getattr(needs[i], name)})
         if needs[i].weight and x is not None:
-            grads[i]["weight"] = as_dtype(dys[i].t() @ x, weight_dtypes[i])
+            grads[i]["weight"] = as_dtype(flatten(dys[i]).t() @ flatten(x), weight_dtypes[i])
     return dx if need_x else None, grads
 
 

@@ -343,6 +343,9 @@ def register(
     for bound in (overloads, traced) if any_dimensions else (overloads, traced, direct):
         bound["forward"] = _of_any_dimensions(bound["forward"])
         bound["backward"] = _backward_of_any_dimensions(bound["backward"])
+        if "group_forward" in bound:
+            bound["group_forward"] = _group_of_any_dimensions(bound["group_forward"])
+            bound["group_backward"] = _group_backward_of_any_dimensions(bound["group_backward"])
     _registered[backend] = Operators(**overloads, kept=kept, refuses=refuses)
     _traced[backend] = Operators(**traced, kept=kept, refuses=refuses)
     _direct[backend] = Operators(**direct, kept=kept, refuses=refuses)
@@ -365,6 +368,26 @@ def _backward_of_any_dimensions(backward: Callable[..., Any]) -> Callable[..., A
     def called(dy: Tensor, x: Tensor | None, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
         dx, *others = backward(flatten(dy), None if x is None else flatten(x), weight, *rest)
         return dx if weight is None else unflatten(dx, dy.shape), *others
+
+    return called
+
+
+def _group_of_any_dimensions(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``group_forward`` for x (..., K), with every y (..., N_i)."""
+
+    def called(x: Tensor, *rest: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        ys, hs, words = forward(flatten(x), *rest)
+        return [unflatten(y, x.shape) for y in ys], hs, words
+
+    return called
+
+
+def _group_backward_of_any_dimensions(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``group_backward`` for every dy (..., N_i) and x (..., K), with dx (..., K)."""
+
+    def called(dys: list[Tensor], x: Tensor | None, weights: list[Tensor], *rest: Any) -> tuple[Any, ...]:
+        dx, *others = backward([flatten(dy) for dy in dys], None if x is None else flatten(x), weights, *rest)
+        return unflatten(dx, dys[0].shape) if weights else dx, *others
 
     return called
 

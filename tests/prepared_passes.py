@@ -26,7 +26,14 @@ from triton.runtime import driver
 
 from cases import Case, make
 from driver_stand_in import NAME, DriverStandIn
-from lora_kernels.backends.triton import code_operators, combine_operators, expert_operators, operators, part_operators
+from lora_kernels.backends.triton import (
+    code_operators,
+    combine_operators,
+    expert_operators,
+    group_operators,
+    operators,
+    part_operators,
+)
 from lora_kernels.backends.triton.choose import blocks, hopper_blocks
 from lora_kernels.backends.triton.choose.candidates import candidates
 from lora_kernels.backends.triton.choose.group_plans import DxHopperGroup, HopperGroup
@@ -52,6 +59,7 @@ STREAM, HIGH, DEVICE = 0x77, 0x55, ("cpu", -1, 0)
 WRITTEN = "cuLaunchKernelEx", "cuEventRecord", "cuStreamWaitEvent"
 CACHES = operators._runs, operators._backward_runs, part_operators._steps, code_operators._runs
 CACHES = *CACHES, expert_operators._runs, combine_operators._runs
+CACHES = *CACHES, hopper_group_passes.forward_runs, hopper_group_passes.backward_runs
 TIMED = "--time" in sys.argv
 SIZES = {"i1": 1, "u1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "fp32": 4, "fp64": 8}
 
@@ -320,6 +328,10 @@ def of_groups() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
                 yield name, run, (dys, x, weights, lora_as, lora_bs, hs, scalings, given)
 
 
+def flat(results: Any) -> tuple[Any, ...]:
+    return tuple(each for kept in results for each in (kept if isinstance(kept, list) else [kept]))
+
+
 def calls_of(m: int, p: float) -> tuple[dict[str, Callable[[float], Any]], list[torch.Tensor]]:
     """Each operator as a layer calls it, and the tensors that they are given."""
     bf16, state, states = torch.bfloat16, torch.tensor([1, 2]), [torch.tensor([3, 4]), torch.tensor([5, 6])]
@@ -359,6 +371,17 @@ def calls_of(m: int, p: float) -> tuple[dict[str, Callable[[float], Any]], list[
         "four bits": lambda s: four_bits(plain, Codes("nf4", 1, 64), *of),
         "four bits, nested": lambda s: four_bits(nested, Codes("fp4", 1, 64, 256), *of),
     }
+    if m > 16:
+        group = [weight, weight.clone()], [a, a.clone()], [b, b.clone()], [bias, None]
+        members = states if p else []
+        hs, group_words = [h, h.clone()], [words, words.clone()] if words is not None else []
+        given += [each for kind in (*group, hs, group_words) for each in kind if each is not None]
+        calls |= {
+            "group_forward": lambda s: flat(group_operators.group_forward(x, *group, [s, 2 * s], p, members)),
+            "group_backward": lambda s: flat(
+                group_operators.group_backward([dy, linear], x, *group, hs, [s, 2 * s], p, group_words)
+            ),
+        }
     if m <= 16:
         few, nf4, fp4 = code_operators.few_tokens, Codes("nf4", 1, 64, 256), Codes("fp4", 1, 64)
         calls |= {
@@ -414,6 +437,7 @@ def compare_operator(
     before = {id(run) for cache in CACHES for run in cache.values()}
     call(0.5)
     made = [run for cache in CACHES for run in cache.values() if id(run) not in before]
+    made = [getattr(run, "passes", run) for run in made]
     for compiled in (compiled for run in made if run._pass for compiled in run._pass.kept):
         stand_in.parameters(compiled.function, parameter_sizes(compiled))
     call(0.5)
@@ -444,11 +468,15 @@ def compare_operator(
 KNOWN: list[bool] = []  # of each question in turn, whether C++ knew the pass
 
 
-def told(known: KnownPasses, *arguments: Any, ask: Callable[..., Any] = KnownPasses.__call__) -> Any:
-    """In the place of ``KnownPasses.__call__``."""
-    found = ask(known, *arguments)
-    KNOWN.append(len(found) > 0)
-    return found
+def telling(ask: Callable[..., Any]) -> Callable[..., Any]:
+    """``ask`` of ``KnownPasses``, which notes each answer in ``KNOWN``."""
+
+    def told(known: KnownPasses, *arguments: Any) -> Any:
+        found = ask(known, *arguments)
+        KNOWN.append(len(found) > 0)
+        return found
+
+    return told
 
 
 class Holding(TorchDispatchMode):
@@ -490,7 +518,8 @@ def main(path: str, folder: str) -> None:
         module.ahead_on = lambda device, beside: high if beside else streams.in_turn
     found = [compare(stand_in, *each) for each in (*of_plans(), *of_hopper(), *of_hopper_backward(), *of_groups())]
     # The operators take the CPU's tensors for a GPU's.
-    KnownPasses.__call__ = told  # type: ignore[assignment]
+    KnownPasses.__call__ = telling(KnownPasses.__call__)  # type: ignore[method-assign]
+    KnownPasses.many = telling(KnownPasses.many)  # type: ignore[method-assign]
     launcher.index_of, launcher._device_words = (lambda device: 0), (lambda index: DEVICE)
     launcher.current_stream, torch.cuda.current_device = (lambda index: STREAM), (lambda: 0)
     torch.cuda.is_current_stream_capturing = lambda: False

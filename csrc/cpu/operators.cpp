@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../rows.h"
+#include "../matrix_of_rows.h"
 #include "layer.h"
 
 namespace lora_kernels {
@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
                                            const Tensor& lora_b, const std::optional<Tensor>& bias, double scaling,
                                            double p, const std::optional<Tensor>& state) {
     expect_one_rank(lora_a, lora_b);
-    const Rows rows(x);
+    const MatrixOfRows rows(x);
     const Tensor& tokens = rows.matrix;
     if (auto whole = whole_forward(tokens, weight, lora_a, lora_b, bias, scaling, p, pointer(state)))
         return {rows.restored(std::get<1>(*whole)), std::get<0>(*whole), no_words()};
@@ -166,9 +166,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const std:
                                                     const std::optional<Tensor>& h, double scaling, double p,
                                                     const std::optional<Tensor>& state) {
     expect_one_rank(lora_a, lora_b);
-    const Rows rows(dy);
+    const MatrixOfRows rows(dy);
     const Tensor& outer = rows.matrix;
-    std::optional<Rows> tokens;
+    std::optional<MatrixOfRows> tokens;
     if (x.has_value()) {
         tokens.emplace(*x);
         expect(tokens->matrix, "x", {rows_of(outer, "dy"), lora_a.sizes()[1]}, dtype_of(dy, "dy"));

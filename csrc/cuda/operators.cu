@@ -10,7 +10,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../rows.h"
+#include "../matrix_of_rows.h"
 #include "launch.h"
 
 namespace lora_kernels {
@@ -162,9 +162,6 @@ void expand(const Call& call, const Operand& hidden, const Operand& factor, cons
 
 std::tuple<Tensor, Tensor> dh_db(const Call& call, const Tensor& dy, const Tensor& lora_b, const Tensor& h,
                                  double scaling) {
-    const Rows given(given_dy);
-    const Tensor& dy = given.matrix;
-    const std::optional<Tensor> x = given_x ? std::optional<Tensor>(Rows(*given_x).matrix) : std::nullopt;
     const int64_t rows = dy.size(0), columns = dy.size(1), ranks = lora_b.size(1);
     const Slices slices = dh_db_slices(call.dtype, rows, columns);
     const int64_t tiles = dh_db_tiles(call.dtype, columns);
@@ -196,7 +193,7 @@ Tensor column_sum(const Call& call, const Tensor& dy, const Tensor& bias) {
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor given_x, const Tensor weight, const Tensor lora_a,
                                            const Tensor lora_b, const std::optional<Tensor> bias, double scaling,
                                            double p, const std::optional<Tensor> state) {
-    const Rows given(given_x);
+    const MatrixOfRows given(given_x);
     const Tensor& x = given.matrix;
     const int64_t rows = x.size(0), columns = weight.size(0);
     check_matrix(weight, "weight", columns, x.size(1));
@@ -221,9 +218,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor given_dy, const
                                                     const Tensor lora_b, const std::optional<Tensor> bias,
                                                     const std::optional<Tensor> h, double scaling, double p,
                                                     const std::optional<Tensor> state) {
-    const Rows given(given_dy);
+    const MatrixOfRows given(given_dy);
     const Tensor& dy = given.matrix;
-    const std::optional<Tensor> x = given_x ? std::optional<Tensor>(Rows(*given_x).matrix) : std::nullopt;
+    const std::optional<Tensor> x = given_x ? std::optional<Tensor>(MatrixOfRows(*given_x).matrix) : std::nullopt;
     const int64_t rows = dy.size(0), columns = dy.size(1), ranks = lora_a.size(0), width = lora_a.size(1);
     check_matrix(lora_b, "lora_b", columns, ranks);
     if (x) check_matrix(*x, "x", rows, width);

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../rows.h"
+#include "../matrix_of_rows.h"
 
 namespace lora_kernels {
 namespace launch {
@@ -12,6 +12,12 @@ Key::Key(double p, int64_t kind) {
     int64_t bits;
     std::memcpy(&bits, &p, sizeof bits);
     put(bits), put(kind);
+}
+
+bool Key::add(const std::optional<Tensor>* const* tensors, size_t count) {
+    while (count > 0 && !tensors[count - 1]->has_value()) --count;
+    if (count == 0 || count > MAX_TENSORS) return false;
+    return std::all_of(tensors, tensors + count, [this](const auto* tensor) { return add(*tensor); });
 }
 
 bool Key::add(const std::optional<Tensor>& tensor) {
@@ -32,7 +38,7 @@ bool Key::add(const std::optional<Tensor>& tensor) {
     for (int64_t i = 0; i < dims - 1; ++i) rows *= sizes[i];
     const int64_t columns = sizes[dims - 1];
     if (rows == 0 || columns == 0) return false;
-    if (rows > 1 && (step = Rows::row_step(dims, sizes, strides)) < 0) return false;
+    if (rows > 1 && (step = MatrixOfRows::row_step(dims, sizes, strides)) < 0) return false;
     if (reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 != 0) return false;
     put(int64_t{dtype} | int64_t{device_type} << 16 | int64_t{device_index} << 32 | int64_t{dims > 1} << 62);
     put(rows), put(step), put(columns), put(columns > 1 ? strides[dims - 1] : 0);
@@ -59,12 +65,10 @@ void KnownPasses::enter(const Key& key, Entry entry) {
     entries_[key] = kept;
 }
 
-std::vector<Tensor> KnownPasses::run(double number, double p, int64_t kind,
-                                     const std::optional<Tensor>* const* tensors) const {
+std::vector<Tensor> KnownPasses::run(const double* numbers, size_t number_count, double p, int64_t kind,
+                                     const std::optional<Tensor>* const* tensors, size_t count) const {
     Key key(p, kind);
-    for (size_t i = 0; i < Key::MAX_TENSORS; ++i) {
-        if (!key.add(*tensors[i])) return {};
-    }
+    if (!key.add(tensors, count)) return {};
     std::shared_ptr<const Entry> entry;
     {
         const std::shared_lock<std::shared_mutex> lock(mutex_);
@@ -73,23 +77,29 @@ std::vector<Tensor> KnownPasses::run(double number, double p, int64_t kind,
         entry = found->second;
     }
     const std::shared_ptr<const Pass> pass = entry->pass.lock();
-    if (pass == nullptr || (entry->eager_only && is_captured(*pass))) return {};
+    if (pass == nullptr || pass->tensors.size() > count || (entry->eager_only && is_captured(*pass))) return {};
     std::optional<Tensor> matrices[Key::MAX_TENSORS];
     const std::optional<Tensor>* given[Key::MAX_TENSORS];
-    for (size_t i = 0; i < Key::MAX_TENSORS; ++i) {
+    for (size_t i = 0; i < pass->tensors.size(); ++i) {
         given[i] = tensors[i];
         if (tensors[i]->has_value() && (*tensors[i])->dim() > 2) {
-            matrices[i] = Rows(**tensors[i]).matrix, given[i] = &matrices[i];
+            matrices[i] = MatrixOfRows(**tensors[i]).matrix, given[i] = &matrices[i];
         }
     }
-    std::vector<Tensor> own =
-        launch::run(*pass, given, pass->tensors.size(), &number, static_cast<size_t>(pass->number_count));
+    std::vector<Tensor> own = launch::run(*pass, given, pass->tensors.size(), numbers, number_count);
     if (own.empty()) return {};
+    const MatrixOfRows rows(**tensors[0]);
     std::vector<Tensor> results;
     results.reserve(entry->absent.size());
     auto next = own.begin();
-    for (const std::optional<Tensor>& absent : entry->absent) results.push_back(absent.has_value() ? *absent : *next++);
-    if (!entry->absent[0].has_value()) results[0] = Rows(**tensors[0]).restored(results[0]);
+    for (const std::optional<Tensor>& absent : entry->absent) {
+        if (absent.has_value()) {
+            results.push_back(*absent);
+        } else {
+            results.push_back(results.size() < entry->of_rows ? rows.restored(*next) : *next);
+            ++next;
+        }
+    }
     return results;
 }
 

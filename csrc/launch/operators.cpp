@@ -34,6 +34,13 @@ std::shared_ptr<const Pass> pass_of(int64_t handle) {
 
 using Given = std::optional<Tensor>;
 
+std::vector<const Given*> pointers(const std::vector<Given>& tensors) {
+    std::vector<const Given*> found;
+    found.reserve(tensors.size());
+    for (const Given& tensor : tensors) found.push_back(&tensor);
+    return found;
+}
+
 // The usual call: one number, which a pass without numbers leaves, and at most eight tensors. Fixed arguments cost a
 // microsecond less than lists.
 std::vector<Tensor> launch(int64_t handle, double number, const Given& a, const Given& b, const Given& c,
@@ -49,9 +56,7 @@ std::vector<Tensor> launch(int64_t handle, double number, const Given& a, const 
 
 std::vector<Tensor> launch_many(int64_t handle, const std::vector<double>& numbers, const std::vector<Given>& tensors) {
     const std::shared_ptr<const Pass> pass = pass_of(handle);
-    std::vector<const Given*> given;
-    given.reserve(tensors.size());
-    for (const Given& tensor : tensors) given.push_back(&tensor);
+    const std::vector<const Given*> given = pointers(tensors);
     return run(*pass, given.data(), given.size(), numbers.data(), numbers.size());
 }
 
@@ -67,24 +72,31 @@ std::vector<Tensor> launch_known(int64_t table, double number, double p, int64_t
                                  const Given& c, const Given& d, const Given& e, const Given& f, const Given& g,
                                  const Given& h) {
     const std::shared_ptr<KnownPasses> known = known_in(table);
-    const Given* const tensors[Key::MAX_TENSORS] = {&a, &b, &c, &d, &e, &f, &g, &h};
-    return known == nullptr ? std::vector<Tensor>() : known->run(number, p, kind, tensors);
+    const Given* const tensors[] = {&a, &b, &c, &d, &e, &f, &g, &h};
+    if (known == nullptr) return {};
+    return known->run(&number, 1, p, kind, tensors, sizeof tensors / sizeof tensors[0]);
+}
+
+std::vector<Tensor> launch_known_many(int64_t table, const std::vector<double>& numbers, double p, int64_t kind,
+                                      const std::vector<Given>& tensors) {
+    const std::shared_ptr<KnownPasses> known = known_in(table);
+    if (known == nullptr) return {};
+    const std::vector<const Given*> given = pointers(tensors);
+    return known->run(numbers.data(), numbers.size(), p, kind, given.data(), given.size());
 }
 
 // Has the table know a pass by such tensors, which are what it was prepared for; False where it cannot.
-bool enter_pass(int64_t table, int64_t handle, double p, int64_t kind, bool eager_only,
+bool enter_pass(int64_t table, int64_t handle, double p, int64_t kind, bool eager_only, int64_t of_rows,
                 const std::vector<Given>& absent, const std::vector<Given>& tensors) {
     const std::shared_ptr<const Pass> pass = pass_of(handle);
-    if (pass->tensors.size() > tensors.size() || tensors.size() > Key::MAX_TENSORS || pass->number_count > 1 ||
-        pass->results.size() + static_cast<size_t>(std::count_if(absent.begin(), absent.end(),
-                                                                 [](const Given& each) { return each.has_value(); })) !=
-            absent.size()) {
-        throw Refusal("the pass has other tensors, numbers or results than it is to be known by.");
+    const auto missing =
+        std::count_if(absent.begin(), absent.end(), [](const Given& each) { return each.has_value(); });
+    if (pass->tensors.size() > tensors.size() || pass->results.size() + static_cast<size_t>(missing) != absent.size()) {
+        throw Refusal("the pass has other tensors or results than it is to be known by.");
     }
     Key key(p, kind);
-    for (size_t i = 0; i < Key::MAX_TENSORS; ++i) {
-        if (!key.add(i < tensors.size() ? tensors[i] : Given())) return false;
-    }
+    const std::vector<const Given*> given = pointers(tensors);
+    if (!key.add(given.data(), given.size())) return false;
     Passes& all = passes();
     std::shared_ptr<KnownPasses> known;
     {
@@ -93,7 +105,7 @@ bool enter_pass(int64_t table, int64_t handle, double p, int64_t kind, bool eage
         if (found == nullptr) found = std::make_shared<KnownPasses>();
         known = found;
     }
-    known->enter(key, {pass, eager_only, absent});
+    known->enter(key, {pass, eager_only, absent, static_cast<size_t>(of_rows)});
     return true;
 }
 
@@ -174,9 +186,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lora_kernels, m) {
     m.def(
         "launch_known(int table, float number, float p, int kind, Tensor? a=None, Tensor? b=None, Tensor? c=None, "
         "Tensor? d=None, Tensor? e=None, Tensor? f=None, Tensor? g=None, Tensor? h=None) -> Tensor[]");
+    m.def("launch_known_many(int table, float[] numbers, float p, int kind, Tensor?[] tensors) -> Tensor[]");
     m.def(
-        "enter_pass(int table, int handle, float p, int kind, bool eager_only, Tensor?[] absent, Tensor?[] tensors) "
-        "-> bool");
+        "enter_pass(int table, int handle, float p, int kind, bool eager_only, int of_rows, Tensor?[] absent, "
+        "Tensor?[] tensors) -> bool");
 }
 
 // For every device: a pass checks its tensors itself, and the host's tests run it on the CPU's memory.
@@ -184,5 +197,6 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
     m.impl("launch", TORCH_BOX(&launch));
     m.impl("launch_many", TORCH_BOX(&launch_many));
     m.impl("launch_known", TORCH_BOX(&launch_known));
+    m.impl("launch_known_many", TORCH_BOX(&launch_known_many));
     m.impl("enter_pass", TORCH_BOX(&enter_pass));
 }

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...tensors import flatten, unflatten
 from . import operators
 from .choose import ranking
 from .choose.group_plans import Apart, DxHopperGroup, HopperGroup
 from .choose.launching import Launching
-from .run.chosen import first_run
+from .run.call import kind_of
+from .run.chosen import enter, first_run
 from .run.group_call import GroupCall, group_backward_key, group_forward_key
 from .run.hopper_group_passes import (
     backward_runs,
@@ -26,10 +28,13 @@ from .run.hopper_group_passes import (
     flat_forward,
     forward_runs,
     group_plan_fault,
+    known_backward,
+    known_forward,
     ready_group_backward,
     ready_group_forward,
 )
 from .run.launcher import PassRun
+from .run.prepared import precision_of
 
 __all__ = ["group_backward", "group_forward", "run_group_backward", "run_group_forward"]
 
@@ -46,12 +51,26 @@ def group_forward(
     p: float,
     states: _Tensors,
 ) -> tuple[_Tensors, _Tensors, _Tensors]:
+    """For x (..., K), with every y (..., N_i)."""
+    count, kind, numbers = len(weights), kind_of(precision_of(x.dtype)), [float(scaling) for scaling in scalings]
+    tensors = [x, *weights, *lora_as, *lora_bs, *biases, *states]
+    if found := known_forward.many(numbers, p, kind, tensors):
+        return list(found[:count]), list(found[count : 2 * count]), list(found[2 * count :])
+    rows = flatten(x)
+    arguments = (rows, weights, lora_as, lora_bs, biases, numbers, states)
+    ys, hs, words = _group_forward(kind, arguments, p)
+    return [unflatten(y, x.shape) for y in ys], hs, words
+
+
+def _group_forward(kind: int, arguments: tuple[Any, ...], p: float) -> tuple[_Tensors, _Tensors, _Tensors]:
+    x, weights, lora_as, lora_bs, biases, _, states = arguments
     key = group_forward_key(x, weights, lora_as, lora_bs, biases, p, states)
-    arguments = (x, weights, lora_as, lora_bs, biases, [float(scaling) for scaling in scalings], states)
     given: tuple[_Tensors, _Tensors, _Tensors]
     run = forward_runs.get(key)
     if run is not None:
         given = run(*arguments)
+        tensors, count = (x, *weights, *lora_as, *lora_bs, *biases, *states), len(weights)
+        enter(known_forward, run, p, kind, tensors, lambda: [each for kept in given for each in kept], count)
         return given
     call = GroupCall.of(x, lora_as, lora_bs, biases, p, states, (x, *weights))
     chosen, given = first_run(
@@ -76,7 +95,7 @@ def _plans(call: GroupCall, direction: str, launching: Launching) -> list[Any]:
 def _forward_of(plan: Apart | HopperGroup, call: GroupCall) -> Callable[..., tuple[_Tensors, _Tensors, _Tensors]]:
     """``run(x, weights, lora_as, lora_bs, biases, scalings, states)`` -> every y, every h, every mask's words."""
     if not isinstance(plan, Apart):
-        return _by_passes(flat_forward(ready_group_forward(plan, call)), call)
+        return _ByPasses(flat_forward(ready_group_forward(plan, call)), call)
     p = call.p
 
     def run(x: Tensor, *of_members: Any) -> tuple[_Tensors, _Tensors, _Tensors]:
@@ -89,15 +108,39 @@ def _forward_of(plan: Apart | HopperGroup, call: GroupCall) -> Callable[..., tup
     return run
 
 
-def _by_passes(flat: Callable[..., Any], call: GroupCall) -> Callable[..., tuple[_Tensors, _Tensors, _Tensors]]:
-    """``flat`` in one call into C++, its results by kind again."""
-    run, count = PassRun(flat, call.device), len(call.group)
+class _ByPasses:
+    """``flat`` in one call into C++, its results by kind again: ``group_forward``'s of ``count`` layers."""
 
-    def forward(*arguments: Any) -> tuple[_Tensors, _Tensors, _Tensors]:
-        found = run(*arguments)
+    __slots__ = ("count", "passes")
+
+    def __init__(self, flat: Callable[..., Any], call: GroupCall) -> None:
+        self.passes, self.count = PassRun(flat, call.device), len(call.group)
+
+    def __call__(self, *arguments: Any) -> tuple[_Tensors, _Tensors, _Tensors]:
+        found, count = self.passes(*arguments), self.count
         return list(found[:count]), list(found[count : 2 * count]), list(found[2 * count :])
 
-    return forward
+
+class _BackwardByPasses:
+    """The same of ``group_backward``'s, None for what is not due; each dbias is known by its bias."""
+
+    __slots__ = ("count", "passes")
+
+    def __init__(self, flat: Callable[..., Any], call: GroupCall) -> None:
+        self.passes, self.count = PassRun(flat, call.device), len(call.group)
+
+    def __call__(
+        self,
+        dys: _Tensors,
+        x: Tensor | None,
+        weights: _Tensors,
+        lora_as: _Tensors,
+        lora_bs: _Tensors,
+        biases: Sequence[Tensor | None],
+        *others: Any,
+    ) -> tuple[Any, ...]:
+        dx, *found = self.passes(dys, x, weights, lora_as, lora_bs, *others)
+        return dx, *(found[i * self.count : (i + 1) * self.count] for i in range(3))
 
 
 def run_group_forward(
@@ -138,9 +181,21 @@ def group_backward(
     p: float,
     states: _Tensors,
 ) -> tuple[Tensor, _Tensors, _Tensors, _Tensors]:
-    hs = [h.contiguous() for h in hs]
+    """For every dy (..., N_i) and x (..., K), with dx (..., K)."""
+    count, kind, numbers = len(dys), kind_of(precision_of(dys[0].dtype), biases), [float(each) for each in scalings]
+    tensors = [*dys, x, *weights, *lora_as, *lora_bs, *hs, *states]
+    if found := known_backward.many(numbers, p, kind, tensors):
+        dx, *others = found
+        return dx, others[:count], others[count : 2 * count], others[2 * count :]
+    shape, dys, x = dys[0].shape, [flatten(dy) for dy in dys], None if x is None else flatten(x)
+    arguments = (dys, x, weights, lora_as, lora_bs, biases, [h.contiguous() for h in hs], numbers, states)
+    dx, das, dbs, dbiases = _group_backward(kind, arguments, p)
+    return unflatten(dx, shape) if weights else dx, das, dbs, dbiases
+
+
+def _group_backward(kind: int, arguments: tuple[Any, ...], p: float) -> tuple[Tensor, _Tensors, _Tensors, _Tensors]:
+    dys, x, weights, lora_as, lora_bs, biases, hs, _, states = arguments
     key = group_backward_key(dys, x, weights, lora_as, lora_bs, biases, hs, p, states)
-    arguments = (dys, x, weights, lora_as, lora_bs, biases, hs, [float(scaling) for scaling in scalings], states)
     run = backward_runs.get(key)
     if run is None:
         call = _backward_call(dys, x, weights, lora_as, lora_bs, biases, hs, p, states)
@@ -157,12 +212,12 @@ def group_backward(
     else:
         results = run(*arguments)
     dx, das, dbs, dbiases = results
-    return (
-        dys[0].new_empty(0) if dx is None else dx,
-        _filled(das, lora_as),
-        _filled(dbs, lora_bs),
-        _filled(dbiases, dys),
-    )
+    dx = dys[0].new_empty(0) if dx is None else dx
+    filled = _filled(das, lora_as), _filled(dbs, lora_bs), _filled(dbiases, dys)
+    if run is not None:
+        tensors = (*dys, x, *weights, *lora_as, *lora_bs, *hs, *states)
+        enter(known_backward, run, p, kind, tensors, lambda: [dx, *(each for kept in filled for each in kept)])
+    return dx, *filled
 
 
 def _filled(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> _Tensors:
@@ -189,22 +244,8 @@ def _backward_call(
 def _backward_of(plan: Apart | DxHopperGroup, call: GroupCall, due: tuple[bool, bool], states: _Tensors) -> Any:
     """``run(dys, x, weights, lora_as, lora_bs, biases, hs, scalings, states)`` -> what is due, else None."""
     if not isinstance(plan, Apart):
-        count = len(call.group)
-        run = PassRun(flat_backward(ready_group_backward(plan, call, *due, states), count), call.device)
-
-        def by_kernels(
-            dys: _Tensors,
-            x: Tensor | None,
-            weights: _Tensors,
-            lora_as: _Tensors,
-            lora_bs: _Tensors,
-            biases: Sequence[Tensor | None],
-            *others: Any,
-        ) -> Any:
-            dx, *found = run(dys, x, weights, lora_as, lora_bs, *others)
-            return dx, *(found[i * count : (i + 1) * count] for i in range(3))
-
-        return by_kernels
+        flat = flat_backward(ready_group_backward(plan, call, *due, states), len(call.group))
+        return _BackwardByPasses(flat, call)
     p = call.p
 
     def run_apart(

@@ -8,6 +8,7 @@ and alignments alone is made ready once for each of them and kept (``prepared``)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ from .choose.plans import (
 from .kernels.packed import mask_kernel
 from .run import hopper_group_passes
 from .run.backward import BackwardRun, ready_backward
-from .run.call import Call, backward_key, cdiv, forward_key
-from .run.chosen import EitherRun, enter, first_run
+from .run.call import Call, backward_key, cdiv, forward_key, kind_of
+from .run.chosen import enter, first_run
 from .run.forward import ready
 from .run.hopper_backward import ready_hopper_backward
 from .run.hopper_call import plan_fault
@@ -49,10 +50,9 @@ __all__ = ["backward", "forget", "forward", "mask", "run_backward", "run_plan"]
 
 _MASK_BLOCK_M, _MASK_BLOCK_K = 32, 128
 
-_runs: Cache[PassRun | EitherRun] = Cache()
-_backward_runs: Cache[PassRun | EitherRun] = Cache()
+_runs: Cache[Callable[..., Any]] = Cache()
+_backward_runs: Cache[Callable[..., Any]] = Cache()
 _known, _known_backward = KnownPasses(), KnownPasses()
-_KINDS = {None: 0, torch.float32: 2, torch.float16: 4, torch.bfloat16: 6, torch.float64: 8}  # of dbias
 
 
 def forget() -> None:
@@ -81,7 +81,7 @@ def forward(
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For x (..., K), with y (..., N)."""
-    kind = precision_of(x.dtype) == "tf32"
+    kind = kind_of(precision_of(x.dtype))
     scaling = float(scaling)  # an int of 1 would be compiled in
     if found := _known(scaling, p, kind, x, weight, lora_a, lora_b, bias, state):
         y, h, words = found
@@ -94,7 +94,8 @@ def forward(
         y, h, words = _first_forward(key, rows, weight, lora_a, lora_b, bias, scaling, p, state)
     else:
         y, h, words = run(rows, weight, lora_a, lora_b, bias, scaling, state)
-        enter(_known, run, p, kind, (rows, weight, lora_a, lora_b, bias, state))
+        absent = (y, h, words)  # the words alone may be
+        enter(_known, run, p, kind, (rows, weight, lora_a, lora_b, bias, state), lambda: absent)
     return unflatten(y, x.shape), h, words
 
 
@@ -226,7 +227,7 @@ def backward(
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For dy (..., N) and x (..., K), with dx (..., K)."""
-    kind = _KINDS[None if bias is None else bias.dtype] + (precision_of(dy.dtype) == "tf32")
+    kind = kind_of(precision_of(dy.dtype), (bias,))
     scaling = float(scaling)
     if found := _known_backward(scaling, p, kind, dy, x, weight, lora_a, lora_b, h, state):
         dx, da, db, dbias = found
@@ -261,7 +262,7 @@ def _backward(
     found = _backward_runs.get(key)
     if found is not None:
         results = found(*arguments)
-        enter(_known_backward, found, p, kind, (dy, x, weight, lora_a, lora_b, h, state))
+        enter(_known_backward, found, p, kind, (dy, x, weight, lora_a, lora_b, h, state), lambda: results)
         return results
     call = Call.backward(dy, x, weight, lora_a, lora_b, bias, h, p, state)
     descriptors = call.by_tma if weight is None else call.by_descriptor

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import struct
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,7 +48,7 @@ class Operator:
         for _ in range(2):
             self.run(x, w, bias, 0.5)
         of: Any = EitherRun(self.run, self.run) if either else self.run
-        enter(self.known, of, P, KIND, (x, w, bias))
+        enter(self.known, of, P, KIND, (x, w, bias), lambda: ABSENT)
 
     def __call__(self, x: Tensor, w: Tensor, bias: Tensor | None = None, p: float = P, kind: int = KIND) -> Any:
         return self.known(0.5, p, kind, x, w, bias)
@@ -149,6 +151,34 @@ def test_two_calls_are_known_apart(driver: DriverStandIn) -> None:
     assert len(one(x, w)) == 3
 
 
+def test_lists_of_tensors(driver: DriverStandIn) -> None:
+    """As a group has them: several results of rows, more than eight tensors, several numbers."""
+    kernel = FakeKernel("*fp32", "*fp32", "fp32", "fp32")
+    launch = Launch(kernel, (2, 1, 1), ())
+
+    def run(stream: int | None, x: Tensor, ws: list[Tensor], numbers: list[float]) -> tuple[Tensor, ...]:
+        ys, h = [torch.mm(x, w.t()) for w in ws], torch.empty(6, 2)
+        launch(stream, x, h, *numbers)
+        return *ys, h
+
+    passes, known = PassRun(run, CUDA), KnownPasses()
+    x, ws, numbers = torch.randn(6, 8), [torch.randn(4, 8) for _ in range(9)], [0.5, 0.25]
+    for _ in range(2):
+        passes(x, ws, numbers)
+    enter(known, SimpleNamespace(passes=passes), P, KIND, (x, *ws), lambda: [x] * 10, 9)
+    driver.parameters(0x700, (8, 8, 4, 4))
+    launches(driver)
+    *ys, h = known.many([1.0, 2.0], P, KIND, [x.view(3, 2, 8), *ws])
+    assert [same_bits(y, (x @ w.t()).view(3, 2, 4)) for y, w in zip(ys, ws, strict=True)] == [True] * 9
+    assert h.shape == (6, 2)
+    (line,) = driver.take("cuLaunchKernelEx")
+    assert line[-2:] == [struct.pack("<f", number).hex() for number in (1.0, 2.0)]
+    assert len(known.many([1.0, 2.0], P, KIND, [x, *ws[:8]])) == 0
+    assert len(known.many([1.0, 2.0], P, KIND, [x, *ws[::-1], None])) == 10
+    assert len(known.many([1.0], P, KIND, [x, *ws])) == 0  # refused by the pass
+    assert len(known.many([1.0, 2.0], P, KIND, [x] * 41)) == 0
+
+
 def test_a_captured_graph_takes_its_own_run(operator: Operator, driver: DriverStandIn) -> None:
     x, w = made()
     operator.warm(x, w, either=True)
@@ -197,7 +227,7 @@ def test_a_run_is_entered_once(operator: Operator, monkeypatch: pytest.MonkeyPat
     x, w = made()
     operator.warm(x, w)
     monkeypatch.setattr(KnownPasses, "enter", lambda *arguments: pytest.fail("it was entered again"))
-    enter(operator.known, operator.run, P, KIND, (x, w, None))
+    enter(operator.known, operator.run, P, KIND, (x, w, None), lambda: ABSENT)
 
 
 def test_without_a_library_nothing_is_known(driver: DriverStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +244,7 @@ def test_what_is_no_such_pass_is_refused(operator: Operator) -> None:
     found = launcher._search().library
     assert found is not None
     ready: Any = operator.run._pass
-    with pytest.raises(RuntimeError, match="other tensors, numbers or results"):
-        found.enter_pass(99, ready.handle, P, KIND, False, [None, None, None], [x, w, None])
+    with pytest.raises(RuntimeError, match="other tensors or results"):
+        found.enter_pass(99, ready.handle, P, KIND, False, 1, [None, None, None], [x, w, None])
     with pytest.raises(RuntimeError, match="no prepared pass 123456"):
-        found.enter_pass(99, 123456, P, KIND, False, [None], [x])
+        found.enter_pass(99, 123456, P, KIND, False, 1, [None], [x])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..choose.plans import Cell
 from .descriptors import operand_fault
 from .prepared import alignment, matrix, precision_of
 
-__all__ = ["Call", "backward_key", "cdiv", "forward_key", "rows_in_one_piece", "told"]
+__all__ = ["Call", "backward_key", "cdiv", "forward_key", "kind_of", "rows_in_one_piece", "told"]
 
 
 def cdiv(size: int, block: int) -> int:
@@ -256,3 +257,14 @@ def told(state: Tensor | None) -> torch.Size | None:
 def rows_in_one_piece(matrix: Tensor) -> Tensor:
     """What is (M, R), with contiguous rows at any distance: as the kernels read h and dh."""
     return matrix if matrix.shape[1] == 1 or matrix.stride(1) == 1 else matrix.contiguous()
+
+
+_DTYPES = (None, torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def kind_of(precision: str, biases: Iterable[Tensor | None] = ()) -> int:
+    """A number for what a run depends on beyond its tensors: how fp32 is multiplied, and of which dbias is due."""
+    kind = 1 if precision == "tf32" else 0
+    for bias in biases:
+        kind = 8 * kind + (0 if bias is None else _DTYPES.index(bias.dtype))
+    return kind

@@ -52,12 +52,19 @@ class EitherRun:
 
 
 def enter(
-    known: KnownPasses, run: PassRun | EitherRun, p: float, kind: int, tensors: Sequence[torch.Tensor | None]
+    known: KnownPasses,
+    run: Any,
+    p: float,
+    kind: int,
+    tensors: Sequence[torch.Tensor | None],
+    absent: Callable[[], Sequence[torch.Tensor]],
+    of_rows: int = 1,
 ) -> None:
-    """Has ``known`` find the run's pass from now on, once there is one."""
-    eager: Any = run.eager if isinstance(run, EitherRun) else run
-    if eager.stands_in:
-        known.enter(eager, p, kind, tensors, eager is not run)
+    """Has ``known`` find the pass of ``run`` from now on, once there is one: see :meth:`KnownPasses.enter`."""
+    eager = run.eager if isinstance(run, EitherRun) else run
+    passes = getattr(eager, "passes", eager)
+    if isinstance(passes, PassRun) and passes.present:
+        known.enter(passes, p, kind, tensors, absent(), eager is not run, of_rows)
 
 
 def first_run(

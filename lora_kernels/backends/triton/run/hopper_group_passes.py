@@ -30,6 +30,7 @@ from .hopper_groups import (
     group_shrink_counters,
     group_shrink_step,
 )
+from .launcher import KnownPasses
 from .prepared import Cache
 from .steps import draw_step, seeded
 from .streams import ahead_on
@@ -43,6 +44,8 @@ __all__ = [
     "forget",
     "forward_runs",
     "group_plan_fault",
+    "known_backward",
+    "known_forward",
     "ready_group_backward",
     "ready_group_forward",
 ]
@@ -56,12 +59,15 @@ GroupBackwardRun: TypeAlias = Callable[
 
 forward_runs: Cache[Any] = Cache()  # of ``group_operators``, by its keys
 backward_runs: Cache[Any] = Cache()
+known_forward, known_backward = KnownPasses(), KnownPasses()
 
 
 def forget() -> None:
     """Forget what was made ready."""
     forward_runs.clear()
     backward_runs.clear()
+    known_forward.clear()
+    known_backward.clear()
 
 
 def group_plan_fault(plan: HopperGroup | DxHopperGroup, call: GroupCall) -> str | None:

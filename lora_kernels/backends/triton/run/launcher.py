@@ -65,6 +65,7 @@ class Library:
         self.launch = _bare(torch.ops.lora_kernels.launch.default)
         self.launch_many = _bare(torch.ops.lora_kernels.launch_many.default)
         self.launch_known = _bare(torch.ops.lora_kernels.launch_known.default)
+        self.launch_known_many = _bare(torch.ops.lora_kernels.launch_known_many.default)
         self.enter_pass = _bare(torch.ops.lora_kernels.enter_pass.default)
 
     def prepare(self, described: Pass) -> int:
@@ -216,7 +217,7 @@ class PassRun:
         absent: what is returned in the place of each None of the tuple.
     """
 
-    __slots__ = ("_absent", "_attempts", "_index", "_lock", "_pass", "_run", "_shaped", "fault", "stands_in")
+    __slots__ = ("_absent", "_attempts", "_index", "_lock", "_pass", "_run", "_shaped", "fault", "present")
 
     def __init__(self, run: Callable[..., Any], device: torch.device, absent: tuple[Any, ...] | None = None) -> None:
         self._run, self._index, self._absent, self._lock = run, index_of(device), absent, threading.Lock()
@@ -224,8 +225,7 @@ class PassRun:
         self._attempts = _ATTEMPTS if self._index >= 0 else 0
         self._shaped: Callable[[list[Tensor]], Any] = tuple
         self.fault: str | None = None
-        # Of each result of the pass what stands for it, or None where the pass has it; () once it is known.
-        self.stands_in: Sequence[Tensor | None] = ()
+        self.present: tuple[bool, ...] = ()  # which results the pass has; () once it is known, or before there is one
 
     def __call__(self, *arguments: Any) -> Any:
         ready = self._pass
@@ -277,27 +277,26 @@ class PassRun:
             self._attempts, self.fault = 0, str(error)
             return results
         self._shaped = _shaper(results, self._absent)
-        if self._absent is not None:
-            pairs = zip(results, self._absent, strict=True)
-            self.stands_in = [absent if found is None else None for found, absent in pairs]
+        self.present = tuple(found is not None for found in several)
         self._pass = made
         return results
 
-    def take_pass(self) -> tuple[PreparedPass, Sequence[Tensor | None]] | None:
-        """The pass, and what stands for the results that it has not; once, for who enters it among known passes."""
-        ready, stands_in = self._pass, self.stands_in
-        if ready is None or not stands_in:
+    def take_pass(self) -> tuple[PreparedPass, tuple[bool, ...]] | None:
+        """The pass, and which results it has; once, for who enters it among known passes."""
+        ready, present = self._pass, self.present
+        if ready is None or not present:
             return None
-        self.stands_in = ()
-        return ready, stands_in
+        self.present = ()
+        return ready, present
 
 
 class KnownPasses:
     """The warm calls of one operator: C++ finds their pass by what their tensors are, and Python asks nothing of them.
 
-    Called as ``known(number, p, kind, *tensors)``, at most eight tensors or None, the first two of them of any number
-    of dimensions: the operator's results, the first in the first tensor's dimensions; nothing where no pass is known
-    by such tensors, or it cannot run now. ``kind`` is a number for what a run depends on beyond them.
+    Called as ``known(number, p, kind, *tensors)`` with at most eight tensors, or None; ``many`` takes lists. The
+    tensors may have any number of dimensions, and the results of rows then have the first one's. Nothing is returned
+    where no pass is known by such tensors, or where it cannot run now. ``kind`` is a number for what a run depends on
+    beyond them.
     """
 
     _numbers = itertools.count(1)
@@ -315,13 +314,39 @@ class KnownPasses:
         except RuntimeError:  # whoever asks goes the long way, which meets the same and tells it
             return ()
 
-    def enter(self, run: PassRun, p: float, kind: int, tensors: Sequence[Tensor | None], eager_only: bool) -> None:
-        """Has the run's pass known by the tensors that it was just called with; ``eager_only``: not in a capture."""
+    def many(self, numbers: Sequence[float], p: float, kind: int, tensors: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        opened = self._opened
+        if opened is None or _hooked():
+            return ()
+        try:
+            return opened.launch_known_many(self._table, numbers, p, kind, tensors)
+        except RuntimeError:
+            return ()
+
+    def enter(
+        self,
+        run: PassRun,
+        p: float,
+        kind: int,
+        tensors: Sequence[Tensor | None],
+        absent: Sequence[Tensor],
+        eager_only: bool,
+        of_rows: int = 1,
+    ) -> None:
+        """Has the run's pass known by the tensors that it was just called with.
+
+        Args:
+            absent: what stands for each result, where the pass has it not.
+            eager_only: a graph that is being captured takes another run.
+            of_rows: how many results, from the first on, have a row for each of the first tensor's.
+        """
         opened, taken = _search().library, run.take_pass()
-        if opened is not None and taken is not None:
-            ready, stands_in = taken
-            opened.enter_pass(self._table, ready.handle, p, kind, eager_only, list(stands_in), list(tensors))
-            self._opened = opened
+        if opened is None or taken is None:
+            return
+        ready, present = taken
+        filled = [None if there else other for there, other in zip(present, absent, strict=True)]
+        opened.enter_pass(self._table, ready.handle, p, kind, eager_only, of_rows, filled, list(tensors))
+        self._opened = opened
 
     def clear(self) -> None:
         opened, self._opened = self._opened, None

@@ -9,10 +9,10 @@
 
 namespace lora_kernels {
 
-class Rows {
+class MatrixOfRows {
   public:
     // (..., F); what is no tensor with rows stays as it is, for whoever reads the matrix refuses it.
-    explicit Rows(const torch::stable::Tensor& given) : matrix(given), dims_(given.dim()) {
+    explicit MatrixOfRows(const torch::stable::Tensor& given) : matrix(given), dims_(given.dim()) {
         if (dims_ == 2 || dims_ == 0) return;
         const auto sizes = given.sizes();
         leading_.assign(sizes.begin(), sizes.end() - 1);
