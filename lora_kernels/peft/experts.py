@@ -104,8 +104,6 @@ def why_own(
     chain: Sequence[Any], acting: Sequence[Any], x: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> str | None:
     """Why this call is PEFT's own matter; None if it is not."""
-    if torch.compiler.is_compiling():
-        return "torch.compile is recording"
     if kwargs or len(args) != 2:
         return "the call has arguments that only the experts module knows"
     if not all(isinstance(wrapper, FusedParamWrapper) for wrapper in chain):

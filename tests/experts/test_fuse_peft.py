@@ -120,6 +120,50 @@ def test_several_active_adapters_and_ones_that_come_later() -> None:
     check(model, results(plain))
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_compiled_they_are_fused_in_one_graph_and_see_each_change(name: str) -> None:
+    torch.compiler.reset()
+    model = made(name)
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=[], target_parameters=TARGETS))
+    mixtures.move(p for n, p in model.named_parameters() if "lora_" in n)
+    layer, graphs = model.double().get_submodule(fuse_peft(model).layers[0].name), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    call = torch.compile(layer, backend=backend, dynamic=True)
+
+    def step(run: Any, tokens: int) -> list[Tensor]:
+        torch.manual_seed(tokens)
+        x, weights = (make(tokens, n, dtype=torch.float64) for make, n in ((torch.randn, 16), (torch.rand, 2)))
+        index = torch.stack([torch.randperm(layer.num_experts)[:2] for _ in range(tokens)])
+        model.zero_grad()
+        y = run(x.requires_grad_(), index, weights.requires_grad_())
+        y.square().sum().backward()
+        return [y.detach(), x.grad, weights.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
+
+    def check_bits() -> None:
+        for tokens in (9, 14):
+            assert all(same_bits(*pair) for pair in zip(step(call, tokens), step(layer, tokens), strict=True))
+
+    check_bits()
+    assert len(graphs) == 1
+    model.set_adapter("second")
+    check_bits()
+    model.base_model.set_adapter(["default", "second"])
+    check_bits()
+    layer.scale_layer(1.5)
+    check_bits()
+    with model.disable_adapter():
+        check_bits()
+    model.merge_adapter()
+    check_bits()
+    model.unmerge_adapter()
+    check_bits()
+    assert not calls(model).own
+
+
 def test_gradients_of_several_adapters_keep_fp32s_range() -> None:
     """dyᵀ h is beyond fp16's range, and s dyᵀ h is not: each adapter's gradient is what it gives when it acts alone."""
     with warnings.catch_warnings():
