@@ -27,6 +27,7 @@ _PLACES = {
     "lora_state_dict": "checkpoint",
     "mark_only_lora_as_trainable": "models.model",
     "merge_lora": "models.model",
+    "register_operators": "exported",
     "replace_linear": "models.model",
     "restore_linear": "models.model",
     "save_adapter": "checkpoint",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .dispatch import use_backend as use_backend
     from .errors import LoRAKernelsError as LoRAKernelsError
     from .experts.layer import FusedLoRAExperts as FusedLoRAExperts
+    from .exported import register_operators as register_operators
     from .functional import lora_linear as lora_linear
     from .models.disabling import adapters_disabled as adapters_disabled
     from .models.gated import FusedLoRAMLP as FusedLoRAMLP

@@ -291,10 +291,11 @@ def acting(layer: LoRALayer, on: bool) -> tuple[Any, Any]:
     outside = "_is_fsdp_managed_module" in marks or "_hf_hook" in marks  # FSDP and accelerate exchange Parameters
     if not outside and not replica and not torch.compiler.is_compiling():
         _check_unchanged(layer, base)
+    bias: Any = own.get("bias", layer.bias)  # one that is parametrized or pruned is no Parameter
     if not on:
-        return own["weight"], own.get("bias")
+        return own["weight"], bias
     weight: Any = layer._buffers["merged_weight"]
-    bias: Any = layer._buffers.get("merged_bias", own.get("bias"))
+    bias = layer._buffers.get("merged_bias", bias)
     if known.is_packed(weight):
         return weight, bias
     if outside and (now := own.get("weight")) is not None and not now.is_meta:  # gathered, in FSDP2's dtype

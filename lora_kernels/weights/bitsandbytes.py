@@ -24,7 +24,7 @@ from ..errors import InvalidTypeError, LoRAStateError
 from ..ops import CodedParts
 from . import eight_bits, four_bits
 from .by_codes import enter
-from .packed import Layout, Packed
+from .packed import Layout, Packed, package
 
 __all__ = ["EIGHT_BITS", "FOUR_BITS"]
 
@@ -223,6 +223,7 @@ def _four_bit_values(parts: list[Tensor], spec: str, rows: int, columns: int, dt
     data, absmax = parts[0], parts[1]
     if by_columns:
         data, absmax = _usual_codes(data, rows, columns).reshape(-1, 1), _usual_absmax(absmax)
+    package("bitsandbytes")
     operators = torch.ops.bitsandbytes
     if nested:
         absmax = operators.dequantize_blockwise.default(absmax, parts[2], parts[3], nested, torch.float32)

@@ -7,16 +7,37 @@ with dy there, no compiler can join a backward's values with a forward's and kee
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import MissingExtraError
 from ..ops import dequantize, reads_codes
 
-__all__ = ["Form", "Layout", "Packed", "values_of"]
+__all__ = ["Form", "Layout", "Packed", "package", "values_of"]
+
+
+def package(name: str) -> Any:
+    """A form's package, or a module of it: a saved program has a weight's tensors alone, and has imported nothing.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    found = sys.modules.get(name)
+    if found is None:
+        try:
+            found = import_module(name)
+        except ImportError as error:
+            raise MissingExtraError(
+                f"a quantised weight has values that {name} makes, and it cannot be imported: {error}. Install it: "
+                "pip install 'lora-kernels[quant]'."
+            ) from error
+    return found
 
 
 class Layout(NamedTuple):

@@ -19,7 +19,7 @@ from ..errors import LoRAStateError
 from ..ops import CodedParts
 from . import eight_bits, four_bits
 from .by_codes import enter
-from .packed import Layout, Packed
+from .packed import Layout, Packed, package
 
 __all__ = ["FORMS"]
 
@@ -128,13 +128,12 @@ def _told(setting: Any) -> str:
     return str(setting).removeprefix("torch.")
 
 
-def _class(kind: str) -> Any:
-    prototype = sys.modules.get("torchao.prototype.mx_formats.nvfp4_tensor")
-    places = (sys.modules.get("torchao.quantization"), prototype, sys.modules.get(f"{_MX}.mx_tensor"))
-    return next(found for place in places if (found := getattr(place, kind, None)) is not None)
-
-
 _MX = "torchao.prototype.mx_formats"
+_PLACES = {"NVFP4Tensor": f"{_MX}.nvfp4_tensor", "MXTensor": f"{_MX}.mx_tensor"}
+
+
+def _class(kind: str) -> Any:
+    return getattr(package(_PLACES.get(kind, "torchao.quantization")), kind)
 
 
 def _block(word: str) -> list[int]:

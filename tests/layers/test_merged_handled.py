@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from lora_kernels import FusedLoRALinear, LoRAConfig, merge_lora, replace_linear, unmerge_lora
 from lora_kernels.errors import LoRAStateError
@@ -241,6 +241,28 @@ def test_a_parametrization_of_the_adapter_ends_while_merged() -> None:
     assert same_bits(layer(x), merged)
     layer.unmerge()
     assert same_bits(layer(x), y)
+
+
+def _pruned(layer: nn.Module) -> None:
+    prune.random_unstructured(layer, "bias", 0.5)
+
+
+def _parametrized(layer: nn.Module) -> None:
+    parametrize.register_parametrization(layer, "bias", nn.Tanh())
+
+
+@pytest.mark.parametrize("computed", [_pruned, _parametrized])
+def test_a_merged_layer_adds_a_bias_that_is_computed(computed: Callable[[nn.Module], None]) -> None:
+    """It was left out, in silence."""
+    layer, x = made("plain").eval(), torch.randn(5, K)
+    with layer.enable_lora(False):
+        base = layer(x) - layer.bias
+    linear = layer(x) - layer.bias
+    layer.merge()
+    computed(layer)
+    torch.testing.assert_close(layer(x), linear + layer.bias, rtol=1e-4, atol=1e-4)
+    layer.enable_lora(False)
+    torch.testing.assert_close(layer(x), base + layer.bias, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
