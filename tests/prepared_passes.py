@@ -379,7 +379,7 @@ def calls_of(m: int, p: float) -> tuple[dict[str, Callable[[float], Any]], list[
         calls |= {
             "group_forward": lambda s: flat(group_operators.group_forward(x, *group, [s, 2 * s], p, members)),
             "group_backward": lambda s: flat(
-                group_operators.group_backward([dy, linear], x, *group, hs, [s, 2 * s], p, group_words)
+                group_operators.group_backward([dy, linear], x, *group[:3], [None] * 2, hs, [s, 2 * s], p, group_words)
             ),
         }
     if m <= 16:
