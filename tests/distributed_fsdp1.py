@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 
 from distributed_layers import world
-from distributed_training import STEPS, adapted, same_files, same_losses, tokens, trained
+from distributed_training import adapted, same_files, same_losses, tokens, trained
 from lora_kernels import (
     load_adapter,
     lora_plus_groups,
@@ -188,7 +188,7 @@ def check_fsdp1_trains_like_one_process(device: str, folder: Path) -> None:
     strategies = ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP
     for (kind, arguments), strategy in zip(KINDS.items(), strategies, strict=True):
         split = flat(adapted(device, **arguments), device, blocks=True, sharding_strategy=strategy)
-        same_losses(kind, trained(split, device, range(STEPS // 2), mesh=mesh), device, **arguments)
+        same_losses(kind, trained(split, device, mesh=mesh), device, **arguments)
     narrow = MixedPrecision(param_dtype=torch.bfloat16)
     split = flat(adapted(device), device, mixed_precision=narrow)
     start = outputs(split, device)

@@ -7,6 +7,7 @@ give up after ``PATIENCE``, and their parent after ``LIMIT``, so a hang is a fai
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -117,6 +118,8 @@ def main(device: str, folder: Path, worlds: list[int], only: list[str]) -> None:
         for name in names(device=device)
         if _is_in(file, name)
     }
+    gc.collect()
+    gc.freeze()  # what lasts, no process looks through again: FSDP1's open contexts are found among all other objects
     context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")  # CUDA does not survive a fork
     for world in worlds:
         chosen = {name: checks[name] for name in only or names(world == worlds[0], device)}
