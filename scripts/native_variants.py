@@ -63,6 +63,12 @@ _SANITIZE = Variant(
     kinds=("cpu", "launch"),
 )
 _TILES = "-DLORA_EMULATE_TILES"
+_UNCALLED = """// In the place of the portable kernels, where better ones run: no function is there to be called.
+#include "cpu/kernels.h"
+namespace lora_kernels::portable {
+extern const Kernels kernels_fp32{}, kernels_bf16{}, kernels_fp16{}, kernels_fp64{};
+}
+"""
 
 VARIANTS = {
     "sanitize": _SANITIZE,
@@ -131,15 +137,24 @@ class _Selection:
 
 def _compile(kind: str, variant: Variant, folder: Path) -> str:
     sys.path.insert(0, str(ROOT))
-    from lora_kernels.backends.native.build import Recipe, compile_library, recipe
+    from lora_kernels.backends.native.build import Recipe, Unit, compile_library, recipe
+
+    uncalled = folder / "uncalled.cpp"
+    uncalled.write_text(_UNCALLED)
 
     class ForHere(Recipe):
-        """Without the instruction sets that this machine would not run: they are most of the compiler's work."""
+        """Without the kernels that this machine would not run: they are most of the compiler's work."""
 
         @cached_property
         def capabilities(self) -> tuple[str, ...]:
             known = super().capabilities
             return known[: known.index(_capability()) + 1] if self.kind == "cpu" else known
+
+        @cached_property
+        def units(self) -> tuple[Unit, ...]:
+            if self.capabilities == ("portable",):
+                return super().units
+            return (Unit(uncalled, uncalled.name), *(u for u in super().units if not u.name.endswith(".portable")))
 
     whole = recipe(kind, extra=variant.flags)
     return str(compile_library(ForHere(kind, whole.sources, whole.compiler, whole.torch, whole.extra), folder / kind))
