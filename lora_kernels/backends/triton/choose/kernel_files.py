@@ -73,10 +73,16 @@ def digests() -> dict[str, str]:
 
 def _imports(path: Path) -> list[Path]:
     """The modules of this folder, or of one above it, that the file imports from."""
-    found = []
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    named = (path.parents[level - 1] / f"{name}.py" for level, name in _relative_imports(path.read_bytes()))
+    return [found for found in named if found.is_file()]
+
+
+@lru_cache(maxsize=256)
+def _relative_imports(source: bytes) -> tuple[tuple[int, str], ...]:
+    """How many folders up, and a module's name there; most files are asked about by several kinds of plans."""
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.level:
-            base = path.parents[node.level - 1]
             names = [node.module.replace(".", "/")] if node.module else [alias.name for alias in node.names]
-            found += [base / f"{name}.py" for name in names if (base / f"{name}.py").is_file()]
-    return found
+            found += [(node.level, name) for name in names]
+    return tuple(found)
