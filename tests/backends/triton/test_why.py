@@ -63,13 +63,19 @@ def told(cell: Cell, found: tuned.Loaded | None = None, machine: Machine = H200)
     return why.pass_plan(machine, cell, found or tuned.Loaded(), "made up", why.reads_by_descriptor(cell))
 
 
+@pytest.fixture(scope="module", params=DESCRIBED)
+def described(request: pytest.FixtureRequest) -> tuple[Machine, list[PassPlan]]:
+    """A machine, and what it is told of every one of ``CELLS``: once, for all tests of these."""
+    machine = DESCRIBED[request.param]
+    return machine, [told(cell, machine=machine) for cell in CELLS]
+
+
 # The plan that is explained is the one that is taken
 
 
-@pytest.mark.parametrize("name", DESCRIBED)
-def test_the_explained_plan_is_the_one_that_is_taken(name: str) -> None:
-    machine, device = DESCRIBED[name], torch.device("cpu")  # for which there is no table
-    explained = [told(cell, machine=machine).plan for cell in CELLS]
+def test_the_explained_plan_is_the_one_that_is_taken(described: tuple[Machine, list[PassPlan]]) -> None:
+    (machine, plans), device = described, torch.device("cpu")  # for which there is no table
+    explained = [plan.plan for plan in plans]
     assert explained == [str(ranking.plan_for(device, machine, cell, why.reads_by_descriptor(cell))) for cell in CELLS]
 
 
@@ -131,9 +137,8 @@ def test_the_launches_are_those_that_run(triton_device: str, m: int, p: float, m
     assert [len(plan.launches) for plan in plans] == [a + b for a, b in zip(counts, of_library, strict=True)]
 
 
-@pytest.mark.parametrize("name", DESCRIBED)
-def test_every_plan_s_launches_are_as_many_as_it_says(name: str) -> None:
-    machine = DESCRIBED[name]
+def test_every_plan_s_launches_are_as_many_as_it_says(described: tuple[Machine, list[PassPlan]]) -> None:
+    machine, _ = described
     for cell in [cell for cell in CELLS if cell.tokens >= 2048]:
         for plan in candidates(machine, cell):
             drawn = cell.dropout and cell.direction == "forward" and not isinstance(plan, GLUON_PLANS)
@@ -154,12 +159,10 @@ def test_bytes_are_those_of_the_model() -> None:
 # Why not another
 
 
-@pytest.mark.parametrize("name", DESCRIBED)
-def test_every_other_way_is_slower_or_has_a_reason(name: str) -> None:
-    machine = DESCRIBED[name]
-    for cell in CELLS:
-        plan, descriptors = told(cell, machine=machine), why.reads_by_descriptor(cell)
-        order = in_order(machine, cell, None, descriptors)
+def test_every_other_way_is_slower_or_has_a_reason(described: tuple[Machine, list[PassPlan]]) -> None:
+    machine, plans = described
+    for cell, plan in zip(CELLS, plans, strict=True):
+        order = in_order(machine, cell, None, why.reads_by_descriptor(cell))
         there = {why.way_of(other) for other in order}
         own = why.way_of(order[0])
         assert {other.plan for other in plan.passed_over} == set(why.WAYS[cell.direction]) - {own}
