@@ -229,9 +229,16 @@ def _find(here: Machine) -> Found:
 def _machine_of(functions: Any, path: Path | None = None) -> Machine:
     if path is None:
         path = load.load("cpu").path
-    digest = file_digest(path)[:12]
+    file = path.stat()
+    digest = _digest(path, file.st_mtime_ns, file.st_size)
     features = functions.lora_kernels_cpu_processor().decode()
     return Machine(processor_name(), features, torch.get_num_threads(), str(torch.__version__), digest)
+
+
+@lru_cache(maxsize=8)
+def _digest(path: Path, changed: int, size: int) -> str:
+    """Of the file as it is now: a megabyte, and one is asked for each decision that is explained."""
+    return file_digest(path)[:12]
 
 
 def _numbers(row: Row) -> list[int]:

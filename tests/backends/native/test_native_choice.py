@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -18,7 +19,7 @@ import torch
 
 from cases import Case, make
 from lora_kernels import dispatch, ops, use_backend
-from lora_kernels.backends.native import choice, choice_table
+from lora_kernels.backends.native import choice, choice_table, load
 from lora_kernels.backends.native.choice_table import Machine, ProductCell, Row
 from lora_kernels.dispatch import Problem
 from lora_kernels.info import collect
@@ -54,6 +55,14 @@ def row(cell: ProductCell = CELL, chosen: str = "own", machine: Machine | None =
 
 
 # The table
+
+
+def test_a_machine_is_known_by_the_library_as_it_is_now(tmp_path: Path) -> None:
+    file, functions = tmp_path / "library", choice._functions()
+    for content in (b"one", b"another"):
+        file.write_bytes(content)
+        assert choice._machine_of(functions, file).library == hashlib.sha256(content).hexdigest()[:12]
+    assert choice.machine().library == hashlib.sha256(load.load("cpu").path.read_bytes()).hexdigest()[:12]
 
 
 @pytest.mark.parametrize(("dtype", "direction"), [*product(choice_table.DTYPES, choice_table.DIRECTIONS)])
