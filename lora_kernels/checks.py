@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .dispatch import COMPUTE_DTYPES
 from .errors import InvalidArgumentError, InvalidTypeError, LoRAKernelsError
-from .weights.packed import Packed
 
 __all__ = ["check", "fits", "kind_refusal", "refusal"]
 
@@ -44,7 +43,11 @@ def fits(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor
 
 
 def _is_strided(tensor: Any) -> bool:
-    return tensor.layout is _STRIDED or type(tensor) is Packed
+    return tensor.layout is _STRIDED or not isinstance(tensor.layout, torch.layout)  # a packed weight's is its own
+
+
+def _is_tensor(given: Any) -> bool:
+    return isinstance(given, Tensor) or getattr(given, "stands_for_a_tensor", False)
 
 
 def _shapes_fit(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> bool:
@@ -63,7 +66,7 @@ def refusal(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Ten
     """What :func:`check` raises: the first of kinds, shapes, devices and dtypes that is wrong, told of all tensors."""
     given: dict[str, Any] = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
     given |= {} if bias is None else {"bias": bias}
-    if not all(isinstance(tensor, (Tensor, Packed)) for tensor in given.values()):
+    if not all(map(_is_tensor, given.values())):
         return kind_refusal(given)
     if x.is_nested:
         return InvalidTypeError(
@@ -94,7 +97,7 @@ def refusal(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Ten
 
 
 def kind_refusal(given: dict[str, Any]) -> InvalidTypeError:
-    kinds = [f"{name} of type {type(t).__name__}" for name, t in given.items() if not isinstance(t, (Tensor, Packed))]
+    kinds = [f"{name} of type {type(t).__name__}" for name, t in given.items() if not _is_tensor(t)]
     return InvalidTypeError(
         f"{', '.join(kinds)} was given where a torch.Tensor is expected. A NumPy array becomes one by "
         "torch.from_numpy; bias alone may be None."

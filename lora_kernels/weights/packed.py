@@ -72,6 +72,7 @@ class Packed:
     dtype: torch.dtype | None = None
 
     requires_grad = False  # it never trains
+    stands_for_a_tensor = True  # ``checks`` lies below, and knows it by this
 
     @property
     def shape(self) -> torch.Size:
