@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,11 +28,11 @@ def fakes(kept: Kept) -> dict[str, Callable[..., Any]]:
         state: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         columns, dtype = kept.h(x, weight.shape[0], lora_a.shape[0])
-        with_words = kept.packs_mask and state is not None
-        words = (x.shape[0], row_words(x.shape[1])) if with_words else (0,)
+        with_words, rows = kept.packs_mask and state is not None, math.prod(x.shape[:-1])
+        words = (rows, row_words(x.shape[-1])) if with_words else (0,)
         return (
-            x.new_empty((x.shape[0], weight.shape[0])),
-            x.new_empty((x.shape[0], columns), dtype=dtype),
+            x.new_empty((*x.shape[:-1], weight.shape[0])),
+            x.new_empty((rows, columns), dtype=dtype),
             x.new_empty(words, dtype=torch.int32),
         )
 
@@ -48,7 +49,7 @@ def fakes(kept: Kept) -> dict[str, Callable[..., Any]]:
         state: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return (
-            dy.new_empty(0 if weight is None else (dy.shape[0], weight.shape[1])),
+            dy.new_empty(0 if weight is None else (*dy.shape[:-1], weight.shape[1])),
             lora_a.new_empty(0 if x is None else lora_a.shape),
             lora_b.new_empty(0 if h is None else lora_b.shape),
             _like_bias(dy, bias),

@@ -18,6 +18,9 @@ backward  dy (M,N), x (M,K)?, weight (N,K)?, lora_a (R,K),        dx (M,K) = dy 
 mask      state, M, K, p                                          bool (M,K), True where kept
 ========= ======================================================= ======================================================
 
+x and dy may have any number of dimensions, (..., K) and (..., N), where an operator is called through
+:class:`Operators`: y and dx then have them too, and M is their rows. So it is with a group's.
+
 Their parts, for several branches that read one x, an activation between A and B, and DoRA (``branches_autograd.py``):
 
 ============ ==================================================== ======================================================

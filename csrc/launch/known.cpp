@@ -40,7 +40,7 @@ bool Key::add(const std::optional<Tensor>& tensor) {
     if (rows == 0 || columns == 0) return false;
     if (rows > 1 && (step = MatrixOfRows::row_step(dims, sizes, strides)) < 0) return false;
     if (reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 != 0) return false;
-    put(int64_t{dtype} | int64_t{device_type} << 16 | int64_t{device_index} << 32 | int64_t{dims > 1} << 62);
+    put(int64_t{dtype} | int64_t{device_type} << 16 | int64_t{device_index & 0xFFFF} << 32 | int64_t{dims > 1} << 62);
     put(rows), put(step), put(columns), put(columns > 1 ? strides[dims - 1] : 0);
     return true;
 }

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import BACKENDS, Case, make, measures
-from lora_kernels import dispatch, ops
+from lora_kernels import dispatch, lora_linear, ops
 from lora_kernels.verify.cases import Inputs
 from numerics import check_all
 
@@ -93,3 +94,17 @@ def test_registering_twice_is_harmless() -> None:
     before = ops.operators("eager")
     dispatch.backend("eager").register("cpu")
     assert ops.operators("eager") is before
+
+
+@pytest.mark.parametrize(("backend", "device"), [pair for pair in BACKENDS if pair[0] != "triton"])
+def test_fake_tensors_outside_of_their_mode_have_the_layer_s_shapes(backend: str, device: str) -> None:
+    """Nobody watches there, and the operator is given x as it is. Triton's functions read addresses, and take none."""
+    case = Case(m=6, k=10, n=8, r=3)
+    dispatch.select(device, case.dtype, backend)
+    i, mode = make(case, device), FakeTensorMode()
+    x, *parameters = (mode.from_tensor(t.detach()) for t in (i.x, i.weight, i.lora_a, i.lora_b))
+    x = x.view(2, 3, case.k).requires_grad_()
+    y = lora_linear(x, *parameters, backend=backend)
+    assert y.shape == (2, 3, case.n)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert dx.shape == x.shape
