@@ -10,7 +10,7 @@ those, not in parts: z is then h as the backend keeps it (``kept.Kept.h``), and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ __all__ = [
     "saved_of",
 ]
 
+# Every y and h of a group, and every mask's words.
+Made: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor]]
+
 PER_BRANCH = 5  # weight, lora_a, lora_b, bias, gain
 _SETTINGS = 6  # backend_name, p, scalings, activations, grouped, layouts
 
@@ -65,7 +68,7 @@ def forward_only(
     p: float,
     scalings: tuple[float, ...],
     activations: tuple[str, ...],
-    grouped: bool,
+    grouped: bool | Made,
     with_linears: tuple[bool, ...],
     layouts: tuple[Layout | None, ...],
     *tensors: Tensor | None,
@@ -77,8 +80,8 @@ def forward_only(
     ops, count = operators(backend_name), len(scalings)
     members, (states, parts) = members_of(tensors, count), _split(tensors, count, layouts)
     if grouped:
-        ys, zs, kept = _forward_of_group(ops, x, members, p, scalings, states)
-        return ys, zs, [None] * count, kept
+        ys, zs, words = grouped if isinstance(grouped, tuple) else _run_group(ops, x, members, p, scalings, states)
+        return ys, zs, [None] * count, _kept_of_group(ops, members, states, words)
     flat = flatten(x)
     read = bool(layouts) and backend_name == "triton" and not is_watched()
     whole = read and _are_plain(members, activations)
@@ -132,18 +135,24 @@ def _values(
     return as_dtype(weight, dtype) if layout is None else values_of(layout, parts[i], dtype, after)
 
 
-def _forward_of_group(
+def _run_group(
     ops: Any, x: Tensor, members: list[Member], p: float, scalings: Sequence[float], states: list[Any]
-) -> tuple[list[Tensor], list[Tensor], list[Any]]:
-    """Each branch's y and h, and of each mask what a layer by itself keeps: the words, or the seed."""
+) -> Made:
+    """Each branch's y and h, and each mask's words, by the group operator."""
     weights = [as_dtype(member.weight, x.dtype) for member in members]
     lora_as, lora_bs = [member.lora_a for member in members], [member.lora_b for member in members]
-    biases = [member.bias for member in members]
-    ys, hs, words = ops.group_forward(x, weights, lora_as, lora_bs, biases, list(scalings), p, states)
-    if states and ops.kept.packs_mask:
-        ns = [member.weight.shape[0] for member in members]
-        states = [words[i] if ops.kept.prefers_words(n) else states[i] for i, n in enumerate(ns)]
-    return ys, hs, states
+    made: Made = ops.group_forward(
+        x, weights, lora_as, lora_bs, [member.bias for member in members], list(scalings), p, states
+    )
+    return made
+
+
+def _kept_of_group(ops: Any, members: list[Member], states: list[Any], words: list[Tensor]) -> list[Any]:
+    """Of each mask what a layer by itself keeps: the words, or the seed."""
+    if not states or not ops.kept.packs_mask:
+        return states
+    ns = [member.weight.shape[0] for member in members]
+    return [words[i] if ops.kept.prefers_words(n) else states[i] for i, n in enumerate(ns)]
 
 
 def _shrink_all(ops: Any, x: Tensor, lora_as: list[Tensor], p: float, states: Sequence[Any]) -> list[Tensor]:
@@ -191,10 +200,10 @@ def saved_of(
 class BranchesFunction(torch.autograd.Function):
     """(y_1, ..., y_n), each (..., N_i), of x (..., K) and the branches.
 
-    ``grouped``: whether the backend's group operators run them. ``tensors``: for each branch weight (N, K), lora_a (R,
-    K), lora_b (N, R), bias (N,) or None, gain (N,) or None; then no dropout state, or one for each branch; then the
-    parts of packed weights. ``layouts`` is empty, or has for each branch its packed weight's, or None; the weight
-    itself is None where it is packed.
+    ``grouped``: whether the backend's group operators run them, or what these have made already. ``tensors``: for each
+    branch weight (N, K), lora_a (R, K), lora_b (N, R), bias (N,) or None, gain (N,) or None; then no dropout state, or
+    one for each branch; then the parts of packed weights. ``layouts`` is empty, or has for each branch its packed
+    weight's, or None; the weight itself is None where it is packed.
     """
 
     @staticmethod
@@ -205,7 +214,7 @@ class BranchesFunction(torch.autograd.Function):
         p: float,
         scalings: tuple[float, ...],
         activations: tuple[str, ...],
-        grouped: bool,
+        grouped: bool | Made,
         layouts: tuple[Layout | None, ...],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -218,7 +227,7 @@ class BranchesFunction(torch.autograd.Function):
             x, backend_name, p, scalings, activations, grouped, with_linears, layouts, *tensors
         )
         need_x, any_a = ctx.needs_input_grad[0], any(need.lora_a for need in needs)
-        any_b = grouped and any(need.lora_b for need in needs)  # of a group every db is due, or none
+        any_b = bool(grouped) and any(need.lora_b for need in needs)  # of a group every db is due, or none
         saved: list[Tensor | None] = [x if any_a or any(need.weight for need in needs) else None]
         for member, need, activation, z, linear in zip(members, needs, activations, zs, linears, strict=True):
             # PyTorch 2.11's dynamo lets a list grow by no named tuple with +=
@@ -226,7 +235,8 @@ class BranchesFunction(torch.autograd.Function):
         of_weights = [part for own in _split(tensors, count, layouts)[1] for part in own]
         ctx.save_for_backward(*saved, *(states if need_x or any_a else ()), *of_weights)
         weight_dtypes = tuple(None if member.weight is None else member.weight.dtype for member in members)
-        ctx.settings = x.shape, weight_dtypes, len(tensors), backend_name, p, scalings, activations, grouped, layouts
+        of = scalings, activations, bool(grouped), layouts
+        ctx.settings = x.shape, weight_dtypes, len(tensors), backend_name, p, *of
         return tuple(ys)
 
     @staticmethod

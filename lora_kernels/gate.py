@@ -237,6 +237,8 @@ def run_branches(x: Tensor, branches: Sequence[Branch], p: float, backend_name: 
     A p above 0 draws a mask for each branch, in their order, but where its state is there. Dtypes, autocast, backends
     and errors are ``lora_linear``'s; p is known to be valid, 0 where dropout does not act.
     """
+    if not _anything_acts() and (found := _run_known_group(x, branches, p, backend_name)) is not None:
+        return found
     device_type = device_type_of(x)
     if type(branches[0]) is PackedBranch:
         return _run_packed_branches(x, branches, p, backend_name, device_type)
@@ -244,6 +246,31 @@ def run_branches(x: Tensor, branches: Sequence[Branch], p: float, backend_name: 
         with torch.autocast(device_type, enabled=False):
             return _run_branches(autocast_input(x, device_type), branches, p, backend_name, autocast=True)
     return _run_branches(x, branches, p, backend_name, autocast=False)
+
+
+def _run_known_group(x: Tensor, branches: Sequence[Branch], p: float, backend_name: str | None) -> list[Tensor] | None:
+    """The same where nothing acts, of a group whose pass the backend knows by its tensors, which were checked when it
+    came to know it. None where it knows none."""
+    plain = all(type(b) is Branch and b.is_plain and type(b.scaling) is float for b in branches)
+    states = [b.state for b in branches] if p != 0.0 else []
+    if not plain or not isinstance(x, Tensor) or x.dtype not in COMPUTE_DTYPES or any(s is None for s in states):
+        return None
+    x = _unwrap_if_dead(x)
+    name = select(device_type_of(x), x.dtype, backend_name)
+    if (known := direct_operators(name).known_group) is None:
+        return None
+    scalings = tuple(b.scaling for b in branches)
+    weights, lora_as, lora_bs, biases = zip(*[(b.weight, b.lora_a, b.lora_b, b.bias) for b in branches], strict=True)
+    with torch.no_grad():
+        made = known(x, weights, lora_as, lora_bs, biases, scalings, float(p), states)
+    if made is None:
+        return None
+    tensors = [tensor for b in branches for tensor in b.tensors]
+    if not (torch.is_grad_enabled() and _any_requires_grad(x, *tensors)):
+        ys: list[Tensor] = made[0]
+        return ys
+    activations = ("identity",) * len(branches)
+    return list(apply_branches_function(x, name, p, scalings, activations, made, (), *tensors, *states))
 
 
 def _run_packed_branches(

@@ -288,6 +288,7 @@ class Operators:
     gated_grad: Callable[..., tuple[Tensor, Tensor]]
     kept: Kept
     refuses: Literal["", "on the CPU", "everywhere"] = ""
+    known_group: Callable[..., tuple[list[Tensor], list[Tensor], list[Tensor]] | None] | None = None
     group_forward: Callable[..., tuple[list[Tensor], list[Tensor], list[Tensor]]] = _no_group
     group_backward: Callable[..., tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]] = _no_group
     experts_forward: Callable[..., tuple[Tensor, Tensor]] = _no_experts
@@ -308,6 +309,7 @@ def register(
     packed: Mapping[str, Callable[..., Any]] | None = None,
     refuses: Literal["", "on the CPU", "everywhere"] = "",
     any_dimensions: bool = False,
+    known_group: Callable[..., Any] | None = None,
 ) -> None:
     """Define, implement and fake the operators of ``backend``; calling it again does nothing.
 
@@ -316,6 +318,7 @@ def register(
     backward, ``library`` which operators the library has beyond those of a layer, ``packed`` those of packed weights,
     ``refuses``: where ``forward``, called directly, refuses itself what does not fit; "on the CPU" of tensors that are
     all there. ``any_dimensions``: ``forward`` and ``backward``, called directly, take x and dy as they come.
+    ``known_group``: what ``group_forward`` gives of tensors that it was called with before, or None.
     """
     if backend in _registered:
         return
@@ -351,7 +354,7 @@ def register(
             bound["group_backward"] = _group_backward_of_any_dimensions(bound["group_backward"])
     _registered[backend] = Operators(**overloads, kept=kept, refuses=refuses)
     _traced[backend] = Operators(**traced, kept=kept, refuses=refuses)
-    _direct[backend] = Operators(**direct, kept=kept, refuses=refuses)
+    _direct[backend] = Operators(**direct, kept=kept, refuses=refuses, known_group=known_group)
     enter_formulas(packets)
 
 

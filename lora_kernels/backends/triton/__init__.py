@@ -124,7 +124,8 @@ class TritonBackend:
         modules = (operators, part_operators, gated_operators, group_operators, expert_operators, combine_operators)
         names = (*OPERATOR_NAMES, *GROUP_OPERATOR_NAMES, *EXPERTS_OPERATOR_NAMES, *COMBINE_OPERATOR_NAMES)
         own = {name: next(getattr(m, name) for m in modules if name in m.__all__) for name in names}
-        register(self.name, own, kept(), (), packed_operators.OPERATORS, "everywhere", any_dimensions=True)
+        known, packed = group_operators.known_group, packed_operators.OPERATORS
+        register(self.name, own, kept(), (), packed, "everywhere", any_dimensions=True, known_group=known)
         if quantized(device_type) == "own":
             from . import code_operators
 

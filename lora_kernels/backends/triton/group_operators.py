@@ -36,7 +36,7 @@ from .run.hopper_group_passes import (
 from .run.launcher import PassRun
 from .run.prepared import precision_of
 
-__all__ = ["group_backward", "group_forward", "run_group_backward", "run_group_forward"]
+__all__ = ["group_backward", "group_forward", "known_group", "run_group_backward", "run_group_forward"]
 
 _Tensors = list[Tensor]
 
@@ -52,14 +52,30 @@ def group_forward(
     states: _Tensors,
 ) -> tuple[_Tensors, _Tensors, _Tensors]:
     """For x (..., K), with every y (..., N_i)."""
-    count, kind, numbers = len(weights), kind_of(precision_of(x.dtype)), [float(scaling) for scaling in scalings]
-    tensors = [x, *weights, *lora_as, *lora_bs, *biases, *states]
-    if found := known_forward.many(numbers, p, kind, tensors):
-        return list(found[:count]), list(found[count : 2 * count]), list(found[2 * count :])
-    rows = flatten(x)
-    arguments = (rows, weights, lora_as, lora_bs, biases, numbers, states)
-    ys, hs, words = _group_forward(kind, arguments, p)
+    numbers = [float(scaling) for scaling in scalings]
+    if (found := known_group(x, weights, lora_as, lora_bs, biases, numbers, p, states)) is not None:
+        return found
+    arguments = (flatten(x), weights, lora_as, lora_bs, biases, numbers, states)
+    ys, hs, words = _group_forward(kind_of(precision_of(x.dtype)), arguments, p)
     return [unflatten(y, x.shape) for y in ys], hs, words
+
+
+def known_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    p: float,
+    states: Sequence[Tensor],
+) -> tuple[_Tensors, _Tensors, _Tensors] | None:
+    """What ``group_forward`` gives, where C++ finds the pass by the tensors; else None."""
+    tensors = [x, *weights, *lora_as, *lora_bs, *biases, *states]
+    found, count = known_forward.many(scalings, p, kind_of(precision_of(x.dtype)), tensors), len(weights)
+    if not found:
+        return None
+    return list(found[:count]), list(found[count : 2 * count]), list(found[2 * count :])
 
 
 def _group_forward(kind: int, arguments: tuple[Any, ...], p: float) -> tuple[_Tensors, _Tensors, _Tensors]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import FusedLoRALinear, explain, share_inputs, use_backend
+from lora_kernels import FusedLoRALinear, explain, gate, ops, share_inputs, use_backend
+from lora_kernels.errors import InvalidTypeError
 from lora_kernels.shared_input import attach
 from numerics import same_bits
 
@@ -91,6 +93,38 @@ def test_a_checkpoint_draws_the_same(reentrant: bool, launches: Launches) -> Non
     found = step(model, x, lambda x: checkpoint(model, x, use_reentrant=reentrant))
     assert all(same_bits(a, b) for a, b in zip(expected, found, strict=True))
     assert [name for name in launches.names if name != "draw"] == FORWARD + FORWARD + BACKWARD
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_what_the_backend_knows_is_taken_unasked(p: float, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """The same bits as by the long way, which a backend that knows nothing is left to."""
+    model, x = made(p), an_x()
+    expected, direct, asked = step(model, x), ops._direct["triton"], list[int]()
+
+    def known(x: Tensor, *rest: Any) -> Any:
+        if x.dtype is not BF16:
+            return None
+        asked.append(x.dim())
+        return direct.group_forward(x, *[list(each) if isinstance(each, tuple) else each for each in rest])
+
+    monkeypatch.setitem(ops._direct, "triton", replace(direct, known_group=lambda *arguments: None))
+    found = step(model, x)
+    monkeypatch.setitem(ops._direct, "triton", replace(direct, known_group=known))
+    with monkeypatch.context() as patch:
+        patch.setattr(gate, "check", lambda *arguments: pytest.fail("it was asked"))
+        found_unasked = step(model, x)
+        with torch.no_grad(), use_backend("triton"):
+            torch.manual_seed(1)
+            y = model(x)
+    assert asked == [3, 3]
+    for results in (found, found_unasked, [y]):
+        assert all(same_bits(a, b) for a, b in zip(results, expected, strict=False))
+    assert not y.requires_grad
+    with use_backend("triton"), pytest.raises(InvalidTypeError, match=r"x torch\.float32"):
+        model(x.float())
+    with use_backend("triton"), torch.autocast("cpu", BF16):
+        model(x)
+    assert asked == [3, 3]
 
 
 def test_in_eval_each_runs_by_itself(launches: Launches) -> None:  # noqa: F811
