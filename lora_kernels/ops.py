@@ -361,8 +361,8 @@ def register(
 def _of_any_dimensions(forward: Callable[..., Any]) -> Callable[..., Any]:
     """``forward`` for x (..., K), with y (..., N)."""
 
-    def called(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        y, h, words = forward(flatten(x), *rest)
+    def called(x: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
+        y, h, words = forward(flatten(x), *rest, **named)
         return unflatten(y, x.shape), h, words
 
     return called
@@ -371,8 +371,8 @@ def _of_any_dimensions(forward: Callable[..., Any]) -> Callable[..., Any]:
 def _backward_of_any_dimensions(backward: Callable[..., Any]) -> Callable[..., Any]:
     """``backward`` for dy (..., N) and x (..., K), with dx (..., K)."""
 
-    def called(dy: Tensor, x: Tensor | None, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-        dx, *others = backward(flatten(dy), None if x is None else flatten(x), weight, *rest)
+    def called(dy: Tensor, x: Tensor | None, weight: Tensor | None, *rest: Any, **named: Any) -> tuple[Tensor, ...]:
+        dx, *others = backward(flatten(dy), None if x is None else flatten(x), weight, *rest, **named)
         return dx if weight is None else unflatten(dx, dy.shape), *others
 
     return called
