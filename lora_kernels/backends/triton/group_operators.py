@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...tensors import flatten, unflatten
+from ...tensors import flatten, resolved, unflatten
 from . import operators
 from .choose import ranking
 from .choose.group_plans import Apart, DxHopperGroup, HopperGroup
@@ -204,6 +204,7 @@ def group_backward(
         dx, *others = found
         return dx, others[:count], others[count : 2 * count], others[2 * count :]
     shape, dys, x = dys[0].shape, [flatten(dy) for dy in dys], None if x is None else flatten(x)
+    weights, lora_as, lora_bs = ([resolved(own) for own in each] for each in (weights, lora_as, lora_bs))
     arguments = (dys, x, weights, lora_as, lora_bs, biases, [h.contiguous() for h in hs], numbers, states)
     dx, das, dbs, dbiases = _group_backward(kind, arguments, p)
     return unflatten(dx, shape) if weights else dx, das, dbs, dbiases

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import FusedLoRALinear, explain, gate, ops, share_inputs, use_backend
+from lora_kernels.branches import Branch
 from lora_kernels.errors import InvalidTypeError
 from lora_kernels.shared_input import attach
+from lora_kernels.tensors import resolved
 from numerics import same_bits
 
 if sys.platform != "linux":
@@ -125,6 +127,32 @@ def test_what_the_backend_knows_is_taken_unasked(p: float, launches: Launches, m
     with use_backend("triton"), torch.autocast("cpu", BF16):
         model(x)
     assert asked == [3, 3]
+
+
+def test_negated_memory_is_known_for_what_it_is(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """The dispatcher has it resolved before C++ looks for a pass; what backward is given is as it was."""
+    model, x = made(0.0), an_x()
+    plain = [Branch(own.weight, own.lora_A, own.lora_B, scaling=0.5) for own in model.layers]
+    with torch.no_grad():
+        negated = [
+            replace(b, **{name: torch._neg_view(-getattr(b, name)) for name in ("weight", "lora_a", "lora_b")})
+            for b in plain
+        ]
+    assert negated[0].weight.is_neg()
+    for branch in negated:
+        branch.lora_a.requires_grad_(), branch.lora_b.requires_grad_()
+    with use_backend("triton"):
+        expected = gate.run_branches(x, plain, 0.0)
+        direct = ops._direct["triton"]
+
+        def known(x: Tensor, *rest: Any) -> Any:
+            return direct.group_forward(x, *[[resolved(t) for t in each] for each in rest[:4]], *rest[4:])
+
+        monkeypatch.setitem(ops._direct, "triton", replace(direct, known_group=known))
+        found = gate.run_branches(x, negated, 0.0)
+    dys = [torch.randn_like(y) for y in expected]
+    (dx,), (own_dx,) = torch.autograd.grad(expected, x, dys), torch.autograd.grad(found, x, dys)
+    assert all(same_bits(a, b) for a, b in zip([*found, own_dx], [*expected, dx], strict=True))
 
 
 def test_in_eval_each_runs_by_itself(launches: Launches) -> None:  # noqa: F811
