@@ -165,7 +165,7 @@ def _by_descriptor(plan: Plan) -> bool:
     return isinstance(plan, reads) or getattr(plan, "variant", "pointer") != "pointer"
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def candidates(machine: Machine, cell: Cell, launching: Launching = PREPARED) -> tuple[Any, ...]:
     """Every plan that fits the machine, best predicted first; the compositions are always among them.
 
@@ -182,7 +182,7 @@ def candidates(machine: Machine, cell: Cell, launching: Launching = PREPARED) ->
     return tuple(plan for plan, _ in found)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def predicted(machine: Machine, cell: Cell) -> tuple[tuple[Any, float], ...]:
     """Every plan that fits the machine, with the seconds of :func:`predicted_seconds`; of the interpreter's, none."""
     plans = _every(machine, cell)
