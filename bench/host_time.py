@@ -13,7 +13,6 @@ Each figure is microseconds of the thread's time a call, the least of ``ROUNDS``
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import subprocess
@@ -94,25 +93,8 @@ def on_a_gpu_s_path(launcher_library: str, folder: str) -> dict[str, float]:
     torch.set_num_threads(1)
     sys.path.insert(0, str(Path(dispatch.__file__).parents[1] / "tests"))  # of the checkout that is timed
     parts: Any = import_module("prepared_passes")
-    stand_in = parts.DriverStandIn(Path(folder) / parts.NAME)
-    stand_in.stream(0, parts.STREAM)
-    torch.ops.load_library(launcher_library)
-    launcher = parts.launcher
-    opened = launcher.Library(launcher_library, stand_in.path, stand_in.path)
-    launcher._found = launcher._Found(opened, None)
-    ctypes.CDLL(stand_in.path).cuCtxSetCurrent(ctypes.c_void_p(0xC000))
-    own = parts.Driver()
-    parts.driver.set_active(own)
-    parts.prepared._current = own.current
-    parts.blocks.machine_of = lambda device: parts.ARCHITECTURES[90]
-    parts.prepared._allocate = lambda size, alignment, stream: torch.empty(size, dtype=torch.int8)
-    torch.cuda.current_stream = lambda index: parts.Stream(stand_in, parts.STREAM)  # type: ignore
-    parts.streams._stream_beside = lambda index, main, priority: parts.Stream(stand_in, parts.HIGH if priority else 0)
-    for module in (parts.hopper_backward, parts.hopper_group_passes):
-        module.ahead_on = lambda device, beside: parts.streams.in_turn
-    launcher.index_of, launcher._device_words = (lambda device: 0), (lambda index: parts.DEVICE)
-    launcher.current_stream, torch.cuda.current_device = (lambda index: parts.STREAM), (lambda: 0)
-    torch.cuda.is_current_stream_capturing = lambda: False
+    stand_in = parts.open_stand_in(launcher_library, folder)
+    parts.take_the_cpu_s_tensors()
     dispatch.backend("triton").register("meta")
     gate.select = lambda *facts: "triton"  # type: ignore[attr-defined]
     gate._kept_group_fault = lambda *facts: None

@@ -251,13 +251,15 @@ def run_branches(x: Tensor, branches: Sequence[Branch], p: float, backend_name: 
 def _run_known_group(x: Tensor, branches: Sequence[Branch], p: float, backend_name: str | None) -> list[Tensor] | None:
     """The same where nothing acts, of a group whose pass the backend knows by its tensors, which were checked when it
     came to know it. None where it knows none."""
-    plain = all(type(b) is Branch and b.is_plain and type(b.scaling) is float for b in branches)
-    states = [b.state for b in branches] if p != 0.0 else []
-    if not plain or not isinstance(x, Tensor) or x.dtype not in COMPUTE_DTYPES or any(s is None for s in states):
+    if not isinstance(x, Tensor) or x.dtype not in COMPUTE_DTYPES:
         return None
     x = _unwrap_if_dead(x)
     name = select(device_type_of(x), x.dtype, backend_name)
     if (known := direct_operators(name).known_group) is None:
+        return None
+    plain = all(type(b) is Branch and b.is_plain and type(b.scaling) is float for b in branches)
+    states = [b.state for b in branches] if p != 0.0 else []
+    if not plain or any(state is None for state in states):
         return None
     scalings = tuple(b.scaling for b in branches)
     weights, lora_as, lora_bs, biases = zip(*[(b.weight, b.lora_a, b.lora_b, b.bias) for b in branches], strict=True)

@@ -291,7 +291,8 @@ def acting(layer: LoRALayer, on: bool) -> tuple[Any, Any]:
     outside = "_is_fsdp_managed_module" in marks or "_hf_hook" in marks  # FSDP and accelerate exchange Parameters
     if not outside and not replica and not torch.compiler.is_compiling():
         _check_unchanged(layer, base)
-    bias: Any = own.get("bias", layer.bias)  # one that is parametrized or pruned is no Parameter
+    # One that is parametrized or pruned is no Parameter; ``get`` would look for it in each call.
+    bias: Any = own["bias"] if "bias" in own else layer.bias  # noqa: SIM401
     if not on:
         return own["weight"], bias
     weight: Any = layer._buffers["merged_weight"]

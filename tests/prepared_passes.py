@@ -500,7 +500,8 @@ def by_python(call: Callable[[float], Any], s: float) -> Any:
         launcher._hooked = asked
 
 
-def main(path: str, folder: str) -> None:
+def open_stand_in(path: str, folder: str) -> DriverStandIn:
+    """The launcher's library over a driver that does nothing, in the place of a GPU of capability 9.0."""
     stand_in = DriverStandIn(Path(folder) / NAME)
     stand_in.stream(0, STREAM)
     torch.ops.load_library(path)
@@ -516,13 +517,22 @@ def main(path: str, folder: str) -> None:
     high = streams.PriorityStream(torch.device("cuda", 0))
     for module in (hopper_backward, hopper_group_passes):
         module.ahead_on = lambda device, beside: high if beside else streams.in_turn
-    found = [compare(stand_in, *each) for each in (*of_plans(), *of_hopper(), *of_hopper_backward(), *of_groups())]
-    # The operators take the CPU's tensors for a GPU's.
-    KnownPasses.__call__ = telling(KnownPasses.__call__)  # type: ignore[method-assign]
-    KnownPasses.many = telling(KnownPasses.many)  # type: ignore[method-assign]
+    return stand_in
+
+
+def take_the_cpu_s_tensors() -> None:
+    """For a GPU's, by the operators."""
     launcher.index_of, launcher._device_words = (lambda device: 0), (lambda index: DEVICE)
     launcher.current_stream, torch.cuda.current_device = (lambda index: STREAM), (lambda: 0)
     torch.cuda.is_current_stream_capturing = lambda: False
+
+
+def main(path: str, folder: str) -> None:
+    stand_in = open_stand_in(path, folder)
+    found = [compare(stand_in, *each) for each in (*of_plans(), *of_hopper(), *of_hopper_backward(), *of_groups())]
+    KnownPasses.__call__ = telling(KnownPasses.__call__)  # type: ignore[method-assign]
+    KnownPasses.many = telling(KnownPasses.many)  # type: ignore[method-assign]
+    take_the_cpu_s_tensors()
     operators_found = []
     for m, p in ((8, 0.0), (8, 0.1), (256, 0.0), (256, 0.1)):
         calls, given = calls_of(m, p)

@@ -122,28 +122,27 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of (2, 3, F)
 @every_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_leading_dimensions_of_any_layout(backend: str, device: str, layout: str) -> None:
-    """The rows that are read and the gradients are those of a copy in one piece."""
+    """The rows that are read, and those of every gradient, are those of a matrix."""
     case = Case(m=6)
     i = make(case, device)
     parameters = (i.weight, i.lora_a, i.lora_b, i.bias)
     x = LAYOUTS[layout](torch.randn(2, 3, case.k, device=device))
     dy = LAYOUTS[layout](torch.randn(2, 3, case.n, device=device))
 
-    def results(x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x = x.detach().requires_grad_()
-        y = lora_linear(x, *parameters, backend=backend)
-        return y.detach(), *torch.autograd.grad(y, (x, i.lora_a, i.lora_b), dy)
-
-    found, flat = results(x, dy), results(x.clone().reshape(6, -1), dy.clone().reshape(6, -1))
-    assert found[0].shape == (2, 3, case.n)
-    assert found[1].shape == (2, 3, case.k)
-    for own, copied in zip(found, flat, strict=True):
-        assert own.is_contiguous()
-        torch.testing.assert_close(own, copied.view_as(own), rtol=1e-5, atol=1e-5)
+    leaf = x.detach().requires_grad_()
+    y = lora_linear(leaf, *parameters, scaling=case.scaling, backend=backend)
+    dx, da, db = torch.autograd.grad(y, (leaf, i.lora_a, i.lora_b), dy)
+    assert y.shape == (2, 3, case.n)
+    assert dx.shape == (2, 3, case.k)
+    assert all(own.is_contiguous() for own in (y, dx, da, db))
+    matrices = replace(i, x=x.clone().reshape(6, case.k), dy=dy.clone().reshape(6, case.n))
+    exact, yardstick, errors = measures(case, matrices, None)
+    found = {"y": y.detach().view(6, case.n), "dx": dx.view(6, case.k), "da": da, "db": db}
+    check_all(found, exact, yardstick, case.dtype, expected=errors)
     with torch.no_grad():  # the way without a graph
-        y = lora_linear(x, *parameters, backend=backend)
-    torch.testing.assert_close(y, found[0], rtol=0.0, atol=0.0)
-    y += 1.0  # no view of another's memory
+        plain = lora_linear(x, *parameters, scaling=case.scaling, backend=backend)
+    assert same_bits(plain, y.detach())
+    plain += 1.0  # no view of another's memory
 
 
 @every_backend

@@ -234,23 +234,15 @@ def backward(
         return dx, da, db, dbias
     rows, x = flatten(dy), None if x is None else flatten(x)
     weight, lora_a, lora_b = map(resolved, (weight, lora_a, lora_b))
-    dx, da, db, dbias = _backward(kind, rows, x, weight, lora_a, lora_b, bias, h, scaling, p, state)
+    arguments = (rows, x, weight, lora_a, lora_b, h, scaling, state)
+    dx, da, db, dbias = _backward(kind, arguments, bias, p)
     return dx if weight is None else unflatten(dx, dy.shape), da, db, dbias
 
 
 def _backward(
-    kind: int,
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    h: Tensor | None,
-    scaling: float,
-    p: float,
-    state: Tensor | None,
+    kind: int, given: tuple[Any, ...], bias: Tensor | None, p: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy, x, weight, lora_a, lora_b, h, scaling, state = given
     m, n = dy.shape
     k = lora_a.shape[1]
     if m == 0 or n == 0 or k == 0:
