@@ -3,14 +3,13 @@
 The formulas are ``reference.py``'s, for each branch; dx is the sum of the branches'. Saved: the parameters as they are,
 x, each branch's z (M, R), with a trainable gain its l (M, N), and with dropout the states that regenerate the masks.
 
-Branches that are ``grouped`` (plain layers that the backend's group operators take, see ``gate.group_fault``) run by
-those, not in parts: z is then h as the backend keeps it (``kept.Kept.h``), and a state may be the mask's words.
+Plain layers that the backend's group operators take (see ``gate.group_fault``) run by those: ``group_autograd``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ __all__ = [
     "Saved",
     "alias",
     "apply_branches_function",
+    "differentiable_gradients",
     "forward_only",
     "gradients_of",
     "members_of",
@@ -41,11 +41,8 @@ __all__ = [
     "saved_of",
 ]
 
-# Every y and h of a group, and every mask's words.
-Made: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor]]
-
 PER_BRANCH = 5  # weight, lora_a, lora_b, bias, gain
-_SETTINGS = 6  # backend_name, p, scalings, activations, grouped, layouts
+_SETTINGS = 5  # backend_name, p, scalings, activations, layouts
 
 
 class Member(NamedTuple):
@@ -68,7 +65,6 @@ def forward_only(
     p: float,
     scalings: tuple[float, ...],
     activations: tuple[str, ...],
-    grouped: bool | Made,
     with_linears: tuple[bool, ...],
     layouts: tuple[Layout | None, ...],
     *tensors: Tensor | None,
@@ -79,9 +75,6 @@ def forward_only(
     """
     ops, count = operators(backend_name), len(scalings)
     members, (states, parts) = members_of(tensors, count), _split(tensors, count, layouts)
-    if grouped:
-        ys, zs, words = grouped if isinstance(grouped, tuple) else _run_group(ops, x, members, p, scalings, states)
-        return ys, zs, [None] * count, _kept_of_group(ops, members, states, words)
     flat = flatten(x)
     read = bool(layouts) and backend_name == "triton" and not is_watched()
     whole = read and _are_plain(members, activations)
@@ -135,26 +128,6 @@ def _values(
     return as_dtype(weight, dtype) if layout is None else values_of(layout, parts[i], dtype, after)
 
 
-def _run_group(
-    ops: Any, x: Tensor, members: list[Member], p: float, scalings: Sequence[float], states: list[Any]
-) -> Made:
-    """Each branch's y and h, and each mask's words, by the group operator."""
-    weights = [as_dtype(member.weight, x.dtype) for member in members]
-    lora_as, lora_bs = [member.lora_a for member in members], [member.lora_b for member in members]
-    made: Made = ops.group_forward(
-        x, weights, lora_as, lora_bs, [member.bias for member in members], list(scalings), p, states
-    )
-    return made
-
-
-def _kept_of_group(ops: Any, members: list[Member], states: list[Any], words: list[Tensor]) -> list[Any]:
-    """Of each mask what a layer by itself keeps: the words, or the seed."""
-    if not states or not ops.kept.packs_mask:
-        return states
-    ns = [member.weight.shape[0] for member in members]
-    return [words[i] if ops.kept.prefers_words(n) else states[i] for i, n in enumerate(ns)]
-
-
 def _shrink_all(ops: Any, x: Tensor, lora_as: list[Tensor], p: float, states: Sequence[Any]) -> list[Tensor]:
     """z of each branch; without dropout in one read of x."""
     if states:
@@ -178,13 +151,8 @@ class Saved(NamedTuple):
     linear: Any
 
 
-def saved_of(
-    member: Member, need: Needs, need_x: bool, activation: str, z: Tensor, linear: Any, any_b: bool = False
-) -> Saved:
-    """What backward will ask of a branch.
-
-    ``need_x``: whether dx, or what stands in its place, is due; ``any_b``: whether z is kept for another branch's db.
-    """
+def saved_of(member: Member, need: Needs, need_x: bool, activation: str, z: Tensor, linear: Any) -> Saved:
+    """What backward will ask of a branch; ``need_x``: whether dx, or what stands in its place, is due."""
     bends = activation != "identity" and (need_x or need.lora_a)
     return Saved(
         weight=member.weight if need_x or need.gain else None,
@@ -192,7 +160,7 @@ def saved_of(
         lora_b=member.lora_b,
         bias=member.bias if need.bias else None,
         gain=member.gain,
-        z=z if need.lora_b or any_b or bends else None,
+        z=z if need.lora_b or bends else None,
         linear=linear if need.gain else None,
     )
 
@@ -200,10 +168,9 @@ def saved_of(
 class BranchesFunction(torch.autograd.Function):
     """(y_1, ..., y_n), each (..., N_i), of x (..., K) and the branches.
 
-    ``grouped``: whether the backend's group operators run them, or what these have made already. ``tensors``: for each
-    branch weight (N, K), lora_a (R, K), lora_b (N, R), bias (N,) or None, gain (N,) or None; then no dropout state, or
-    one for each branch; then the parts of packed weights. ``layouts`` is empty, or has for each branch its packed
-    weight's, or None; the weight itself is None where it is packed.
+    ``tensors``: for each branch weight (N, K), lora_a (R, K), lora_b (N, R), bias (N,) or None, gain (N,) or None; then
+    no dropout state, or one for each branch; then the parts of packed weights. ``layouts`` is empty, or has for each
+    branch its packed weight's, or None; the weight itself is None where it is packed.
     """
 
     @staticmethod
@@ -214,7 +181,6 @@ class BranchesFunction(torch.autograd.Function):
         p: float,
         scalings: tuple[float, ...],
         activations: tuple[str, ...],
-        grouped: bool | Made,
         layouts: tuple[Layout | None, ...],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -224,19 +190,17 @@ class BranchesFunction(torch.autograd.Function):
         needs, members = _needs(ctx, count), members_of(tensors, count)
         with_linears = tuple(need.gain for need in needs)
         ys, zs, linears, states = forward_only(
-            x, backend_name, p, scalings, activations, grouped, with_linears, layouts, *tensors
+            x, backend_name, p, scalings, activations, with_linears, layouts, *tensors
         )
         need_x, any_a = ctx.needs_input_grad[0], any(need.lora_a for need in needs)
-        any_b = bool(grouped) and any(need.lora_b for need in needs)  # of a group every db is due, or none
         saved: list[Tensor | None] = [x if any_a or any(need.weight for need in needs) else None]
         for member, need, activation, z, linear in zip(members, needs, activations, zs, linears, strict=True):
             # PyTorch 2.11's dynamo lets a list grow by no named tuple with +=
-            saved.extend(saved_of(member, need, need_x, activation, z, linear, any_b))
+            saved.extend(saved_of(member, need, need_x, activation, z, linear))
         of_weights = [part for own in _split(tensors, count, layouts)[1] for part in own]
         ctx.save_for_backward(*saved, *(states if need_x or any_a else ()), *of_weights)
         weight_dtypes = tuple(None if member.weight is None else member.weight.dtype for member in members)
-        of = scalings, activations, bool(grouped), layouts
-        ctx.settings = x.shape, weight_dtypes, len(tensors), backend_name, p, *of
+        ctx.settings = x.shape, weight_dtypes, len(tensors), backend_name, p, scalings, activations, layouts
         return tuple(ys)
 
     @staticmethod
@@ -247,20 +211,17 @@ class BranchesFunction(torch.autograd.Function):
                 return run_outside(BranchesFunction.backward, ctx, dys)
             if torch.is_grad_enabled():
                 return _differentiable_backward(ctx, dys)
-        x_shape, weight_dtypes, total, backend_name, p, scalings, activations, grouped, layouts = ctx.settings
+        x_shape, weight_dtypes, total, backend_name, p, scalings, activations, layouts = ctx.settings
         count, need_x, ops = len(scalings), ctx.needs_input_grad[0], operators(backend_name)
         x, saved, states, parts = _unpack(ctx.saved_tensors, count, layouts)
         needs = _needs(ctx, count)
         used = [i for i, dy in enumerate(dys) if dy is not None]
         if not used:
             return (None,) * len(ctx.needs_input_grad)
-        rest = saved, states, needs, need_x, p, scalings
-        if grouped:
-            dx, grads = _of_group(ops, {i: dys[i] for i in used}, x, *rest, weight_dtypes)
-        else:
-            x, given = None if x is None else flatten(x), {i: flatten(dys[i]) for i in used}
-            dx, grads = gradients_of(ops, given, x, *rest, activations, weight_dtypes, layouts, parts)
-            dx = None if dx is None else unflatten(dx, x_shape)
+        x, given = None if x is None else flatten(x), {i: flatten(dys[i]) for i in used}
+        rest = saved, states, needs, need_x, p, scalings, activations, weight_dtypes, layouts, parts
+        dx, grads = gradients_of(ops, given, x, *rest)
+        dx = None if dx is None else unflatten(dx, x_shape)
         flat = [gradients.get(name) for gradients in grads for name in Needs._fields]
         return (dx, *[None] * _SETTINGS, *flat, *[None] * (total - len(flat)))
 
@@ -327,48 +288,6 @@ def _input_grad(
     return ops.input_grad([dlinears[i] for i in some], weights, [dzs[i] for i in some], lora_as, p, own)
 
 
-def _of_group(
-    ops: Any,
-    dys: dict[int, Tensor],
-    x: Tensor | None,
-    saved: Sequence[Saved],
-    states: Sequence[Tensor],
-    needs: Sequence[Needs],
-    need_x: bool,
-    p: float,
-    scalings: Sequence[float],
-    weight_dtypes: Sequence[torch.dtype],
-) -> tuple[Tensor | None, list[dict[str, Tensor]]]:
-    """As ``gradients_of``, by the group operator; of one output that was used, by that of a layer by itself.
-
-    Every dy is (..., N_i), x (..., K), and so is dx.
-    """
-    used = list(dys)
-    grads: list[dict[str, Tensor]] = [{} for _ in needs]
-    need_a, need_b = any(needs[i].lora_a for i in used), any(needs[i].lora_b for i in used)
-    own = [saved[i] for i in used]
-    weights = [as_dtype(s.weight, dys[i].dtype) for i, s in zip(used, own, strict=True)] if need_x else []
-    lora_as, lora_bs, biases = [s.lora_a for s in own], [s.lora_b for s in own], [s.bias for s in own]
-    hs, kept = [s.z for s in own] if need_b else [], [states[i] for i in used] if states else []
-    flat_dys, due_x = [dys[i] for i in used], x if need_a else None
-    if len(used) == 1:
-        (i,), (weight, h, state) = used, (each[0] if each else None for each in (weights, hs, kept))
-        dx, *found = ops.backward(
-            flat_dys[0], due_x, weight, lora_as[0], lora_bs[0], biases[0], h, scalings[i], p, state
-        )
-        das, dbs, dbiases = ([gradient] for gradient in found)
-    else:
-        numbers = [scalings[i] for i in used]
-        of = flat_dys, due_x, weights, lora_as, lora_bs, biases, hs, numbers, p, kept
-        dx, das, dbs, dbiases = ops.group_backward(*of)
-    for i, da, db, dbias in zip(used, das, dbs, dbiases, strict=True):
-        found = {"lora_a": da, "lora_b": db, "bias": dbias}
-        grads[i].update({name: value for name, value in found.items() if getattr(needs[i], name)})
-        if needs[i].weight and x is not None:
-            grads[i]["weight"] = as_dtype(flatten(dys[i]).t() @ flatten(x), weight_dtypes[i])
-    return dx if need_x else None, grads
-
-
 def of_output(
     ops: Any, dy: Tensor, own: Saved, need: Needs, need_x: bool, scaling: float, activation: str
 ) -> tuple[Tensor, Any, dict[str, Tensor]]:
@@ -430,10 +349,37 @@ def _a_grads(ops: Any, dzs: list[Tensor], x: Tensor, p: float, states: Sequence[
 apply_branches_function: Callable[..., Any] = super(torch.autograd.Function, BranchesFunction).apply
 
 
-def _differentiable_backward(ctx: Any, dys: Sequence[Tensor]) -> Any:
-    """The gradients of the reference's formulas on the graph's own tensors, for ``create_graph=True``."""
-    x_shape, _, total, backend_name, p, scalings, activations, _, layouts = ctx.settings
-    given_x, saved, states, parts = _unpack(ctx.saved_tensors, len(scalings), layouts)
+def _differentiable_backward(ctx: Any, dys: Sequence[Any]) -> Any:
+    _, _, total, backend_name, p, scalings, activations, layouts = ctx.settings
+    x, saved, states, parts = _unpack(ctx.saved_tensors, len(scalings), layouts)
+    needs = _needs(ctx, len(scalings))
+
+    def of(i: int, x: Tensor) -> tuple[Saved, Tensor | None]:
+        mask = operators(backend_name).mask(states[i], *x.shape, p) if states else None
+        if layouts and layouts[i] is not None:
+            return saved[i]._replace(weight=_values(i, None, layouts, parts, x.dtype, x.detach())), mask
+        return saved[i], mask
+
+    dx, grads = differentiable_gradients(x, dys, of, needs, ctx.needs_input_grad[0], p, scalings, activations)
+    flat = [gradient for gradients in grads for gradient in gradients]
+    return (dx, *[None] * _SETTINGS, *flat, *[None] * (total - len(flat)))
+
+
+def differentiable_gradients(
+    given_x: Tensor | None,
+    dys: Sequence[Any],
+    of: Callable[[int, Tensor], tuple[Saved, Tensor | None]],
+    needs: Sequence[Needs],
+    need_x: bool,
+    p: float,
+    scalings: Sequence[float],
+    activations: Sequence[str],
+) -> tuple[Any, list[tuple[Any, ...]]]:
+    """dx and each branch's gradients, None for what is not due: of the reference's formulas on the graph's own tensors,
+    for ``create_graph=True``.
+
+    ``of(i, x)``: what was saved of the i-th branch, and its mask, for x (M, K).
+    """
     if given_x is None:
         raise UnsupportedTransformError(
             "a double backward (create_graph=True) was asked for where no lora_A needs a gradient: x was not kept, to "
@@ -441,27 +387,24 @@ def _differentiable_backward(ctx: Any, dys: Sequence[Tensor]) -> Any:
             "differentiate lora_kernels.reference.forward instead."
         )
     inputs: list[Any] = [alias(given_x)]
-    x = flatten(inputs[0])
-    outputs, needs = [], _needs(ctx, len(scalings))
-    for i, (own, scaling, activation) in enumerate(zip(saved, scalings, activations, strict=True)):
-        mask = operators(backend_name).mask(states[i], *x.shape, p) if states else None
-        if layouts and layouts[i] is not None:
-            own = own._replace(weight=_values(i, None, layouts, parts, x.dtype, x.detach()))
+    x, outputs = flatten(inputs[0]), []
+    for i, (scaling, activation) in enumerate(zip(scalings, activations, strict=True)):
+        own, mask = of(i, x)
         if own.weight is None and needs[i].weight:  # its gradient does not depend on its values
             own = own._replace(weight=x.detach().new_zeros(own.lora_b.shape[0], x.shape[1]).requires_grad_())
         y, aliases = reference_output(x, own, scaling, activation, mask, p)
         inputs += aliases
-        outputs.append(unflatten(y, x_shape))
-    needed = [ctx.needs_input_grad[0], *(flag for need in needs for flag in need)]
+        outputs.append(unflatten(y, given_x.shape))
+    needed = [need_x, *(flag for need in needs for flag in need)]
     due = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
     # Of a branch that trains nothing y is a constant, though the pass in common has it on its graph.
     used = [i for i, dy in enumerate(dys) if dy is not None and outputs[i].requires_grad]
     if not used:
-        return (None,) * len(ctx.needs_input_grad)
-    of = [outputs[i] for i in used], due, [dys[i] for i in used]
-    found = iter(torch.autograd.grad(*of, create_graph=True, allow_unused=True))
+        return None, [(None,) * PER_BRANCH] * len(needs)
+    given = [outputs[i] for i in used], due, [dys[i] for i in used]
+    found = iter(torch.autograd.grad(*given, create_graph=True, allow_unused=True))
     dx, *rest = [next(found) if need else None for need in needed]
-    return (dx, *[None] * _SETTINGS, *rest, *[None] * (total - len(rest)))
+    return dx, [tuple(rest[i : i + PER_BRANCH]) for i in range(0, len(rest), PER_BRANCH)]
 
 
 def reference_output(

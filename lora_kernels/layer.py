@@ -341,9 +341,26 @@ class LoRALayer(nn.Module):
 
     def shared_branch(self, x: Tensor) -> tuple[Branch, float] | None:
         """See :class:`~lora_kernels.shared_input.Member`. DoRA with dropout needs two products of W: not in common."""
-        if self.why_alone(x) is not None:
+        if (branch := self._plain_branch()) is not None:
+            return branch, self.lora_dropout
+        return None if self.why_alone(x) is not None else (self.branch(), self.lora_dropout)
+
+    def _plain_branch(self) -> Branch | None:
+        """``branch()`` in the least host time, of a layer that nothing can keep alone: its Parameters as they are. None
+        where it has to be looked at closer."""
+        own: dict[str, Any] = self._parameters
+        try:
+            weight, lora_a, lora_b, bias = own["weight"], own["lora_A"], own["lora_B"], own["bias"]
+            others = own["lora_bias"] is not None or own["lora_magnitude_vector"] is not None
+        except KeyError:  # as in forward
             return None
-        return self.branch(), self.lora_dropout
+        if others or self.is_transposed or self._base is not None or not self._lora_enabled or self._asks:
+            return None
+        kind = nn.Parameter
+        held = type(weight) is type(lora_a) is type(lora_b) is kind and (bias is None or type(bias) is kind)
+        if not held or not self.training or weight.is_meta or weight.dim() != 2:
+            return None
+        return Branch(weight, lora_a, lora_b, bias, self.scaling, None, self.activation)
 
     def why_alone(self, x: Tensor | None) -> str | None:
         """Why it cannot run in a pass with other layers now, in a clause; None: it can."""

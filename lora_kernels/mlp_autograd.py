@@ -82,7 +82,7 @@ def _run(
     ops, heads = operators(backend_name), len(scalings) - 1
     states, down_state = _states(tensors, heads, ps)
     own, down = tensors[: PER_BRANCH * heads], members_of(tensors, heads + 1)[heads]
-    of_heads = scalings[:heads], activations[:heads], False, with_linears[:heads], ()
+    of_heads = scalings[:heads], activations[:heads], with_linears[:heads], ()
     ys, zs, linears, _ = branches_forward(x, backend_name, ps[0], *of_heads, *own, *states)
     a = ops.gated(*_halves(ys), gate)
     weight, scaling, activation = as_dtype(down.weight, x.dtype), scalings[heads], activations[heads]

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .branches import Branch
 from .dispatch import requested
@@ -33,6 +34,10 @@ __all__ = ["NO_OTHERS", "Member", "SharedInput", "attach", "detach", "is_shared"
 Others: TypeAlias = tuple[tuple[int, int], ...]  # N and rank of the further members
 NO_OTHERS: Others = ()
 _AT_MEMBER, _AT_HOLDER = "_shared", "_shared_inputs"
+# Asked on each call: to look them up takes as long as to call them.
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_is_transforming = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
 _MISSES = 3  # passes in a row whose outputs nobody took, before a warning, or the end of a guessed group
 
 
@@ -44,14 +49,16 @@ class Member(Protocol):
         nothing but its base acts."""
 
     def sharing_state(self) -> tuple[Any, ...]:
-        """All that its output depends on besides x and the random numbers, to be compared."""
+        """All that its output depends on besides x and the random numbers, to be compared; asked where its part in a
+        pass holds tensors that were computed for it, which are others each time."""
 
 
 class _Waiting(NamedTuple):
     """A member's output that waits for its call."""
 
     y: Tensor
-    state: tuple[Any, ...]  # the member's, of when it was computed
+    state: tuple[Any, ...]  # of when it was computed: that of ``branch``, else the member's
+    branch: Branch | None  # its part in the pass, where that tells all its output depends on
     draw: Foreseen | None
 
 
@@ -161,7 +168,7 @@ class SharedInput:
             together = {i: replace(branch, state=draws[i].state) for i, branch in together.items()}
         outputs = _run(x, together, p)
         y = outputs.pop(index)
-        waiting = {i: _Waiting(other, self._state(i), draws.get(i)) for i, other in outputs.items()}
+        waiting = {i: self._waiting(i, other, parts[i], draws.get(i)) for i, other in outputs.items()}
         self._pending[thread] = _Pending(x, x._version, hooks, _modes(x), waiting)
         return y
 
@@ -175,14 +182,21 @@ class SharedInput:
                 parts[i] = part
         return parts
 
+    def _waiting(self, index: int, y: Tensor, part: tuple[Branch, float], draw: Foreseen | None) -> _Waiting:
+        if (state := _state_of(part)) is not None:
+            return _Waiting(y, state, part[0], draw)
+        member: Any = self._members[index]()
+        return _Waiting(y, member.sharing_state(), None, draw)
+
     def _is_as_it_was(self, index: int, x: Tensor, pending: _Pending, waiting: _Waiting) -> bool:
         """Whether the member would compute the same now."""
-        return pending.version == x._version and pending.modes == _modes(x) and waiting.state == self._state(index)
-
-    def _state(self, index: int) -> tuple[Any, ...]:
+        if pending.version != x._version or pending.modes != _modes(x):
+            return False
         member: Any = self._members[index]()
-        state: tuple[Any, ...] = member.sharing_state()
-        return state
+        if waiting.branch is None:
+            return bool(waiting.state == member.sharing_state())
+        part = member.shared_branch(x)
+        return part is not None and waiting.state == _state_of(part)
 
     def _miss(self) -> None:
         """Outputs were left that nobody took."""
@@ -234,22 +248,41 @@ def detach(holder: nn.Module) -> int:
 def _may_not_wait(x: Tensor) -> bool:
     """Whether outputs must not wait from call to call: a compiler, a tracer or a function transform records (a graph of
     a checkpointed block may not change what lies outside of it), or x does not tell whether it was written to since."""
-    if torch.compiler.is_compiling() or not is_plain(x) or x.is_inference():
+    if is_compiling() or not is_plain(x) or x.is_inference():
         return True
-    return torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
+    return _tracing_state() is not None or _is_transforming()
 
 
 def _modes(x: Tensor) -> tuple[Any, ...]:
     """What an output depends on besides x, the layer and the random numbers."""
-    device_type = device_type_of(x)
-    autocast = is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
-    stream = torch._C._cuda_getCurrentRawStream(x.device.index) if device_type == "cuda" else None
-    return (x.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, requested(), stream)
+    autocast: Any = False
+    if _is_any_autocast_enabled() and is_autocast_enabled(device_type := device_type_of(x)):
+        autocast = torch.get_autocast_dtype(device_type)
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else None
+    return x.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, requested(), stream
 
 
 def mark(tensor: Tensor) -> tuple[int, int, bool]:
     """What tells whether ``tensor`` was exchanged or written to since, or has begun or ceased to train."""
-    return id(tensor), tensor._version, tensor.requires_grad
+    version = 0 if tensor.is_inference() else tensor._version  # one made in inference mode counts nothing
+    return id(tensor), version, tensor.requires_grad
+
+
+def _state_of(part: tuple[Branch, float]) -> tuple[Any, ...] | None:
+    """What a member's output depends on besides x and the random numbers, told by its part in a pass; None where a
+    tensor of it was computed."""
+    branch, p = part
+    if type(branch) is not Branch or branch.gain is not None:
+        return None
+    state: list[Any] = [p, branch.scaling, branch.activation]
+    for tensor in (branch.weight, branch.lora_a, branch.lora_b, branch.bias):
+        if tensor is None:
+            state.append(None)
+        elif type(tensor) is not nn.Parameter:
+            return None
+        else:
+            state += mark(tensor)
+    return tuple(state)
 
 
 def _intercepted(member: nn.Module) -> bool:
@@ -269,7 +302,7 @@ def _together(parts: dict[int, tuple[Branch, float]], needed: int) -> dict[int, 
     if needed not in parts:
         return {}
     own, p = parts[needed]
-    fitting = {i: branch for i, (branch, own_p) in parts.items() if own_p == p and _fits(branch, own)}
+    fitting = {i: b for i, (b, own_p) in parts.items() if b is own or (own_p == p and _fits(b, own))}
     return fitting if len(fitting) > 1 else {}
 
 

@@ -12,19 +12,86 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
 from ..dispatch import COMPUTE_DTYPES
 from ..replaceable import computes_otherwise
-from ..tensors import is_plain
+from ..tensors import PLAIN_TENSORS, is_plain
 from ..weights import known
 from . import dora
 
-__all__ = ["hooked", "is_transposed", "own_parameter", "why_adapter", "why_base", "why_call", "why_weight"]
+__all__ = [
+    "hooked",
+    "is_transposed",
+    "own_parameter",
+    "plain_parts",
+    "why_adapter",
+    "why_base",
+    "why_call",
+    "why_dtypes",
+    "why_weight",
+]
 
 
 _KNOWN_ARGUMENTS = {"adapter_names", "alora_offsets"}  # what PEFT's hooks add to a call
+
+
+# Asked on each call: to look them up takes as long as to call them.
+_is_transforming = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+
+
+def plain_parts(layer: Any, name: Any, x: Any) -> tuple[Any, Any, Any, Any, float, float] | None:
+    """W, A, B, bias, s and p of a call with ``x`` alone, on which the adapter ``name`` acts alone, where none of the
+    reasons here keeps it from the fused operators.
+
+    Most calls are such: plain Parameters, an ``nn.Linear``, nothing in between. All is asked in the least host time, so
+    None says only that the call is to be looked at closer.
+    """
+    if (
+        type(x) not in PLAIN_TENSORS
+        or is_compiling()
+        or _is_transforming()
+        or forward_ad._current_level >= 0
+        or _tracing_state() is not None
+        or torch_module._has_any_global_hook()
+    ):
+        return None
+    modules = layer._modules
+    base = modules["base_layer"]
+    try:
+        of_a, of_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        dropout = modules["lora_dropout"]._modules[name]
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        lora_a, lora_b = of_a._parameters["weight"], of_b._parameters["weight"]
+        biased = of_a._parameters["bias"] is not None or of_b._parameters["bias"] is not None
+    except KeyError:  # no such adapter, or a parametrization has put something else in a Parameter's place
+        return None
+    linear, held, dtype = nn.Linear, nn.Parameter, x.dtype
+    if not (
+        type(base) is type(of_a) is type(of_b) is linear
+        and type(weight) is type(lora_a) is type(lora_b) is held
+        and not biased
+        and (bias is None or type(bias) is held)
+        and weight.dtype is dtype
+        and dtype in COMPUTE_DTYPES
+        and lora_a.dtype in COMPUTE_DTYPES
+        and lora_b.dtype in COMPUTE_DTYPES
+        and weight.dim() == 2
+        and x.dim() > 0
+        and layer.cast_input_dtype_enabled
+    ):
+        return None
+    if hooked(base) or hooked(of_a) or hooked(of_b) or hooked(dropout):
+        return None
+    p, scaling = 0.0, layer.scaling[name]
+    if type(dropout) is nn.Dropout and dropout.training:
+        p = dropout.p
+    elif type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
+        return None
+    return (weight, lora_a, lora_b, bias, scaling, p) if type(scaling) is float and 0.0 <= p < 1.0 else None
 
 
 def is_transposed(base: nn.Module) -> bool:
@@ -48,7 +115,7 @@ def why_call(x: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> s
         return "torch.func or vmap is active"
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives are active"
-    if torch.compiler.is_compiling():
+    if is_compiling():
         # The compiler of PyTorch 2.11 takes the function is_exporting() for True in all that it traces.
         return "torch.export is recording" if torch.compiler._is_exporting_flag else None
     if torch._C._get_tracing_state() is not None:

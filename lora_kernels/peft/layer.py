@@ -16,14 +16,14 @@ from .. import storage, switching
 from ..branches import Branch, PackedBranch
 from ..dispatch import Problem
 from ..explaining.report import IN_PARTS, of_packed
-from ..gate import device_type_of, is_autocast_enabled, run_branch
+from ..gate import device_type_of, is_autocast_enabled, run_branch, run_plain
 from ..reference import adapter_dtype
 from ..shared_input import NO_OTHERS, SharedInput, mark
 from ..tensors import PLAIN_TENSORS
 from ..weights import known
 from ..weights.by_codes import number_of
 from . import dora as peft_dora
-from .conditions import is_transposed, own_parameter, why_adapter, why_base, why_call, why_dtypes
+from .conditions import is_transposed, own_parameter, plain_parts, why_adapter, why_base, why_call, why_dtypes
 from .experts import FusedParamWrapper, ParamWrapper, why_not_fusable_experts
 from .report import BASE, FUSED, counter
 from .scalings import as_one
@@ -62,6 +62,9 @@ class FusedForward(_Behind):  # type: ignore[misc]
             if y is not None:
                 self._count(FUSED)
                 return y
+        if not args and not kwargs and (parts := self._plain_parts(x)) is not None:
+            self._count(FUSED)
+            return run_plain(x, *parts, None)
         rows = kwargs.get("adapter_names")
         if rows is not None:
             self._check_forward_args(x, *args, **kwargs)
@@ -76,10 +79,21 @@ class FusedForward(_Behind):  # type: ignore[misc]
 
     def shared_branch(self, x: Tensor) -> tuple[Branch, float] | None:
         """See :class:`~lora_kernels.shared_input.Member`."""
+        if self.training and (parts := self._plain_parts(x)) is not None:
+            *of_branch, p = parts
+            return Branch(*of_branch), p
         if self.why_alone(x) is not None:
             return None
         adapters = self._acting_adapters(None)
         return self._branch(adapters), self._p(adapters[0])
+
+    def _plain_parts(self, x: Any) -> tuple[Any, Any, Any, Any, float, float] | None:
+        """As ``conditions.plain_parts``, of the one adapter that acts."""
+        active = self._active_adapter
+        name = active[0] if type(active) is list and len(active) == 1 else active
+        if self._disable_adapters or self._asks or self.merged_adapters or self.lora_variant or type(name) is not str:
+            return None
+        return plain_parts(self, name, x)
 
     def why_alone(self, x: Tensor | None) -> str | None:
         """Why it cannot run in a pass with other layers now, in a clause; None: it can."""

@@ -81,6 +81,15 @@ def test_one_can_name_them_oneself() -> None:
     assert str(share_inputs(model)) == "no group of layers with one input"
 
 
+def test_layers_made_in_inference_mode_run_in_common() -> None:
+    with torch.inference_mode():
+        layers = [acting(8, 4), acting(8, 6)]
+    with passes() as counted, torch.no_grad():
+        ys = FusedLoRAGroup(layers)(torch.randn(20, 8))
+    assert counted == [2]
+    assert [y.shape for y in ys] == [(20, 4), (20, 6)]
+
+
 def test_bad_groups_are_refused() -> None:
     layer, single = acting(8, 4), acting(8, 4)
     together = FusedLoRAGroup([layer, acting(8, 6)])

@@ -85,7 +85,8 @@ FAULTS = [_da_flipped, _db_unscaled, _dx_without_low_rank, _scaling_dropped, _la
 def test_a_seeded_fault_is_caught(
     fault: Callable[..., Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "run_plain", fault)
+    for module in (gate, layer):
+        monkeypatch.setattr(module, "run_plain", fault)
     with pytest.raises(AssertionError, match="FAILS"):
         assert_parity(OPTIONS[0], dtype)
 
