@@ -432,6 +432,27 @@ def test_a_copy_runs_in_common_a_layer_alone_is_alone_and_nothing_is_held() -> N
         gc.enable()
 
 
+def test_threads_draw_no_mask_twice() -> None:
+    """With W = 0 and A = B = 1 an output is the number of kept elements of its row."""
+    together = group(lora_dropout=0.5, bias=False)
+    for layer in together.children():
+        layer.weight.data.zero_(), layer.lora_A.data.fill_(1.0), layer.lora_B.data.fill_(1.0)
+    x, ways = torch.ones(40, K), []
+    other = acting(K, 4, lora_dropout=0.5)
+
+    def work() -> None:
+        for _ in range(40):
+            ways.extend(tuple((y[:, 0] / y[:, 0].max()).tolist()) for y in together(x))
+            other(x)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(ways)) == len(ways)
+
+
 def test_threads_do_not_mix() -> None:
     together = group()
     xs = [torch.randn(9, K) for _ in range(4)]
