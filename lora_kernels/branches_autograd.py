@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import reference
 from .activations import activate, activate_backward
-from .errors import UnsupportedTransformError
+from .errors import LoRAStateError, UnsupportedTransformError
 from .ops import is_watched, operators
 from .surrounded import is_surrounded, run_outside
 from .tensors import as_dtype, flatten, unflatten
@@ -39,6 +39,7 @@ __all__ = [
     "of_output",
     "reference_output",
     "saved_of",
+    "saved_tensors",
 ]
 
 PER_BRANCH = 5  # weight, lora_a, lora_b, bias, gain
@@ -208,12 +209,12 @@ class BranchesFunction(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             ctx.has_run = True  # what was saved may be gone: an output that waits for its layer is worth nothing now
             if is_surrounded(dys):
-                return run_outside(BranchesFunction.backward, ctx, dys)
+                return run_outside(BranchesFunction.backward, ctx, dys, saved_tensors(ctx, dys))
             if torch.is_grad_enabled():
                 return _differentiable_backward(ctx, dys)
         x_shape, weight_dtypes, total, backend_name, p, scalings, activations, layouts = ctx.settings
         count, need_x, ops = len(scalings), ctx.needs_input_grad[0], operators(backend_name)
-        x, saved, states, parts = _unpack(ctx.saved_tensors, count, layouts)
+        x, saved, states, parts = _unpack(saved_tensors(ctx, dys), count, layouts)
         needs = _needs(ctx, count)
         used = [i for i, dy in enumerate(dys) if dy is not None]
         if not used:
@@ -224,6 +225,37 @@ class BranchesFunction(torch.autograd.Function):
         dx = None if dx is None else unflatten(dx, x_shape)
         flat = [gradients.get(name) for gradients in grads for name in Needs._fields]
         return (dx, *[None] * _SETTINGS, *flat, *[None] * (total - len(flat)))
+
+
+class _Held(NamedTuple):
+    """What was saved, and at which versions, for outputs that have not gone backward yet."""
+
+    tensors: Sequence[Any]
+    versions: list[int]
+    outputs: set[int]
+
+
+def _versions(tensors: Sequence[Any]) -> list[int]:
+    return [tensor._version for tensor in tensors if tensor is not None and not tensor.is_inference()]
+
+
+def saved_tensors(ctx: Any, dys: Sequence[Any]) -> Sequence[Any]:
+    """What was saved. PyTorch frees it at the first output's backward; it is held for the others, which may follow."""
+    held: _Held | None = None if torch.compiler.is_compiling() else getattr(ctx, "held", None)
+    if torch.compiler.is_compiling() or (held is None and all(dy is not None for dy in dys)):
+        return ctx.saved_tensors  # type: ignore[no-any-return]
+    used = {i for i, dy in enumerate(dys) if dy is not None}
+    if held is None or not used <= held.outputs:
+        tensors = ctx.saved_tensors
+        held = _Held(tensors, _versions(tensors), set(range(len(dys))))
+    elif held.versions != _versions(held.tensors):
+        raise LoRAStateError(
+            "x or a Parameter of layers that run together was written to between the backward passes of two outputs, "
+            "so the second one's gradients would be wrong. Call backward once, on the sum of the losses, or change "
+            "nothing between the passes."
+        )
+    ctx.held = held._replace(outputs=held.outputs - used) if used < held.outputs else None
+    return held.tensors
 
 
 def gradients_of(
@@ -351,7 +383,7 @@ apply_branches_function: Callable[..., Any] = super(torch.autograd.Function, Bra
 
 def _differentiable_backward(ctx: Any, dys: Sequence[Any]) -> Any:
     _, _, total, backend_name, p, scalings, activations, layouts = ctx.settings
-    x, saved, states, parts = _unpack(ctx.saved_tensors, len(scalings), layouts)
+    x, saved, states, parts = _unpack(saved_tensors(ctx, dys), len(scalings), layouts)
     needs = _needs(ctx, len(scalings))
 
     def of(i: int, x: Tensor) -> tuple[Saved, Tensor | None]:

@@ -9,12 +9,14 @@ inside the operators.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from threading import RLock
 from typing import Any, Protocol
 
 import torch
@@ -172,6 +174,9 @@ def requested(argument: str | None = None) -> tuple[str | None, str]:
     return None, "the automatic choice"
 
 
+REGISTERING = RLock()  # threads' first calls may come at once, and an operator is defined once
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=REGISTERING._at_fork_reinit)  # type: ignore[attr-defined]  # as logging's
 _choices: dict[tuple[str, torch.dtype, str | None], str] = {}
 
 
@@ -191,11 +196,12 @@ def select(device_type: str, dtype: torch.dtype, argument: str | None = None) ->
     choice = _choices.get(key)
     if choice is None:
         problem = Problem(device_type, dtype)
-        if _only_shapes_matter():
-            choice = _choose(problem, argument)
-            backend(choice).register("meta")
-            return choice
-        choice = _choices[key] = _register(problem, argument)
+        with REGISTERING:
+            if _only_shapes_matter():
+                choice = _choose(problem, argument)
+                backend(choice).register("meta")
+                return choice
+            choice = _choices[key] = _register(problem, argument)
     return choice
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .dispatch import backend, select
+from .dispatch import REGISTERING, backend, select
 from .weights import known  # noqa: F401  # it registers what reads quantised weights
 
 __all__ = ["register_operators"]
@@ -30,5 +30,6 @@ def register_operators(device: torch.device | str = "cpu") -> tuple[str, ...]:
     """
     device_type = torch.device(device).type
     chosen = select(device_type, torch.float32)
-    backend("eager").register(device_type)
+    with REGISTERING:
+        backend("eager").register(device_type)
     return tuple(dict.fromkeys((chosen, "eager")))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import select
-from .gate import device_type_of, draw_state, is_autocast_enabled
+from .gate import DRAWING, device_type_of, draw_state, is_autocast_enabled
 
 __all__ = ["Foreseen", "foresee"]
 
@@ -33,7 +33,7 @@ class Foreseen:
         """Whether a draw would give the state now; the generator is then moved as the draw would have moved it."""
         if self.generator is None or self.before is None or self.after is None:
             return True
-        with torch._C._DisableTorchDispatch():  # nobody who watches a layer's operators is to see this
+        with DRAWING, torch._C._DisableTorchDispatch():  # nobody who watches a layer's operators is to see this
             if not torch.equal(self.generator.get_state(), self.before):
                 return False
             self.generator.set_state(self.after)
@@ -59,14 +59,15 @@ def foresee(x: Tensor, ps: Sequence[float]) -> list[Foreseen]:
         return [Foreseen(draw_state(x, p, name), None, None, None) for p in ps]
     first = before = None
     drawn = []
-    for p in ps:
-        state = draw_state(x, p, name)
-        after = generator.get_state()
-        first = after if first is None else first
-        drawn.append(Foreseen(state, generator, before, after))
-        before = after
-    if first is not None:
-        generator.set_state(first)
+    with DRAWING:
+        for p in ps:
+            state = draw_state(x, p, name)
+            after = generator.get_state()
+            first = after if first is None else first
+            drawn.append(Foreseen(state, generator, before, after))
+            before = after
+        if first is not None:
+            generator.set_state(first)
     return drawn
 
 

@@ -7,10 +7,12 @@ activations between A and B. :func:`run_branch` takes one branch and chooses amo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from numbers import Real
+from threading import RLock
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ from .weights import product
 from .weights.packed import Packed
 
 __all__ = [
+    "DRAWING",
     "autocast_input",
     "check_dropout_p",
     "chosen",
@@ -59,6 +62,11 @@ __all__ = [
 # Up to this many tokens on a CPU the host's time decides, of which the plain layer's way takes least: one read of x for
 # all branches saves less than it costs there.
 _FEW_TOKENS = 16
+
+# Held while states are drawn: who draws ahead puts the generator back, and no other thread's draw may lie between.
+DRAWING = RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=DRAWING._at_fork_reinit)  # type: ignore[attr-defined]  # as logging's
 
 # Asked on each call: to look them up takes as long as to call them.
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -528,7 +536,10 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
 def draw_state(x: Tensor, p: float, backend_name: str) -> Tensor:
     """What regenerates dropout's mask of x (..., K): see ``ops.py``. A layer's p may have been set to anything."""
     check_dropout_p(p)
-    return backend(backend_name).dropout_state(flatten(x), p)
+    if is_compiling():  # a graph holds no lock
+        return backend(backend_name).dropout_state(flatten(x), p)
+    with DRAWING:
+        return backend(backend_name).dropout_state(flatten(x), p)
 
 
 def autocast_input(x: Tensor, device_type: str) -> Tensor:

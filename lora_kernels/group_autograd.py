@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .branches_autograd import Needs, Saved, differentiable_gradients
+from .branches_autograd import Needs, Saved, differentiable_gradients, saved_tensors
 from .ops import operators
 from .surrounded import is_surrounded, run_outside
 from .tensors import as_dtype, flatten
@@ -89,7 +89,7 @@ class GroupFunction(torch.autograd.Function):
         if not is_compiling():
             ctx.has_run = True  # what was saved may be gone: an output that waits for its layer is worth nothing now
             if is_surrounded(dys):
-                return run_outside(GroupFunction.backward, ctx, dys)
+                return run_outside(GroupFunction.backward, ctx, dys, saved_tensors(ctx, dys))
             if torch.is_grad_enabled():
                 return _differentiable_backward(ctx, dys)
         weight_dtypes, backend_name, p, scalings = ctx.settings
@@ -98,7 +98,7 @@ class GroupFunction(torch.autograd.Function):
         if not used:
             return (None,) * len(ctx.needs_input_grad)
         need_x, (need_weights, need_as, need_bs, need_biases, others) = _needs(ctx, count)
-        x, kinds, states = _unpack(ctx.saved_tensors, count)
+        x, kinds, states = _unpack(saved_tensors(ctx, dys), count)
         if len(used) < count:
             kinds, states = [[own[i] for i in used] for own in kinds], [states[i] for i in used] if states else []
         weights, lora_as, lora_bs, biases, hs = kinds
@@ -156,7 +156,7 @@ def _due(gradients: Sequence[Any], needs: Sequence[bool], used: Sequence[int]) -
 def _differentiable_backward(ctx: Any, dys: Sequence[Any]) -> Any:
     _, backend_name, p, scalings = ctx.settings
     count = len(scalings)
-    x, kinds, states = _unpack(ctx.saved_tensors, count)
+    x, kinds, states = _unpack(saved_tensors(ctx, dys), count)
     need_x, needs = _needs(ctx, count)
     all_needs = [Needs(w, a, b, bias, False) for w, a, b, bias in zip(*needs[:4], strict=True)]
 

@@ -23,7 +23,7 @@ from .dispatch import Problem
 from .errors import InvalidArgumentError, LoRAStateError
 from .explaining.report import IN_PARTS, of_packed
 from .gate import run_branch, run_frozen, run_packed, run_plain
-from .shared_input import NO_OTHERS, SharedInput, mark
+from .shared_input import NO_OTHERS, SharedInput, known_forward, mark
 from .tensors import PLAIN_TENSORS
 from .weights import known
 from .weights.by_codes import number_of
@@ -159,6 +159,7 @@ class LoRALayer(nn.Module):
         kind = PackedBranch if type(weight) is Packed else Branch
         return kind(weight, lora_a, lora_b, bias, self.scaling, gains, self.activation)
 
+    @known_forward
     def forward(self, input: Tensor) -> Tensor:
         """y (..., N) in ``input``'s dtype (autocast's under autocast) for ``input`` (..., K); see the class."""
         off = (not self._lora_enabled or self._asks) and not self._is_on()

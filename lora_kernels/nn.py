@@ -16,6 +16,7 @@ from .dispatch import COMPUTE_DTYPES
 from .errors import InvalidTypeError, LoRAStateError
 from .layer import LoRALayer, names_of_layers
 from .replaceable import is_conv1d, not_linear, own_state, plain_kind, why_not_replaceable
+from .shared_input import known_forward
 from .weights import known
 
 __all__ = ["FusedLoRAConv1D", "FusedLoRALinear"]
@@ -215,6 +216,7 @@ class FusedLoRAConv1D(LoRALayer):
     def extra_repr(self) -> str:
         return f"nf={self.nf}, nx={self.nx}, {super().extra_repr().removeprefix(', ')}"
 
+    @known_forward
     def forward(self, x: Tensor) -> Tensor:
         """y (..., N) for x (..., K)."""
         return super().forward(x)
@@ -287,7 +289,7 @@ def _kind_for(kind: type[LoRALayer], plain: type[nn.Module]) -> type[LoRALayer]:
 
     body: dict[str, Any] = {"_plain_class": plain, "__module__": plain.__module__, "__reduce_ex__": rebuilt}
     if known.is_of_package(plain):
-        body["forward"] = gathered
+        body["forward"] = known_forward(gathered)
     made = types.new_class(f"FusedLoRA{plain.__name__}", (kind, plain), {}, lambda names: names.update(body))
     return _KINDS.setdefault((kind, plain), made)
 

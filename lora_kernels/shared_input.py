@@ -15,13 +15,14 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.modules import module as torch_module
 
 from .branches import Branch
 from .dispatch import requested
@@ -29,11 +30,24 @@ from .foreseen import Foreseen, foresee
 from .gate import device_type_of, group_fault, is_autocast_enabled, run_branches
 from .tensors import is_plain
 
-__all__ = ["NO_OTHERS", "Member", "SharedInput", "attach", "detach", "is_shared", "mark", "shared_inputs"]
+__all__ = [
+    "NO_OTHERS",
+    "Member",
+    "SharedInput",
+    "attach",
+    "detach",
+    "is_shared",
+    "known_forward",
+    "mark",
+    "shared_inputs",
+    "why_called",
+]
 
+Forward = TypeVar("Forward", bound=Callable[..., Tensor])
 Others: TypeAlias = tuple[tuple[int, int], ...]  # N and rank of the further members
 NO_OTHERS: Others = ()
 _AT_MEMBER, _AT_HOLDER = "_shared", "_shared_inputs"
+_KNOWN_FORWARDS: list[Any] = []
 # Asked on each call: to look them up takes as long as to call them.
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _is_transforming = torch._C._are_functorch_transforms_active
@@ -289,6 +303,25 @@ def _intercepted(member: nn.Module) -> bool:
     """Whether something acts before the member's own call that the common pass would miss (a sharding wrapper's hook
     gathers weights there)."""
     return bool(member._forward_pre_hooks or member._backward_hooks or member._backward_pre_hooks)
+
+
+def known_forward(forward: Forward) -> Forward:
+    """Marks a forward that ``shared_branch`` stands for; a subclass may have another."""
+    _KNOWN_FORWARDS.append(forward)
+    return forward
+
+
+def why_called(member: Any) -> str | None:
+    """Why ``member`` has to be called, in a clause: a pass without its call would leave out what acts there."""
+    if member._forward_hooks or _intercepted(member):
+        return "it has hooks"
+    if torch_module._has_any_global_hook():
+        return "hooks on all modules are registered"
+    if "forward" in member.__dict__:
+        return "it has a forward of its own on the instance"
+    own = type(member).forward
+    is_known = any(own is forward for forward in _KNOWN_FORWARDS)
+    return None if is_known else f"{type(member).__name__} has a forward of its own"
 
 
 def _fits(branch: Branch, own: Branch) -> bool:

@@ -40,24 +40,30 @@ def _is_cast(gradient: Any) -> bool:
 class _Context:
     """Backward's context, whose saved tensors are unpacked once."""
 
-    def __init__(self, ctx: Any) -> None:
-        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+    def __init__(self, ctx: Any, saved: Sequence[Any] | None) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors if saved is None else saved
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ctx, name)
 
 
-def run_outside(backward: Callable[..., Any], ctx: Any, gradients: Sequence[Any]) -> tuple[Any, ...]:
-    """``backward(ctx, *gradients)``, where :func:`is_surrounded` is true of the gradients."""
+def run_outside(
+    backward: Callable[..., Any], ctx: Any, gradients: Sequence[Any], saved: Sequence[Any] | None = None
+) -> tuple[Any, ...]:
+    """``backward(ctx, *gradients)``, where :func:`is_surrounded` is true of the gradients.
+
+    ``saved``: what stands for ``ctx.saved_tensors``.
+    """
+    whole = _Context(ctx, saved)
     if _is_batched(gradients):
-        return _one_by_one(backward, ctx, gradients)
+        return _one_by_one(backward, whole, gradients)
     device = next(g.device.type for g in gradients if g is not None)
     with torch.autocast(device, enabled=False):
-        found: tuple[Any, ...] = backward(ctx, *gradients)
+        found: tuple[Any, ...] = backward(whole, *gradients)
     return found
 
 
-def _one_by_one(backward: Callable[..., Any], ctx: Any, gradients: Sequence[Any]) -> tuple[Any, ...]:
+def _one_by_one(backward: Callable[..., Any], whole: _Context, gradients: Sequence[Any]) -> tuple[Any, ...]:
     """With a batch of each gradient that is due."""
     torch_: Any = torch
     given = [g for g in gradients if g is not None]
@@ -67,7 +73,6 @@ def _one_by_one(backward: Callable[..., Any], ctx: Any, gradients: Sequence[Any]
     put_back = torch_._add_batch_dim if older else _functorch._add_batch_dim
     size = max(taken_out(g, level, 1, 0).shape[0] for g in given)  # one that is not batched counts as one
     apart = [None if g is None else taken_out(g, level, size, 0) for g in gradients]
-    whole = _Context(ctx)
     with _outside(older):
         found = [backward(whole, *(None if g is None else g[i] for g in apart)) for i in range(size)]
         joined = [None if of[0] is None else torch.stack(of) for of in zip(*found, strict=True)]

@@ -21,6 +21,7 @@ from ..dispatch import Problem
 from ..errors import InvalidArgumentError, InvalidTypeError
 from ..gate import device_type_of, is_autocast_enabled
 from ..gated_mlp import run_mlp
+from ..shared_input import why_called
 from ..tensors import is_plain
 from .mlp_forms import roles_of
 from .names import plain_modules
@@ -157,6 +158,8 @@ def _pass_of(mlp: Any, x: Tensor | None) -> _Pass | str:
         return "torch.func or vmap is active"
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives are active"
+    if torch_module._has_any_global_hook():
+        return "hooks on all modules are registered"
     if not compiling and (reason := _why_here(x)):
         return reason
     activation = _activation_of(mlp)
@@ -186,20 +189,14 @@ def _why_here(x: Tensor | None) -> str | None:
     """Why this call's input or surroundings allow no pass of several layers."""
     if x is not None and not is_plain(x):
         return "the input is no plain tensor"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace is recording"
-    return "hooks on all modules are registered" if torch_module._has_any_global_hook() else None
+    return "torch.jit.trace is recording" if torch._C._get_tracing_state() is not None else None
 
 
 def _why_layer(layer: Any, x: Tensor | None) -> str | None:
     """Why ``layer`` has to be called by itself."""
     if not hasattr(layer, "shared_branch"):
         return "it has no adapter"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return "it has hooks"
-    if "forward" in layer.__dict__:
-        return "it has a forward of its own on the instance"
-    reason: str | None = layer.why_alone(x)
+    reason: str | None = why_called(layer) or layer.why_alone(x)
     return reason
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import called
 from ..errors import InvalidArgumentError, InvalidTypeError, LoRAStateError
-from ..shared_input import attach, detach, is_shared, shared_inputs
+from ..shared_input import attach, detach, is_shared, shared_inputs, why_called
 from .gated import fuse_mlps, mlps_of, unfuse_mlps
 from .matching import listed
 from .names import joined, plain_modules
@@ -97,7 +97,7 @@ class FusedLoRAGroup(nn.Module):
         if self.training:
             called.note_compiled()
         for shared in shared_inputs(self) if self.training else ():
-            if not any(member._forward_hooks for member in shared.members):
+            if not any(why_called(member) for member in shared.members):
                 places = [members.index(member) for member in shared.members]
                 return {places[i]: y for i, y in shared.outputs(x).items()}
         return {}

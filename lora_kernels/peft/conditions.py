@@ -115,13 +115,13 @@ def why_call(x: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> s
         return "torch.func or vmap is active"
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives are active"
+    if torch_module._has_any_global_hook():
+        return "hooks on all modules are registered"
     if is_compiling():
         # The compiler of PyTorch 2.11 takes the function is_exporting() for True in all that it traces.
         return "torch.export is recording" if torch.compiler._is_exporting_flag else None
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace is recording"
-    if torch_module._has_any_global_hook():
-        return "hooks on all modules are registered"
     return None
 
 

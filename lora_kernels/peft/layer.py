@@ -18,7 +18,7 @@ from ..dispatch import Problem
 from ..explaining.report import IN_PARTS, of_packed
 from ..gate import device_type_of, is_autocast_enabled, run_branch, run_plain
 from ..reference import adapter_dtype
-from ..shared_input import NO_OTHERS, SharedInput, mark
+from ..shared_input import NO_OTHERS, SharedInput, known_forward, mark
 from ..tensors import PLAIN_TENSORS
 from ..weights import known
 from ..weights.by_codes import number_of
@@ -55,6 +55,7 @@ class FusedForward(_Behind):  # type: ignore[misc]
     _disable_adapters: bool
     _asks: bool = False  # whether PEFT's flag alone does not tell if adapters act; see switching.py
 
+    @known_forward
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y (..., N) for x (..., K), in the base layer's output dtype; arguments as PEFT's forward."""
         if self._shared is not None and self.training and not args and not kwargs:

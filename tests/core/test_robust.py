@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import resource
+import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
@@ -54,6 +55,29 @@ def test_threads_share_layers_and_each_gets_its_own_results(workers: int) -> Non
             together = list(pool.map(solve, numbers))
     for left, right in zip(together, alone, strict=True):
         assert all(same_bits(a, b) for a, b in zip(left, right, strict=True))
+
+
+FIRST_CALLS = """
+import threading, torch
+from lora_kernels import FusedLoRALinear, use_backend
+layer, all_there, failed = FusedLoRALinear(8, 8, r=2), threading.Barrier(8), []
+def call():
+    all_there.wait()
+    try:
+        with use_backend("eager"):
+            layer(torch.ones(3, 8)).sum().backward()
+    except Exception as error:
+        failed.append(error)
+threads = [threading.Thread(target=call) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(failed)
+"""
+
+
+def test_the_first_calls_of_a_process_may_come_at_once() -> None:
+    found = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("backend", ON_CPU)

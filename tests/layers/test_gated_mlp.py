@@ -15,6 +15,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
@@ -347,6 +348,15 @@ def own_forward(model: Any) -> None:
     model.down_proj.forward = lambda x: F.linear(x, model.down_proj.weight)
 
 
+class Doubled(FusedLoRALinear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2.0 * super().forward(input)
+
+
+def derived(model: Any) -> None:
+    model.up_proj.__class__ = Doubled
+
+
 def within_evaluation(model: Any) -> None:
     model.gate_proj.eval()
 
@@ -367,6 +377,7 @@ REASONS: list[tuple[Callable[[Any], None], str]] = [
     (dora_with_dropout, "up_proj: DoRA with dropout"),
     (bare, "down_proj: it has no adapter"),
     (own_forward, "down_proj: it has a forward of its own"),
+    (derived, "up_proj: Doubled has a forward of its own"),
     (within_evaluation, "gate_proj: it is in evaluation"),
     (asked_to_be, "unshare_inputs"),
 ]
@@ -388,6 +399,20 @@ def test_the_layers_run_one_by_one_where_a_pass_would_leave_something_out(
     assert same_bits(y, alone)
     assert reason in model.why_plain()
     assert reason in (model.why_plain(x) or "")
+
+
+def test_compiled_too_a_hook_on_all_modules_is_not_left_out() -> None:
+    model, x = mlp(), draw()
+    handle = torch_module.register_module_forward_hook(
+        lambda layer, args, y: 1.5 * y if layer is model.up_proj else None
+    )
+    try:
+        assert "hooks on all modules" in (model.why_plain() or "")
+        y = torch.compile(lambda x: model(x), backend="eager")(x)
+        assert same_bits(y, model(x))
+    finally:
+        handle.remove()
+    assert not same_bits(y, model(x))
 
 
 def test_layers_of_several_dtypes_run_one_by_one_outside_of_autocast() -> None:

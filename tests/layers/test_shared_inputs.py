@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -379,6 +380,37 @@ def test_hooks_run_and_what_acts_before_a_call_keeps_the_layer_alone() -> None:
     assert ys[2].min() > 50.0
 
 
+def _one_by_one(ys: tuple[Tensor, ...], due: list[Any], **arguments: Any) -> list[Any]:
+    return [g for y in ys for g in torch.autograd.grad(y.square().sum(), due, allow_unused=True, **arguments)]
+
+
+def test_outputs_go_backward_one_by_one_as_those_of_layers_alone() -> None:
+    together, x = group(dtype=torch.float64), draw(torch.float64)
+    single = apart(together)
+    of = [[x, *(p for p in model.parameters() if p.requires_grad)] for model in (together, single)]
+    for arguments in ({}, {"create_graph": True, "retain_graph": False}):
+        found, alone = (_one_by_one(m(x), due, **arguments) for m, due in zip((together, single), of, strict=True))
+        for one, other in zip(found, alone, strict=True):
+            torch.testing.assert_close(one, other)
+    ys = together(x)
+    for y in ys[:2]:
+        torch.autograd.grad(y, of[0], torch.stack([y, y]), is_grads_batched=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match="second time"):  # as of any graph
+        torch.autograd.grad(ys[0].sum(), x)
+
+
+@pytest.mark.parametrize("name", ["x", "A"])
+def test_what_is_written_to_between_two_backwards_is_told(name: str) -> None:
+    together, leaf = group(), draw()
+    x = leaf * 1.0
+    ys = together(x)
+    ys[0].sum().backward(retain_graph=True)
+    with torch.no_grad():
+        (x if name == "x" else together.k.lora_A).mul_(2.0)
+    with pytest.raises(lora_kernels.LoRAKernelsError, match="between the backward passes of two outputs"):
+        ys[1].sum().backward()
+
+
 # The model around
 
 
@@ -398,6 +430,27 @@ def test_a_copy_runs_in_common_a_layer_alone_is_alone_and_nothing_is_held() -> N
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_threads_draw_no_mask_twice() -> None:
+    """With W = 0 and A = B = 1 an output is the number of kept elements of its row."""
+    together = group(lora_dropout=0.5, bias=False)
+    for layer in together.children():
+        layer.weight.data.zero_(), layer.lora_A.data.fill_(1.0), layer.lora_B.data.fill_(1.0)
+    x, ways = torch.ones(40, K), []
+    other = acting(K, 4, lora_dropout=0.5)
+
+    def work() -> None:
+        for _ in range(40):
+            ways.extend(tuple((y[:, 0] / y[:, 0].max()).tolist()) for y in together(x))
+            other(x)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(ways)) == len(ways)
 
 
 def test_threads_do_not_mix() -> None:
@@ -481,8 +534,36 @@ def test_a_group_compiles_in_one_graph_and_runs_in_common(checkpointed: bool) ->
     assert all(y.grad_fn is ys[0].grad_fn for y in ys)
 
 
-def test_a_member_with_a_hook_compiles_with_it() -> None:
+class _Plus100(FusedLoRALinear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 100.0
+
+
+def _by_hook(layer: Any) -> Any:
+    return layer.register_forward_hook(lambda layer, args, y: y + 100.0)
+
+
+def _by_hook_on_all(layer: Any) -> Any:
+    return torch_module.register_module_forward_hook(lambda of, args, y: y + 100.0 if of is layer else None)
+
+
+def _by_instance(layer: Any) -> Any:
+    layer.forward = lambda x: FusedLoRALinear.forward(layer, x) + 100.0
+
+
+def _by_class(layer: Any) -> Any:
+    layer.__class__ = _Plus100
+
+
+@pytest.mark.parametrize("change", [_by_hook, _by_hook_on_all, _by_instance, _by_class])
+def test_a_member_whose_call_does_more_compiles_with_that(change: Callable[[Any], Any]) -> None:
     together, x = group(), draw()
-    together.v.register_forward_hook(lambda layer, args, y: y + 100.0)
-    ys = torch.compile(together, backend="eager", fullgraph=True)(x)
-    assert ys[2].min() > 50.0
+    handle = change(together.v)
+    try:
+        assert module.why_called(together.v)
+        if change in (_by_hook, _by_class):  # the others would take as long again
+            ys = torch.compile(lambda x: together(x), backend="eager", fullgraph=True)(x)
+            assert ys[2].min() > 50.0
+    finally:
+        if handle is not None:
+            handle.remove()

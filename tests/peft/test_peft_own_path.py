@@ -204,6 +204,12 @@ def test_compiled_transforms_take_pefts_own_path_too() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_compiled_they_run_hooks_on_all_modules_too() -> None:
+    model = fused(make())
+    found = _with_global_hook(torch.compile(model.base_model.model.lin0.forward, backend="eager"), X)
+    assert same_bits(found, _with_global_hook(model.base_model.model.lin0.forward, X))
+
+
 def test_a_compiled_forward_mode_takes_pefts_own_path_too() -> None:
     model = fused(make())
     assert same_bits(_by_dual(torch.compile(model, backend="aot_eager"), X), _by_dual(model, X))
