@@ -14,9 +14,9 @@ from numerics import check_all
 
 CASES = [
     Case(m=6, k=10, n=8, r=3),
+    Case(m=6, k=10, n=8, r=3, p=0.5, dtype=torch.bfloat16, adapter_dtype=torch.float32),
     Case(m=1, k=10, n=8, r=3, bias=False),
     Case(m=0, k=10, n=8, r=3),
-    Case(m=6, k=10, n=8, r=3, p=0.5, dtype=torch.bfloat16, adapter_dtype=torch.float32),
 ]
 DUE = ("dx", "da", "db", "dbias")
 
