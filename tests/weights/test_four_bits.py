@@ -61,6 +61,7 @@ def _by_the_package(
     return flat.flatten()[: n * k].view(n, k)
 
 
+@pytest.mark.own_kernels
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("blocksize", BLOCKS)
 @pytest.mark.parametrize("quant_type", four_bits.TABLES)
@@ -73,6 +74,7 @@ def test_values_are_bit_for_bit_the_packages(quant_type: str, blocksize: int, ne
         assert same_bits(found + 0.0, expected + 0.0), (n, k, dtype)  # the package has zeros of both signs
 
 
+@pytest.mark.own_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("quant_type", four_bits.TABLES)
 def test_any_absmax_makes_the_values_that_pytorch_makes(quant_type: str, dtype: torch.dtype) -> None:
@@ -155,6 +157,7 @@ def _check_product(
     check_products(codes, weight, m, r, dtype)
 
 
+@pytest.mark.own_kernels
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("blocksize", FEW_BLOCKS)
 @pytest.mark.parametrize("quant_type", four_bits.TABLES)
@@ -168,6 +171,7 @@ def test_few_tokens_are_multiplied_as_by_the_values(quant_type: str, blocksize: 
             _check_product(parts, weights[which], quant_type, blocksize, outer, m, r, DTYPES[which])
 
 
+@pytest.mark.own_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "k"), [(96, 64), (7, 480), (3, 4128)])
 def test_mxfp4_is_read_as_torchao_reads_it(n: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
