@@ -14,8 +14,8 @@ own           the kernels' own products, of any size
 library       torch's own product, of any size
 ============= ==========================================================================================================
 
-Tests of another backend and those marked ``one_library`` are left out, and where a variant changes one dtype's kernels
-those of the other dtypes.
+Tests of another backend and those marked ``one_library`` are left out. So are, where a variant changes one dtype's
+kernels, those of the other dtypes, and with torch's own product those marked ``own_kernels``, which run as without.
 """
 
 from __future__ import annotations
@@ -128,6 +128,8 @@ class _Selection:
         """Whether the variant runs in the test, in the dtype if its parameters name any."""
         if item.get_closest_marker("one_library"):
             return False
+        if os.environ.get(PRODUCT) == "library" and item.get_closest_marker("own_kernels"):
+            return False
         given = item.callspec.params if hasattr(item, "callspec") else {}
         if {"triton", "eager"} & {value for value in given.values() if isinstance(value, str)}:
             return False
@@ -152,9 +154,11 @@ def _compile(kind: str, variant: Variant, folder: Path) -> str:
 
         @cached_property
         def units(self) -> tuple[Unit, ...]:
+            """What calls the kernels is what no variant changes: it need not be fast, so it is compiled sooner."""
+            found = [u if u.name.startswith("kernels_") else replace(u, flags=(*u.flags, "-O0")) for u in super().units]
             if self.capabilities == ("portable",):
-                return super().units
-            return (Unit(uncalled, uncalled.name), *(u for u in super().units if not u.name.endswith(".portable")))
+                return tuple(found)
+            return (Unit(uncalled, uncalled.name), *(u for u in found if not u.name.endswith(".portable")))
 
     whole = recipe(kind, extra=variant.flags)
     return str(compile_library(ForHere(kind, whole.sources, whole.compiler, whole.torch, whole.extra), folder / kind))

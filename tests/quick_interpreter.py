@@ -12,6 +12,8 @@ its errors are the same, because only these go:
 - A block's type is checked, and its shape, size and name are made, for each operation: here once for each type.
 - A tensor's shape and size are made of constants for each tensor: here once for each shape.
 - Blocks of one shape are compared dimension by dimension to be broadcast to each other.
+- Which dtype two operands share, and what a cast takes, is found by asking for one kind of number after the other:
+  operands of one dtype, numbers beside a tensor, and casts between the usual dtypes are looked up.
 - bf16 is taken apart into sign, exponent and significand to be widened: its bits are fp32's first ones.
 """
 
@@ -32,6 +34,7 @@ _NAMES = (
     *((interpreter.interpreter_builder, "options"), (interpreter, "_patch_lang"), (interpreter, "_patch_builtin")),
     *((interpreter, "_get_np_dtype"), (tl.block_type, "__init__"), (tl.tensor, "__init__")),
     *((TritonSemantic, "broadcast_impl_value"), (interpreter.InterpreterBuilder, "cast_impl")),
+    *((TritonSemantic, "binary_op_type_checking_impl"), (TritonSemantic, "cast")),
 )
 STOCK = [(owner, name, getattr(owner, name)) for owner, name in _NAMES]  # what ``install`` replaces
 
@@ -124,6 +127,56 @@ def _alike_first(original: Callable[..., Any]) -> Callable[..., Any]:
     return broadcast
 
 
+_INTEGERS = {dtype.name for dtype in (tl.int32, tl.int64)}  # they stay what they are, divided too
+_WIDE = {dtype.name for dtype in (tl.float32, tl.float64)}  # likewise
+_KEPT = {*_INTEGERS, *_WIDE, tl.int1.name}
+
+
+def _known_first(original: Callable[..., Any]) -> Callable[..., Any]:
+    def known(self: Any, one: Any, other: Any) -> tuple[Any, Any] | None:
+        """Both in one dtype, where that takes no question."""
+        kinds = type(one), type(other)
+        if kinds[0] is kinds[1] is tl.tensor:
+            return (one, other) if one.dtype.name == other.dtype.name in _KEPT else None
+        number, tensor = (one, other) if kinds[1] is tl.tensor else (other, one)
+        if type(tensor) is not tl.tensor or type(number) not in (int, float):
+            return None
+        dtype = tensor.dtype
+        integer = dtype.name in _INTEGERS and type(number) is int and -(2**31) <= number < 2**31
+        if not integer and dtype.name not in _WIDE:
+            return None
+        constant = self.scalar_constant(number, dtype)
+        return (constant, other) if number is one else (one, constant)
+
+    def checked(
+        self: Any, lhs: Any, rhs: Any, lhs_ptr: bool = False, rhs_ptr: bool = False, arithmetic: bool = True,
+        div_or_mod: bool = False,
+    ) -> Any:  # fmt: skip
+        found = known(self, lhs, rhs) if arithmetic else None
+        if found is None:
+            return original(self, lhs, rhs, lhs_ptr, rhs_ptr, arithmetic, div_or_mod)
+        return self.broadcast_impl_value(*found)
+
+    return checked
+
+
+_CASTS = {
+    **{(narrow.name, tl.float32.name): "create_fp_ext" for narrow in (tl.float16, tl.bfloat16)},
+    **{(tl.float32.name, narrow.name): "create_fp_trunc" for narrow in (tl.float16, tl.bfloat16)},
+}
+
+
+def _usual_casts_first(original: Callable[..., Any]) -> Callable[..., Any]:
+    def cast(self: Any, input: Any, dst_ty: Any, fp_downcast_rounding: str | None = None) -> Any:
+        usual = _CASTS.get((input.type.scalar.name, dst_ty.scalar.name)) if fp_downcast_rounding is None else None
+        if usual is None:
+            return original(self, input, dst_ty, fp_downcast_rounding)
+        target = input.type.with_element_ty(dst_ty.scalar) if input.type.is_block() else dst_ty
+        return self.tensor(getattr(self.builder, usual)(input.handle, target.to_ir(self.builder)), target)
+
+    return cast
+
+
 def _bf16_by_bits(original: Callable[..., Any]) -> Callable[..., Any]:
     def cast(self: Any, source: Any, target: Any) -> Any:
         types = source.dtype.scalar, target.scalar
@@ -168,4 +221,6 @@ def install() -> None:
     tl.block_type.__init__ = _blocks_once(tl.block_type.__init__)
     tl.tensor.__init__ = _shapes_once(tl.tensor.__init__)
     TritonSemantic.broadcast_impl_value = _alike_first(TritonSemantic.broadcast_impl_value)
+    TritonSemantic.binary_op_type_checking_impl = _known_first(TritonSemantic.binary_op_type_checking_impl)
+    TritonSemantic.cast = _usual_casts_first(TritonSemantic.cast)
     interpreter.InterpreterBuilder.cast_impl = _bf16_by_bits(interpreter.InterpreterBuilder.cast_impl)

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cases import BACKENDS, Case, make, measures
+from cases import BACKENDS, Case, contract, make, measures
 from lora_kernels import dispatch, lora_linear, ops
 from lora_kernels.verify.cases import Inputs
 from numerics import check_all
 
 CASES = [
     Case(m=6, k=10, n=8, r=3),
+    Case(m=6, k=10, n=8, r=3, p=0.5, dtype=torch.bfloat16, adapter_dtype=torch.float32),
     Case(m=1, k=10, n=8, r=3, bias=False),
     Case(m=0, k=10, n=8, r=3),
-    Case(m=6, k=10, n=8, r=3, p=0.5, dtype=torch.bfloat16, adapter_dtype=torch.float32),
 ]
 DUE = ("dx", "da", "db", "dbias")
 
@@ -38,13 +38,13 @@ def test_opcheck(case: Case, backend: str, device: str) -> None:
     table, i, state, h = _arguments(case, backend, device)
     assert h.dtype == table.kept.hidden_dtype(case.dtype)
     arguments = (i.x, i.weight, i.lora_a, i.lora_b, i.bias, case.scaling, case.p, state)
-    packets = ops._packets[backend]
-    torch.library.opcheck(packets["forward"].default, arguments)
+    packets, checks = ops._packets[backend], contract(CASES.index(case), backend)
+    torch.library.opcheck(packets["forward"].default, arguments, test_utils=checks)
     for x, weight, hidden in ((i.x, i.weight, h), (None, i.weight, None), (i.x, None, h)):
         arguments = (i.dy, x, weight, i.lora_a, i.lora_b, i.bias, hidden, case.scaling, case.p, state)
-        torch.library.opcheck(packets["backward"].default, arguments)
+        torch.library.opcheck(packets["backward"].default, arguments, test_utils=checks)
     if state is not None:
-        torch.library.opcheck(table.mask, (state, case.m, case.k, case.p))
+        torch.library.opcheck(table.mask, (state, case.m, case.k, case.p), test_utils=checks)
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)

@@ -24,6 +24,7 @@ def operators(backend: str, device: str) -> Operators:
     return ops.operators(backend)
 
 
+@pytest.mark.own_kernels
 @every_philox
 @pytest.mark.parametrize(
     ("seed", "p"), [*((seed, 0.1) for seed in SEEDS), *((SEEDS[-1], p) for p in PROBABILITIES)], ids=str
@@ -37,6 +38,7 @@ def test_mask_is_the_references(backend: str, device: str, seed: tuple[int, int]
         assert torch.equal(actual, reference.philox_keep_mask(state, rows, columns, p)), (rows, columns)
 
 
+@pytest.mark.own_kernels
 @every_philox
 @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
 @pytest.mark.parametrize("p", [0.0, 0.5])

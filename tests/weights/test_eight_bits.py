@@ -39,6 +39,7 @@ def _codes(packed: Any) -> ops.CodedParts:
     return found
 
 
+@pytest.mark.own_kernels
 @pytest.mark.parametrize("kind", READ)
 def test_values_are_bit_for_bit_the_packages(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for n, k in SIZES:
@@ -52,6 +53,7 @@ def test_values_are_bit_for_bit_the_packages(kind: str, monkeypatch: pytest.Monk
                     assert same_bits(values, packed.dequantize(dtype)), (n, k, own, dtype)
 
 
+@pytest.mark.own_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.0, -3.7e-5, 2.0**-130, 2.0**-120, 1e36], ids=str)
 def test_every_number_of_eight_bits(dtype: torch.dtype, scale: float) -> None:
@@ -68,6 +70,7 @@ def test_every_number_of_eight_bits(dtype: torch.dtype, scale: float) -> None:
         assert same_bits(found[kept], expected[kept])
 
 
+@pytest.mark.own_kernels
 @pytest.mark.parametrize("kind", READ)
 def test_few_tokens_are_multiplied_as_by_the_values(kind: str) -> None:
     for (n, k), dtype in zip(((37, 48), (13, 272), (96, 1040)), DTYPES, strict=True):
@@ -76,6 +79,7 @@ def test_few_tokens_are_multiplied_as_by_the_values(kind: str) -> None:
             check_products(_codes(packed), packed.dequantize(dtype), m, r, dtype)
 
 
+@pytest.mark.own_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [256, 203, 31])
 @pytest.mark.parametrize("scale", [1.0, 0.0, -3.7e-5, 2.0**-130, 2.0**-120, 1e35], ids=str)

@@ -20,6 +20,7 @@ from quantised import adapted, bnb, check_beside, check_products, quantised, res
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+FEW_BLOCKS = (32, 64, 4096)
 SIZES = ((8, 64), (7, 96), (5, 51), (3, 18), (37, 480), (9, 4112), (16, 4096), (3, 17))
 RAGGED = 2.0  # the sizes' rows differ in magnitude by as much, so that another block's absmax shows
 
@@ -60,6 +61,7 @@ def _by_the_package(
     return flat.flatten()[: n * k].view(n, k)
 
 
+@pytest.mark.own_kernels
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("blocksize", BLOCKS)
 @pytest.mark.parametrize("quant_type", four_bits.TABLES)
@@ -72,6 +74,7 @@ def test_values_are_bit_for_bit_the_packages(quant_type: str, blocksize: int, ne
         assert same_bits(found + 0.0, expected + 0.0), (n, k, dtype)  # the package has zeros of both signs
 
 
+@pytest.mark.own_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("quant_type", four_bits.TABLES)
 def test_any_absmax_makes_the_values_that_pytorch_makes(quant_type: str, dtype: torch.dtype) -> None:
@@ -154,17 +157,21 @@ def _check_product(
     check_products(codes, weight, m, r, dtype)
 
 
+@pytest.mark.own_kernels
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+@pytest.mark.parametrize("blocksize", FEW_BLOCKS)
 @pytest.mark.parametrize("quant_type", four_bits.TABLES)
 def test_few_tokens_are_multiplied_as_by_the_values(quant_type: str, blocksize: int, nested: bool) -> None:
-    for (n, k), dtype in itertools.product(((13, 64), (7, 96), (37, 480), (9, 4096), (2, 4128)), DTYPES):
+    """Each size meets all tokens, each with one dtype; with each dtype in one blocksize of three."""
+    for at, (n, k) in enumerate(((13, 64), (7, 96), (37, 480), (9, 4096), (2, 4128)), FEW_BLOCKS.index(blocksize)):
         parts, outer = _packed(quant_type, blocksize, nested, n, k)
-        weight = _by_the_package(parts, outer, quant_type, blocksize, n, k, dtype)
-        for m, r in ((1, 4), (2, 1), (3, 16), (4, 5), (5, 8), (16, 0)):
-            _check_product(parts, weight, quant_type, blocksize, outer, m, r, dtype)
+        weights = [_by_the_package(parts, outer, quant_type, blocksize, n, k, dtype) for dtype in DTYPES]
+        for number, (m, r) in enumerate(((1, 4), (2, 1), (3, 16), (4, 5), (5, 8), (16, 0)), at):
+            which = number % len(DTYPES)
+            _check_product(parts, weights[which], quant_type, blocksize, outer, m, r, DTYPES[which])
 
 
+@pytest.mark.own_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "k"), [(96, 64), (7, 480), (3, 4128)])
 def test_mxfp4_is_read_as_torchao_reads_it(n: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

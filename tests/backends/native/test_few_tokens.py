@@ -37,6 +37,7 @@ from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.kept import row_words
 from lora_kernels.packed_mask import packed_keep_words, unpack
 from lora_kernels.tuning.search import shortlist
+from native_host.seeded import Fault, put_in_force, seed
 from numerics import check, check_all, same_bits
 
 ROOT = Path(__file__).parents[3]
@@ -73,23 +74,17 @@ class LastParams(Structure):
     ]
 
 
-def compile_host(folder: Path, faults: tuple[tuple[str, str, str], ...] = (), level: str = "-O1") -> ctypes.CDLL:
-    """The sources on the host; each fault is a file, a text of it, and what stands there instead."""
-    paths = {}
-    for name in ("few_tokens.cuh", "few_tokens_grads.cuh"):
-        text = (ROOT / "csrc" / "cuda" / name).read_text()
-        for file, old, new in faults:
-            if file == name:
-                assert text.count(old) == 1, (name, old, text.count(old))
-                text = text.replace(old, new)
-        paths[name] = folder / name
-        paths[name].write_text(text)
+def compile_host(folder: Path, faults: tuple[Fault, ...] = (), level: str = "-O1") -> ctypes.CDLL:
+    """The sources on the host, with ``faults`` seeded, none of them in force."""
+    paths = {name: folder / name for name in ("few_tokens.cuh", "few_tokens_grads.cuh")}
+    for name, path in paths.items():
+        path.write_text((ROOT / "csrc" / "cuda" / name).read_text())
     out = folder / "few_tokens.so"
     defines = [
         f'-DLORA_FORWARD_SOURCE="{paths["few_tokens.cuh"]}"',
         f'-DLORA_GRADS_SOURCE="{paths["few_tokens_grads.cuh"]}"',
     ]
-    flags = [level, "-std=c++17", "-fPIC", "-shared", "-Wno-unknown-pragmas", *defines]
+    flags = [level, "-std=c++17", "-fPIC", "-shared", "-Wno-unknown-pragmas", *defines, *seed(folder, faults)]
     source = ROOT / "tests" / "native_host" / "few_tokens.cpp"
     subprocess.run([find_compiler("cpu").path, *flags, str(source), "-o", str(out)], check=True)
     return ctypes.CDLL(str(out))
@@ -225,50 +220,45 @@ def test_launches_share_a_workspace(on_host: OnHost, monkeypatch: pytest.MonkeyP
     assert memory[:8].view(torch.int64).item() == 2 * len(FORWARD) << 20
 
 
+# What stands between « and » goes; see ``seeded.Fault``.
 FAULTS = {
-    "no mask": ("few_tokens.cuh", "if (p.words) v = kept8(p, v, m, k);", ""),
-    "mask off by one": ("few_tokens.cuh", ">> (k % 32);", ">> (k % 32 + 1);"),
-    "another launch's flag": (
-        "few_tokens.cuh",
-        "st_release(p.flag + blockIdx.x, *tag)",
-        "st_release(p.flag + blockIdx.x, *tag + 1)",
-    ),
-    "one part of h left out": ("few_tokens.cuh", "q < p.hc; ++q) v += ldg_l2", "q + 1 < p.hc; ++q) v += ldg_l2"),
-    "no scaling": ("few_tokens.cuh", "v *= p.s;", ""),
-    "no 1 / (1 - p)": ("few_tokens.cuh", "v *= p.keep;", ""),
-    "last chunk left out": (
-        "few_tokens.cuh",
-        "const int total = per * mine;\n    float",
-        "const int total = per * mine - 1;\n    float",
-    ),
-    "no low part of h": ("few_tokens.cuh", "narrow(rest - rest == 0.f ? rest : 0.f)", "narrow(0.f)"),
-    "one warp left out of the sum": (
-        "few_tokens.cuh",
-        "for (int w = 0; w < NW; ++w) v += o",
-        "for (int w = 1; w < NW; ++w) v += o",
-    ),
-    "no barrier after B is written": ("few_tokens.cuh", "bar_sync(5, HW * 32);  // hs, Bs", ""),
+    "no mask": ("few_tokens.cuh", "«if (p.words) v = kept8(p, v, m, k);»", ""),
+    "mask off by one": ("few_tokens.cuh", ">> («k % 32»);", "k % 32 + 1"),
+    "another launch's flag": ("few_tokens.cuh", "st_release(p.flag + blockIdx.x, «*tag»)", "*tag + 1"),
+    "one part of h left out": ("few_tokens.cuh", "q < «p.hc»; ++q) v += ldg_l2", "p.hc - 1"),
+    "no scaling": ("few_tokens.cuh", "«v *= p.s;»", ""),
+    "no 1 / (1 - p)": ("few_tokens.cuh", "«v *= p.keep;»", ""),
+    "last chunk left out": ("few_tokens.cuh", "const int total = «per * mine»;\n float", "per * mine - 1"),
+    "no low part of h": ("few_tokens.cuh", "narrow(«rest - rest == 0.f ? rest : 0.f»)", "0.f"),
+    "one warp left out of the sum": ("few_tokens.cuh", "for (int w = «0»; w < NW; ++w) v += o", "1"),
+    "no barrier after B is written": ("few_tokens.cuh", "«bar_sync(5, HW * 32);»  // hs, Bs", ""),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_seen(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    host = OnHost(compile_host(tmp_path, (FAULTS[fault],), "-O0"))
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return compile_host(tmp_path_factory.mktemp("faults"), tuple(FAULTS.values()))
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS], ids=str)
+def test_a_fault_is_seen(fault: str | None, faulty: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in_force(faulty, [None, *FAULTS].index(fault))
+    assert any(is_seen(*given, OnHost(faulty, downwards), monkeypatch)
+               for given in FORWARD[1:8] for downwards in (False, True)) == (fault is not None)  # fmt: skip
+
+
+def is_seen(case: Case, plan: Ring, kept: bool, host: OnHost, monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setattr(CudaLaunch, "__call__", lambda launch, stream, *arguments: host(launch, stream, *arguments))
-    seen = False
-    for host.downwards in (False, True):
-        for case, plan, kept in FORWARD[1:8]:
-            monkeypatch.setattr(ring, "_workspaces", {})
-            try:
-                actual = forward(case, plan, SMALL, kept, monkeypatch)
-                judged(case, actual)
-                judged_hidden(case, actual["h"], kept)
-                if kept:
-                    judged_operand(case, plan, actual["operand"], monkeypatch)
-            except AssertionError:
-                seen = True
-                break
-    assert seen
+    monkeypatch.setattr(ring, "_workspaces", {})
+    try:
+        actual = forward(case, plan, SMALL, kept, monkeypatch)
+        judged(case, actual)
+        judged_hidden(case, actual["h"], kept)
+        if kept:
+            judged_operand(case, plan, actual["operand"], monkeypatch)
+    except AssertionError:
+        return True
+    return False
 
 
 MEASURED = json.loads((ROOT / "bench" / "results" / "nvidia-h100" / "few-tokens.json").read_text())["cells"]

@@ -63,6 +63,37 @@ def test_integers_wrap_as_in_triton_s_own(request: pytest.FixtureRequest) -> Non
 
 
 @triton.jit
+def mixing_kernel(x_ptr, y_ptr, out_ptr):
+    at = tl.arange(0, 8)
+    x, y = tl.load(x_ptr + at), tl.load(y_ptr + at)
+    tl.store(out_ptr + at, (x + y).to(tl.float64))
+    tl.store(out_ptr + 8 + at, (x * 3 - 2 * y).to(tl.float64))
+    tl.store(out_ptr + 16 + at, (x / y).to(tl.float64))
+    tl.store(out_ptr + 24 + at, (x / 3 + 7 / y).to(tl.float64))
+    tl.store(out_ptr + 32 + at, (x * 1.1 + 0.3 * y).to(tl.float64))
+    tl.store(out_ptr + 40 + at, tl.where((x < y) & (y > 2) | (x == 3), x, y).to(tl.float64))
+    tl.store(out_ptr + 48 + at, (x.to(tl.int64) + 5000000000).to(tl.float64))
+    tl.store(out_ptr + 56 + at, (1 - (x > 2)).to(tl.float64))
+    tl.store(out_ptr + 64 + at, tl.maximum(x, 3).to(tl.float16).to(tl.float64))
+    tl.store(out_ptr + 72 + at, tl.minimum(x, y).to(tl.float32).to(tl.float64))
+
+
+NUMBERS = (torch.float16, torch.float32, torch.float64, torch.int32, torch.int64)
+
+
+@pytest.mark.parametrize("other", NUMBERS, ids=str)
+@pytest.mark.parametrize("one", NUMBERS, ids=str)
+def test_dtypes_meet_as_in_triton_s_own(one: torch.dtype, other: torch.dtype, request: pytest.FixtureRequest) -> None:
+    """Each other, and numbers of either kind; Triton's own has no numbers of bf16."""
+    x, y = torch.arange(8).to(one), torch.arange(1, 9).to(other) * 3
+    quick, own = torch.zeros(80, dtype=torch.float64), torch.zeros(80, dtype=torch.float64)
+    mixing_kernel[(1,)](x, y, quick)
+    request.getfixturevalue("stock")
+    mixing_kernel[(1,)](x, y, own)
+    assert same_bits(quick, own)
+
+
+@triton.jit
 def cast_kernel(x_ptr, out_ptr, N: tl.constexpr):
     at = tl.arange(0, N)
     tl.store(out_ptr + at, tl.load(x_ptr + at).to(out_ptr.dtype.element_ty))
