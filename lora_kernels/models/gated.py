@@ -171,10 +171,11 @@ def _pass_of(mlp: Any, x: Tensor | None) -> _Pass | str:
             continue
         name = mlp._roles[role]
         layer = getattr(mlp, name)
-        reason = _why_layer(layer, x)
-        if reason is not None:
-            return f"{name}: {reason}"
-        parts.append(layer.shared_branch(x))
+        reason = why_called(layer) if hasattr(layer, "shared_branch") else "it has no adapter"
+        part = None if reason is not None else layer.shared_branch(x)
+        if part is None:
+            return f"{name}: {reason or layer.why_alone(x)}"
+        parts.append(part)
     branches = [branch for branch, _ in parts]
     if any(type(branch) is PackedBranch for branch in branches):
         return "a base weight is quantised"
@@ -190,14 +191,6 @@ def _why_here(x: Tensor | None) -> str | None:
     if x is not None and not is_plain(x):
         return "the input is no plain tensor"
     return "torch.jit.trace is recording" if torch._C._get_tracing_state() is not None else None
-
-
-def _why_layer(layer: Any, x: Tensor | None) -> str | None:
-    """Why ``layer`` has to be called by itself."""
-    if not hasattr(layer, "shared_branch"):
-        return "it has no adapter"
-    reason: str | None = why_called(layer) or layer.why_alone(x)
-    return reason
 
 
 def _why_mixed(x: Tensor | None, branches: list[Branch]) -> str | None:
