@@ -17,7 +17,7 @@ from . import reference
 from .errors import UnsupportedTransformError
 from .ops import operators
 from .surrounded import is_surrounded, run_outside
-from .tensors import as_dtype, flatten
+from .tensors import as_dtype, flatten, multiply
 
 __all__ = ["LoRALinearFunction", "apply_function", "forward_only"]
 
@@ -92,7 +92,7 @@ class LoRALinearFunction(torch.autograd.Function):
         )
         return (
             dx if need_x else None,
-            (flatten(dy).t() @ flatten(x)).to(weight_dtype) if need_weight else None,
+            multiply(flatten(dy).t(), flatten(x)).to(weight_dtype) if need_weight else None,
             da if need_a else None,
             db if need_b else None,
             dbias if need_bias else None,

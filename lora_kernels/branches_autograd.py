@@ -19,7 +19,7 @@ from .activations import activate, activate_backward
 from .errors import LoRAStateError, UnsupportedTransformError
 from .ops import is_watched, operators
 from .surrounded import is_surrounded, run_outside
-from .tensors import as_dtype, flatten, unflatten
+from .tensors import as_dtype, flatten, multiply, unflatten
 from .weights import by_codes
 from .weights.packed import Layout, values_of
 
@@ -284,7 +284,7 @@ def gradients_of(
         of = dys[i], saved[i], needs[i], need_x, scalings[i], activations[i]
         dlinears[i], dzs[i], grads[i] = of_output(ops, *of)
         if needs[i].weight and x is not None:
-            grads[i]["weight"] = as_dtype(dlinears[i].t() @ x, weight_dtypes[i])
+            grads[i]["weight"] = as_dtype(multiply(dlinears[i].t(), x), weight_dtypes[i])
     dx: Any = None
     # The values of several packed weights are not to be there at once: their dx are added up.
     for some in ([[i] for i in used] if layouts else [used]) if need_x else ():

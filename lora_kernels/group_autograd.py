@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from .branches_autograd import Needs, Saved, differentiable_gradients, saved_tensors
 from .ops import operators
 from .surrounded import is_surrounded, run_outside
-from .tensors import as_dtype, flatten
+from .tensors import as_dtype, flatten, multiply
 
 __all__ = ["GroupFunction", "Made", "apply_group_function", "forward_only"]
 
@@ -116,7 +116,7 @@ class GroupFunction(torch.autograd.Function):
         dweights: list[Any] = [None] * count
         for i in used:
             if need_weights[i]:
-                dweights[i] = as_dtype(flatten(dys[i]).t() @ flatten(x), weight_dtypes[i])
+                dweights[i] = as_dtype(multiply(flatten(dys[i]).t(), flatten(x)), weight_dtypes[i])
         grads = _due(das, need_as, used), _due(dbs, need_bs, used), _due(dbiases, need_biases, used)
         return (
             dx if need_x else None,

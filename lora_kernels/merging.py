@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import dora, fsdp, sharded, storage, telling
 from .errors import LoRAStateError
@@ -164,7 +165,7 @@ def with_offset(bias: Tensor | None, lora_bias: Tensor, scaling: float) -> Tenso
     """bias + s b_B, (N,), in the wider of their dtypes."""
     if bias is None:
         return lora_bias * scaling
-    if torch.compiler.is_compiling() and not is_fixed(scaling):
+    if is_compiling() and not is_fixed(scaling):
         return bias + lora_bias * scaling  # of which alone a symbolic number stays one
     return torch.add(bias, lora_bias, alpha=scaling)
 
@@ -276,7 +277,7 @@ def acting(layer: LoRALayer, on: bool) -> tuple[Any, Any]:
         LoRAStateError: the layer is merged, and its base or its merged weight was exchanged behind its back.
     """
     base = layer._base
-    if layer.training and layer.lora_B.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if layer.training and layer.lora_B.requires_grad and torch.is_grad_enabled() and not is_compiling():
         tell_of_training(layer)
     if base is None:
         return layer.weight, layer.bias
@@ -285,11 +286,13 @@ def acting(layer: LoRALayer, on: bool) -> tuple[Any, Any]:
             return layer.weight, layer.bias
         kept_weight, kept_bias = layer.base_weight, layer.base_bias
         return fsdp.kept_aside(kept_weight, layer.weight), fsdp.kept_aside(kept_bias, layer.bias)
+    if is_compiling() and not is_dynamo_compiling() and known.is_packed(layer.__dict__.get("weight")):
+        raise _merged_codes()
     marks = layer.__dict__
     replica = "_is_replica" in marks
     own: Any = marks if replica else layer._parameters  # DataParallel's replicas have no Parameters, but tensors
     outside = "_is_fsdp_managed_module" in marks or "_hf_hook" in marks  # FSDP and accelerate exchange Parameters
-    if not outside and not replica and not torch.compiler.is_compiling():
+    if not outside and not replica and not is_compiling():
         _check_unchanged(layer, base)
     # One that is parametrized or pruned is no Parameter; ``get`` would look for it in each call.
     bias: Any = own["bias"] if "bias" in own else layer.bias  # noqa: SIM401
@@ -302,6 +305,14 @@ def acting(layer: LoRALayer, on: bool) -> tuple[Any, Any]:
     if outside and (now := own.get("weight")) is not None and not now.is_meta:  # gathered, in FSDP2's dtype
         weight, bias = weight.to(now.dtype), None if bias is None else bias.to(now.dtype)
     return weight, bias
+
+
+def _merged_codes() -> LoRAStateError:
+    return LoRAStateError(
+        "torch.export was called on a layer whose merged weight is quantised again: the exporter takes its codes for a "
+        "plain tensor's, without the scales. Call unmerge() or unmerge_lora(model) first; the program then has the "
+        "base and the adapter, and nothing is rounded again."
+    )
 
 
 def _check_unchanged(layer: LoRALayer, base: Base) -> None:

@@ -260,6 +260,7 @@ _packets: dict[str, dict[str, Any]] = {}  # all overloads of each operator
 # Asked on each call: to look them up takes as long as to call them.
 _count_dispatch_modes = torch._C._len_torch_dispatch_stack
 _get_tracing_state = torch._C._get_tracing_state
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 def _no_group(*arguments: Any) -> Any:
@@ -339,7 +340,7 @@ def register(
         if (implementation := implementations.get(name)) is None and name in in_python:
             implementation = _with_tensors(in_python[name])
         if implementation is not None:
-            _library.impl(qualified, _without_graph(implementation), "CompositeExplicitAutograd")
+            _library.impl(qualified, _by_itself(implementation), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=_library)
         packets[name] = getattr(getattr(torch.ops, NAMESPACE), qualified)
         overloads[name] = traced[name] = packets[name].default
@@ -403,7 +404,7 @@ def _with_tensor_overload(qualified: str, schema: str, fake: Callable[..., Any],
     named = f"{qualified}.Tensor"
     # A CUDA graph would replay the numbers that it was captured with.
     _library.define(f"{named}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))
-    _library.impl(named, _without_graph(by_numbers(packet.default)), "CompositeExplicitAutograd")
+    _library.impl(named, _by_itself(by_numbers(packet.default)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{named}", fake, lib=_library)
     return with_numbers(packet.default, packet.Tensor)
 
@@ -419,11 +420,17 @@ def _entering_formulas(fake: Callable[..., Any], packets: dict[str, Any]) -> Cal
     return called
 
 
-def _without_graph(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` for the dispatcher: an exported program calls operators with gradients on, on trainable adapters."""
+def _by_itself(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` for the dispatcher: an exported program calls operators with gradients on, on trainable adapters.
+
+    A compiled backward may be called within autocast, which would cast what the operator multiplies.
+    """
 
     @functools.wraps(function)
     def called(*arguments: Any) -> Any:
+        if _is_any_autocast_enabled():
+            with torch._C._DisableAutocast(), torch.no_grad():
+                return function(*arguments)
         if not torch.is_grad_enabled():
             return function(*arguments)
         with torch.no_grad():
@@ -525,7 +532,7 @@ def register_form(
     """
     if not _forms:
         _library.define(_DEQUANTIZE, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl("dequantize", _without_graph(_dequantize), "CompositeExplicitAutograd")
+        _library.impl("dequantize", _by_itself(_dequantize), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::dequantize", _dequantize_fake, lib=_library)
     _forms[name] = values
     if codes is not None:

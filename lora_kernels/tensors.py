@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PLAIN_TENSORS", "are_negated", "as_dtype", "flatten", "is_plain", "resolved", "unflatten"]
+__all__ = ["PLAIN_TENSORS", "are_negated", "as_dtype", "flatten", "is_plain", "multiply", "resolved", "unflatten"]
 
 # The types whose values are their own memory: no subclass that computes or exchanges them.
 PLAIN_TENSORS = (nn.Parameter, Tensor)
@@ -55,3 +55,11 @@ def unflatten(matrix: Tensor, shape: torch.Size) -> Tensor:
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor.to(dtype)``, without the microseconds of a call that changes nothing."""
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def multiply(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` of a backward pass, in their dtype: a compiler traces it under forward's caller's autocast."""
+    if not torch.compiler.is_compiling() or left.is_meta:  # torch knows no autocast of meta
+        return left @ right
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right

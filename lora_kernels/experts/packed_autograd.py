@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import backend
-from ..errors import UnsupportedTransformError
+from ..errors import LoRAStateError, UnsupportedTransformError
 from ..ops import operators
 from ..surrounded import is_surrounded, run_outside
 from ..tensors import resolved
@@ -29,7 +29,17 @@ _Part = tuple[int, int, int]  # an expert, and where its rows begin and end
 def project_packed(
     x: Tensor, weight: PackedExperts, adapter: Adapter | None, routing: Routing, p: float, spread: bool, way: str
 ) -> Tensor:
-    """As :func:`.autograd.project`, by the operators of ``way``."""
+    """As :func:`.autograd.project`, by the operators of ``way``.
+
+    Raises:
+        LoRAStateError: ``torch.export`` is recording.
+    """
+    if torch.compiler.is_compiling():
+        raise LoRAStateError(
+            "torch.export was called on stacked experts whose weights are quantized: the host reads where each "
+            "expert's rows end, which no program can hold. Export experts with plain weights, with the adapter loaded "
+            "onto them; or compile these by torch.compile, which runs them between its graphs."
+        )
     ends: list[int] = routing.offsets.tolist()
     parts = [(e, s, t) for e, (s, t) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) if t > s]
     states: list[Tensor] = []

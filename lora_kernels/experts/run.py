@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import storage
 from ..dispatch import COMPUTE_DTYPES
@@ -44,7 +45,7 @@ def stacked(module: Any, name: str) -> Tensor | PackedExperts:
             "holds its values, and they are not gathered here. Call the module within the model that gathers them, or "
             "within deepspeed.zero.GatheredParameters or FSDP.summon_full_params."
         )
-    if type(weight) not in PLAIN_TENSORS:
+    if type(weight) not in PLAIN_TENSORS and type(weight) is not FakeTensor:  # torch.export's
         raise LoRAStateError(
             f"{type(module).__name__}.{name} is a {type(weight).__name__}: LoRA on stacked experts needs whole plain "
             "weights in its forward, which tensor and expert parallelism do not give. Restore the layer, or shard "

@@ -10,7 +10,7 @@ from torch import Tensor, autograd
 
 from ..ops import operators
 from ..surrounded import is_surrounded, run_outside
-from ..tensors import as_dtype, flatten, unflatten
+from ..tensors import as_dtype, flatten, multiply, unflatten
 from .packed import Layout, Packed, values_of
 
 __all__ = ["linear"]
@@ -67,4 +67,4 @@ def _input_grad(dy: Tensor, backend_name: str, layout: Layout, parts: tuple[Tens
     if (input_grad := operators(backend_name).packed_input_grad) is not None:
         dx: Tensor = input_grad(dy, list(parts), *layout[:-1], None, None, 0.0, None)
         return dx
-    return dy @ values_of(layout, parts, dy.dtype, dy)
+    return multiply(dy, values_of(layout, parts, dy.dtype, dy))

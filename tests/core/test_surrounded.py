@@ -145,6 +145,40 @@ def test_autocast_around_backward_of_experts(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["native", "eager"])
+def test_autocast_around_a_compiled_backward_alone_changes_no_bit(backend: str) -> None:
+    """The graph's operators run within it; a composition's products were cast there, or met two dtypes."""
+    model, x = MODELS["group"](), torch.randn(20, 64, requires_grad=True)
+    with use_backend(backend):
+        y = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+        due, dy = [x, *(p for p in model.parameters() if p.requires_grad)], torch.randn_like(y)
+        plain = torch.autograd.grad(y, due, dy, retain_graph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = torch.autograd.grad(y, due, dy)
+    assert all(same_bits(one, other) for one, other in zip(found, plain, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["plain", "group", "switched off"])
+def test_a_compiled_backward_multiplies_as_its_forward_did(kind: str) -> None:
+    """A compiler traces it under the autocast of forward's caller, and forward itself may have run without."""
+    model, x = MODELS[kind](), torch.randn(20, 64, requires_grad=True)
+    trained = [x, *(p.requires_grad_() for p in model.parameters() if kind != "switched off")]
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            y: Tensor = model(x)
+        return y
+
+    with use_backend("eager"):
+        found = []
+        for way in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+            torch.manual_seed(4)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = way(x)
+            found.append(torch.autograd.grad(y, trained, torch.ones_like(y)))
+    assert all(same_bits(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
 @pytest.mark.parametrize("kind", ["dropout", "NF4", "group", "gated MLP"])
 def test_second_derivatives_of_a_batch(kind: str, backend: str) -> None:
     model, x = MODELS[kind](), torch.randn(3, 64, requires_grad=True)

@@ -72,6 +72,20 @@ def test_inductor_trains_them() -> None:
     assert not (failed := [str(verdict) for verdict in verdicts if not verdict.passed]), "\n".join(failed)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_they_are_exported_for_every_routing(kind: str) -> None:
+    layer = adapted(kind).eval()
+
+    def given(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.randn(tokens, 16), torch.randint(5, (tokens, 2)), torch.rand(tokens, 2)  # 4 is a sentinel
+
+    rows = ({0: torch.export.Dim("m", min=2)},) * 3
+    program = torch.export.export(layer, given(7), dynamic_shapes=rows, strict=False).module()
+    for tokens in (7, 12):
+        each = given(tokens)
+        assert same_bits(program(*each).detach(), layer(*each).detach())
+
+
 def test_a_negative_index_is_refused_in_a_graph_too() -> None:
     torch.compiler.reset()
     layer = adapted("mixtral")

@@ -96,6 +96,13 @@ def check_twins(layer: FusedLoRAExperts, twin: FusedLoRAExperts, dtype: torch.dt
     check_all(found, exact, wanted, dtype)
 
 
+def test_exporting_them_is_refused() -> None:
+    """PyTorch's own error was of a number that depends on data."""
+    layer = adapted(pair("mixtral")[0])
+    with pytest.raises(LoRAStateError, match=r"torch\.export was called on stacked experts"):
+        torch.export.export(layer, inputs(layer, torch.float32)[:3], strict=False)
+
+
 @pytest.mark.parametrize("way", ["eager", "native"])
 def test_dropout_is_drawn_for_each_expert_and_again_in_backward(way: str) -> None:
     """By a weight of zeros: dx is zero where the mask is, which is then what forward and da have to have taken."""

@@ -121,6 +121,15 @@ def test_a_merged_layer_that_is_switched_off_is_the_base(kind: str) -> None:
         assert torch.equal(layer(x), base)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in ("nf4", "int8", "fp8", "ao-int8") if kind in KINDS])
+def test_exporting_a_merged_layer_is_refused(kind: str) -> None:
+    """A saved program had the merged codes and the base's scales, or could not be loaded."""
+    layer, x = adapted(kind, 64, 96, torch.float32).eval(), torch.randn(8, 64)
+    layer.merge(quantize=True)
+    with pytest.raises(LoRAStateError, match="unmerge"):
+        torch.export.export(layer, (x,), strict=False)
+
+
 @pytest.mark.parametrize("merged", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_restoring_leaves_the_packages_layer_with_the_current_weight(kind: str, merged: bool) -> None:
