@@ -2,10 +2,11 @@
 
     python bench/host_time.py [--package FOLDER] [--json FILE]
 
-On the CPU ``native`` runs a layer 64 -> 64 in fp32, one token, one thread, beside a frozen ``nn.Linear``. Of the GPU's
-path all runs but the GPU: checks, the choice, the launcher's call into C++ and its allocations (in the host's memory),
-with ``tests/driver_stand_in.py`` in the driver's place; so a launch takes no time, and only two commits' figures, or
-two ways' here, are to be compared. ``--package`` names another checkout, whose package is timed instead.
+On the CPU ``native`` runs a layer 64 -> 64 in fp32, one token, one thread, beside a frozen ``nn.Linear`` and PEFT's
+layer, and PEFT's layer fused. Of the GPU's path all runs but the GPU: checks, the choice, the launcher's call into C++
+and its allocations (in the host's memory), with ``tests/driver_stand_in.py`` in the driver's place. So a launch takes
+no time, and only two commits' figures, or two ways' here, are to be compared. ``--package`` names another checkout,
+whose package is timed instead.
 
 Each figure is microseconds of the thread's time a call, the least of ``ROUNDS`` turns.
 """
@@ -75,13 +76,29 @@ def on_the_cpu() -> dict[str, float]:
     import torch
     from torch import nn
 
-    from lora_kernels import FusedLoRALinear, use_backend
+    from lora_kernels import FusedLoRALinear, fuse_peft, use_backend
 
     torch.set_num_threads(1)
     layer, plain = FusedLoRALinear(64, 64, r=16, bias=False), nn.Linear(64, 64, bias=False).requires_grad_(False)
+    calls: dict[str, Any] = {}
     x = torch.randn(1, 64)
+    peft, fused = of_peft(64), of_peft(64)
+    fuse_peft(fused)
+    for name, run in (
+        *(("nn.Linear", plain), ("FusedLoRALinear", layer)),
+        *(("PEFT's layer", peft.base_model.model.q), ("PEFT's layer, fused", fused.base_model.model.q)),
+    ):
+        calls |= calls_of(name, run, x)
     with use_backend("native"):
-        return least(calls_of("nn.Linear", plain, x) | calls_of("FusedLoRALinear", layer, x))
+        return least(calls)
+
+
+def of_peft(size: int) -> Any:
+    import peft
+    from torch import nn
+
+    model = nn.ModuleDict({"q": nn.Linear(size, size, bias=False)})
+    return peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules=["q"]))
 
 
 def on_a_gpu_s_path(launcher_library: str, folder: str) -> dict[str, float]:
@@ -89,6 +106,7 @@ def on_a_gpu_s_path(launcher_library: str, folder: str) -> dict[str, float]:
 
     from lora_kernels import FusedLoRALinear, dispatch, gate
     from lora_kernels.branches import Branch
+    from lora_kernels.shared_input import SharedInput
 
     torch.set_num_threads(1)
     sys.path.insert(0, str(Path(dispatch.__file__).parents[1] / "tests"))  # of the checkout that is timed
@@ -107,11 +125,12 @@ def on_a_gpu_s_path(launcher_library: str, folder: str) -> dict[str, float]:
         return Branch(torch.ones(n, k, dtype=bf16), a, b, scaling=0.5)
 
     branches = [branch(n) for n in (k, k // 2, k // 2)]
-    calls = calls_of("FusedLoRALinear", layer, torch.ones(8, k, dtype=bf16))
-    group = calls_of(
-        "three layers of one x", lambda x: gate.run_branches(x, branches, 0.0), torch.ones(512, k).to(bf16)
-    )
-    return least(calls | group)
+    members = [FusedLoRALinear(k, n, r=16, bias=False, dtype=bf16) for n in (k, k // 2, k // 2)]
+    SharedInput(members)
+    calls, x = calls_of("FusedLoRALinear", layer, torch.ones(8, k, dtype=bf16)), torch.ones(512, k).to(bf16)
+    calls |= calls_of("three layers of one x", lambda x: gate.run_branches(x, branches, 0.0), x)
+    calls |= calls_of("three layers of a model", lambda x: [member(x) for member in members], x)
+    return least(calls)
 
 
 def main() -> None:

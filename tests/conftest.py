@@ -22,6 +22,8 @@ if not torch.cuda.is_available() and os.environ.get("LORA_KERNELS_TESTS_PRETEND_
 
 import pytest
 
+import common_passes  # noqa: F401  a small x is for passes in common too
+
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
     import quick_interpreter
 

@@ -251,6 +251,16 @@ def test_those_that_can_run_in_common_do() -> None:
     assert same_bits(ys[1], apart(together).k(x))
 
 
+def test_on_a_cpu_a_small_x_is_for_each_layer_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FROM_ON_CPUS", 8 * 32)
+    group = FusedLoRAGroup([acting(8, 4), acting(8, 6)])
+    for tokens, expected in ((31, []), (32, [2])):
+        with passes() as counted:
+            group(torch.randn(tokens, 8))
+        assert counted == expected
+    assert "with an x of at least 256 numbers" in str(lora_kernels.explain(group.get_submodule("0"), 32))
+
+
 def test_a_layer_called_twice_computes_twice_and_all_is_right() -> None:
     together, x = group(), draw()
     for layer in (together.k, together.k, together.q, together.v, together.v):
