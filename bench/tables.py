@@ -96,6 +96,7 @@ _OTHERS = (
     "few-tokens.json",
     "gated-mlp.json",
     "hopper_step.json",
+    "host-groups.json",
     "host-path.json",
     "host.json",
     "llama-before.json",
