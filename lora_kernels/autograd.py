@@ -69,7 +69,7 @@ class LoRALinearFunction(torch.autograd.Function):
             lora_b,
             bias if need_bias else None,
             h if need_b else None,
-            state if need_x or need_a else None,
+            state if need_x or need_a or need_weight else None,  # where x is kept, a double backward drops it again
         )
         ctx.settings = x.shape, weight.dtype, scaling, p, backend_name
         return y

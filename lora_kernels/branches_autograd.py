@@ -193,13 +193,13 @@ class BranchesFunction(torch.autograd.Function):
         ys, zs, linears, states = forward_only(
             x, backend_name, p, scalings, activations, with_linears, layouts, *tensors
         )
-        need_x, any_a = ctx.needs_input_grad[0], any(need.lora_a for need in needs)
-        saved: list[Tensor | None] = [x if any_a or any(need.weight for need in needs) else None]
+        need_x, keep_x = ctx.needs_input_grad[0], any(need.lora_a or need.weight for need in needs)
+        saved: list[Tensor | None] = [x if keep_x else None]
         for member, need, activation, z, linear in zip(members, needs, activations, zs, linears, strict=True):
             # PyTorch 2.11's dynamo lets a list grow by no named tuple with +=
             saved.extend(saved_of(member, need, need_x, activation, z, linear))
         of_weights = [part for own in _split(tensors, count, layouts)[1] for part in own]
-        ctx.save_for_backward(*saved, *(states if need_x or any_a else ()), *of_weights)
+        ctx.save_for_backward(*saved, *(states if need_x or keep_x else ()), *of_weights)
         weight_dtypes = tuple(None if member.weight is None else member.weight.dtype for member in members)
         ctx.settings = x.shape, weight_dtypes, len(tensors), backend_name, p, scalings, activations, layouts
         return tuple(ys)

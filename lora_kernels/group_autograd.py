@@ -79,7 +79,7 @@ class GroupFunction(torch.autograd.Function):
             *lora_bs,
             *[bias if need else None for bias, need in zip(biases, need_biases, strict=True)],
             *(hs if True in need_bs else nothing),  # every db is due, or none
-            *(states if need_x or True in need_as else ()),
+            *(states if need_x or keep_x else ()),
         )
         ctx.settings = tuple(weight.dtype for weight in weights), backend_name, p, scalings
         return tuple(ys)
