@@ -359,7 +359,7 @@ class LoRALayer(nn.Module):
             return None
         kind = nn.Parameter
         held = type(weight) is type(lora_a) is type(lora_b) is kind and (bias is None or type(bias) is kind)
-        if not held or not self.training or weight.is_meta or weight.dim() != 2:
+        if not held or not self.training or weight.is_meta or not weight.dim() == lora_a.dim() == lora_b.dim() == 2:
             return None
         return Branch(weight, lora_a, lora_b, bias, self.scaling, None, self.activation)
 
@@ -372,7 +372,7 @@ class LoRALayer(nn.Module):
         owned = [own for own in self._parameters.values() if own is not None]
         if not all(type(own) in PLAIN_TENSORS or known.is_packed(own) for own in owned):
             return "its Parameters are no plain tensors"
-        if not storage.is_here(self):
+        if not storage.is_here(self, self.weight, self.lora_A, self.lora_B):
             return "its values are elsewhere"
         if self.lora_dropout == 0.0:
             return None

@@ -280,16 +280,20 @@ def _kind_for(kind: type[LoRALayer], plain: type[nn.Module]) -> type[LoRALayer]:
     def rebuilt(layer: LoRALayer, protocol: Any) -> tuple[Any, ...]:
         return _blank_for, (kind, plain), layer.__getstate__()  # a pickle finds no class that was made here by its name
 
+    # FSDP2 gathers a quantised weight as a plain Parameter, whose bytes are no values: ``recover`` looks for one.
+
     def gathered(layer: Any, input: Tensor) -> Tensor:
-        """FSDP2 gathers a quantised weight as a plain Parameter, whose bytes are no values."""
-        if type(layer._parameters.get("weight")) is nn.Parameter:
-            known.recover(layer)
+        known.recover(layer)
         y: Tensor = kind.forward(layer, input)
         return y
 
+    def shared_branch(layer: Any, x: Tensor) -> Any:
+        known.recover(layer)
+        return kind.shared_branch(layer, x)
+
     body: dict[str, Any] = {"_plain_class": plain, "__module__": plain.__module__, "__reduce_ex__": rebuilt}
     if known.is_of_package(plain):
-        body["forward"] = known_forward(gathered)
+        body |= {"forward": known_forward(gathered), "shared_branch": shared_branch}
     made = types.new_class(f"FusedLoRA{plain.__name__}", (kind, plain), {}, lambda names: names.update(body))
     return _KINDS.setdefault((kind, plain), made)
 

@@ -97,12 +97,13 @@ def owns(module: nn.Module, prefix: str) -> bool:
     return any(own.startswith(prefix) for own in (*module._parameters, *vars(module), *module._modules))
 
 
-def is_here(layer: Any) -> bool:
-    """Whether ``layer`` could run now, outside of its own forward: its weight is a matrix with values."""
-    weight = layer.weight
-    whole = weight.dim() == 2 and not weight.is_meta  # else a flat shard, a placeholder or accelerate's meta tensor
-    freed = not vars(layer).get("_fsdp_use_orig_params", True) and weight.untyped_storage().size() == 0
-    return whole and not freed
+def is_here(module: nn.Module, *matrices: Tensor) -> bool:
+    """Whether the ``matrices`` of ``module`` have values now, outside of its own forward: else each is a flat shard, a
+    placeholder or accelerate's meta tensor."""
+    if not all(matrix.dim() == 2 and not matrix.is_meta for matrix in matrices):
+        return False
+    kept = vars(module).get("_fsdp_use_orig_params", True)
+    return kept or all(matrix.untyped_storage().size() > 0 for matrix in matrices)
 
 
 def check_here(function: str, parts: Iterable[Part]) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +24,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, Sha
 from distributed_layers import world
 from distributed_training import adapted, same_files, same_losses, tokens, trained
 from lora_kernels import (
+    fuse_peft,
     load_adapter,
     lora_plus_groups,
     lora_state_dict,
@@ -240,16 +243,30 @@ class Attention(nn.Module):
 
 
 def check_fsdp1_gathers_layers_of_one_input_apart(device: str, folder: Path) -> None:
-    for use_orig_params in (True, False):
+    """Where the base is ignored it is there, and the adapters alone are not."""
+    kinds = (False, True) if find_spec("peft") else (False,)
+    for use_orig_params, ignored, of_peft in product((True, False), (False, True), kinds):
         torch.manual_seed(3)
         model, x = Attention().to(device), torch.randn(4, 8, device=device)
-        replacing(target_modules=["q_proj", "k_proj"], init_lora_weights=False)(model)
-        assert model.q_proj._shared is not None
+        holder: Any = model
+        if of_peft:
+            import peft
+
+            config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+            model = peft.get_peft_model(model, config)
+            fuse_peft(model)
+        else:
+            replacing(target_modules=["q_proj", "k_proj"], init_lora_weights=False)(model)
+        assert holder.q_proj._shared is not None
         model.requires_grad_(True)
         exact, expected = copy.deepcopy(model).double()(x.double()).detach(), model(x).detach()
-        for name, layer in list(model.named_children()):
-            setattr(model, name, FullyShardedDataParallel(layer, use_orig_params=use_orig_params, device_id=x.device))
-        split = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=x.device)
+        bases = [p for name, p in model.named_parameters() if ignored and "lora_" not in name]
+        flatten: Any = partial(
+            FullyShardedDataParallel, use_orig_params=use_orig_params, ignored_states=bases, device_id=x.device
+        )
+        for name, layer in list(holder.named_children()):
+            setattr(holder, name, flatten(layer))
+        split = flatten(model)
         for _ in range(2):
             y = split(x)
             y.sum().backward()

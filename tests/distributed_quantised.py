@@ -104,6 +104,25 @@ def check_fp8_under_fsdp2(device: str, folder: Path) -> None:
         _check_kind("fp8", folder)
 
 
+class _Attention(nn.Module):
+    """q and k read one x, and FSDP2 gathers them together."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = _base(kind)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.q_proj(hidden_states) * self.k_proj(hidden_states)
+
+
+def check_quantised_layers_of_one_x_run_together_under_fsdp2(device: str, folder: Path) -> None:
+    for kind in ("nf4 in bf16", "int8"):
+        model: Any = _Attention(kind)
+        replace_linear(model, LoRAConfig(r=4, target_modules=["q_proj", "k_proj"]))
+        _check_same(_started(model), [])
+        assert not model.q_proj._shared[0]._pending  # each output was taken: one left over would end the group
+
+
 def check_peft_over_quantised_weights_under_fsdp2(device: str, folder: Path) -> None:
     peft = pytest.importorskip("peft")
 

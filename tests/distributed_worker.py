@@ -46,6 +46,7 @@ ONCE = (
     "check_experts_that_are_sharded_by_hand_are_refused",
     *("check_nf4_in_fp32_under_fsdp2", "check_nf4_in_bf16_under_fsdp2", "check_nf4_in_bytes_under_fsdp2"),
     *("check_int8_under_fsdp2", "check_fp8_under_fsdp2", "check_peft_over_quantised_weights_under_fsdp2"),
+    "check_quantised_layers_of_one_x_run_together_under_fsdp2",
     *("check_quantised_weights_are_not_merged_under_fsdp2", "check_mixed_precision_of_quantised_weights_is_refused"),
     "check_torchaos_tensors_are_whole_under_fsdp2",
 )

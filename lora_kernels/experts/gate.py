@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as torch_module
 
 from ..activations import GATES, gate_of
 from ..errors import UnsupportedTransformError
@@ -38,6 +39,8 @@ def apply_gate(module: Any, joined: Tensor) -> Tensor:
 def number_of(module: Any) -> int | None:
     """Which of ``GATES`` the module's gate is; None: another."""
     if "_apply_gate" in module.__dict__ or not _has_default(type(module)):
+        return None
+    if torch_module._has_any_global_hook():  # they act on act_fn, which is to be called
         return None
     activation = gate_of(module.act_fn)
     return None if activation is None else GATES.index(activation)

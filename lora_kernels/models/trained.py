@@ -148,7 +148,11 @@ def _can_train(layer: LoRALayer) -> bool:
 
 def _may_have_moved(layer: LoRALayer) -> bool:
     """Whether the adapter adds anything, or its values cannot be looked at by this process alone."""
-    return not storage.is_here(layer) or sharded.is_sharded(layer.lora_B) or has_moved(layer)
+    return (
+        not storage.is_here(layer, layer.weight, layer.lora_A, layer.lora_B)
+        or sharded.is_sharded(layer.lora_B)
+        or has_moved(layer)
+    )
 
 
 def warn_of_never_called(layers: Iterable[tuple[str, LoRALayer]], function: str, stacklevel: int) -> None:

@@ -79,7 +79,7 @@ def plain_parts(layer: Any, name: Any, x: Any) -> tuple[Any, Any, Any, Any, floa
         and dtype in COMPUTE_DTYPES
         and lora_a.dtype in COMPUTE_DTYPES
         and lora_b.dtype in COMPUTE_DTYPES
-        and weight.dim() == 2
+        and weight.dim() == lora_a.dim() == lora_b.dim() == 2
         and x.dim() > 0
         and layer.cast_input_dtype_enabled
     ):

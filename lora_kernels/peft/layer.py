@@ -106,6 +106,9 @@ class FusedForward(_Behind):  # type: ignore[misc]
         given = x if x is not None else self.weight.detach()
         if (reason := self._why_own(given, adapters, None, (), {})) is not None:
             return reason
+        matrices = [self.get_base_layer(), *(of[name] for of in (self.lora_A, self.lora_B) for name in adapters)]
+        if not all(storage.is_here(module, own_parameter(module, "weight")) for module in matrices):
+            return "its values are elsewhere"
         if self._p(adapters[0]) == 0.0:
             return None
         if adapters[0] in self.lora_variant:

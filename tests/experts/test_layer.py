@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 import mixtures
 from lora_kernels import dispatch, explain, use_backend
@@ -328,6 +329,24 @@ def test_dropout_acts_in_training_alone_and_is_drawn_again_by_checkpoints() -> N
     assert same_bits(kept["down_proj a"], layer.lora_A["down_proj"].grad.flatten(0, 1))
     layer.eval()
     assert same_bits(layer(x, given[1], weights), layer(x, given[1], weights))
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_hooks_on_all_modules_act_on_the_activation(backend: str) -> None:
+    layer = adapted("qwen3_moe")
+    x, index, weights, _ = inputs(layer, torch.float32)
+
+    def doubled(module: nn.Module, args: Any, y: Tensor) -> Tensor | None:
+        return 2.0 * y if module is layer.act_fn else None
+
+    found = []
+    for register in (layer.act_fn.register_forward_hook, torch_module.register_module_forward_hook):
+        hook = register(doubled)
+        with use_backend(backend):
+            found.append(layer(x, index, weights))
+        hook.remove()
+    assert same_bits(*found)
+    assert not same_bits(found[0], layer(x, index, weights))
 
 
 def test_autocast_runs_in_its_dtype() -> None:
