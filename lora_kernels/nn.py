@@ -142,6 +142,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
             LoRAStateError: ``linear`` is a ``FusedLoRALinear`` already.
 
         Example:
+            >>> from lora_kernels import FusedLoRALinear
             >>> from torch import nn
             >>> linear = nn.Linear(8, 4)
             >>> FusedLoRALinear.from_linear(linear, r=2).weight is linear.weight
