@@ -19,7 +19,7 @@ def table(document: dict[str, Any]) -> Table:
     """A row for each shape and number of tokens: the quickest plan in CUDA C++ and in Triton, of those measured."""
     caption = (
         f"Forward of one layer in a CUDA graph, bf16, r = 16, on {document['device']} (torch {document['torch']}, "
-        f"Triton {document['triton']}, {document['date']}): time over F.linear's, of the quickest plan of each kind."
+        f"Triton {document['triton']}, {document['date']}): time over F.linear's, of the fastest plan of each kind."
     )
     header = ["K→N", "tokens", "F.linear µs", "CUDA C++", "Triton"]
     rows: list[list[str]] = []

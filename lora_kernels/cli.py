@@ -33,14 +33,14 @@ class Command:
 
 COMMANDS = {
     "info": Command("versions, devices, and each backend: available, or why not and what to do", "info"),
-    "verify": Command("the forward product and every gradient of every backend, against float64", "verify.command"),
+    "verify": Command("the output and every gradient of every backend, against float64", "verify.command"),
     "bench": Command(
         "side by side with PEFT, addmm_, torch.compile and the frozen nn.Linear", "benchmark.command", "run"
     ),
     "explain": Command(
         "how a layer of some size runs, measured or predicted, and why not otherwise", "explaining.command"
     ),
-    "tune": Command("measure the ways to run on this device and store the quickest", "tuning.command"),
+    "tune": Command("measure the ways to run your shapes on this device, and store the fastest", "tuning.command"),
     "demo": Command("the worked example: pre-train a small model, fine-tune one layer by LoRA", "demo.command"),
     "build": Command("compile the native library for this machine into the user's cache", "backends.native.command"),
 }
@@ -102,7 +102,7 @@ def _run(arguments: list[str]) -> int:
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lora-kernels",
-        description="LoRA layers at nearly the cost of the frozen nn.Linear: look at the installation, prove the "
+        description="LoRA layers at nearly the cost of the frozen nn.Linear: look at the installation, check the "
         "gradients, measure and tune the speed, see an example.",
         epilog="lora-kernels COMMAND --help tells a command's options.",
     )

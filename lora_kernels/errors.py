@@ -42,7 +42,7 @@ class MissingExtraError(LoRAKernelsError, ImportError):
 
 
 class UnsupportedTransformError(LoRAKernelsError, RuntimeError):
-    """A function transform (``torch.func``, ``vmap``, a double backward) that has no correct answer here."""
+    """A derivative that has no correct answer here: ``torch.func``, ``vmap``, forward mode, some second derivatives."""
 
 
 class LoRAKernelsWarning(UserWarning):

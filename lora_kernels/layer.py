@@ -330,6 +330,7 @@ class LoRALayer(nn.Module):
         With PiSSA and OLoRA, as in PEFT, that is the output of the residual weight, which lacks the adapter's part.
 
         Example:
+            >>> import torch
             >>> from lora_kernels import FusedLoRALinear
             >>> layer = FusedLoRALinear(4, 4, r=2)
             >>> with layer.enable_lora(False):

@@ -137,11 +137,12 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
 
         Raises:
             InvalidArgumentError: as for the class.
-            InvalidTypeError: ``linear`` is not a plain ``nn.Linear`` with an ordinary floating weight; the sentence
-                says why.
+            InvalidTypeError: ``linear`` is neither a plain ``nn.Linear`` with an ordinary floating weight nor a
+                quantised layer that ``docs/qlora.md`` lists; the sentence says why.
             LoRAStateError: ``linear`` is a ``FusedLoRALinear`` already.
 
         Example:
+            >>> from lora_kernels import FusedLoRALinear
             >>> from torch import nn
             >>> linear = nn.Linear(8, 4)
             >>> FusedLoRALinear.from_linear(linear, r=2).weight is linear.weight

@@ -56,6 +56,7 @@ def lora_plus_groups(
     Example:
         >>> import torch
         >>> from lora_kernels import FusedLoRALinear, lora_plus_groups
+        >>> from torch import nn
         >>> model = nn.Sequential(FusedLoRALinear(16, 16, r=4), nn.ReLU())
         >>> optimizer = torch.optim.AdamW(lora_plus_groups(model, lr=1e-4, weight_decay=0.01))
         >>> [(len(group["params"]), group["lr"]) for group in optimizer.param_groups]

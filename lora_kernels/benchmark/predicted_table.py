@@ -78,5 +78,5 @@ def _caption(result: Result, direction: str, cells: list[Cell]) -> str:
     what = f"{name} ({DIRECTIONS[direction]}): ratio to the frozen {result.titles[result.floor]}"
     env = result.environment
     if result.predicted:
-        return f"**Predicted, not yet measured.** {what}, by the model of {env['device']}; {result.date[:10]}."
+        return f"**Predicted, not measured.** {what}, by the model of {env['device']}; {result.date[:10]}."
     return f"{what}, measured (predicted). {env['device']}; {software(env, result.date)}."

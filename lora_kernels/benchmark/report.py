@@ -76,8 +76,8 @@ def table(
     notes = told(result, cells) if any(n in result.ours for n in columns) else []
     if left_out := [c.left_out for c in chosen if c.left_out]:
         slow = all(sentence.startswith("One call") for sentence in left_out)
-        why = "for one call of the frozen layer takes too long there" if slow else "for the device broke down there"
-        notes.append(f"Left out, {why}: {len(left_out)} cells.")
+        why = "one call of the frozen layer takes too long" if slow else "the device broke down"
+        notes.append(f"Left out, because {why} there: {len(left_out)} cells.")
     return Table(
         caption(result, direction, dtypes.pop() if len(dtypes) == 1 else None),
         header,

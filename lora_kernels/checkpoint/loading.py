@@ -63,6 +63,7 @@ def load_adapter(model: nn.Module, folder: files.PathLike, adapter_dtype: torch.
     Example:
         >>> import tempfile
         >>> from lora_kernels import LoRAConfig, load_adapter, replace_linear, save_adapter
+        >>> from torch import nn
         >>> trained, plain = nn.Sequential(nn.Linear(8, 4)), nn.Sequential(nn.Linear(8, 4))
         >>> report = replace_linear(trained, LoRAConfig(r=2, target_modules=["0"]))
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -41,7 +41,8 @@ def lora_state_dict(model: nn.Module, bias: str | None = None, format: str | Non
             with ``"peft"`` also whatever keeps :func:`save_adapter` from writing.
 
     Example:
-        >>> from lora_kernels import FusedLoRALinear
+        >>> from lora_kernels import FusedLoRALinear, lora_state_dict
+        >>> from torch import nn
         >>> list(lora_state_dict(nn.Sequential(FusedLoRALinear(4, 4, r=2))))
         ['0.lora_A', '0.lora_B']
     """
@@ -66,6 +67,7 @@ def adapter_config(model: nn.Module) -> dict[str, Any]:
 
     Example:
         >>> from lora_kernels import FusedLoRALinear, adapter_config
+        >>> from torch import nn
         >>> fields = adapter_config(nn.Sequential(FusedLoRALinear(4, 4, r=2, lora_alpha=8)))
         >>> fields["peft_type"], fields["r"], fields["lora_alpha"], fields["target_modules"]
         ('LORA', 2, 8, ['0'])

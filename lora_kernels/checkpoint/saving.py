@@ -97,6 +97,7 @@ def save_adapter(
     Example:
         >>> import tempfile
         >>> from lora_kernels import FusedLoRALinear, load_adapter, save_adapter
+        >>> from torch import nn
         >>> model, plain = nn.Sequential(FusedLoRALinear(4, 4, r=2)), nn.Sequential(nn.Linear(4, 4))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_adapter(model, folder)

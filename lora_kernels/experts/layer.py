@@ -51,6 +51,7 @@ class FusedLoRAExperts(nn.Module):
 
     Example:
         >>> from lora_kernels import LoRAConfig, replace_linear
+        >>> from torch import nn
         >>> from transformers import Qwen3MoeConfig
         >>> from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
         >>> config = Qwen3MoeConfig(num_experts=4, hidden_size=16, moe_intermediate_size=8)

@@ -109,11 +109,11 @@ def of_packed(kernels: tuple[str, ...]) -> str:
 
 
 def by_how_much(slower: float) -> str:
-    """ "3.2 % slower", "as quick" within 0.05 %."""
+    """ "3.2 % slower", "as fast" within 0.05 %."""
     percent = 100.0 * slower
     if abs(percent) < 0.05:
-        return "as quick"
-    return f"{abs(percent):.2g} % {'slower' if percent > 0 else 'quicker'}"
+        return "as fast"
+    return f"{abs(percent):.2g} % {'slower' if percent > 0 else 'faster'}"
 
 
 def size(moved: float) -> str:

@@ -51,6 +51,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     Example:
         >>> import torch
         >>> from lora_kernels import LoRAConfig, adapters_disabled, replace_linear
+        >>> from torch import nn
         >>> model, x = nn.Sequential(nn.Linear(4, 4)), torch.ones(2, 4)
         >>> base = model(x)
         >>> report = replace_linear(model, LoRAConfig(r=2, target_modules=["0"], init_lora_weights=False))

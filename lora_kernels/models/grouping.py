@@ -138,6 +138,7 @@ def share_inputs(
 
     Example:
         >>> from lora_kernels import LoRAConfig, replace_linear, share_inputs
+        >>> from torch import nn
         >>> model = nn.ModuleDict({"left": nn.Linear(8, 8), "right": nn.Linear(8, 4)})
         >>> report = replace_linear(model, LoRAConfig(r=2, target_modules=["left", "right"]))
         >>> print(share_inputs(model, [["left", "right"]]))

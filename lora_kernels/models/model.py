@@ -95,6 +95,7 @@ def replace_linear(model: nn.Module, config: LoRAConfig) -> ReplaceReport:
 
     Example:
         >>> from lora_kernels import LoRAConfig, replace_linear
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 1))
         >>> print(replace_linear(model, LoRAConfig(r=2, lora_alpha=4, target_modules=["0"])))
         replaced 1 layer:
@@ -138,7 +139,8 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str | None = None) -> No
         LoRAStateError: the model holds no ``FusedLoRALinear``.
 
     Example:
-        >>> from lora_kernels import FusedLoRALinear
+        >>> from lora_kernels import FusedLoRALinear, mark_only_lora_as_trainable
+        >>> from torch import nn
         >>> model = nn.Sequential(FusedLoRALinear(4, 4, r=2), nn.Linear(4, 1))
         >>> mark_only_lora_as_trainable(model)
         >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -179,7 +181,8 @@ def merge_lora(model: nn.Module, quantize: bool = False) -> MergeReport:
             are on the meta device or would not be finite; or FSDP1 or ZeRO-3 would not keep merged values now.
 
     Example:
-        >>> from lora_kernels import FusedLoRALinear
+        >>> from lora_kernels import FusedLoRALinear, merge_lora
+        >>> from torch import nn
         >>> model = nn.Sequential(FusedLoRALinear(4, 4, r=2))
         >>> print(merge_lora(model))
         merged 1 layer
@@ -238,7 +241,8 @@ def unmerge_lora(model: nn.Module) -> None:
             values now. Then nothing is changed.
 
     Example:
-        >>> from lora_kernels import FusedLoRALinear
+        >>> from lora_kernels import FusedLoRALinear, merge_lora, unmerge_lora
+        >>> from torch import nn
         >>> model = nn.Sequential(FusedLoRALinear(4, 4, r=2))
         >>> report = merge_lora(model)
         >>> unmerge_lora(model)
@@ -278,7 +282,8 @@ def restore_linear(model: nn.Module) -> RestoreReport:
             pruned where a plain one could not hold it.
 
     Example:
-        >>> from lora_kernels import FusedLoRALinear
+        >>> from lora_kernels import FusedLoRALinear, restore_linear
+        >>> from torch import nn
         >>> model = nn.Sequential(FusedLoRALinear(4, 4, r=2))
         >>> print(restore_linear(model))
         restored 1 layer:

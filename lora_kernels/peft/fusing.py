@@ -44,8 +44,8 @@ def fuse_peft(model: nn.Module) -> FuseReport:
     **PEFT's own forward** runs what the operators cannot: other variants, DoRA before other active adapters, dropout on
     several active adapters at once, modules with hooks inside of the layer, experts' weights that train,
     ``torch.func``, ``torch.jit.trace`` and ``torch.export``. This is decided for each call. Layers over a sharded or
-    unusual base stay PEFT's own. So do those over a quantized one that is not bitsandbytes', and its embeddings and
-    convolutions.
+    unusual base stay PEFT's own. So do those over a quantized one that ``docs/qlora.md`` does not list, and its
+    embeddings and convolutions.
 
     **Numerics.** A and B are rounded to the compute dtype at the product. Over fp16 they are not rounded, and keep
     fp32's range as PEFT's do. Sums run in fp32, and y is rounded once, or twice in a mixed batch that takes one pass.

@@ -102,7 +102,7 @@ def outcomes_table(outcomes: Sequence[Outcome]) -> Table:
     notes = [", ".join(f"{count} cells {status}" for status, count in counts.items()) + "."]
     lost = [str(outcome.cell) for outcome in outcomes if outcome.composition_wins]
     if lost:
-        notes.append(f"The plain composition is quicker than either in {len(lost)} cells: {', '.join(lost)}.")
+        notes.append(f"The plain composition is faster than either in {len(lost)} cells: {', '.join(lost)}.")
     caption = "time over the frozen nn.Linear's of the same pass and round, median"
     return Table(caption, [*_PLACE, "floor, µs", *names, "chosen"], rows, frozenset(), frozenset(), notes)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ def judge_case(
     given: Sequence[Branch] = branches
     if weights:
         packed = [samples.packed(weights, b.weight) for b in branches]
-        given = [PackedBranch(w, *list(vars(b).values())[1:]) for w, b in zip(packed, branches, strict=True)]
+        rest = [field.name for field in fields(Branch)[1:]]
+        given = [PackedBranch(w, *(getattr(b, name) for name in rest)) for w, b in zip(packed, branches, strict=True)]
         branches = [replace(b, weight=w.dequantize(dtype)) for w, b in zip(packed, branches, strict=True)]
     actual = _outputs(name, x, given, dys, case.p, seed)
     masks: list[Tensor | None] = [None] * len(branches)

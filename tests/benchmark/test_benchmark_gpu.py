@@ -172,10 +172,10 @@ def test_a_prediction_is_written_told_as_such_and_shown(tmp_path: Path, capsys: 
     file, figure = str(tmp_path / "p.json"), tmp_path / "p.png"
     only = ["--only", "r=16", "tokens=8192"]
     assert main(["bench", "--preset", "gpu-forward", "--predict", "h200", *only, "--json", file]) == 0
-    assert "Predicted, not yet measured." in capsys.readouterr().out
+    assert "Predicted, not measured." in capsys.readouterr().out
     assert results.load(file).predicted
     assert main(["bench", "--show", file, "--plot", str(figure)]) == 0
-    assert "Predicted, not yet measured." in capsys.readouterr().out
+    assert "Predicted, not measured." in capsys.readouterr().out
     assert figure.stat().st_size > 0
 
 

@@ -200,7 +200,7 @@ def test_a_prediction_is_a_table_of_its_own_and_never_a_measured_one(tmp_path: P
     )
     predicted.save(tmp_path / "box" / "p.json")
     text = tables.fill("<!-- predicted:box/smoke/step -->\n<!-- /predicted -->\n", tmp_path)
-    assert "**Predicted, not yet measured.**" in text
+    assert "**Predicted, not measured.**" in text
     assert "| 2 | 1.40 | **1.05** | +33 % |" in text
     with pytest.raises(LoRAKernelsError, match="no result"):
         tables.fill("<!-- table:box/smoke/step -->\n<!-- /table -->\n", tmp_path)

@@ -64,7 +64,7 @@ class NativeBackend:
         if problem.experts:
             return _of_experts(problem, library)
         does = (
-            "the product by W, PyTorch's or its own, whichever is quicker, and vectorised code for the rest"
+            "the product by W, PyTorch's or its own, whichever is faster, and vectorised code for the rest"
             if problem.device_type == "cpu"
             else "PyTorch's product by W, and its own kernels for the rest"
         )

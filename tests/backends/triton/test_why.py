@@ -242,7 +242,7 @@ def test_a_measured_plan_that_does_not_fit_is_told(table: Callable[..., tuned.Lo
 def test_a_kind_that_was_quicker_among_many_is_no_contradiction(table: Callable[..., tuned.Loaded]) -> None:
     plan = told(CELL, table(row(kinds={"fused": 1.0296, "lora_first": 1.0290})))
     assert plan.runner_up is not None
-    assert "0.058 % quicker, but not when it was timed again" in plan.runner_up.why
+    assert "0.058 % faster, but not when it was timed again" in plan.runner_up.why
 
 
 # For people, for programs, and for a log
