@@ -6,6 +6,8 @@ The forward pass is in :func:`lora_kernels.gate.run_branch`.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,8 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) ->
     W is read at each call: a norm that was kept would be wrong, unseen, after a write to ``weight.data``.
     """
     device_type = device_type_of(weight)
-    with torch.autocast("cpu" if device_type == "meta" else device_type, enabled=False):
+    acts = torch._C._is_any_autocast_enabled() and device_type != "meta"  # which has no autocast
+    with torch.autocast(device_type, enabled=False) if acts else nullcontext():
         weight, name = prepare(weight, None)
         return operators(name).row_norms(resolved(weight), resolved(lora_a), resolved(lora_b), float(scaling))
 

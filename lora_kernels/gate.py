@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from numbers import Real
 from threading import RLock
 from typing import Any
@@ -453,7 +452,8 @@ def run_branch(x: Tensor, branch: Branch, p: float, share: Callable[[Tensor], Te
     if b.gain is None or p == 0.0:
         return run_branches(x, [b], p)[0]
     dropped = F.dropout(x, p) if share is None else _dropped(x, p, share)
-    (adapted,) = run_branches(dropped, [replace(b, bias=None)], 0.0)
+    without_bias = type(b)(b.weight, b.lora_a, b.lora_b, None, b.scaling, b.gain, b.activation)
+    (adapted,) = run_branches(dropped, [without_bias], 0.0)
     weight: Any = b.weight
     if type(b) is PackedBranch:
         return adapted + run_frozen(x - dropped, weight, b.bias)
