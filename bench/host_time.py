@@ -126,7 +126,7 @@ def on_a_gpu_s_path(launcher_library: str, folder: str) -> dict[str, float]:
 
     branches = [branch(n) for n in (k, k // 2, k // 2)]
     members = [FusedLoRALinear(k, n, r=16, bias=False, dtype=bf16) for n in (k, k // 2, k // 2)]
-    SharedInput(members)
+    SharedInput(members)  # the members hold it
     calls, x = calls_of("FusedLoRALinear", layer, torch.ones(8, k, dtype=bf16)), torch.ones(512, k).to(bf16)
     calls |= calls_of("three layers of one x", lambda x: gate.run_branches(x, branches, 0.0), x)
     calls |= calls_of("three layers of a model", lambda x: [member(x) for member in members], x)

@@ -110,6 +110,7 @@ _OTHERS = (
     "qlora-step-own.json",
     "qlora-step.json",
     "qlora-step-package.json",
+    "shared-inputs.json",
     "step-profile.json",
     "tune.json",
     "tuned.json",

@@ -15,7 +15,7 @@ from .weights.packed import Packed
 __all__ = ["Branch", "PackedBranch"]
 
 
-# Not frozen, though nobody writes to one: that would take two microseconds more for each layer's call.
+# Not frozen, though nobody writes to one: that would take microseconds more for each layer's call.
 @dataclass(eq=False, slots=True)
 class Branch:
     """One output y = g * (x Wᵀ + s σ(drop(x) Aᵀ) Bᵀ) + b of an x (..., K).

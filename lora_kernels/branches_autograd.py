@@ -241,8 +241,10 @@ def _versions(tensors: Sequence[Any]) -> list[int]:
 
 def saved_tensors(ctx: Any, dys: Sequence[Any]) -> Sequence[Any]:
     """What was saved. PyTorch frees it at the first output's backward; it is held for the others, which may follow."""
-    held: _Held | None = None if torch.compiler.is_compiling() else getattr(ctx, "held", None)
-    if torch.compiler.is_compiling() or (held is None and all(dy is not None for dy in dys)):
+    if torch.compiler.is_compiling():
+        return ctx.saved_tensors  # type: ignore[no-any-return]
+    held: _Held | None = getattr(ctx, "held", None)
+    if held is None and all(dy is not None for dy in dys):
         return ctx.saved_tensors  # type: ignore[no-any-return]
     used = {i for i, dy in enumerate(dys) if dy is not None}
     if held is None or not used <= held.outputs:

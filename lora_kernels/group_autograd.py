@@ -117,16 +117,8 @@ class GroupFunction(torch.autograd.Function):
         for i in used:
             if need_weights[i]:
                 dweights[i] = as_dtype(multiply(flatten(dys[i]).t(), flatten(x)), weight_dtypes[i])
-        grads = _due(das, need_as, used), _due(dbs, need_bs, used), _due(dbiases, need_biases, used)
-        return (
-            dx if need_x else None,
-            *[None] * _SETTINGS,
-            *dweights,
-            *grads[0],
-            *grads[1],
-            *grads[2],
-            *[None] * len(others),
-        )
+        grads = *_due(das, need_as, used), *_due(dbs, need_bs, used), *_due(dbiases, need_biases, used)
+        return (dx if need_x else None, *[None] * _SETTINGS, *dweights, *grads, *[None] * len(others))
 
 
 # As ``autograd.apply_function``: ``apply`` where no functorch transform is active, in less host time.

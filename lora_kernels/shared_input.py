@@ -52,8 +52,8 @@ _KNOWN_FORWARDS: list[Any] = []
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _is_transforming = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
-# Numbers of x from which layers on a CPU run in common. Measured on layers 64 to 2048 wide: from there on a step takes
-# 0.83 to 1.03 of the time that the layers take one by one, with half as many up to 1.6 of it. Tests have 0.
+# Numbers of x from which layers on a CPU run in common: with fewer that takes longer than one by one, as
+# ``bench/shared_inputs.py`` measures. Tests have 0.
 FROM_ON_CPUS = 1 << 17
 _MISSES = 3  # passes in a row whose outputs nobody took, before a warning, or the end of a guessed group
 
