@@ -54,7 +54,7 @@ _is_transforming = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 # Numbers of x from which layers on a CPU run in common: with fewer that takes longer than one by one, as
 # ``bench/shared_inputs.py`` measures. Tests have 0.
-FROM_ON_CPUS = 1 << 17
+FROM_ON_CPUS = 1 << 19
 _MISSES = 3  # passes in a row whose outputs nobody took, before a warning, or the end of a guessed group
 
 
